@@ -1,0 +1,52 @@
+"""Packaging metadata. Two packages: `flagscale_like` and the stand-alone `flagscale_kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = "0.1.0"
+
+setup(
+    name="flagscale_like",
+    version=VERSION,
+    description="3D-parallel pretraining of language models on megatron-core, from a laptop CPU to a GPU cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["flagscale_like", "flagscale_like.*"]), "flagscale_kernels"],
+    package_dir={"flagscale_kernels": "kernels/flagscale_kernels"},
+    package_data={"flagscale_like": ["py.typed"], "flagscale_kernels": ["py.typed", "README.md"]},
+    # Lower bounds are what the code needs; upper bounds stop at what has been tested. The exact set is constraints.txt.
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "megatron-core==0.16.1",
+        "transformers>=5.3,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "accelerate>=1.0",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "pydantic>=2.7,<3",
+        "PyYAML>=6",
+        "typer>=0.15",
+        "rich>=13",
+        "xxhash>=3.4",
+        "psutil>=5.9",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.9"],
+        "gpu": ["nvidia-ml-py>=12"],
+    },
+    entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
