@@ -1,0 +1,315 @@
+"""The command line. Each command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from flagscale_like.errors import ConfigError, PlatformError, UserError
+
+if TYPE_CHECKING:
+    from flagscale_like.config import RunConfig
+    from flagscale_like.runtime.parallel import ParallelContext
+
+app = typer.Typer(
+    name="flagscale-like",
+    help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(help="Convert checkpoints to Hugging Face.", no_args_is_help=True)
+ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+app.add_typer(ckpt_app, name="ckpt")
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: train.steps=100", metavar="[KEY=VALUE]...")
+]
+Checkpoint = Annotated[Path, typer.Option(help="A run folder, a checkpoints/ folder, or one step_* folder.")]
+
+
+def example(text: str) -> str:
+    """The last line of a command's help."""
+    return f"Example: {text}"
+
+
+@app.command(epilog=example("flagscale-like train examples/aquila2/tiny.yaml train.steps=50 parallel.pp=2"))
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Ranks to start here; one a GPU, or tp*pp*cp on CPU.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Restarts of all ranks after one fails; they resume by themselves.")
+    ] = 0,
+    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check configuration, data and layout, and stop.")] = False,
+    world_size: Annotated[int | None, typer.Option(help="Ranks to check the layout for, with --dry-run.")] = None,
+) -> None:
+    """Train, or go on with, the run that a YAML file describes; under torchrun, or starting the ranks itself."""
+    from flagscale_like.config import load_config
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    config = load_config(config_file, overrides or ())
+    if print_config:
+        typer.echo(config.to_yaml(), nl=False)
+        return
+    if is_worker():
+        _train_here(config)
+        return
+    if nproc_per_node is not None and nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node ({nproc_per_node}) must be 1 or more")
+    processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+    ranks = (world_size if dry_run else None) or processes
+    dp = config.data_parallel_size(ranks)
+    if dry_run:
+        _describe(config, ranks, dp)
+        return
+    if processes == 1 and max_restarts == 0:
+        _train_here(config)
+        return
+    arguments = ["train", str(config_file), *(overrides or ())]
+    raise SystemExit(launch(processes, arguments, max_restarts=max_restarts))
+
+
+def _train_here(config: RunConfig) -> None:
+    from flagscale_like.data.pretrain import prepare_once
+    from flagscale_like.runtime.parallel import parallel_context, world_size_from_env
+    from flagscale_like.training.loop import agree, train
+
+    config.data_parallel_size(world_size_from_env())
+    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+        _make_run_folder(config, ctx)
+        # Rank 0 makes the files; a failure there is every rank's error.
+        agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
+        train(prepare_once(config), ctx)
+
+
+def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:
+    try:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {config.run_dir}: cannot be made: {error.strerror}") from None
+    ctx.barrier()
+
+
+def _describe(config: RunConfig, ranks: int, dp: int) -> None:
+    par, train, model = config.parallel, config.train, config.model
+    tokens = train.total_samples() * train.seq_length
+    padded = model.parameter_count(model.padded_vocab_size(par.tp))
+    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    typer.echo(
+        f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
+    )
+    typer.echo(
+        f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
+        f"{train.global_batch_size // (train.micro_batch_size * dp)} micro-batches of {train.micro_batch_size} a rank"
+    )
+    typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
+    if config.data.sources:
+        from flagscale_like.data.pretrain import check_sources
+
+        check_sources(config)
+        typer.echo(f"data         {len(config.data.sources)} sources found")
+    typer.echo("the configuration is valid")
+
+
+@app.command(epilog=example("flagscale-like preprocess corpus/*.jsonl --tokenizer tok/ --out data/corpus --workers 8"))
+def preprocess(
+    inputs: Annotated[
+        list[str], typer.Argument(help="jsonl, text or parquet: files, folders, globs, or python-stdlib.")
+    ],
+    out: Annotated[Path, typer.Option(help="Prefix of the .bin, .idx and .documents.parquet to write.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder.")] = None,
+    train_tokenizer: Annotated[int | None, typer.Option(help="Train a byte-level BPE of this size.")] = None,
+    key: Annotated[str, typer.Option(help="jsonl field or parquet column with the text.")] = "text",
+    unit: Annotated[
+        Literal["file", "line", "paragraph"], typer.Option(help="A document of a plain text file.")
+    ] = "file",
+    workers: Annotated[int, typer.Option(help="Processes that tokenize.")] = 1,
+) -> None:
+    """Tokenize text into the .bin/.idx that training reads, with a table from each document to its source line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from flagscale_like.data.preprocess import find_inputs, preprocess, read_documents
+    from flagscale_like.data.tokenizer import train_bpe
+
+    files = find_inputs(inputs)
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise ConfigError("give --tokenizer FOLDER, or --train-tokenizer SIZE to make one")
+    if workers < 1:
+        raise ConfigError(f"--workers ({workers}) must be 1 or more")
+    if tokenizer is None:
+        tokenizer = Path(f"{out}-tokenizer")
+        train_bpe((d.text for d in read_documents(files, key=key, unit=unit)), train_tokenizer, tokenizer)
+    began = time.perf_counter()
+    console = Console(stderr=True)
+    columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokenizing", total=sum(f.stat().st_size for f in files))
+        summary = preprocess(
+            files, tokenizer, out, key=key, unit=unit, workers=workers, progress=lambda n: bar.advance(task, n)
+        )
+    seconds = time.perf_counter() - began
+    typer.echo(
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens ({summary.tokens / seconds:,.0f} tokens/s), "
+        f"{summary.empty:,} empty ones left out -> {out}.bin, .idx, .documents.parquet"
+    )
+
+
+@convert_app.command(epilog=example("flagscale-like convert export --checkpoint runs/demo --out hf --tokenizer tok/"))
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights written.")] = "bf16",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder to put beside; the run's, if left out.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare logits with the native model; needs memory for both.")] = True,
+) -> None:
+    """Write a Hugging Face folder from a native checkpoint, and check that transformers computes the same logits."""
+    import shutil
+
+    from flagscale_like.checkpoint.hf import compare_logits, export
+    from flagscale_like.config import Parallel
+    from flagscale_like.errors import ConversionError
+    from flagscale_like.runtime.parallel import parallel_context
+
+    reader, found_tokenizer = _open(checkpoint)
+    export(reader, out, dtype=dtype, tokenizer=tokenizer or found_tokenizer)
+    typer.echo(f"wrote {out} from {reader.folder} in {dtype}")
+    if not verify:
+        typer.echo("not verified: --no-verify was given")
+        return
+    with parallel_context(Parallel()) as ctx:
+        try:
+            difference = compare_logits(reader, out, ctx, dtype=dtype)
+        except ConversionError:
+            failed = out.with_name(out.name + ".failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            out.rename(failed)
+            typer.echo(f"moved to {failed}", err=True)
+            raise
+    typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
+
+
+@app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; the run's, if left out.")] = None,
+) -> None:
+    """Print a completion from a native checkpoint."""
+    from flagscale_like.checkpoint.store import load_model
+    from flagscale_like.config import Parallel
+    from flagscale_like.data.tokenizer import Tokenizer
+    from flagscale_like.model.generate import generate
+    from flagscale_like.runtime.parallel import parallel_context
+
+    reader, found_tokenizer = _open(checkpoint)
+    folder = tokenizer or found_tokenizer
+    if folder is None:
+        raise ConfigError("the run names no tokenizer: give --tokenizer FOLDER")
+    words = Tokenizer(folder)
+    ids = words.encode_batch([prompt])[0] or [words.eod]
+    with parallel_context(Parallel()) as ctx:
+        model = load_model(reader, ctx, precision="fp32")
+        new = generate(
+            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=words.eod, seed=seed
+        )
+    typer.echo(prompt + words.decode(new))
+
+
+def _open(checkpoint: Path):  # noqa: ANN202  (CheckpointReader, whose import is late)
+    """The newest checkpoint at a path, and the tokenizer folder that its run used."""
+    from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
+
+    reader = CheckpointReader(find_checkpoint(checkpoint))
+    tokenizer = reader.state["config"]["data"].get("tokenizer")
+    return reader, Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
+
+
+@ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))
+def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder.")]) -> None:
+    """List a run's checkpoints, newest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flagscale_like.checkpoint.format import CheckpointReader, read_manifest, steps
+    from flagscale_like.errors import CheckpointError
+
+    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    table = Table("step", "layout", "MB", "consumed samples", "folder", box=None)
+    for folder in steps(root):
+        try:
+            state = CheckpointReader(folder).state
+            size = sum(record.size_bytes for record in read_manifest(folder)) / 1e6
+            layout = " ".join(f"{name}{degree}" for name, degree in state["layout"].items())
+            table.add_row(str(state["step"]), layout, f"{size:,.1f}", f"{state['consumed_samples']:,}", str(folder))
+        except CheckpointError as error:
+            table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", str(error))
+    if not table.row_count:
+        raise CheckpointError(f"{root}: holds no checkpoints")
+    Console(soft_wrap=True).print(table)
+
+
+@ckpt_app.command("verify", epilog=example("flagscale-like ckpt verify runs/demo"))
+def ckpt_verify(checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")]) -> None:
+    """Compare every file of a checkpoint with its size and checksum in the manifest."""
+    from flagscale_like.checkpoint.format import check_file, find_checkpoint, read_manifest
+    from flagscale_like.errors import CheckpointError
+
+    folder = find_checkpoint(checkpoint)
+    records = read_manifest(folder)
+    problems = [problem for record in records if (problem := check_file(folder, record))]
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
+    typer.echo(f"{folder}: {len(records)} files are whole")
+
+
+@app.command(epilog=example("flagscale-like doctor"))
+def doctor() -> None:
+    """Say what is installed, and what each missing piece costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flagscale_like.runtime.doctor import examine
+
+    findings = examine()
+    table = Table("", "", "", box=None, show_header=False)
+    for finding in findings:
+        table.add_row(finding.name, finding.status, finding.detail)
+    Console(soft_wrap=True, highlight=False).print(table)
+    broken = [f.name for f in findings if f.status == "broken"]
+    if broken:
+        raise PlatformError(f"missing and required: {', '.join(broken)}")
+    typer.echo("training works here")
+
+
+def main() -> None:
+    """Run the command line. A UserError is one line on stderr and its own exit code; anything else is a traceback."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        app()
+    except UserError as error:
+        if rank:
+            # Rank 0 usually has the same error; let it speak alone. torchrun ends this rank when rank 0 is gone.
+            time.sleep(2.0)
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: process groups would wait at exit for ranks that are inside a collective.
+        os._exit(error.exit_code)

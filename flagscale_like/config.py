@@ -1,0 +1,419 @@
+"""RunConfig: one YAML file, dotted overrides, and errors that name the file, the line and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from flagscale_like.arch import Frozen, ModelArch
+from flagscale_like.errors import ConfigError
+
+KernelChoice = Literal["auto", "triton", "torch"]
+
+
+class Parallel(Frozen):
+    """Degrees of parallelism. Data parallelism is what is left of the world size.
+
+    Attributes:
+        tp: tensor parallel (Shoeybi et al. 2019).
+        pp: pipeline stages.
+        vpp: model chunks a stage holds in the interleaved schedule (Narayanan et al. 2021); 1 is plain 1F1B.
+        sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022).
+        cp: context parallel: the sequence split over ranks.
+        ep: expert parallel; reserved, 1.
+        first_stage_layers, last_stage_layers: layers of the first and last stage where they differ from the others.
+    """
+
+    tp: int = Field(default=1, gt=0)
+    pp: int = Field(default=1, gt=0)
+    vpp: int = Field(default=1, gt=0)
+    sp: bool = False
+    cp: Literal[1] = 1
+    ep: Literal[1] = 1
+    first_stage_layers: int | None = Field(default=None, gt=0)
+    last_stage_layers: int | None = Field(default=None, gt=0)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @model_validator(mode="after")
+    def _check(self) -> Parallel:
+        if self.sp and self.tp == 1:
+            raise ValueError(
+                "sp: true needs tp > 1 (tp is 1): sequence parallelism splits over the tensor-parallel group"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp ({self.vpp}) needs pp > 1 (pp is 1)")
+        if self.pp == 1 and (self.first_stage_layers or self.last_stage_layers):
+            raise ValueError("first_stage_layers and last_stage_layers need pp > 1 (pp is 1)")
+        if self.vpp > 1 and (self.first_stage_layers or self.last_stage_layers):
+            raise ValueError(f"first_stage_layers and last_stage_layers need vpp 1 (vpp is {self.vpp})")
+        return self
+
+
+class RampUp(Frozen):
+    """Batch-size ramp-up: from `start`, by `increment`, over `samples` samples."""
+
+    start: int = Field(gt=0)
+    increment: int = Field(gt=0)
+    samples: int = Field(gt=0)
+
+
+class Train(Frozen):
+    """The loop. Sizes count sequences; `steps` counts optimizer steps.
+
+    Attributes:
+        exit_at_step: save and stop after this step; learning rate and data stay planned for `steps`.
+        recompute: activations recomputed in the backward pass: `selective` the attention core, `full` every layer.
+        log_interval, eval_interval: steps between log lines and evaluations; eval_interval 0 evaluates never.
+        eval_steps: global batches an evaluation reads.
+    """
+
+    steps: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    seq_length: int = Field(gt=0)
+    seed: int = Field(default=1234, ge=0)
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    ramp_up: RampUp | None = None
+    exit_at_step: int | None = Field(default=None, gt=0)
+    log_interval: int = Field(default=1, gt=0)
+    eval_interval: int = Field(default=0, ge=0)
+    eval_steps: int = Field(default=10, gt=0)
+
+    def batch_size_at(self, consumed: int) -> int:
+        """Global batch size of the step that follows `consumed` samples: equal stretches of samples an increment."""
+        ramp = self.ramp_up
+        if ramp is None or consumed >= ramp.samples:
+            return self.global_batch_size
+        increments = (self.global_batch_size - ramp.start) // ramp.increment
+        return ramp.start + ramp.increment * (consumed * increments // ramp.samples)
+
+    def total_samples(self) -> int:
+        """Samples that `steps` steps consume."""
+        consumed = step = 0
+        if self.ramp_up is not None:
+            while step < self.steps and consumed < self.ramp_up.samples:
+                consumed += self.batch_size_at(consumed)
+                step += 1
+        return consumed + (self.steps - step) * self.global_batch_size
+
+
+class Optimizer(Frozen):
+    """AdamW with ZeRO-1 sharding (megatron-core's distributed optimizer) and the learning-rate schedule.
+
+    Attributes:
+        warmup_steps: linear warm-up from 0 to `lr`.
+        schedule: `wsd` is constant, then a linear decay over the last `decay_steps` steps.
+        clip_grad: largest global gradient norm; 0 does not clip.
+        initial_loss_scale: of the dynamic loss scaler; fp16 only.
+    """
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)
+    initial_loss_scale: float = Field(default=2.0**16, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
+        return self
+
+
+class Source(Frozen):
+    """One source of a blend: a prefix of .bin/.idx files and its weight."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Prepare(Frozen):
+    """Raw text that is turned into .bin/.idx under the run folder before the first step, once.
+
+    Attributes:
+        input: files, folders or globs; `python-stdlib` is the running Python's own source.
+        tokenizer_vocab_size: trains a byte-level BPE of this size on the input, where data.tokenizer is not given.
+    """
+
+    input: list[str] = Field(min_length=1)
+    tokenizer_vocab_size: int | None = Field(default=None, ge=257)
+
+
+class Data(Frozen):
+    """What to train on: prepared sources, or raw text to prepare; `synthetic: true` needs neither.
+
+    Attributes:
+        split: shares of documents for training, validation and test.
+        num_workers: loader processes a rank; 0 loads in the training process.
+        cache_dir: the sample index is kept here; the run folder where it is left out.
+    """
+
+    sources: list[Source] = Field(default_factory=list)
+    prepare: Prepare | None = None
+    synthetic: bool = False
+    tokenizer: str | None = None
+    split: str = "98,2,0"
+    num_workers: int = Field(default=0, ge=0)
+    cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        given = sum((bool(self.sources), self.prepare is not None, self.synthetic))
+        if given != 1:
+            raise ValueError(f"give exactly one of sources, prepare and synthetic ({given} given)")
+        if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):
+            raise ValueError("prepare needs data.tokenizer, or prepare.tokenizer_vocab_size to train one")
+        if self.sources and not self.tokenizer:
+            raise ValueError("sources need data.tokenizer: the folder of the tokenizer that made them")
+        try:
+            shares = [float(x) for x in self.split.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"split must be three shares like 98,2,0 (got {self.split!r})")
+        return self
+
+
+class Checkpoint(Frozen):
+    """When to save, what to keep.
+
+    Attributes:
+        interval: steps between saves; the last step is always saved; 0 saves never.
+        keep: newest checkpoints kept.
+        load: start from the weights of this checkpoint (another run's), with a fresh optimizer.
+    """
+
+    interval: int = Field(default=100, ge=0)
+    keep: int = Field(default=3, gt=0)
+    load: str | None = None
+
+
+class Kernels(Frozen):
+    """Which implementation computes each operator: auto is Triton on CUDA and torch on CPU."""
+
+    attention: KernelChoice = "auto"
+    rope: KernelChoice = "auto"
+    rms_norm: KernelChoice = "auto"
+    swiglu: KernelChoice = "auto"
+    cross_entropy: KernelChoice = "auto"
+
+
+class Monitors(Frozen):
+    """What to do when training goes wrong.
+
+    Attributes:
+        non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, or stops the run.
+        max_consecutive_skips: more skipped steps than this in a row stop the run.
+    """
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    max_consecutive_skips: int = Field(default=10, ge=0)
+
+
+class RunConfig(Frozen):
+    """A run, wholly described. `run_dir` receives config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png."""
+
+    run_dir: str
+    model: ModelArch
+    parallel: Parallel = Parallel()
+    train: Train
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    kernels: Kernels = Kernels()
+    monitors: Monitors = Monitors()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        model, par, train = self.model, self.parallel, self.train
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            if getattr(model, name) % par.tp:
+                raise ValueError(f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp})")
+        if par.sp and train.seq_length % par.tp:
+            raise ValueError(
+                f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp"
+            )
+        self._check_stages()
+        if model.max_position_embeddings and train.seq_length > model.max_position_embeddings:
+            raise ValueError(
+                f"train.seq_length ({train.seq_length}) exceeds model.max_position_embeddings "
+                f"({model.max_position_embeddings})"
+            )
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
+                f"train.micro_batch_size ({train.micro_batch_size})"
+            )
+        if self.optimizer.warmup_steps >= train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than train.steps ({train.steps})"
+            )
+        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps is None:
+            raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
+        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps > train.steps:
+            raise ValueError(
+                f"optimizer.decay_steps ({self.optimizer.decay_steps}) exceeds train.steps ({train.steps})"
+            )
+        return self
+
+    def _check_stages(self) -> None:
+        layers, par = self.model.num_layers, self.parallel
+        first, last = par.first_stage_layers, par.last_stage_layers
+        rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
+        if not (first or last):
+            if layers % (par.pp * par.vpp):
+                raise ValueError(f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp})")
+        elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
+            raise ValueError(
+                f"model.num_layers ({layers}) less first_stage_layers ({first or 0}) and last_stage_layers ({last or 0}) "
+                f"must be divisible by the other stages ({stages})"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """The data-parallel degree on `world_size` ranks.
+
+        Raises:
+            ConfigError: world size, batch sizes or ramp-up do not fit the layout.
+        """
+        par, train = self.parallel, self.train
+        if world_size % par.model_parallel_size:
+            raise ConfigError(
+                f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
+                f"start a multiple of {par.model_parallel_size} processes, or change parallel.*"
+            )
+        dp = world_size // par.model_parallel_size
+        per_pass = train.micro_batch_size * dp
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        if train.ramp_up:
+            sizes |= {"train.ramp_up.start": train.ramp_up.start, "train.ramp_up.increment": train.ramp_up.increment}
+        for name, size in sizes.items():
+            if size % per_pass:
+                raise ConfigError(
+                    f"{name} ({size}) must be divisible by micro_batch_size*dp ({train.micro_batch_size}*{dp})"
+                )
+            if par.vpp > 1 and (size // per_pass) % par.pp:
+                raise ConfigError(
+                    f"{name} ({size}) gives {size // per_pass} micro-batches, which must be a multiple of pp ({par.pp}) "
+                    f"with vpp ({par.vpp})"
+                )
+        if train.ramp_up:
+            if train.ramp_up.start > train.global_batch_size:
+                raise ConfigError(
+                    f"train.ramp_up.start ({train.ramp_up.start}) exceeds train.global_batch_size "
+                    f"({train.global_batch_size})"
+                )
+            if (train.global_batch_size - train.ramp_up.start) % train.ramp_up.increment:
+                raise ConfigError(
+                    f"train.global_batch_size ({train.global_batch_size}) less train.ramp_up.start "
+                    f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
+                )
+        return dp
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` overrides, validate.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or a value is wrong; one line an error, all at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, node, item) for item in error.errors())) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as key.path=value, for example train.micro_batch_size=2")
+    *parents, leaf = key.split(".")
+    here = values
+    for parent in parents:
+        if here.get(parent) is None:
+            here[parent] = {}
+        here = here[parent]
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a group of keys")
+    try:
+        here[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a YAML value: {error}") from None
+
+
+def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
+    """The line of a key path in the composed YAML, or None where an override made the key."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == part), None)
+            if pair is None:
+                return line if line is not None else None
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Names that are valid in the group `location` points into."""
+    group: Any = RunConfig
+    for part in location:
+        if isinstance(part, int) or group is None:
+            continue
+        annotation = group.model_fields[part].annotation if part in group.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        group = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return list(group.model_fields) if group is not None else []
+
+
+def _explain(path: Path, node: yaml.Node | None, item: Any) -> str:
+    location = item["loc"]
+    line = _line(node, location)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(str(part) for part in location)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _fields_at(location[:-1]), n=1, cutoff=0.5)
+        known = ", ".join(_fields_at(location[:-1]))
+        message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known keys: {known}")
+    elif item["type"] == "missing":
+        message = "required, but not given"
+    elif item["type"] != "value_error":
+        message += f" (got {item['input']!r})"
+    return f"{where}: {name}: {message}" if name else f"{where}: {message}"

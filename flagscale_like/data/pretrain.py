@@ -1,0 +1,160 @@
+"""Pretraining data: megatron-core's GPT dataset over a weighted blend, and the loader of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flagscale_like.config import RunConfig, Source
+from flagscale_like.data.preprocess import find_inputs, preprocess, read_documents
+from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.data.tokenizer import Tokenizer, train_bpe
+from flagscale_like.errors import DataError
+from flagscale_like.runtime.parallel import ParallelContext
+
+FIELDS = ("tokens", "labels", "loss_mask")
+
+
+class SyntheticDataset(Dataset):
+    """Random tokens, a function of (seed, index): for benchmarks, and for tests that need no text."""
+
+    def __init__(self, vocab_size: int, seq_length: int, total: int, seed: int) -> None:
+        self.vocab_size, self.seq_length, self.total, self.seed = vocab_size, seq_length, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        tokens = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
+        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(self.seq_length)}
+
+
+def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
+    """Turn `data.prepare` into tokenizer and .bin/.idx under RUN_DIR/data, where they are not there yet.
+
+    Call it in one process before the others read.
+
+    Returns:
+        The configuration with data.sources and data.tokenizer in place of data.prepare.
+    """
+    prepare = config.data.prepare
+    if prepare is None:
+        return config
+    folder = Path(config.run_dir) / "data"
+    prefix, tokenizer = folder / "text", config.data.tokenizer
+    if tokenizer is None:
+        tokenizer = str(folder / "tokenizer")
+        if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+            texts = (document.text for document in read_documents(find_inputs(prepare.input)))
+            train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
+    if not Path(f"{prefix}.idx").is_file():
+        preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers)
+    data = config.data.model_copy(
+        update={"prepare": None, "tokenizer": tokenizer, "sources": [Source(path=str(prefix))]}
+    )
+    return config.model_copy(update={"data": data})
+
+
+def check_sources(config: RunConfig) -> Tokenizer | None:
+    """Look at tokenizer and sources before anything collective depends on them.
+
+    Raises:
+        DataError: a file is missing, foreign, empty, or the tokenizer knows more ids than the model.
+    """
+    if config.data.synthetic:
+        return None
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, model.vocab_size is {config.model.vocab_size}: "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    for source in config.data.sources:
+        for suffix in (".bin", ".idx"):
+            if not Path(source.path + suffix).is_file():
+                raise DataError(f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first")
+        try:
+            dataset = IndexedDataset(source.path)
+            documents, tokens = len(dataset.document_indices) - 1, int(dataset.sequence_lengths.sum())
+            size = Path(source.path + ".bin").stat().st_size
+            wanted = tokens * dataset.index.dtype_size
+        except Exception as error:  # a foreign file fails wherever its bytes lead the parser
+            raise DataError(
+                f"data source {source.path}: not a megatron index ({type(error).__name__}: {error})"
+            ) from None
+        if documents == 0 or tokens == 0:
+            raise DataError(f"data source {source.path}: holds no documents")
+        if size != wanted:
+            raise DataError(f"data source {source.path}: .bin has {size} bytes, its .idx describes {wanted}")
+    return tokenizer
+
+
+def build_datasets(
+    config: RunConfig, ctx: ParallelContext, *, train_samples: int, valid_samples: int
+) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data. All ranks call it; the sample index is built by one and read by all.
+
+    Args:
+        train_samples: samples that the whole run needs. The order depends on it: resume with the number it began with.
+        valid_samples: samples of one evaluation; 0 for none.
+    """
+    train = config.train
+    if config.data.synthetic:
+        vocab = config.model.vocab_size
+        valid = SyntheticDataset(vocab, train.seq_length, valid_samples, train.seed + 1) if valid_samples else None
+        return SyntheticDataset(vocab, train.seq_length, train_samples, train.seed), valid
+    tokenizer = check_sources(config)
+    sources = config.data.sources
+    dataset_config = GPTDatasetConfig(
+        random_seed=train.seed,
+        sequence_length=train.seq_length,
+        blend=([s.path for s in sources], [s.weight for s in sources] if len(sources) > 1 else None),
+        split=config.data.split,
+        path_to_cache=config.data.cache_dir or str(Path(config.run_dir) / "data" / "index"),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    try:
+        datasets = BlendedMegatronDatasetBuilder(
+            GPTDataset, [train_samples, valid_samples, 0], lambda: True, dataset_config
+        ).build()
+    except (AssertionError, IndexError, ValueError) as error:
+        raise DataError(
+            f"the sample index cannot be built from split {config.data.split} of {[s.path for s in sources]}: too few "
+            f"documents or tokens for seq_length {train.seq_length}? ({type(error).__name__}: {error})"
+        ) from None
+    if datasets[0] is None:
+        raise DataError(f"split {config.data.split} leaves no documents for training")
+    return datasets[0], datasets[1] if valid_samples else None
+
+
+def micro_batches(
+    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's micro-batches from `consumed` samples on: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
+
+    Only the first and the last pipeline stage read; the ranks of one tensor-parallel group read the same.
+    """
+    sampler = MicroBatchSampler(len(dataset), consumed, config.train.micro_batch_size, ctx.dp_rank, ctx.dp)
+    workers = config.data.num_workers
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=ctx.platform.is_cuda,
+        persistent_workers=workers > 0,
+    )
+    for batch in loader:
+        yield {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}

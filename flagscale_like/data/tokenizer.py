@@ -1,0 +1,109 @@
+"""Tokenizers: a Hugging Face tokenizer folder, as preprocessing and megatron-core's datasets need it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from flagscale_like.errors import DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Encodes text, and knows the id that ends a document.
+
+    A folder with tokenizer.json is read by the `tokenizers` library alone, which starts in milliseconds in every worker;
+    any other goes through transformers.AutoTokenizer. Code in the folder is never run.
+
+    Args:
+        folder: a Hugging Face tokenizer folder.
+
+    Raises:
+        DataError: the folder holds no usable tokenizer, or it has no end-of-text token.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(f"tokenizer {folder}: no such folder")
+        self._fast: FastTokenizer | None = None
+        try:
+            if (self.folder / "tokenizer.json").is_file():
+                self._fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
+                self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
+                eos = self._special_token("eos_token")
+                self.eod = self._fast.token_to_id(eos) if eos else None
+            else:
+                from transformers import AutoTokenizer
+
+                self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+                self.vocab_size, self.eod = len(self._slow), self._slow.eos_token_id
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"tokenizer {folder}: cannot be read: {str(error).splitlines()[0]}") from None
+        if self.eod is None:
+            raise DataError(f"tokenizer {folder}: has no eos_token in tokenizer_config.json; documents need an end")
+
+    def _special_token(self, name: str) -> str | None:
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self.folder / file
+            if path.is_file():
+                value = json.loads(path.read_text(encoding="utf-8")).get(name)
+                value = value.get("content") if isinstance(value, dict) else value
+                if value:
+                    return value
+        return None
+
+    @property
+    def pad(self) -> int:
+        """megatron-core pads only an incomplete last sample, with a token that the loss masks."""
+        return self.eod
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What megatron-core's sample index depends on."""
+        return {"class": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if self._fast is not None:
+            return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+        return self._slow(list(texts), add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ids = list(ids)
+        return self._fast.decode(ids) if self._fast is not None else self._slow.decode(ids)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and save it as a Hugging Face folder.
+
+    Args:
+        vocab_size: 257 (the bytes and the end of document) or more.
+    """
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return Tokenizer(folder)

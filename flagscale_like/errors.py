@@ -1,0 +1,42 @@
+"""Errors a user can cause, each with its own exit code. Anything else is a bug and keeps its traceback.
+
+| code | class             | meaning                                                              |
+|------|-------------------|----------------------------------------------------------------------|
+| 2    | (typer)           | wrong command line                                                   |
+| 10   | ConfigError       | the YAML, an override, or the layout is not valid                    |
+| 11   | DataError         | input text, .bin/.idx or tokenizer cannot be used                    |
+| 12   | CheckpointError   | a checkpoint is missing, damaged or of another model                 |
+| 13   | ConversionError   | a Hugging Face folder cannot be read, written or does not match      |
+| 14   | DivergedError     | the loss or the gradients are not finite, or a monitor stopped the run |
+| 15   | PlatformError     | the machine, an installation or the launch is at fault               |
+"""
+
+
+class UserError(ValueError):
+    """Base of the errors that are shown as one line (cause, fix) and end the program with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    exit_code = 10
+
+
+class DataError(UserError):
+    exit_code = 11
+
+
+class CheckpointError(UserError):
+    exit_code = 12
+
+
+class ConversionError(UserError):
+    exit_code = 13
+
+
+class DivergedError(UserError):
+    exit_code = 14
+
+
+class PlatformError(UserError):
+    exit_code = 15

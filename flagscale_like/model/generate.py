@@ -1,0 +1,50 @@
+"""Sampling from a native model, by running the whole context for every token: simple, and as right as training."""
+
+from __future__ import annotations
+
+import torch
+
+from flagscale_like.model.build import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Continue a prompt.
+
+    Args:
+        prompt: token ids, at least one.
+        temperature: 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        stop: a token that ends the text; it is not returned.
+
+    Returns:
+        The new token ids.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids, window = list(prompt), model.arch.max_position_embeddings or model.max_sequence_length
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids[-window:]], device=device), None, None)[0, -1, : model.arch.vocab_size]
+        token = _pick(logits.float().cpu(), temperature, top_p, generator)
+        if token == stop:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def _pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
+    kept = probabilities.cumsum(-1) - probabilities < top_p
+    return int(order[torch.multinomial(probabilities * kept, 1, generator=generator)])

@@ -1,0 +1,1 @@
+"""Where the project meets the machine: devices, process groups, launching, and megatron-core on CPU."""

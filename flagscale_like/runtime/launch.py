@@ -1,0 +1,53 @@
+"""`flagscale-like train X.yaml` without torchrun: start the ranks of one node; end with their exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+
+def is_worker() -> bool:
+    """Whether this process is one of torchrun's ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def default_processes(model_parallel_size: int) -> int:
+    """Ranks to start on this node: one a GPU, or on CPU as many as hold one copy of the model."""
+    import torch
+
+    if os.environ.get("FLAGSCALE_LIKE_DEVICE") != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return model_parallel_size
+
+
+def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
+    """Run `python -m flagscale_like ARGUMENTS` on `processes` ranks of this node through torch's elastic agent.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n for signal n).
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # The agent logs a block for every failed rank; the rank itself has said in one line what went wrong.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "flagscale_like", *arguments)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0

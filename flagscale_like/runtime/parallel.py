@@ -1,0 +1,142 @@
+"""ParallelContext: this rank's place in the tp/pp/dp grid, and its process groups. Starts and stops torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from flagscale_like.config import Parallel
+from flagscale_like.errors import ConfigError
+from flagscale_like.runtime import cpu_shim
+from flagscale_like.runtime.platform import Platform, get_platform
+
+
+def world_size_from_env() -> int:
+    """Ranks of this launch: torchrun's WORLD_SIZE, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Degrees, ranks and groups of one rank. Ranks are laid out tp fastest, then cp, dp, pp (megatron-core's default).
+
+    Attributes:
+        layout: the configured degrees.
+        dp: data-parallel degree.
+        groups: megatron-core's process groups.
+    """
+
+    platform: Platform
+    layout: Parallel
+    dp: int
+    rank: int
+    world_size: int
+    groups: ProcessGroupCollection
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return is_pp_last_stage(self.groups.pp)
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes logs and shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks (float64)."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def broadcast(self, value: object) -> object:
+        """`value` of rank 0, on every rank. Any picklable object."""
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=self.platform.device)
+        return box[0]
+
+    def gather(self, value: object) -> list:
+        """Every rank's `value`, on every rank."""
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0) -> Iterator[ParallelContext]:
+    """Start torch.distributed and the model-parallel groups, and stop them at the end.
+
+    Under torchrun the ranks meet at its address; without it, this process is a world of one.
+
+    Args:
+        seed: of the model-parallel random streams (dropout).
+        timeout_s: after this long in one collective a rank gives up.
+
+    Raises:
+        ConfigError: the world size is no multiple of tp * pp * cp.
+    """
+    world = world_size_from_env()
+    if world % layout.model_parallel_size:
+        raise ConfigError(
+            f"world size ({world}) must be divisible by tp*pp*cp ({layout.tp}*{layout.pp}*{layout.cp}): "
+            f"start a multiple of {layout.model_parallel_size} processes, or change parallel.*"
+        )
+    platform = get_platform()
+    if not platform.is_cuda:
+        cpu_shim.install()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    device_id = platform.device if platform.is_cuda else None
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(
+            platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        distributed_timeout_minutes=timeout_s / 60,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    yield ParallelContext(
+        platform=platform,
+        layout=layout,
+        dp=world // layout.model_parallel_size,
+        rank=dist.get_rank(),
+        world_size=world,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    # Not after an error: other ranks may be inside a collective, and taking the groups down would wait for them.
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

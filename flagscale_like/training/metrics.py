@@ -1,0 +1,179 @@
+"""What a run reports: the log line, metrics.jsonl, TensorBoard, the loss plot."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import statistics
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flagscale_like.cluster import find_device
+from flagscale_like.config import RunConfig
+from flagscale_like.runtime.parallel import ParallelContext
+
+RECENT_STEPS = 20
+
+
+class Reporter:
+    """Writes the same record to the log, to metrics.jsonl and to TensorBoard; on rank 0 only.
+
+    Args:
+        resumed_from: step that the run goes on from; later records of an interrupted run are dropped.
+    """
+
+    def __init__(self, config: RunConfig, ctx: ParallelContext, resumed_from: int) -> None:
+        self.config, self.ctx = config, ctx
+        self.run_dir = Path(config.run_dir)
+        self.step_times: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.console = Console(highlight=False, soft_wrap=True) if ctx.is_main else None
+        spec = find_device(ctx.platform.describe())
+        self.peak_flops = spec.bf16_flops if spec else None
+        self._file = self._board = None
+        if ctx.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = self.run_dir / "metrics.jsonl"
+            _keep_until(path, resumed_from)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resumed_from + 1)
+
+    def say(self, text: str) -> None:
+        """One line of log, from rank 0."""
+        if self.console:
+            self.console.print(text, markup=False)
+
+    def timed(self, seconds: float) -> None:
+        """Note a step's duration, for the ETA."""
+        self.step_times.append(seconds)
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        batch_size: int,
+        seconds: float,
+        data_wait_s: float,
+        consumed: int,
+        skipped: int,
+    ) -> None:
+        """Report a training step; `seconds` and `data_wait_s` are averages over the steps since the last report."""
+        train = self.config.train
+        tokens_per_s = batch_size * train.seq_length / seconds
+        flops = self.config.model.flops_per_token(train.seq_length) * tokens_per_s / self.ctx.world_size
+        memory = self.ctx.platform.peak_memory_bytes()
+        eta = statistics.median(self.step_times) * (train.steps - step) if self.step_times else 0.0
+        record: dict[str, Any] = {
+            "step": step,
+            "lm loss": loss,
+            "grad-norm": grad_norm,
+            "learning-rate": learning_rate,
+            "batch-size": batch_size,
+            "consumed-samples": consumed,
+            "iteration-time": seconds,
+            "tokens-per-second": tokens_per_s,
+            "throughput/tflops/device": flops / 1e12,
+            "mem-peak-bytes": memory,
+            "data-wait-share": data_wait_s / seconds,
+            "skipped-steps": skipped,
+        }
+        if self.peak_flops:
+            record["mfu"] = flops / self.peak_flops
+        self._write(record)
+        parts = [
+            f"step {step:>{len(str(train.steps))}}/{train.steps}",
+            f"loss {loss:.4f}",
+            f"lr {learning_rate:.2e}",
+            f"grad norm {grad_norm:.3f}",
+            f"{tokens_per_s:,.0f} tokens/s",
+            f"{flops / 1e12:.3g} TFLOP/s/device",
+            *([f"MFU {record['mfu']:.1%}"] if self.peak_flops else []),
+            f"mem {memory / 2**30:.2f} GiB",
+            f"data {data_wait_s / seconds:.0%}",
+            *([f"skipped {skipped}"] if skipped else []),
+            f"eta {datetime.timedelta(seconds=round(eta))}",
+        ]
+        self.say(" | ".join(parts))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Report a validation loss."""
+        self._write({"step": step, "lm loss validation": loss})
+        self.say(f"step {step} | validation loss {loss:.4f}")
+
+    def checkpoint(self, step: int, stall_s: float, path: Path) -> None:
+        """Report a save; `stall_s` is how long training waited for it."""
+        self._write({"step": step, "checkpoint/stall_s": stall_s})
+        self.say(f"step {step} | saved {path} ({stall_s:.2f} s)")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        # NaN is no JSON
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps({**record, "time": datetime.datetime.now(datetime.UTC).isoformat()}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush, and draw loss.png."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            plot_losses(self.run_dir)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            print(f"{path}: an unreadable line was left out", file=sys.stderr)
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`: the run that goes on from there writes them anew."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_losses(run_dir: Path) -> None:
+    """Draw loss.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(run_dir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, style in (("lm loss", "-"), ("lm loss validation", "o--")):
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats/token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(Path(run_dir) / "loss.png", dpi=120)
+    plt.close(figure)

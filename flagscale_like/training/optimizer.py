@@ -1,0 +1,67 @@
+"""AdamW over megatron-core's distributed optimizer, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from flagscale_like.config import RunConfig
+from flagscale_like.model.build import DTYPES
+
+
+def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> MegatronOptimizer:
+    """The optimizer of this rank's wrapped chunks: fp32 master weights and moments, sharded over data parallelism (ZeRO-1,
+    Rajbhandari et al. 2020). apex's or Transformer Engine's fused Adam where installed, else torch's fused AdamW.
+    """
+    options, precision = config.optimizer, config.train.precision
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            initial_loss_scale=options.initial_loss_scale,
+            params_dtype=DTYPES[precision],
+            use_distributed_optimizer=True,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # one kernel a group; the default makes a dozen passes over the state
+    # The schedule multiplies the loss by the fp16 loss scale just before the backward pass.
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
+    """Warm-up from 0, then cosine, linear, constant, or WSD (Hu et al. 2024); counted in optimizer steps."""
+    options, steps = config.optimizer, config.train.steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if options.schedule == "wsd" else options.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=options.decay_steps if options.schedule == "wsd" else None,
+        lr_wsd_decay_style="linear" if options.schedule == "wsd" else None,
+    )

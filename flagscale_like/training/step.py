@@ -1,0 +1,144 @@
+"""One optimizer step and one evaluation, through megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import optimizer as mcore_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from flagscale_like.config import RunConfig
+from flagscale_like.model.build import unwrap
+from flagscale_like.runtime.parallel import ParallelContext
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the tokens of the global batch, in nats.
+        grad_norm: global L2 norm of the gradient, before clipping.
+        tokens: tokens that counted for the loss.
+        updated: False where the step was skipped because loss or gradient was not finite.
+        overflow: the fp16 loss scaler found the scale too large; it lowers it, and this is no sign of trouble.
+        stop: whether any rank asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    updated: bool
+    overflow: bool
+    stop: bool
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over the micro-batch and its token count; megatron-core divides the gradients by the count of the whole batch.
+
+    Args:
+        losses: [b, s], each token's cross-entropy.
+    """
+    total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum().to(torch.int)
+    # The schedules scale the first value in place after this returns: what is reported must be a copy.
+    return total, tokens, {"sum": total.detach().clone(), "tokens": tokens.clone()}
+
+
+def _forward(batches: Batches | None, chunk: MegatronModule) -> tuple[Tensor, functools.partial]:
+    model = unwrap(chunk)
+    batch = next(batches) if (model.pre_process or model.post_process) else {}
+    output = chunk(input_ids=batch.get("tokens"), position_ids=None, attention_mask=None, labels=batch.get("labels"))
+    return output, functools.partial(_loss, batch.get("loss_mask"))
+
+
+def _run_schedule(
+    chunks: list[MegatronModule], config: RunConfig, batches: Batches, num_microbatches: int, *, forward_only: bool
+) -> list[dict[str, Tensor]]:
+    """Run the schedule on all chunks; returns the losses of the last stage's micro-batches."""
+    iterators = itertools.tee(batches, len(chunks))
+    return get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=config.train.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _sum_losses(losses: list[dict[str, Tensor]], ctx: ParallelContext, *extra: float) -> list[float]:
+    """[loss sum, tokens, *extra], summed over all ranks; tensor-parallel ranks hold the same loss and count once."""
+    counts = ctx.is_last_stage and ctx.tp_rank == 0
+    local = [float(sum(item[name] for item in losses)) if counts and losses else 0.0 for name in ("sum", "tokens")]
+    return ctx.sum([*local, *extra])
+
+
+def train_step(
+    chunks: list[MegatronModule],
+    optimizer: MegatronOptimizer,
+    config: RunConfig,
+    ctx: ParallelContext,
+    batches: Batches,
+    num_microbatches: int,
+    *,
+    stop: bool = False,
+) -> StepResult:
+    """Forward and backward over `num_microbatches`, then the update, unless loss or gradient norm is NaN or Inf.
+
+    Args:
+        stop: this rank was asked to stop; carried to all ranks with the loss.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    # The schedule asks for exactly num_microbatches from each chunk's iterator.
+    losses = _run_schedule(
+        chunks, config, itertools.islice(batches, num_microbatches), num_microbatches, forward_only=False
+    )
+    overflow = optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    total, tokens, stops = _sum_losses(losses, ctx, float(stop))
+    loss = total / tokens if tokens else math.nan
+    updated = not overflow and math.isfinite(loss) and math.isfinite(grad_norm)
+    if updated:
+        clip = config.optimizer.clip_grad
+        if clip > 0:
+            for part in optimizer.chained_optimizers:
+                mcore_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
+        optimizer.step_with_ready_grads()
+    return StepResult(loss, grad_norm, int(tokens), updated, overflow, stops > 0)
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: list[MegatronModule], config: RunConfig, ctx: ParallelContext, batches: Batches, steps: int
+) -> float:
+    """Mean loss, in nats a token, over `steps` global batches."""
+    gathers = chunks[0].ddp_config.overlap_param_gather
+    for chunk in chunks:
+        if gathers:
+            chunk.disable_forward_pre_hook()
+        chunk.eval()
+    num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
+    total = tokens = 0.0
+    for _ in range(steps):
+        part = itertools.islice(batches, num_microbatches)
+        losses = _run_schedule(chunks, config, part, num_microbatches, forward_only=True)
+        sums = _sum_losses(losses, ctx)
+        total, tokens = total + sums[0], tokens + sums[1]
+    for chunk in chunks:
+        chunk.train()
+        if gathers:
+            chunk.enable_forward_pre_hook()
+    return total / tokens if tokens else math.nan
