@@ -155,6 +155,7 @@ def micro_batches(
         num_workers=workers,
         pin_memory=ctx.platform.is_cuda,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
     )
     for batch in loader:
         yield {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}

@@ -1,0 +1,8 @@
+import os
+
+# Before anything imports triton: the kernel tests run Triton's interpreter on CPU tensors. One thread a process, because
+# the layouts that are compared run up to four processes on a small machine.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FLAGSCALE_LIKE_DEVICE", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

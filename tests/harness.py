@@ -1,0 +1,133 @@
+"""Run functions on several gloo ranks, and the command line as a user does."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flagscale_like.config import RunConfig
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["flagscale_like.training.loop", "flagscale_like.checkpoint.store"])
+
+
+def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
+    """A small synthetic run. Changes are dotted with double underscores: parallel__tp=2."""
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 96,
+            "vocab_size": 250,
+        },
+        "parallel": {},
+        "train": {
+            "steps": 6,
+            "micro_batch_size": 1,
+            "global_batch_size": 8,
+            "seq_length": 32,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 1e-2, "warmup_steps": 1},
+        "data": {"synthetic": True},
+        "checkpoint": {"interval": 3, "keep": 9},
+    }
+    for name, value in changes.items():
+        *groups, leaf = name.split("__")
+        here = values
+        for group in groups:
+            here = here.setdefault(group, {})
+        here[leaf] = value
+    return RunConfig.model_validate(values)
+
+
+def write_yaml(config: RunConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
+    """`function(*arguments)` on `ranks` processes with torchrun's environment; its results, by rank.
+
+    The function must be importable, and starts its own parallel_context. A rank that raises fails the call.
+    """
+    port, pipes, processes = free_port(), [], []
+    for rank in range(ranks):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank, args=(rank, ranks, port, sender, function, arguments), daemon=True)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results, failures = [None] * ranks, []
+    try:
+        pending = dict(zip(pipes, range(ranks), strict=True))
+        while pending:
+            ready = multiprocessing.connection.wait(list(pending), timeout=timeout_s)
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(pending.values())} of {ranks} said nothing for {timeout_s} s")
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    ok, results[rank] = False, "died"
+                if not ok:
+                    failures.append(f"rank {rank}: {results[rank]}")
+            if failures:
+                break
+    finally:
+        for process in processes:
+            if failures:
+                process.kill()
+            process.join(timeout=30)
+            process.kill()
+    assert not failures, "\n".join(failures)
+    return results
+
+
+def _rank(rank: int, ranks: int, port: int, sender: Any, function: Callable, arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        sender.send((True, function(*arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        os._exit(1)
+
+
+def cli(
+    *arguments: str, cwd: Path | None = None, timeout_s: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m flagscale_like ARGUMENTS`, as text."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), **environment}
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", "flagscale_like", *arguments],
+        cwd=cwd or REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )

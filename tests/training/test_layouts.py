@@ -1,0 +1,76 @@
+"""Every parallel layout trains as one process does, from one checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flagscale_like.config import RunConfig
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.loop import train
+from flagscale_like.training.metrics import read_metrics
+from tests.harness import run_ranks, tiny_config
+
+LAYOUTS = {
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp2 uneven": (2, {"pp": 2, "first_stage_layers": 1}),
+    "pp4": (4, {"pp": 4}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "dp2": (2, {}),
+    "tp2 sp pp2 vpp2": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
+}
+
+
+def train_run(config: RunConfig) -> None:
+    with parallel_context(config.parallel) as ctx:
+        train(config, ctx)
+
+
+def losses(run_dir: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    return [(r["lm loss"], r["grad-norm"]) for r in read_metrics(run_dir) if "lm loss" in r]
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """Six steps on one process, with a checkpoint at step 3: the run that all others are compared with."""
+    config = tiny_config(tmp_path_factory.mktemp("one_process") / "run")
+    run_ranks(1, train_run, config)
+    return Path(config.run_dir)
+
+
+def fork_at_step_3(source: Path, target: Path) -> Path:
+    """A copy of a run as it was at its third step."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("step_00000006", "tensorboard", "latest"))
+    return target
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_goes_on_from_one_process_checkpoint_with_the_same_losses_and_gradient_norms(
+    name, one_process, tmp_path
+):
+    ranks, layout = LAYOUTS[name]
+    run_dir = fork_at_step_3(one_process, tmp_path / "run")
+    run_ranks(ranks, train_run, tiny_config(run_dir, parallel=layout))
+    expected, found = losses(one_process), losses(run_dir)
+    assert len(found) == len(expected) == 6
+    assert found[3:] == [pytest.approx(pair, rel=1e-5) for pair in expected[3:]]
+
+
+def test_resume_continues_the_uninterrupted_run_bit_for_bit(one_process, tmp_path):
+    run_dir = fork_at_step_3(one_process, tmp_path / "run")
+    run_ranks(1, train_run, tiny_config(run_dir))
+    assert losses(run_dir) == losses(one_process)
+    file = "checkpoints/step_00000006/rank_00000.safetensors"  # weights, moments and random state
+    assert (run_dir / file).read_bytes() == (one_process / file).read_bytes()
+
+
+def test_records_of_steps_after_the_checkpoint_are_written_anew(one_process, tmp_path):
+    run_dir = fork_at_step_3(one_process, tmp_path / "run")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "lm loss": 123.0, "grad-norm": 1.0}) + '\n{"step": 5, "lm lo')
+    run_ranks(1, train_run, tiny_config(run_dir))
+    assert losses(run_dir) == losses(one_process)
