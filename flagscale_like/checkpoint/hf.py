@@ -154,7 +154,9 @@ def compare_logits(
         ConversionError: it exceeds `tolerance`, or transformers cannot load the folder.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = load_model(reader, ctx, precision="fp32").eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype]).float()

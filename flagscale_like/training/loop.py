@@ -168,7 +168,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
         config, ctx, train_samples=progress.train_samples, valid_samples=valid_samples
     )
     batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
-    saved_at, skips, since, steps_since = progress.step, 0, time.perf_counter(), 0
+    first, saved_at, skips, since, steps_since = progress.step + 1, progress.step, 0, time.perf_counter(), 0
     with stop_signals() as signals:
         while progress.step < last:
             began = time.perf_counter()
@@ -189,7 +189,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             run.scheduler.step(increment=1)
             reporter.timed(time.perf_counter() - began)
             steps_since += 1
-            if progress.step % options.log_interval == 0 or progress.step == last:
+            if progress.step % options.log_interval == 0 or progress.step in (first, last):
                 reporter.step(
                     progress.step,
                     loss=result.loss,
