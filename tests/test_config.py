@@ -34,7 +34,7 @@ WRONG = {
         "num_attention_heads (4) must be divisible by num_query_groups (3)",
     ),
     "hidden % heads": (
-        ["model.num_attention_heads=3"],
+        ["model.num_attention_heads=6", "model.head_dim=0"],
         "hidden_size (64) must be divisible by num_attention_heads (6)",
     ),
     "layers % pp": (["parallel.pp=3"], "num_layers (4) must be divisible by pp*vpp (3*1)"),
