@@ -1,7 +1,8 @@
 import pytest
 import torch
-from flagscale_kernels import rms_norm, rms_norm_reference, rms_norm_residual
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
+
+from flagscale_kernels import rms_norm, rms_norm_reference, rms_norm_residual
 
 SHAPES = [(5, 123), (3, 7, 128), (2, 3, 5, 16), (123, 5)]
 
