@@ -1,6 +1,21 @@
 """Triton kernels for training language models, each with a PyTorch path for the CPU. Importing needs no GPU."""
 
 from flagscale_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_residual
+from flagscale_kernels.rope import apply_rope, apply_rope_thd, rope, rope_reference
+from flagscale_kernels.rope_frequencies import packed_position_ids, rope_frequencies, rope_tables
 from flagscale_kernels.swiglu import swiglu, swiglu_reference
 
-__all__ = ["rms_norm", "rms_norm_reference", "rms_norm_residual", "swiglu", "swiglu_reference"]
+__all__ = [
+    "apply_rope",
+    "apply_rope_thd",
+    "packed_position_ids",
+    "rms_norm",
+    "rms_norm_reference",
+    "rms_norm_residual",
+    "rope",
+    "rope_frequencies",
+    "rope_reference",
+    "rope_tables",
+    "swiglu",
+    "swiglu_reference",
+]
