@@ -5,8 +5,8 @@ A pair (x1, x2) of a head at position p is turned by the angle of its frequency:
     y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
 
 The pair is (i, i + r/2) in the rotate-half convention, (2i, 2i + 1) in the interleaved one; dimensions from r to d pass
-through. A rotation's gradient is the rotation by the opposite angle, so the backward is the same kernel with -sin, saves
-nothing but the tables, and can write over the incoming gradient.
+through. The gradient of a rotation is the rotation by the opposite angle, so the backward is the same kernel with -sin,
+saves nothing but the tables, and can write over the incoming gradient.
 
 Memory traffic is 4 bytes an element of q and k in bf16, each way; the tables are read once a token, for all its heads.
 """
