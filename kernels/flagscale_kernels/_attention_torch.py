@@ -74,7 +74,7 @@ def attention_forward(bands: list[Band], v: Tensor, scale: float, slopes: Tensor
         safe = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)[..., None]
         out = None
         for s, (lo, hi) in zip(parts, ranges):
-            p = s.sub_(safe).exp_().view(b, groups, -1, hi - lo)
+            p = s.sub_(safe).exp_().view(b, groups, safe.shape[2] * safe.shape[3], hi - lo)
             out = p @ v[:, :, lo:hi] if out is None else out.add_(p @ v[:, :, lo:hi])
         o[:, :, start:end] = out.view(b, n, end - start, d)
         lse[:, :, start:end] = chunk_lse.view(b, n, end - start)

@@ -9,7 +9,8 @@ with P = exp(s - lse), dP = dO V^T and delta_i = sum_d o_id do_id - dlse_i:
     dS = P (dP - delta)      dV = P^T dO      dQ = scale dS K      dK = scale dS^T Q
 
 exp is exp2 with scale log2(e) folded into one multiplication (`qk_scale`); ALiBi slopes arrive divided by the scale.
-Tiles that lie wholly inside the band skip the masks. Token offsets beyond a tile are 64-bit: [s, b, n, d] at long
+Tiles that lie wholly inside the band skip the masks; the loops over the few others are not pipelined (num_stages=1),
+which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at long
 sequences passes 2^31 elements.
 """
 
@@ -92,10 +93,8 @@ def _attend_tile(
         if MASKED:
             s = tl.where(_inside(distance, keys, seq_k, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1) * qk_scale)
-    if MASKED:
-        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has met no key yet
-    else:
-        safe_m = new_m
+    # Under a mask a row may have met no key yet.
+    safe_m = tl.where(new_m == float("-inf"), 0.0, new_m) if MASKED else new_m
     p = tl.exp2(s * qk_scale - safe_m[:, None])
     alpha = tl.exp2(m - safe_m)
     l = l * alpha + tl.sum(p, 1)
@@ -113,7 +112,7 @@ def attend_band(
     """Carry (acc, l, m) of a tile of queries over the keys of its band."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
-        for n in range(lo, tl.minimum(full_lo, hi), BN):
+        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=1):
             acc, l, m = _attend_tile(
                 acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
                 HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -123,7 +122,7 @@ def attend_band(
             acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
         )  # fmt: skip
-    for n in range(full_hi, hi, BN):
+    for n in tl.range(full_hi, hi, BN, num_stages=1):
         acc, l, m = _attend_tile(
             acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -162,7 +161,7 @@ def dq_band(
     """Add dS K over the band; the caller multiplies by the softmax scale. lse is in base 2, +inf for an empty row."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
-        for n in range(lo, tl.minimum(full_lo, hi), BN):
+        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=1):
             dq = _dq_tile(
                 dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
                 HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -172,7 +171,7 @@ def dq_band(
             dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
         )  # fmt: skip
-    for n in range(full_hi, hi, BN):
+    for n in tl.range(full_hi, hi, BN, num_stages=1):
         dq = _dq_tile(
             dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -190,13 +189,10 @@ def _dkdv_tile(
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = m + tl.arange(0, BM)
-    q = load_rows(Q, m, seq_q, q_stride, D, BM, BD, MASKED)
-    if MASKED:
-        lse = load_lse(LSE, rows, seq_q, True)
-        delta = tl.load(DELTA + rows, mask=rows < seq_q, other=0.0)
-    else:
-        lse = load_lse(LSE, rows, seq_q, False)
-        delta = tl.load(DELTA + rows)
+    # Rows beyond seq_q need no band mask: their lse is +inf, so p is 0.
+    q = load_rows(Q, m, seq_q, q_stride, D, BM, BD, True)
+    lse = tl.load(LSE + rows, mask=rows < seq_q, other=float("inf"))
+    delta = tl.load(DELTA + rows, mask=rows < seq_q, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
     if MASKED or HAS_ALIBI:
         distance = (rows + offset)[None, :] - keys[:, None]
@@ -206,7 +202,7 @@ def _dkdv_tile(
             ok = _inside(distance, keys[:, None], seq_k, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(ok, s, float("-inf"))
     p = tl.exp2(s * qk_scale - lse[None, :])
-    do = load_rows(DO, m, seq_q, do_stride, D, BM, BD, MASKED)
+    do = load_rows(DO, m, seq_q, do_stride, D, BM, BD, True)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -215,22 +211,36 @@ def _dkdv_tile(
 
 
 @triton.jit
-def load_lse(LSE, rows, seq_q, MASKED: tl.constexpr):
-    """LSE in base 2; +inf for rows that saw no key or do not exist, so that exp2(s - lse) is 0 there."""
-    if MASKED:
-        lse = tl.load(LSE + rows, mask=rows < seq_q, other=float("-inf"))
-    else:
-        lse = tl.load(LSE + rows)
-    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+def _dkdv_tiles(
+    dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
+    lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Row tiles [lo, hi) of every query head of the group, as one loop: two nested ones would not fit in registers."""
+    tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
+    for i in tl.range(0, tiles * group, num_stages=1 if MASKED else None):
+        head = tl.cast(first_head + i // tiles, tl.int64)
+        m = lo + (i % tiles) * BM
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(SLOPES + head).to(tl.float32) * inverse_scale
+        dk, dv = _dkdv_tile(
+            dk, dv, k, v, Q + head * q_head_stride, DO + head * do_head_stride, LSE + head * lse_head_stride,
+            DELTA + head * lse_head_stride, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope,
+            left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, MASKED, D, BM, BD, PRECISION,
+        )  # fmt: skip
+    return dk, dv
 
 
 @triton.jit
 def dkdv_band(
-    dk, dv, k, v, Q, DO, LSE, DELTA, q_stride, do_stride, first_key, offset, seq_q, seq_k, qk_scale, slope, left, right,
+    dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
+    first_head, group, first_key, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO of one query head; the caller multiplies dK by the softmax scale.
+    """Add dS^T Q and P^T dO of a group of query heads; the caller multiplies dK by the softmax scale.
 
     `offset` is seq_k - seq_q, so that row m stands at position m + offset.
     """
@@ -245,23 +255,24 @@ def dkdv_band(
         full_lo = (tl.maximum(last_key - right - offset, 0) + BM - 1) // BM * BM
     if HAS_LEFT:  # and m + offset - left <= key
         hi = tl.minimum(seq_q, last_key + left - offset + 1)
-        full_hi = tl.minimum(seq_q, tl.maximum(first_key + left - offset + 1, 0))
-    full_hi = tl.maximum(full_hi // BM * BM, full_lo)
+        full_hi = tl.minimum(seq_q, tl.maximum(first_key + left - offset + 1, 0)) // BM * BM
+    full_hi = tl.maximum(full_hi, full_lo)
     if HAS_RIGHT:
-        for m in range(lo, tl.minimum(full_lo, hi), BM):
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, Q, DO, LSE, DELTA, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope,
-                left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
-            )  # fmt: skip
-    for m in range(full_lo, full_hi, BM):
-        dk, dv = _dkdv_tile(
-            dk, dv, k, v, Q, DO, LSE, DELTA, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope,
-            left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BM, BD, PRECISION,
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
+            lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, offset, seq_q, seq_k, qk_scale,
+            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
         )  # fmt: skip
-    for m in range(full_hi, hi, BM):
-        dk, dv = _dkdv_tile(
-            dk, dv, k, v, Q, DO, LSE, DELTA, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope,
-            left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
+    dk, dv = _dkdv_tiles(
+        dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
+        lse_head_stride, full_lo, full_hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
+        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BM, BD, PRECISION,
+    )  # fmt: skip
+    if HAS_LEFT:
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
+            lse_head_stride, full_hi, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
+            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
         )  # fmt: skip
     return dk, dv
 
@@ -271,12 +282,12 @@ def dkdv_band(
 
 @triton.jit
 def delta_kernel(
-    O, DO, DLSE, DELTA, CU_SEQLENS_Q, seq_q,
+    O, DO, LSE, DLSE, LSE2, DELTA, CU_SEQLENS_Q, seq_q,
     o_batch_stride, o_head_stride, o_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     lse_batch_stride, lse_head_stride,
     HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d o do - dlse, laid out as the LSE."""
+    """delta = sum_d o do - dlse, and the LSE in base 2: +inf for a row without keys, so that exp2(s - lse) is 0."""
     first = tl.program_id(0) * BM
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -295,3 +306,6 @@ def delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(DLSE + row + rows, mask=rows < seq_q, other=0.0)
     tl.store(DELTA + row + rows, delta, mask=rows < seq_q)
+    lse = tl.load(LSE + row + rows, mask=rows < seq_q, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    tl.store(LSE2 + row + rows, lse, mask=rows < seq_q)

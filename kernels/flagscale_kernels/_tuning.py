@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flagscale_kernels._triton import arch, triton
+from flagscale_kernels._triton import INTERPRETER, arch, triton
 
 AUTOTUNE_VARIABLE = "FLAGSCALE_KERNELS_AUTOTUNE"
 CACHE_VARIABLE = "FLAGSCALE_KERNELS_CACHE"
@@ -36,6 +36,23 @@ class Config:
 def _cache_path() -> Path:
     folder = os.environ.get(CACHE_VARIABLE)
     return Path(folder) if folder else Path.home() / ".cache" / "flagscale_kernels"
+
+
+def tile_lists(
+    *, sm80: list[Config], sm90: list[Config], wide: Config, other: Config, float32: Config, interpreter: Config
+) -> Callable[[int, int, int], list[Config]]:
+    """Configs for TunedKernel: `wide` serves head dimensions above 128, `other` chips that were not considered."""
+
+    def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
+        if chip == INTERPRETER:
+            return [interpreter]
+        if element_bytes == 4:  # exact products run without the matrix units: for tests
+            return [float32]
+        if block_d > 128:
+            return [wide]
+        return {80: sm80, 90: sm90}.get(chip, [other])
+
+    return configs
 
 
 class TunedKernel:

@@ -2,8 +2,9 @@ r"""Flash attention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.086
 
     o_i = sum_j softmax_j(scale q_i . k_j - slope |p - j|) v_j,    p = i + seq_k - seq_q,    j in the band of p
 
-The maths of the online softmax and of its gradient stands in `_bands.py`. Three kernels: forward; dK and dV, a program a
-tile of keys and a KV head, which sums over the query heads of its group in registers; dQ, a program a tile of queries.
+The maths of the online softmax and of its gradient stands in `_bands.py`. Three kernels: forward; dK and dV, one
+program for a tile of keys of a KV head, which sums over the query heads of its group in registers; dQ, one program
+for a tile of queries.
 Each element of each gradient is written once by one program in a fixed order, so the backward is deterministic; the
 price is that S and dP are computed twice, 7 products where atomics would need 5. Nothing of size [seq_q, seq_k] is
 stored.
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
-from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_lse, load_rows, store_rows
+from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
-from flagscale_kernels._triton import INTERPRETER, cdiv, next_power_of_2, tl, triton
-from flagscale_kernels._tuning import Config, TunedKernel
+from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
+from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
 
 # Where a layout keeps (batch, head, sequence); the head dimension is last. "tnd" is a pack of sequences.
 LAYOUTS = {"bnsd": (0, 1, 2), "sbnd": (1, 2, 0), "bsnd": (0, 2, 1), "tnd": (None, 1, 0)}
@@ -138,17 +139,12 @@ def _flash_dkdv_kernel(
         v = load_rows(V, first, seq_k, v_seq_stride, D, BN, BD, True)
         dk = tl.zeros([BN, BD], tl.float32)
         dv = tl.zeros([BN, BD], tl.float32)
-        for member in range(0, group):
-            head = kv_head * group + member
-            slope = 0.0
-            if HAS_ALIBI:
-                slope = tl.load(SLOPES + entry * slope_batch_stride + head).to(tl.float32) * inverse_scale
-            row = statistics + head * lse_head_stride
-            dk, dv = dkdv_band(
-                dk, dv, k, v, Q + head * q_head_stride, DO + head * do_head_stride, LSE + row, DELTA + row,
-                q_seq_stride, do_seq_stride, first, seq_k - seq_q, seq_q, seq_k, qk_scale, slope, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BM, BN, BD, PRECISION,
-            )  # fmt: skip
+        dk, dv = dkdv_band(
+            dk, dv, k, v, Q, DO, LSE + statistics, DELTA + statistics, SLOPES + entry * slope_batch_stride,
+            q_head_stride, q_seq_stride, do_head_stride, do_seq_stride, lse_head_stride, kv_head * group, group, first,
+            seq_k - seq_q, seq_q, seq_k, qk_scale, inverse_scale, left, right,
+            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BM, BN, BD, PRECISION,
+        )  # fmt: skip
         store_rows(DK, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
         store_rows(DV, first, seq_k, dv_seq_stride, dv, D, BN, BD)
 
@@ -182,7 +178,7 @@ def _flash_dq_kernel(
         offset = seq_k - seq_q
         q = load_rows(Q, first, seq_q, q_seq_stride, D, BM, BD, True)
         do = load_rows(DO, first, seq_q, do_seq_stride, D, BM, BD, True)
-        lse = load_lse(LSE + row, rows, seq_q, True)
+        lse = tl.load(LSE + row + rows, mask=rows < seq_q, other=float("inf"))
         delta = tl.load(DELTA + row + rows, mask=rows < seq_q, other=0.0)
         dq = dq_band(
             tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K, V, k_seq_stride, v_seq_stride, rows + offset,
@@ -195,51 +191,39 @@ def _flash_dq_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-def _forward_configs(arch, block_d, element_bytes):
-    if arch == INTERPRETER:
-        return [Config(bm=64, bn=32)]
-    if element_bytes == 4:
-        return [Config(bm=64, bn=32, warps=4, stages=1)]
-    if arch == 90 and block_d <= 128:
-        return [Config(bm=128, bn=128, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=3)]
-    if arch == 80 and block_d <= 128:
-        return [Config(bm=128, bn=64, warps=8, stages=3), Config(bm=64, bn=64, warps=4, stages=3)]
-    if block_d > 128:
-        return [Config(bm=64, bn=64, warps=8, stages=1)]
-    return [Config(bm=64, bn=64, warps=4, stages=2)]
-
-
-def _dkdv_configs(arch, block_d, element_bytes):
-    if arch == INTERPRETER:
-        return [Config(bm=32, bn=64)]
-    if element_bytes == 4:
-        return [Config(bm=32, bn=32, warps=4, stages=1)]
-    if arch == 90 and block_d <= 128:
-        return [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)]
-    if arch == 80 and block_d <= 128:
-        return [Config(bm=64, bn=64, warps=8, stages=2), Config(bm=32, bn=128, warps=8, stages=2)]
-    if block_d > 128:
-        return [Config(bm=32, bn=64, warps=8, stages=1)]
-    return [Config(bm=32, bn=64, warps=4, stages=2)]
-
-
-def _dq_configs(arch, block_d, element_bytes):
-    if arch == INTERPRETER:
-        return [Config(bm=64, bn=32)]
-    if element_bytes == 4:
-        return [Config(bm=32, bn=32, warps=4, stages=1)]
-    if arch == 90 and block_d <= 128:
-        return [Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)]
-    if arch == 80 and block_d <= 128:
-        return [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)]
-    if block_d > 128:
-        return [Config(bm=64, bn=32, warps=8, stages=1)]
-    return [Config(bm=64, bn=32, warps=4, stages=2)]
-
-
-forward_kernel = TunedKernel(_flash_forward_kernel, _forward_configs)
-dkdv_kernel = TunedKernel(_flash_dkdv_kernel, _dkdv_configs)
-dq_kernel = TunedKernel(_flash_dq_kernel, _dq_configs)
+forward_kernel = TunedKernel(
+    _flash_forward_kernel,
+    tile_lists(
+        sm80=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=32, warps=8, stages=3)],
+        sm90=[Config(bm=128, bn=128, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=3)],
+        wide=Config(bm=64, bn=64, warps=8, stages=1),
+        other=Config(bm=64, bn=64, warps=4, stages=2),
+        float32=Config(bm=32, bn=32, warps=4, stages=1),
+        interpreter=Config(bm=64, bn=32),
+    ),
+)
+dkdv_kernel = TunedKernel(
+    _flash_dkdv_kernel,
+    tile_lists(
+        sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
+        sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
+        wide=Config(bm=32, bn=64, warps=8, stages=1),
+        other=Config(bm=32, bn=64, warps=8, stages=2),
+        float32=Config(bm=32, bn=32, warps=4, stages=1),
+        interpreter=Config(bm=32, bn=64),
+    ),
+)
+dq_kernel = TunedKernel(
+    _flash_dq_kernel,
+    tile_lists(
+        sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=128, bn=32, warps=8, stages=2)],
+        sm90=[Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
+        wide=Config(bm=64, bn=32, warps=8, stages=1),
+        other=Config(bm=64, bn=32, warps=8, stages=2),
+        float32=Config(bm=32, bn=32, warps=4, stages=1),
+        interpreter=Config(bm=64, bn=32),
+    ),
+)
 
 
 def strides(t: Tensor, layout: str) -> tuple[int, int, int]:
@@ -264,15 +248,16 @@ LOG2E = 1.4426950408889634
 
 
 def launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout):
-    delta = torch.empty_like(lse)
+    """(LSE in base 2, delta), each laid out as the LSE: what the backward reads a row."""
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     d = o.shape[-1]
     delta_kernel[(cdiv(max_q, DELTA_ROWS), lse.shape[-2], entries)](
-        o, do, lse if dlse is None else dlse, delta, lse if cu_q is None else cu_q, max_q,
+        o, do, lse, lse if dlse is None else dlse, lse2, delta, lse if cu_q is None else cu_q, max_q,
         *strides(o, layout), *strides(do, layout), lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2),
         HAS_DLSE=dlse is not None, PACKED=cu_q is not None, D=d, BM=DELTA_ROWS, BD=max(16, next_power_of_2(d)),
         num_warps=4,
     )  # fmt: skip
-    return delta
+    return lse2, delta
 
 
 def _common(q, k, slopes, cu_q, left, right, layout):
@@ -319,10 +304,10 @@ def _backward_triton(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k
             t.zero_()
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout)
+    lse2, delta = launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout)
     statistics = (lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2), slope_stride)
     tail = (
-        lse, delta, lse if slopes is None else slopes, lse if cu_q is None else cu_q, lse if cu_k is None else cu_k,
+        lse2, delta, lse if slopes is None else slopes, lse if cu_q is None else cu_q, lse if cu_k is None else cu_k,
         scale, scale * LOG2E, 1.0 / scale, max_q, max_k, left, right, heads // kv_heads,
         *(stride for t in (q, k, v, do) for stride in strides(t, layout)),
     )  # fmt: skip

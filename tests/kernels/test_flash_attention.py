@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
@@ -130,7 +132,7 @@ def test_packed_sequences_equal_each_alone(backend, with_lengths, options):
     assert lse[:, 74:].eq(-torch.inf).all()
     assert got[0][74:].eq(0).all()
     assert got[1][78:].eq(0).all()
-    for (q0, q1), (k0, k1) in zip(zip(q_ends, q_ends[1:]), zip(k_ends, k_ends[1:])):
+    for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends)):
         if q0 == q1:
             continue
         part = [t[a:b].transpose(0, 1)[None] for t, a, b in ((q, q0, q1), (k, k0, k1), (v, k0, k1))]
@@ -201,7 +203,7 @@ def test_cpu_path_passes_gradcheck():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.ones(1, 3, 5, 16), "v": torch.ones(1, 3, 5, 16)}, r"q's heads \(4\) must be divisible by k's \(3\)"),
+        ({"k": torch.ones(1, 3, 5, 16), "v": torch.ones(1, 3, 5, 16)}, r"q's heads \(4\) must be divisible .* \(3\)"),
         ({"k": torch.ones(1, 2, 5, 8)}, r"k.shape\[-1\] \(8\) must equal q.shape\[-1\] \(16\)"),
         ({"v": torch.ones(1, 2, 6, 16)}, "v.shape"),
         ({"v": torch.ones(1, 2, 5, 16).half()}, "v.dtype"),
@@ -215,7 +217,7 @@ def test_cpu_path_passes_gradcheck():
         ({"window": 3, "causal": False}, r"window \(3\)"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes.shape \(\(3,\)\) must be \(4,\)"),
         ({"cu_seqlens_q": torch.tensor([0, 5])}, "cu_seqlens"),
-        ({"layout": "tnd", "q": torch.ones(5, 4, 16), "k": torch.ones(5, 2, 16), "v": torch.ones(5, 2, 16)}, "cu_seqlens"),
+        (dict.fromkeys("qkv", torch.ones(5, 4, 16)) | {"layout": "tnd"}, "cu_seqlens"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(change, message):
