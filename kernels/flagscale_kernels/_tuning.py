@@ -1,8 +1,9 @@
 """Tile shapes: a short list for each chip, the first of which is the default, and the choice among them.
 
-On an A100 or H100 the list is measured once for each kernel, head dimension and dtype; the winner is kept for the
-process, and on disk for the next one, so that a restart computes with the same tiles. FLAGSCALE_KERNELS_AUTOTUNE=0
-takes the default without measuring: then the bits do not depend on a measurement. Other chips have one safe entry.
+On an A100 or H100 the list is measured once for each kernel, head dimension, dtype, mask and length class; the winner
+is kept for the process, and on disk for the next one, so that a restart computes with the same tiles.
+FLAGSCALE_KERNELS_AUTOTUNE=0 takes the default without measuring: then the bits do not depend on a measurement. Other
+chips have one safe entry.
 """
 
 import contextlib
@@ -109,6 +110,11 @@ class TunedKernel:
         with contextlib.suppress(OSError):  # a read-only home only costs the next process a measurement
             _store(path, entry, best)
         return best
+
+
+def length_class(length: int) -> int:
+    """Sequence lengths that share a measurement: a short first batch must not decide for long ones."""
+    return next(limit for limit in (1024, 4096, 1 << 62) if length <= limit)
 
 
 def _milliseconds(call: Callable[[], None]) -> float:

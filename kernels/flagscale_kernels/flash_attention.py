@@ -17,7 +17,7 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
-from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
+from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
 # Where a layout keeps (batch, head, sequence); the head dimension is last. "tnd" is a pack of sequences.
 LAYOUTS = {"bnsd": (0, 1, 2), "sbnd": (1, 2, 0), "bsnd": (0, 2, 1), "tnd": (None, 1, 0)}
@@ -269,7 +269,9 @@ def _common(q, k, slopes, cu_q, left, right, layout):
         "PACKED": cu_q is not None,
         **tile_options(q),
     }
-    options = {"block_d": constants["BD"], "element_bytes": q.element_size()}
+    seq = LAYOUTS[layout][2]
+    key = (*(constants[name] for name in ("HAS_LEFT", "HAS_RIGHT", "HAS_ALIBI", "PACKED")), length_class(k.shape[seq]))
+    options = {"block_d": constants["BD"], "element_bytes": q.element_size(), "key": key}
     slope_stride = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
     head = LAYOUTS[layout][1]
     return constants, options, slope_stride, q.shape[head], k.shape[head]

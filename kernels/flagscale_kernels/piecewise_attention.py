@@ -23,7 +23,7 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_same, choose_backend, require
 from flagscale_kernels._triton import cdiv, tl, triton
-from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
+from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 from flagscale_kernels.flash_attention import (
     LAYOUTS,
     LOG2E,
@@ -235,9 +235,10 @@ def _sizes(q, k, layout):
     return q.shape[batch], q.shape[head], k.shape[head], q.shape[seq], k.shape[seq]
 
 
-def _constants(q, causal):
+def _constants(q, causal, seq_k):
     constants = {"CAUSAL": causal, **tile_options(q)}
-    return constants, {"block_d": constants["BD"], "element_bytes": q.element_size()}
+    key = (causal, length_class(seq_k))
+    return constants, {"block_d": constants["BD"], "element_bytes": q.element_size(), "key": key}
 
 
 def _clip(threshold, seq_q, seq_k):
@@ -247,7 +248,7 @@ def _clip(threshold, seq_q, seq_k):
 
 def _forward_triton(q1, k1, q2, k2, v, threshold, causal, scale, layout):
     b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    constants, options = _constants(q1, causal)
+    constants, options = _constants(q1, causal, seq_k)
     o = torch.empty(q1.shape, dtype=q1.dtype, device=q1.device)
     lse = torch.empty((b, heads, seq_q), dtype=torch.float32, device=q1.device)
     if o.numel():
@@ -261,7 +262,7 @@ def _forward_triton(q1, k1, q2, k2, v, threshold, causal, scale, layout):
 
 def _backward_triton(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout):
     b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    constants, options = _constants(q1, causal)
+    constants, options = _constants(q1, causal, seq_k)
     dq1, dk1, dq2, dk2, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q1, k1, q2, k2, v))
     if q1.numel() == 0 or k1.numel() == 0:
         return tuple(t.zero_() for t in (dq1, dk1, dq2, dk2, dv))
