@@ -124,6 +124,7 @@ def collect(quick=False, only=None, archs=(80, 90)):
             seen = set()
             for kernel, options in compiled:
                 row = {"case": label, **offline.resources(kernel), "bm": options.get("BM"), "bn": options.get("BN")}
+                row["edge"] = options.get("EDGE", "-")
                 # Configs come in the order of their list, so a kernel's first launch of a case is the default.
                 row["chosen"] = row["kernel"] not in seen or row["bn"] is None
                 seen.add(row["kernel"])

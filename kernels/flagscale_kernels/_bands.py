@@ -9,8 +9,8 @@ with P = exp(s - lse), dP = dO V^T and delta_i = sum_d o_id do_id - dlse_i:
     dS = P (dP - delta)      dV = P^T dO      dQ = scale dS K      dK = scale dS^T Q
 
 exp is exp2 with scale log2(e) folded into one multiplication (`qk_scale`); ALiBi slopes arrive divided by the scale.
-Tiles that lie wholly inside the band skip the masks; the loops over the few others are not pipelined (num_stages=1),
-which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at long
+Tiles that lie wholly inside the band skip the masks; the loops over the few others have a pipeline depth of their own
+(EDGE), which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at long
 sequences passes 2^31 elements.
 """
 
@@ -107,12 +107,12 @@ def _attend_tile(
 def attend_band(
     acc, l, m, q, K, V, k_stride, v_stride, pos, first_pos, last_pos, seq_k, qk_scale, slope, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Carry (acc, l, m) of a tile of queries over the keys of its band."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
-        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=1):
+        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
             acc, l, m = _attend_tile(
                 acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
                 HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -122,7 +122,7 @@ def attend_band(
             acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
         )  # fmt: skip
-    for n in tl.range(full_hi, hi, BN, num_stages=1):
+    for n in tl.range(full_hi, hi, BN, num_stages=EDGE):
         acc, l, m = _attend_tile(
             acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -156,12 +156,12 @@ def _dq_tile(
 def dq_band(
     dq, q, do, lse, delta, K, V, k_stride, v_stride, pos, first_pos, last_pos, seq_k, qk_scale, slope, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add dS K over the band; the caller multiplies by the softmax scale. lse is in base 2, +inf for an empty row."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
-        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=1):
+        for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
             dq = _dq_tile(
                 dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
                 HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -171,7 +171,7 @@ def dq_band(
             dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
         )  # fmt: skip
-    for n in tl.range(full_hi, hi, BN, num_stages=1):
+    for n in tl.range(full_hi, hi, BN, num_stages=EDGE):
         dq = _dq_tile(
             dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
@@ -215,11 +215,11 @@ def _dkdv_tiles(
     dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
     lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Row tiles [lo, hi) of every query head of the group, as one loop: two nested ones would not fit in registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
-    for i in tl.range(0, tiles * group, num_stages=1 if MASKED else None):
+    for i in tl.range(0, tiles * group, num_stages=EDGE if MASKED else None):
         head = tl.cast(first_head + i // tiles, tl.int64)
         m = lo + (i % tiles) * BM
         slope = 0.0
@@ -238,7 +238,7 @@ def dkdv_band(
     dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
     first_head, group, first_key, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q and P^T dO of a group of query heads; the caller multiplies dK by the softmax scale.
 
@@ -261,18 +261,18 @@ def dkdv_band(
         dk, dv = _dkdv_tiles(
             dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
             lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
+            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION, EDGE,
         )  # fmt: skip
     dk, dv = _dkdv_tiles(
         dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
         lse_head_stride, full_lo, full_hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BM, BD, PRECISION,
+        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BM, BD, PRECISION, EDGE,
     )  # fmt: skip
     if HAS_LEFT:
         dk, dv = _dkdv_tiles(
             dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
             lse_head_stride, full_hi, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION,
+            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION, EDGE,
         )  # fmt: skip
     return dk, dv
 

@@ -23,15 +23,21 @@ CACHE_VARIABLE = "FLAGSCALE_KERNELS_CACHE"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A tile: BM query rows, BN key rows, and how Triton compiles it."""
+    """A tile: BM query rows, BN key rows, and how Triton compiles it.
+
+    `stages` is the depth of the pipeline of the main loop, `edge` that of the loops over the few tiles at the edges of
+    a band: 1 saves registers there on some chips and costs some on others.
+    """
 
     bm: int
     bn: int
     warps: int = 4
     stages: int = 2
+    edge: int = 1
 
     def launch_options(self) -> dict[str, int]:
-        return {"BM": self.bm, "BN": self.bn, "num_warps": self.warps, "num_stages": self.stages}
+        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge}
+        return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def _cache_path() -> Path:
@@ -40,9 +46,16 @@ def _cache_path() -> Path:
 
 
 def tile_lists(
-    *, sm80: list[Config], sm90: list[Config], wide: Config, other: Config, float32: Config, interpreter: Config
+    *,
+    sm80: list[Config],
+    sm90: list[Config],
+    wide: Config,
+    wide90: Config,
+    other: Config,
+    float32: Config,
+    interpreter: Config,
 ) -> Callable[[int, int, int], list[Config]]:
-    """Configs for TunedKernel: `wide` serves head dimensions above 128, `other` chips that were not considered."""
+    """Configs for TunedKernel: `wide` and `wide90` serve head dimensions above 128, `other` chips not considered."""
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
         if chip == INTERPRETER:
@@ -50,7 +63,7 @@ def tile_lists(
         if element_bytes == 4:  # exact products run without the matrix units: for tests
             return [float32]
         if block_d > 128:
-            return [wide]
+            return [wide90 if chip == 90 else wide]
         return {80: sm80, 90: sm90}.get(chip, [other])
 
     return configs

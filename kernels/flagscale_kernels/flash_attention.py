@@ -77,7 +77,7 @@ def _flash_forward_kernel(
     v_batch_stride, v_head_stride, v_seq_stride, o_batch_stride, o_head_stride, o_seq_stride,
     lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     # Last tiles first: under a causal mask they are the long ones.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -103,7 +103,7 @@ def _flash_forward_kernel(
         acc, l, m = attend_band(
             acc, l, m, q, K, V, k_seq_stride, v_seq_stride, rows + offset, first + offset,
             tl.minimum(first + BM, seq_q) - 1 + offset, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BN, BD, PRECISION,
+            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BN, BD, PRECISION, EDGE,
         )  # fmt: skip
         safe_l = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0, and -inf below
         store_rows(O, first, seq_q, o_seq_stride, acc / safe_l[:, None], D, BM, BD)
@@ -120,7 +120,7 @@ def _flash_dkdv_kernel(
     dk_batch_stride, dk_head_stride, dk_seq_stride, dv_batch_stride, dv_head_stride, dv_seq_stride,
     lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BN
     kv_head = tl.program_id(1).to(tl.int64)
@@ -143,7 +143,7 @@ def _flash_dkdv_kernel(
             dk, dv, k, v, Q, DO, LSE + statistics, DELTA + statistics, SLOPES + entry * slope_batch_stride,
             q_head_stride, q_seq_stride, do_head_stride, do_seq_stride, lse_head_stride, kv_head * group, group, first,
             seq_k - seq_q, seq_q, seq_k, qk_scale, inverse_scale, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BM, BN, BD, PRECISION,
+            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BM, BN, BD, PRECISION, EDGE,
         )  # fmt: skip
         store_rows(DK, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
         store_rows(DV, first, seq_k, dv_seq_stride, dv, D, BN, BD)
@@ -157,7 +157,7 @@ def _flash_dq_kernel(
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dq_batch_stride, dq_head_stride, dq_seq_stride, lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1).to(tl.int64)
@@ -183,7 +183,7 @@ def _flash_dq_kernel(
         dq = dq_band(
             tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K, V, k_seq_stride, v_seq_stride, rows + offset,
             first + offset, tl.minimum(first + BM, seq_q) - 1 + offset, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BN, BD, PRECISION,
+            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BN, BD, PRECISION, EDGE,
         )  # fmt: skip
         store_rows(DQ, first, seq_q, dq_seq_stride, dq * softmax_scale, D, BM, BD)
 
@@ -194,9 +194,10 @@ def _flash_dq_kernel(
 forward_kernel = TunedKernel(
     _flash_forward_kernel,
     tile_lists(
-        sm80=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=32, warps=8, stages=3)],
-        sm90=[Config(bm=128, bn=128, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=3)],
+        sm80=[Config(bm=128, bn=64, warps=8, stages=3, edge=3), Config(bm=128, bn=32, warps=8, stages=3)],
+        sm90=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=128, warps=8, stages=2)],
         wide=Config(bm=64, bn=64, warps=8, stages=1),
+        wide90=Config(bm=128, bn=32, warps=8, stages=2),
         other=Config(bm=64, bn=64, warps=4, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
@@ -205,9 +206,10 @@ forward_kernel = TunedKernel(
 dkdv_kernel = TunedKernel(
     _flash_dkdv_kernel,
     tile_lists(
-        sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
+        sm80=[Config(bm=64, bn=64, warps=8, stages=2, edge=2), Config(bm=32, bn=64, warps=8, stages=2, edge=2)],
         sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
         wide=Config(bm=32, bn=64, warps=8, stages=1),
+        wide90=Config(bm=32, bn=64, warps=8, stages=1),
         other=Config(bm=32, bn=64, warps=8, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=32, bn=64),
@@ -219,6 +221,7 @@ dq_kernel = TunedKernel(
         sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=128, bn=32, warps=8, stages=2)],
         sm90=[Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
         wide=Config(bm=64, bn=32, warps=8, stages=1),
+        wide90=Config(bm=128, bn=32, warps=8, stages=1),
         other=Config(bm=64, bn=32, warps=8, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),

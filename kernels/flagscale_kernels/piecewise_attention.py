@@ -75,7 +75,7 @@ def _piecewise_forward_kernel(
     q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, o_batch_stride, o_head_stride, o_seq_stride,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1).to(tl.int64)
@@ -96,12 +96,12 @@ def _piecewise_forward_kernel(
     q = load_rows(Q2, first, seq_q, q2_seq_stride, D, BM, BD, True)
     acc, l, m = attend_band(
         acc, l, m, q, K2, V, k2_seq_stride, v_seq_stride, rows + offset, first_pos, last_pos, seq_k, qk_scale, 0.0,
-        0, -threshold, False, True, False, D, BN, BD, PRECISION,
+        0, -threshold, False, True, False, D, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     q = load_rows(Q1, first, seq_q, q1_seq_stride, D, BM, BD, True)
     acc, l, m = attend_band(
         acc, l, m, q, K1, V, k1_seq_stride, v_seq_stride, rows + offset, first_pos, last_pos, seq_k, qk_scale, 0.0,
-        threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION,
+        threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     safe_l = tl.where(l == 0.0, 1.0, l)
     store_rows(O + batch * o_batch_stride + head * o_head_stride, first, seq_q, o_seq_stride, acc / safe_l[:, None],
@@ -118,7 +118,7 @@ def _piecewise_dkdv_kernel(
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dk_batch_stride, dk_head_stride, dk_seq_stride,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BN
     kv_head = tl.program_id(1).to(tl.int64)
@@ -136,7 +136,7 @@ def _piecewise_dkdv_kernel(
     dk, dv = dkdv_band(
         dk, dv, k, v, Q1, DO, LSE + row, DELTA + row, LSE, q1_head_stride, q1_seq_stride, do_head_stride, do_seq_stride,
         seq_q, kv_head * group, group, first, offset, seq_q, seq_k, qk_scale, 1.0, threshold - 1, 0,
-        True, CAUSAL, False, D, BM, BN, BD, PRECISION,
+        True, CAUSAL, False, D, BM, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     store_rows(DK1 + output, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
     dk = tl.zeros([BN, BD], tl.float32)
@@ -144,7 +144,7 @@ def _piecewise_dkdv_kernel(
     dk, dv = dkdv_band(
         dk, dv, k, v, Q2, DO, LSE + row, DELTA + row, LSE, q2_head_stride, q2_seq_stride, do_head_stride, do_seq_stride,
         seq_q, kv_head * group, group, first, offset, seq_q, seq_k, qk_scale, 1.0, 0, -threshold,
-        False, True, False, D, BM, BN, BD, PRECISION,
+        False, True, False, D, BM, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     store_rows(DK2 + output, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
     store_rows(DV + output, first, seq_k, dk_seq_stride, dv, D, BN, BD)
@@ -158,7 +158,7 @@ def _piecewise_dq_kernel(
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dq_batch_stride, dq_head_stride, dq_seq_stride,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1).to(tl.int64)
@@ -181,13 +181,13 @@ def _piecewise_dq_kernel(
     q = load_rows(Q2, first, seq_q, q2_seq_stride, D, BM, BD, True)
     dq = dq_band(
         tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K2, V, k2_seq_stride, v_seq_stride, rows + offset, first_pos,
-        last_pos, seq_k, qk_scale, 0.0, 0, -threshold, False, True, False, D, BN, BD, PRECISION,
+        last_pos, seq_k, qk_scale, 0.0, 0, -threshold, False, True, False, D, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     store_rows(DQ2 + output, first, seq_q, dq_seq_stride, dq * softmax_scale, D, BM, BD)
     q = load_rows(Q1, first, seq_q, q1_seq_stride, D, BM, BD, True)
     dq = dq_band(
         tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K1, V, k1_seq_stride, v_seq_stride, rows + offset, first_pos,
-        last_pos, seq_k, qk_scale, 0.0, threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION,
+        last_pos, seq_k, qk_scale, 0.0, threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION, EDGE,
     )  # fmt: skip
     store_rows(DQ1 + output, first, seq_q, dq_seq_stride, dq * softmax_scale, D, BM, BD)
 
@@ -201,6 +201,7 @@ forward_kernel = TunedKernel(
         sm80=[Config(bm=128, bn=32, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
         sm90=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=64, warps=8, stages=2)],
         wide=Config(bm=64, bn=64, warps=8, stages=1),
+        wide90=Config(bm=128, bn=32, warps=8, stages=2),
         other=Config(bm=64, bn=64, warps=4, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
@@ -212,6 +213,7 @@ dkdv_kernel = TunedKernel(
         sm80=[Config(bm=32, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
         sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
         wide=Config(bm=32, bn=64, warps=8, stages=1),
+        wide90=Config(bm=32, bn=64, warps=8, stages=1),
         other=Config(bm=32, bn=64, warps=8, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=32, bn=64),
@@ -220,9 +222,10 @@ dkdv_kernel = TunedKernel(
 dq_kernel = TunedKernel(
     _piecewise_dq_kernel,
     tile_lists(
-        sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=128, bn=32, warps=8, stages=2)],
+        sm80=[Config(bm=128, bn=32, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
         sm90=[Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
         wide=Config(bm=64, bn=32, warps=8, stages=1),
+        wide90=Config(bm=128, bn=32, warps=8, stages=1),
         other=Config(bm=64, bn=32, warps=8, stages=2),
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),

@@ -36,7 +36,8 @@ def is_attention(row):
 def check(rows):
     for row in rows:
         assert row["fits"], f"{named(row)}: {row['shared']} bytes of shared memory"
-        if row["chosen"] and "fp32" not in row["case"]:
+        # fp32 is for tests, and head dimensions above 128 do not fit: docs/kernels.md says by how much.
+        if row["chosen"] and "fp32" not in row["case"] and "D256" not in row["case"]:
             assert row["stack"] == 0, f"{named(row)} is chosen and spills {row['stack']} bytes"
         if is_attention(row) and "fp32" not in row["case"]:
             wanted, other = ("HGMMA", "HMMA") if row["arch"] == 90 else ("HMMA", "HGMMA")

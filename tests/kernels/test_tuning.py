@@ -11,6 +11,7 @@ LISTS = tile_lists(
     sm80=[FIRST, SECOND],
     sm90=[SECOND, FIRST],
     wide=Config(bm=32, bn=32),
+    wide90=Config(bm=32, bn=64),
     other=Config(bm=64, bn=32),
     float32=Config(bm=16, bn=16),
     interpreter=Config(bm=64, bn=16),
@@ -101,7 +102,8 @@ def test_without_autotuning_and_while_capturing_a_graph_the_first_config_runs(tu
 def test_each_chip_has_its_list():
     assert LISTS(80, 128, 2) == [FIRST, SECOND]
     assert LISTS(90, 64, 2) == [SECOND, FIRST]
-    assert LISTS(90, 256, 2) == [Config(bm=32, bn=32)]
+    assert LISTS(80, 256, 2) == [Config(bm=32, bn=32)]
+    assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]
     assert LISTS(90, 64, 4) == [Config(bm=16, bn=16)]
     assert LISTS(120, 64, 2) == LISTS(-1, 64, 2) == [Config(bm=64, bn=32)]
 
