@@ -10,8 +10,8 @@ with P = exp(s - lse), dP = dO V^T and delta_i = sum_d o_id do_id - dlse_i:
 
 exp is exp2 with scale log2(e) folded into one multiplication (`qk_scale`); ALiBi slopes arrive divided by the scale.
 Tiles that lie wholly inside the band skip the masks; the loops over the few others have a pipeline depth of their own
-(EDGE), which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at long
-sequences passes 2^31 elements.
+(EDGE), which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at
+long sequences passes 2^31 elements.
 """
 
 from flagscale_kernels._triton import tl, triton
