@@ -14,10 +14,11 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,9 @@ from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
 from flagscale_like.families.weight_map import Rule
-from flagscale_like.runtime.parallel import ParallelContext
+
+if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
+    from flagscale_like.runtime.parallel import ParallelContext
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -89,7 +92,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         fsync_folder(temporary)
         os.replace(temporary, out)
         fsync_folder(out.absolute().parent)
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:
         raise ConversionError(f"{out}: could not be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -99,7 +102,9 @@ def _in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[A
     """[job(0), ..., job(count - 1)], by up to `workers` processes."""
     if workers <= 1 or count <= 1:
         return [job(index) for index in range(count)]
-    with ProcessPoolExecutor(min(workers, count), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(workers, count), mp_context=context) as pool:
         return list(pool.map(job, range(count)))
 
 
@@ -172,7 +177,7 @@ def _folder_token_ids(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which tensors go to which file of a Hugging Face folder; from names and shapes alone.
+    """Which tensors go to which file of a Hugging Face folder; from names and shapes alone. Picklable.
 
     Attributes:
         arch: as the target family sees it: without a NormHead where that family has none.
@@ -182,11 +187,16 @@ class ExportPlan:
 
     source: Path
     arch: ModelArch
-    family: Family
+    family_name: str
     dtype: torch.dtype | None
     normalize_head: bool
     groups: list[list[Rule]]
     specs: list[list[TensorSpec]]
+
+    @property
+    def family(self) -> Family:
+        """The family it is written as."""
+        return find_family(self.family_name)
 
     @property
     def files(self) -> list[str]:
@@ -267,7 +277,7 @@ def plan_export(
         ]
         for group in groups
     ]
-    return ExportPlan(reader.folder, arch, target, DTYPES.get(dtype), fold, groups, specs)
+    return ExportPlan(reader.folder, arch, target.name, DTYPES.get(dtype), fold, groups, specs)
 
 
 def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, token_ids: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class HfFolder:
             except (OSError, ValueError) as error:
                 raise ConversionError(f"{self.folder / name}: {error}") from None
         if weight_map is None:
-            return {tensor: file for file in files.values() for tensor in file.keys()}
+            return {tensor: file for file in files.values() for tensor in file.specs}
         for tensor, name in weight_map.items():
             if tensor not in files[name].specs:
                 raise ConversionError(f"{self.folder}: {INDEX} says {name} holds {tensor}; it does not")
