@@ -289,7 +289,7 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, tok
     if len(plan.groups) > 1:
         weight_map = {spec.name: file for file, specs in zip(plan.files, plan.specs, strict=True) for spec in specs}
         total = sum(spec.nbytes for specs in plan.specs for spec in specs)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_index(folder, weight_map, total)
     ids = token_ids | tokenizer_ids(tokenizer)
     dtypes = {spec.dtype for specs in plan.specs for spec in specs}
     word = DTYPE_WORDS[dtypes.pop() if len(dtypes) == 1 else torch.float32]
@@ -379,6 +379,11 @@ def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
         raise ConversionError(f"tokenizer {tokenizer}: transformers cannot load it: {error}") from None
     ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """model.safetensors.index.json: which file holds which tensor."""
+    _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, value: object) -> None:

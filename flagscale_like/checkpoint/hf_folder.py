@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
-from flagscale_like.checkpoint.tensor_file import TensorFile
+from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
 from flagscale_like.families.weight_map import Rule
@@ -108,6 +108,17 @@ class HfFolder:
     def hf_tensor(self, name: str) -> Tensor:
         """A tensor under its Hugging Face name, mapped from its file."""
         return self._files[name].get_tensor(name)
+
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor that carries weights, under its Hugging Face name."""
+        return [f.specs[name] for name, f in self._files.items() if not self.family.ignored.search(name)]
+
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """specs(), by file."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in self.specs():
+            found.setdefault(self._files[spec.name].path.name, []).append(spec)
+        return found
 
     def dtype(self, rule: Rule) -> torch.dtype:
         """The dtype that holds all tensors of a rule."""
