@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.hf import compare_logits, export
+from flagscale_like.checkpoint.hf import export, plan_export
+from flagscale_like.checkpoint.hf_check import compare_logits
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConversionError
 from flagscale_like.runtime.parallel import parallel_context
@@ -77,13 +78,14 @@ def test_the_native_model_completes_text_as_the_exported_one(demo):
 
 def compare(checkpoint, folder, dtype: str) -> float:
     with parallel_context(Parallel()) as ctx:
-        return compare_logits(CheckpointReader(checkpoint), folder, ctx, dtype=dtype)
+        reader = CheckpointReader(checkpoint)
+        return compare_logits(reader, plan_export(reader, dtype=dtype), folder, ctx)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_an_export_in_several_shards_computes_the_same_logits(demo, tmp_path, dtype):
+def test_an_export_in_several_files_computes_the_same_logits(demo, tmp_path, dtype):
     checkpoint = demo[0] / "checkpoints" / f"step_{STEPS:08d}"
-    export(CheckpointReader(checkpoint), tmp_path / "hf", dtype=dtype, max_shard_bytes=2_000_000)
+    export(CheckpointReader(checkpoint), tmp_path / "hf", dtype=dtype, max_file_bytes=2_000_000)
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     (difference,) = run_ranks(1, compare, checkpoint, tmp_path / "hf", dtype)
     assert difference < 1e-5
