@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import pydoc_data.topics
 import re
@@ -170,8 +171,13 @@ def main() -> None:
 
     print(f"\n{'on held-out text':<40}{'loss':>10}{'perplexity':>12}")
     for name, loss in losses.items():
-        print(f"{name:<40}{loss:>10.4f}{2.718281828459045**loss:>12.3f}")
-    result = {"losses": losses, "generated": generated, "seconds": round(time.perf_counter() - began, 1)}
+        print(f"{name:<40}{loss:>10.4f}{math.exp(loss):>12.3f}")
+    result = {
+        "gguf": str(gguf),
+        "losses": losses,
+        "generated": generated,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     (work / "result.json").write_text(json.dumps(result, indent=1))
     print(f"\n{result['seconds']:.0f} s; everything is in {work}")
 

@@ -10,7 +10,8 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -119,6 +120,16 @@ class TensorFile:
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
         self._file.close()
+
+
+def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors, the next one read by a thread while the caller writes the one it has."""
+    source, end = iter(tensors), object()
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, source, end)
+        while (tensor := pending.result()) is not end:
+            pending = reader.submit(next, source, end)
+            yield tensor
 
 
 def write_tensors(

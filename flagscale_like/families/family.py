@@ -270,12 +270,12 @@ class Family:
         more, less = features(arch) - self.supports, self.needs - features(arch)
         if less:
             raise ConversionError(
-                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; "
-                f"it is of the family {arch.family}"
+                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; choose "
+                f"another family with --as or model.family"
             )
         if more:
             raise ConversionError(
                 f"a model with {', '.join(sorted(more))} cannot be written as {self.name}, whose maths has no such part; "
-                f"it is of the family {arch.family}"
+                f"choose another family with --as or model.family"
             )
         return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}

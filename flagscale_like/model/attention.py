@@ -28,7 +28,7 @@ def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None)
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # Llama 3.1: long wavelengths are divided by factor, short ones kept, those between blended linearly.
+    # Long wavelengths are divided by factor, short ones kept, those between blended linearly.
     wavelength = 2 * math.pi / frequencies
     smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor

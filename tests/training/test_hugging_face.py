@@ -83,6 +83,13 @@ def test_a_folder_of_another_model_is_refused_with_both_values(tmp_path):
         run_ranks(1, train_run, other)
 
 
+def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path):
+    config = tiny_config(tmp_path / "run", model__position={"kind": "alibi"}, checkpoint__export_hf=True)
+    with pytest.raises(AssertionError, match="a model with alibi cannot be written as llama"):
+        run_ranks(1, train_run, config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_the_command_line_reads_the_model_from_the_folder_it_starts_from(tmp_path):
     folder = tiny.make("smollm2", tmp_path)
     config = tiny_config(tmp_path / "run", train__steps=1, optimizer__warmup_steps=0, checkpoint__export_hf=True)
