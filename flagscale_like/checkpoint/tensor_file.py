@@ -86,7 +86,10 @@ class TensorFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"its safetensors header is damaged ({type(error).__name__}: {error})") from None
         for spec, end in zip(self.specs.values(), ends, strict=True):
-            if min(spec.shape, default=0) < 0 or end - self._begins[spec.name] != spec.nbytes:
+            if (
+                any(not isinstance(size, int) or size < 0 for size in spec.shape)
+                or end - self._begins[spec.name] != spec.nbytes
+            ):
                 raise ValueError(
                     f"its safetensors header is damaged: {spec.name} of shape {list(spec.shape)} has "
                     f"{end - self._begins[spec.name]} bytes"
