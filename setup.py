@@ -39,7 +39,14 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.9"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "gguf>=0.17",
+            "compressed-tensors>=0.15",
+        ],
         "gpu": ["nvidia-ml-py>=12"],
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},

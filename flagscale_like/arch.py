@@ -70,7 +70,7 @@ class ModelArch(Frozen):
         vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.
         qkv_bias: the q, k and v projections have a bias.
         qk_norm: RMSNorm over each head's channels of q and k, before the rotation (Dehghani et al. 2023).
-        norm_head: the output matrix is used with its rows scaled to length 1 (Baichuan 2, section 2.4).
+        norm_head: the output matrix is used with its rows scaled to length 1 (Yang et al. 2023, section 2.4).
         sliding_window: keys that a query sees, itself counted; all before it where left out (Jiang et al. 2023).
         init_std: standard deviation of every weight matrix at step 0.
         output_init_std: the same for the two matrices that write to the residual stream; init_std / sqrt(2 * num_layers)

@@ -35,7 +35,7 @@ from flagscale_like.checkpoint.format import (
 )
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
-from flagscale_like.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensors
+from flagscale_like.checkpoint.tensor_file import FileRecord, TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
@@ -125,7 +125,7 @@ class _ImportFile:
         specs = [TensorSpec(f"{i}.param", folder.dtype(rule), rule.shape) for i, rule in enumerate(rules)]
         tensors = (folder.full(rule.core) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
-        return write_tensors(path, specs, tensors, fragment_metadata(fragments))
+        return write_tensors(path, specs, ahead(tensors), fragment_metadata(fragments))
 
 
 def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
@@ -214,7 +214,8 @@ class ExportFile:
     def __call__(self, index: int) -> None:
         reader = CheckpointReader(self.plan.source)
         specs = self.plan.specs[index]
-        write_tensors(self.target / self.plan.files[index], specs, self._tensors(reader, index), {"format": "pt"})
+        tensors = ahead(self._tensors(reader, index))
+        write_tensors(self.target / self.plan.files[index], specs, tensors, {"format": "pt"})
 
     def _tensors(self, reader: CheckpointReader, index: int) -> Iterator[Tensor]:
         plan = self.plan

@@ -10,7 +10,8 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -85,7 +86,10 @@ class TensorFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"its safetensors header is damaged ({type(error).__name__}: {error})") from None
         for spec, end in zip(self.specs.values(), ends, strict=True):
-            if min(spec.shape, default=0) < 0 or end - self._begins[spec.name] != spec.nbytes:
+            if (
+                any(not isinstance(size, int) or size < 0 for size in spec.shape)
+                or end - self._begins[spec.name] != spec.nbytes
+            ):
                 raise ValueError(
                     f"its safetensors header is damaged: {spec.name} of shape {list(spec.shape)} has "
                     f"{end - self._begins[spec.name]} bytes"
@@ -119,6 +123,16 @@ class TensorFile:
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
         self._file.close()
+
+
+def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors, the next one read by a thread while the caller writes the one it has."""
+    source, end = iter(tensors), object()
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, source, end)
+        while (tensor := pending.result()) is not end:
+            pending = reader.submit(next, source, end)
+            yield tensor
 
 
 def write_tensors(

@@ -57,7 +57,7 @@ class OutputLayer(ColumnParallelLinear):
     weights stay zero.
 
     Args:
-        normalize: scale the rows of the matrix to length 1 first (NormHead, Baichuan 2, section 2.4). A row lies on one
+        normalize: scale the rows of the matrix to length 1 first (NormHead: Yang et al. 2023, section 2.4). A row lies on one
             rank, so this needs no communication.
         tied_here: the weight is the embedding's, on this rank; it comes with each call.
     """

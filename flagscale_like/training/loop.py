@@ -31,6 +31,7 @@ from flagscale_like.checkpoint.store import (
 from flagscale_like.config import Checkpoint, RunConfig
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches
 from flagscale_like.errors import CheckpointError, DataError, DivergedError
+from flagscale_like.families import find_family
 from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.metrics import Reporter
@@ -85,6 +86,8 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         The run, and what to tell the user about where it starts.
     """
     agree(ctx, lambda: check_sources(config))
+    if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
+        find_family(config.model.family).hf_config(config.model)
     models = build_chunks(config, ctx)
     initialize_weights(models, config, ctx)
     chunks = wrap_chunks(models, config, ctx)
