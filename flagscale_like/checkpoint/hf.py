@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import CheckpointReader, fsync_folder
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.manifest import fsync_folder
 from flagscale_like.checkpoint.store import load_model
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
