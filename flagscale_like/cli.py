@@ -316,8 +316,8 @@ def ckpt_show(
     summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.keys()), "file_bytes": files}
     typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
     if tensors:
-        for key in reader.keys():
-            typer.echo(f"{key} {list(reader.global_shape(key))} {reader.dtype(key, 'param')}")
+        for key, shape in reader.shapes().items():
+            typer.echo(f"{key} {list(shape)} {reader.dtype(key, 'param')}")
 
 
 @ckpt_app.command("reshard", epilog=example("flagscale-like ckpt reshard runs/demo --out moved/demo --files 4"))

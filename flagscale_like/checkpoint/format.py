@@ -94,6 +94,10 @@ class CheckpointReader:
         """Names of the global tensors."""
         return sorted(self._fragments)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the global tensors."""
+        return {key: self.global_shape(key) for key in sorted(self._fragments)}
+
     def global_shape(self, key: str) -> tuple[int, ...]:
         """Shape of a global tensor, its vocabulary padded as it was saved.
 

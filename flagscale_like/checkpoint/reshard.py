@@ -67,7 +67,7 @@ def reshard(
 
 def _share(reader: CheckpointReader, index: int, files: int) -> Iterator[Fragment]:
     """File `index`'s part of all elements, laid one behind the other in the order of their names."""
-    shapes = {key: reader.global_shape(key) for key in reader.keys()}
+    shapes = reader.shapes()
     total, begin = sum(map(prod, shapes.values())), 0
     low, high = total * index // files, total * (index + 1) // files
     for key, shape in shapes.items():
