@@ -275,7 +275,8 @@ def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its chec
         table.add_row("", "unfinished", "", "", str(folder))
     if not table.row_count:
         raise CheckpointError(f"{root}: holds no checkpoints")
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 1000).print(table)
 
 
 @ckpt_app.command("verify", epilog=example("flagscale-like ckpt verify runs/demo"))

@@ -110,6 +110,23 @@ class LanguageModel(GPTModel):
         )
         self.arch = arch
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy over the vocabulary without its padding: the loss must not change with how far tp makes it pad.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v/tp].
+
+        Returns:
+            [b, s].
+        """
+        columns = logits.shape[-1]
+        real = max(0, self.arch.vocab_size - self.pg_collection.tp.rank() * columns)
+        if real < columns:
+            # Behind autograd's back: a probability of 0 has a gradient of 0 already.
+            logits.detach()[..., real:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
 
 def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False) -> list[LanguageModel]:
     """This rank's model chunks (one, or vpp of them), with uninitialised weights.
