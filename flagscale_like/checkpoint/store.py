@@ -31,6 +31,7 @@ from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.layout import (
     MOMENTS,
+    OptimizerShard,
     adam_step,
     ensure_moments,
     optimizer_shards,
@@ -113,6 +114,7 @@ class CheckpointStore:
         self.root, self.ctx, self.options = Path(root), ctx, options
         self.outcomes: list[Saved] = []
         self._copies = HostCopies(ctx.platform)
+        self._shards: list[OptimizerShard] = []
         self._save: _Save | None = None
         problem = None
         if ctx.is_main:
@@ -213,21 +215,21 @@ class CheckpointStore:
 
     def _snapshot(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> Snapshot:
         """Copy this rank's fragments into reused host buffers."""
-        ensure_moments(optimizer)
-        fragments: list[Fragment] = []
+        if not self._shards:
+            ensure_moments(optimizer)
+            # Views of what the optimizer updates in place, for the whole run; to find them takes longer than to copy them.
+            found = optimizer_shards(chunks, optimizer, self.ctx)
+            self._shards = [shard for shard in found if shard.primary]
         tensors: list[tuple[str, Tensor]] = []
         self._copies.begin()
-        for shard in optimizer_shards(chunks, optimizer, self.ctx):
-            if not shard.primary:
-                continue
+        for index, shard in enumerate(self._shards):
             for kind, source in shard.tensors.items():
-                name = f"{len(fragments)}.{kind}"
+                name = f"{index}.{kind}"
                 tensors.append((name, self._copies.copy(name, source)))
-            fragments.append(shard.fragment)
         for name, rng in _rng_states(self.ctx).items():
             tensors.append((name, self._copies.copy(name, rng)))
         self._copies.end()
-        return Snapshot(fragments, tensors)
+        return Snapshot([shard.fragment for shard in self._shards], tensors)
 
     def _write(self, folder: Path, snapshot: Snapshot) -> FileRecord:
         """In a thread of each rank: this rank's file."""

@@ -17,6 +17,8 @@ from typing import Any
 
 from flagscale_like.training.metrics import read_metrics, read_records
 
+LEDGER = "resilience.jsonl"
+
 
 @dataclass(frozen=True)
 class Interruption:
@@ -41,7 +43,7 @@ class Ledger:
     """
 
     def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
-        self.path, self.run_dir, self._now = Path(run_dir) / "resilience.jsonl", Path(run_dir), now
+        self.path, self.run_dir, self._now = Path(run_dir) / LEDGER, Path(run_dir), now
         self.events = read_records(self.path)
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
@@ -68,31 +70,8 @@ class Ledger:
             "resilience/restarts": found.restarts,
             "resilience/lost-steps": found.lost_steps,
             "resilience/recovery_s": self._now() - found.down_since,
-            "resilience/ettr": self.ettr(),
+            "resilience/ettr": effective_time_ratio(self.run_dir, self._now()),
         }
-
-    def ettr(self) -> float:
-        """Effective training time ratio: time of the steps that were kept, over the time since the run was started.
-
-        Time after an orderly stop is not counted; saving, evaluating, starting, and steps made twice are lost time.
-        """
-        kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
-        for record in read_metrics(self.run_dir):
-            if "lm loss" in record:
-                while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
-                    kept.pop()
-                steps = record["step"] - (kept[-1][0] if kept else 0)
-                kept.append((record["step"], steps * record["iteration-time"]))
-        productive = sum(seconds for _, seconds in kept)
-        wall, started = 0.0, None
-        for event in self.events:
-            if event["event"] == "stop" and started is not None:
-                wall += event["time"] - started
-                started = None
-            elif started is None:
-                started = event["time"]
-        wall += self._now() - started if started is not None else 0.0
-        return min(1.0, productive / wall) if wall > 0 else 1.0
 
     def stop(self, step: int) -> None:
         """Note an orderly end."""
@@ -103,6 +82,32 @@ class Ledger:
         self.events.append(event)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+
+def effective_time_ratio(run_dir: Path, now: float) -> float:
+    """Effective training time ratio (ETTR): time of the steps that were kept, over the time since the run was started.
+
+    Time after an orderly stop is not counted; saving, evaluating, starting, and steps made twice are lost time.
+
+    Args:
+        now: Unix time, where the run has not stopped yet.
+    """
+    kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
+    for record in read_metrics(run_dir):
+        if "lm loss" in record:
+            while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
+                kept.pop()
+            steps = record["step"] - (kept[-1][0] if kept else 0)
+            kept.append((record["step"], steps * record["iteration-time"]))
+    wall, started = 0.0, None
+    for event in read_records(Path(run_dir) / LEDGER):
+        if event["event"] == "stop" and started is not None:
+            wall += event["time"] - started
+            started = None
+        elif started is None:
+            started = event["time"]
+    wall += now - started if started is not None else 0.0
+    return min(1.0, sum(seconds for _, seconds in kept) / wall) if wall > 0 else 1.0
 
 
 def _unix(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform as host
 import subprocess
 from collections.abc import Callable
@@ -213,6 +214,7 @@ def agree(ctx: ParallelContext, check: Callable[[], object]) -> None:
         raise DataError(found[0])
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions that a checkpoint records, and the git commit where there is one."""
     found = {"python": host.python_version()}

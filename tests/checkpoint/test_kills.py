@@ -9,7 +9,11 @@ from tests import faults
 from tests.harness import run_ranks, tiny_config
 
 WHO = [
-    *((moment, rank) for moment in ("in mid-step", "during staging", "during a shard's write") for rank in (0, 1)),
+    ("in mid-step", 0),
+    ("in mid-step", 1),
+    ("during staging", 1),
+    ("during a shard's write", 0),
+    ("during a shard's write", 1),
     *((moment, 0) for moment in list(faults.MOMENTS)[3:]),  # rank 0 alone publishes
 ]
 OPTIONS = {"checkpoint__interval": 2, "parallel": {"pp": 2}}

@@ -18,7 +18,7 @@ from flagscale_like.errors import PeerLostError
 from flagscale_like.training import step
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import read_metrics
-from flagscale_like.training.recovery import Ledger
+from flagscale_like.training.recovery import Ledger, effective_time_ratio
 from flagscale_like.training.step import Verdict
 from tests import faults
 from tests.harness import REPOSITORY, cli, free_port, run_ranks, tiny_config, write_yaml
@@ -208,13 +208,10 @@ def test_a_run_goes_back_skips_the_batches_in_between_and_a_restart_stays_on_the
 def test_caps_end_a_run_that_does_not_get_better(tmp_path):
     monitors = {"max_consecutive_skips": 2}
     results = run_ranks(2, poisoned, tiny_config(tmp_path / "run", monitors=monitors), {2, 3, 4})
-    assert all(
-        error
-        == "DivergedError: step 4: loss nan, gradient norm nan: not finite; monitors.non_finite is skip; "
-        "3 steps in a row (monitors.max_consecutive_skips); the update was not made"
-        or "3 steps in a row (monitors.max_consecutive_skips); the update was not made" in error
-        for _, error in results
-    )
+    reason = "not finite; monitors.non_finite is skip; 3 steps in a row (monitors.max_consecutive_skips)"
+    for _, error in results:
+        assert error.startswith("DivergedError: step 4: loss nan, gradient norm ")
+        assert error.endswith(f"{reason}; the update was not made")
     assert faults.losses(tmp_path / "run")[-1][0] == 4
     # the save of step 3 was under way: it is finished, not lost
     assert (tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json").is_file()
@@ -260,4 +257,4 @@ def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
     clock[0] += 1000  # after an orderly stop no time is lost
     later = Ledger(tmp_path, 6, now=lambda: clock[0])
     assert later.recovered() == {}
-    assert later.ettr() == pytest.approx(6 / 20)
+    assert effective_time_ratio(tmp_path, clock[0]) == pytest.approx(6 / 20)
