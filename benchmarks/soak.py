@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flagscale_like.training.metrics import read_metrics
-from flagscale_like.training.recovery import effective_time_ratio
+from flagscale_like.training.metrics import read_metrics, read_records
+from flagscale_like.training.recovery import LEDGER, effective_time_ratio
 
 SAMPLE_S = 0.25
 STALLED_S = 180.0
@@ -159,7 +159,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
     quiet = launch(write_config(folder, "undisturbed", steps, interval), ranks, 0)
     assert quiet.wait() == 0, f"see {folder}/undisturbed.log"
     assert losses(run_dir) == losses(quiet_dir), "the losses differ from those of the run that was never stopped"
-    interruptions = [r for r in read_metrics(run_dir) if "resilience/restarts" in r]
+    starts = [event for event in read_records(run_dir / LEDGER) if event["event"] == "start"]
     return {
         "steps": steps,
         "ranks": ranks,
@@ -168,7 +168,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
         "wall_s": wall,
         "ettr": effective_time_ratio(run_dir, time.time()),
         "recovery_s": recoveries,
-        "lost steps": [r["resilience/lost-steps"] for r in interruptions],
+        "lost steps": [event["lost_steps"] for event in starts[1:]],
         **usage.growth(),
     }
 

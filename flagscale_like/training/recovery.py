@@ -53,7 +53,8 @@ class Ledger:
             self.interruption = Interruption(
                 self.restarts() + 1, max(0, last["step"] - step) if last else 0, down_since=alive
             )
-        self._append("start", step)
+        lost = self.interruption.lost_steps if self.interruption else 0
+        self._append("start", step, lost_steps=lost)
 
     def restarts(self) -> int:
         """Starts that followed no orderly stop."""
@@ -77,8 +78,8 @@ class Ledger:
         """Note an orderly end."""
         self._append("stop", step)
 
-    def _append(self, name: str, step: int) -> None:
-        event: dict[str, Any] = {"event": name, "time": self._now(), "step": step}
+    def _append(self, name: str, step: int, **more: int) -> None:
+        event: dict[str, Any] = {"event": name, "time": self._now(), "step": step, **more}
         self.events.append(event)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
