@@ -249,7 +249,7 @@ class Monitors(Frozen):
     Attributes:
         non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, makes the run go back,
             or stops it.
-        max_consecutive_skips: more skipped steps than this in a row do what `then` says.
+        max_consecutive_skips: more skipped steps than this in a row do what `on_max_skips` says.
         rewind_steps: to go back is to load the newest checkpoint that is at least so many steps old, and to go on from
             it with the data that follows: what was read in between is skipped (Chowdhery et al. 2022, PaLM).
         max_rewinds: going back once more than this stops the run.
@@ -257,13 +257,13 @@ class Monitors(Frozen):
 
     non_finite: Literal["skip", "rewind", "stop"] = "skip"
     max_consecutive_skips: int = Field(default=10, ge=0)
-    then: Literal["rewind", "stop"] = "stop"
+    on_max_skips: Literal["rewind", "stop"] = "stop"
     rewind_steps: int = Field(default=100, gt=0)
     max_rewinds: int = Field(default=3, gt=0)
 
     @property
     def may_rewind(self) -> bool:
-        return "rewind" in (self.non_finite, self.then)
+        return "rewind" in (self.non_finite, self.on_max_skips)
 
 
 class RunConfig(Frozen):

@@ -30,7 +30,7 @@ def default_processes(model_parallel_size: int) -> int:
 def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run `python -m flagscale_like ARGUMENTS` on `processes` ranks of this node through torch's elastic agent.
 
-    SIGTERM and SIGINT are passed on to the ranks, which save and end by themselves.
+    SIGTERM and SIGINT are passed on to the ranks, which save and end by themselves; a second one kills them.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n for signal n), after the last restart.
@@ -53,8 +53,18 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
         # The agent's own handler kills the ranks, and its end tells nothing of theirs.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL if received else number)
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _pass_on)
+        signal.signal(number, pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "flagscale_like", *arguments)
     except ChildFailedError as error:
@@ -68,9 +78,3 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
             print(f"error: given up after {max_restarts} restarts (--max-restarts)", file=sys.stderr)
         return code if code > 0 else 128 - code
     return 0
-
-
-def _pass_on(number: int, _: object) -> None:
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.send_signal(number)

@@ -48,7 +48,7 @@ class Guard:
         if verdict is Verdict.SKIP:
             self.skips += 1
             if self.skips > self.options.max_consecutive_skips:
-                verdict = Verdict(self.options.then)
+                verdict = Verdict(self.options.on_max_skips)
                 self.reason += f"; {self.skips} steps in a row (monitors.max_consecutive_skips)"
         if verdict is Verdict.REWIND:
             self.skips = 0

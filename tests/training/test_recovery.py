@@ -219,7 +219,7 @@ def test_caps_end_a_run_that_does_not_get_better(tmp_path):
 
 def test_the_guard_takes_the_gravest_verdict_and_counts():
     spikes = lambda loss, norm: (Verdict.REWIND, "a spike") if loss > 10 else (Verdict.UPDATE, "")  # noqa: E731
-    guard = Guard(Monitors(max_consecutive_skips=2, then="rewind", max_rewinds=2), judges=[spikes])
+    guard = Guard(Monitors(max_consecutive_skips=2, on_max_skips="rewind", max_rewinds=2), judges=[spikes])
     nan = float("nan")
     assert guard(1.0, 1.0, False) is Verdict.UPDATE
     assert guard(1.0, nan, True) is Verdict.SKIP  # an fp16 overflow, not counted
