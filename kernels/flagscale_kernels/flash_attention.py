@@ -207,7 +207,7 @@ forward_kernel = TunedKernel(
 dkdv_kernel = TunedKernel(
     _flash_dkdv_kernel,
     tile_lists(
-        sm80=[Config(bm=64, bn=64, warps=8, stages=2, edge=2), Config(bm=32, bn=64, warps=8, stages=2, edge=2)],
+        sm80=[Config(bm=32, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=8, stages=2, edge=2)],
         sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
         wide=Config(bm=32, bn=64, warps=8, stages=1),
         wide90=Config(bm=32, bn=64, warps=8, stages=1),
