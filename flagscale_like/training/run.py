@@ -13,7 +13,9 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from pydantic import ValidationError
 
+from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.manifest import find_checkpoint
 from flagscale_like.checkpoint.store import (
@@ -186,9 +188,13 @@ def check_model(config: RunConfig, reader: CheckpointReader) -> None:
         CheckpointError: a field of the model differs.
     """
     free = {"init_std", "output_init_std", "norm_init", "max_position_embeddings"}
-    saved, wanted = reader.state.get("model"), config.model.model_dump(mode="json")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{reader.folder}: state.json does not say which model it is of")
+    try:  # by way of ModelArch: what it did not know yet when this was saved has its default
+        saved = ModelArch.model_validate(reader.state.get("model")).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("model", *first["loc"])))
+        raise CheckpointError(f"{reader.folder}: state.json: {where}: {first['msg']}") from None
+    wanted = config.model.model_dump(mode="json")
     different = [
         f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
         for key, value in wanted.items()
