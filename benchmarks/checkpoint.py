@@ -84,16 +84,11 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_like_dd(path: Path) -> float:
-    forget(path)
+def read_like_dd(path: Path) -> None:
     buffer = bytearray(BLOCK)
-
-    def read() -> None:
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-    return timed(read)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 class CopyingStager(AsyncStager):
@@ -143,17 +138,23 @@ class Bench:
         return timed(one)
 
     def copies(self) -> list[float]:
-        """Copying the state once, tensor by tensor, into memory that is there already."""
-        targets = [torch.empty_like(t).copy_(t) for t in self.state.values()]
-        return [timed(lambda: [b.copy_(a) for a, b in zip(self.state.values(), targets)]) for _ in range(self.repeats)]
-
-    def synchronous(self) -> list[float]:
-        times = []
+        """Copying the state once, tensor by tensor, into memory that is there already; after a step, as a snapshot is."""
+        targets, times = [torch.empty_like(t).copy_(t) for t in self.state.values()], []
         for _ in range(self.repeats):
             self.step()
-            times.append(timed(lambda: (self.run.save(), self.run.store.finish())))
-        self.run.store.take_outcomes()
+            times.append(timed(lambda: [b.copy_(a) for a, b in zip(self.state.values(), targets)]))
         return times
+
+    def synchronous(self) -> tuple[list[float], list[float]]:
+        """Synchronous saves, and in turn with them the writing of a file of the same size."""
+        saves, writes, probe = [], [], self.folder / "probe"
+        for _ in range(self.repeats):
+            writes.append(write_like_dd(probe, self.size))
+            probe.unlink()
+            self.step()
+            saves.append(timed(lambda: (self.run.save(), self.run.store.finish())))
+        self.run.store.take_outcomes()
+        return saves, writes
 
     def asynchronous(self) -> tuple[list[float], list[float], list[float]]:
         """Stalls, times of the steps beside the writer, times from the save to its publication."""
@@ -189,26 +190,26 @@ class Bench:
                 steps += beside
         return stalls, steps
 
-    def load(self, folder: Path) -> list[float]:
-        def read() -> None:
+    def read(self, folder: Path, processes: int) -> tuple[list[float], list[float], list[float]]:
+        """Loading, verifying, and reading the same files like dd; in turn, and each from the disk, not from the cache."""
+
+        def load() -> None:
             reader = CheckpointReader(folder)
             load_weights(reader, self.run.models, self.run.ctx)
             load_optimizer(reader, self.run.models, self.run.optimizer, self.run.ctx)
 
-        times = []
+        loads, checks, reads = [], [], []
+        files = list(folder.iterdir())
         for _ in range(self.repeats):
-            for path in folder.iterdir():
-                forget(path)
-            times.append(timed(read))
-        return times
-
-    def verify(self, folder: Path, processes: int) -> list[float]:
-        times = []
-        for _ in range(self.repeats):
-            for path in folder.iterdir():
-                forget(path)
-            times.append(timed(lambda: verify_files(folder, processes=processes)))
-        return times
+            for times, function in (
+                (loads, load),
+                (checks, lambda: verify_files(folder, processes=processes)),
+                (reads, lambda: [read_like_dd(path) for path in files]),
+            ):
+                for path in files:
+                    forget(path)
+                times.append(timed(function))
+        return loads, checks, reads
 
 
 def main() -> None:
@@ -240,16 +241,11 @@ def measure(bench: Bench) -> dict:
     result: dict = {"bytes": size, "torch threads": torch.get_num_threads(), "cpus": os.cpu_count()}
     result["step_s"] = [bench.step() for _ in range(2 * repeats)]
     result["copy_s"] = bench.copies()
-    probe = bench.folder / "probe"
-    result["disk write_s"] = [write_like_dd(probe, size) for _ in range(repeats)]
-    result["disk read_s"] = [read_like_dd(probe) for _ in range(repeats)]
-    probe.unlink()
-    result["sync save_s"] = bench.synchronous()
+    result["sync save_s"], result["disk write_s"] = bench.synchronous()
     result["async stall_s"], result["step beside async_s"], result["async write_s"] = bench.asynchronous()
     result["dcp stall_s"], result["step beside dcp_s"] = bench.torch_dcp()
     newest = next(itertools.islice(step_folders(Path(bench.run.config.run_dir) / "checkpoints"), 1))
-    result["load_s"] = bench.load(newest)
-    result["verify_s"] = bench.verify(newest, os.cpu_count() or 1)
+    result["load_s"], result["verify_s"], result["disk read_s"] = bench.read(newest, os.cpu_count() or 1)
     return result
 
 

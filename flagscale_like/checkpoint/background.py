@@ -41,6 +41,10 @@ class Background(Generic[T]):
     def done(self) -> bool:
         return self._future.done()
 
+    def wait(self) -> None:
+        """Until the function has returned or raised."""
+        self._future.exception()
+
     @property
     def error(self) -> Exception | None:
         """What the function raised; waits for it."""

@@ -72,10 +72,12 @@ class CheckpointReader:
         Raises:
             CheckpointError: the state holds none that this version knows.
         """
-        try:
-            return ModelArch.model_validate(self.state["model"])
-        except (KeyError, ValidationError) as error:
-            raise CheckpointError(f"{self.folder}: {STATE} describes no model: {error}") from None
+        try:  # by way of ModelArch: what it did not know yet when this was saved has its default
+            return ModelArch.model_validate(self.state.get("model"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("model", *first["loc"])))
+            raise CheckpointError(f"{self.folder}: {STATE}: {where}: {first['msg']}") from None
 
     def state_token_ids(self) -> dict[str, Any]:
         """bos, eos and pad ids of the Hugging Face folder that this checkpoint was imported from, if it was."""

@@ -172,7 +172,7 @@ class CheckpointStore:
         """Wait until no save is under way."""
         began = time.perf_counter()
         while (save := self._save) is not None:
-            _ = save.work.error
+            save.work.wait()
             save.stall_s += time.perf_counter() - began
             began = time.perf_counter()
             self.advance(*self.ctx.sum(self.pulse()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.recovery import Ledger
 from flagscale_like.training.run import Progress, Run, agree, start
-from flagscale_like.training.step import Batches, Verdict, evaluate, train_step
+from flagscale_like.training.step import Batches, StepResult, Verdict, evaluate, train_step
 
 __all__ = ["Progress", "Run", "agree", "start", "train"]
 
@@ -87,12 +88,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             _report_saves(run, reporter)
             if result.verdict in (Verdict.REWIND, Verdict.STOP):
                 watchdog.beat(progress.step, "going back", slow=True)
-                _go_back(
-                    run,
-                    reporter,
-                    result.verdict,
-                    f"loss {result.loss}, gradient norm {result.grad_norm}: {guard.reason}",
-                )
+                _go_back(run, reporter, result, guard.reason)
                 since, steps_since = time.perf_counter(), 0
                 continue
             if (
@@ -101,7 +97,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 and (progress.step % options.eval_interval == 0 or progress.step == last)
             ):
                 fresh = micro_batches(valid_data, config, ctx)
-                beat = lambda: watchdog.beat(progress.step, "evaluation")  # noqa: E731
+                beat = functools.partial(watchdog.beat, progress.step, "evaluation")
                 loss = evaluate(run.chunks, config, ctx, fresh, options.eval_steps, on_step=beat)
                 reporter.evaluation(progress.step, loss)
                 since = time.perf_counter()
@@ -149,14 +145,17 @@ def _save(run: Run, reporter: Reporter, *, final: bool) -> None:
 def _report_saves(run: Run, reporter: Reporter, *, final: bool = False) -> None:
     for saved in run.store.take_outcomes():
         reporter.checkpoint(saved)
-        if saved.error and (final or run.config.checkpoint.on_error == "stop"):
+        last_chance = final and saved.step == run.progress.step
+        if saved.error and (last_chance or run.config.checkpoint.on_error == "stop"):
             raise CheckpointError(f"{saved.path}: could not be saved: {saved.error}; earlier checkpoints are untouched")
 
 
-def _go_back(run: Run, reporter: Reporter, verdict: Verdict, reason: str) -> None:
-    run.store.finish()  # all ranks are here: what is under way is not lost
+def _go_back(run: Run, reporter: Reporter, result: StepResult, reason: str) -> None:
+    """Rewind, or stop; every rank does, so that a save under way can be finished first."""
+    run.store.finish()
     _report_saves(run, reporter)
-    if verdict is Verdict.STOP:
+    reason = f"loss {result.loss}, gradient norm {result.grad_norm}: {reason}"
+    if result.verdict is Verdict.STOP:
         raise DivergedError(f"step {run.progress.step}: {reason}; the update was not made")
     reporter.say(f"step {run.progress.step} | {reason}")
     reporter.say(run.rewind(run.config.monitors.rewind_steps))

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.manifest import check_file, read_manifest
 from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import INDEX, HfFolder
+from flagscale_like.checkpoint.manifest import check_file, read_manifest
 from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.errors import CheckpointError, ConversionError
 from tests.families import tiny
