@@ -29,7 +29,7 @@ setup(
         "accelerate>=1.0",
         "numpy>=1.26",
         "pyarrow>=17",
-        "pydantic>=2.7,<3",
+        "pydantic>=2.11,<3",
         "PyYAML>=6",
         "typer>=0.15",
         "rich>=13",

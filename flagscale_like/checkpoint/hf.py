@@ -25,17 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import (
-    STATE,
-    CheckpointReader,
-    fragment_metadata,
-    fsync_folder,
-    write_json,
-    write_manifest,
-)
+from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
-from flagscale_like.checkpoint.tensor_file import FileRecord, TensorSpec, ahead, write_tensors
+from flagscale_like.checkpoint.manifest import STATE, FileRecord, fsync_folder, write_json, write_manifest
+from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
+
+from flagscale_like.checkpoint.manifest import Checksum, FileRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,15 +49,6 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One line of a checkpoint's manifest."""
-
-    name: str
-    size_bytes: int
-    xxh3: str
 
 
 class TensorFile:
@@ -136,9 +128,17 @@ def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def write_tensors(
-    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str],
+    *,
+    sha256: bool = False,
 ) -> FileRecord:
     """Write a safetensors file from an iterator, checksummed in the same pass, and fsynced.
+
+    Hashing and writing let other threads run, a whole tensor at a time: taking the interpreter lock back from a busy
+    thread costs 5 ms, so small pieces would be slow.
 
     Args:
         specs: what `tensors` yields, in its order.
@@ -157,12 +157,12 @@ def write_tensors(
         }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest = xxhash.xxh3_64()
+    checksum = Checksum(sha256=sha256)
     with open(path, "wb", buffering=0) as file:
 
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            while data:  # an unbuffered write may be partial
+        def put(data: memoryview) -> None:
+            checksum.update(data)
+            while data:  # one write moves at most 2 GiB on Linux
                 data = data[file.write(data) :]
 
         put(memoryview(struct.pack("<Q", len(encoded)) + encoded))
@@ -170,6 +170,5 @@ def write_tensors(
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             if spec.nbytes:
                 put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        size = file.tell()
         os.fsync(file.fileno())
-    return FileRecord(path.name, size, digest.hexdigest())
+    return checksum.record(path.name)
