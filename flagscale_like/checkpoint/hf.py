@@ -116,8 +116,8 @@ class _ImportFile:
     def __call__(self, index: int) -> FileRecord:
         folder, rules = HfFolder(self.source), self.groups[index]
         fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
-        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), rule.shape) for i, rule in enumerate(rules)]
-        tensors = (folder.full(rule.core) for rule in rules)
+        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), (rule.numel,)) for i, rule in enumerate(rules)]
+        tensors = (folder.full(rule.core).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
         return write_tensors(path, specs, ahead(tensors), fragment_metadata(fragments))
 
