@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -90,9 +91,16 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def run(source: Path, *arguments: str) -> tuple[float, int]:
-    """Seconds, and the most bytes resident in the command and its children together; sampled every 20 ms."""
+def cpu_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(source: Path, *arguments: str) -> tuple[float, float, int]:
+    """Seconds, CPU seconds, and the most bytes resident in the command and its children together, sampled every 20 ms."""
     drop_pages(source)
+    cpu = cpu_seconds()
     began = time.perf_counter()
     process = psutil.Popen([sys.executable, "-m", "flagscale_like", *arguments], stdout=subprocess.DEVNULL)
     peak = 0
@@ -107,7 +115,7 @@ def run(source: Path, *arguments: str) -> tuple[float, int]:
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return time.perf_counter() - began, peak
+    return time.perf_counter() - began, cpu_seconds() - cpu, peak
 
 
 def same_bits(a: Path, b: Path) -> bool:
@@ -129,9 +137,13 @@ def main() -> None:
         nbytes = make_folder(hf, options.layers)
         copies = [copy(hf, work / "copy")]
         shutil.rmtree(work / "copy")
-        imported, import_peak = run(hf, "convert", "import", "--hf", str(hf), "--out", str(native), *workers)
+        imported, import_cpu, import_peak = run(
+            hf, "convert", "import", "--hf", str(hf), "--out", str(native), *workers
+        )
         out = ("--out", str(again), "--no-verify", "--dtype", "bf16")
-        exported, export_peak = run(native, "convert", "export", "--checkpoint", str(native), *out, *workers)
+        exported, export_cpu, export_peak = run(
+            native, "convert", "export", "--checkpoint", str(native), *out, *workers
+        )
         shutil.rmtree(native)
         copies.append(copy(hf, work / "copy"))
         copied = min(copies)
@@ -141,12 +153,15 @@ def main() -> None:
             "copy_s": [round(seconds, 1) for seconds in copies],
             "copy_gb_per_s": round(nbytes / 1e9 / copied, 3),
             "import_s": round(imported, 1),
+            "import_cpu_s": round(import_cpu, 1),
             "import_share_of_copy_speed": round(copied / imported, 3),
             "import_peak_resident_gb": round(import_peak / 1e9, 3),
             "export_s": round(exported, 1),
+            "export_cpu_s": round(export_cpu, 1),
             "export_share_of_copy_speed": round(copied / exported, 3),
             "export_peak_resident_gb": round(export_peak / 1e9, 3),
             "bit_exact": same_bits(hf, again),
+            "load_average": round(os.getloadavg()[1], 1),
             "machine": f"{os.cpu_count()}-core {platform.machine()} CPU machine",
         }
         print(json.dumps(result, indent=1))

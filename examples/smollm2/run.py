@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where the model file is kept")
     parser.add_argument("--steps", type=int, default=24, help="of continued pretraining")
     parser.add_argument("--seq-length", type=int, default=128, help="tokens a training sample")
-    parser.add_argument("--held-out-chars", type=int, default=16_000, help="held-out text, in characters")
+    parser.add_argument("--held-out-chars", type=int, default=12_000, help="held-out text, in characters")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), help="to quantize to")
     options = parser.parse_args()
     began = time.perf_counter()

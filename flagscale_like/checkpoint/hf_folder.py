@@ -148,9 +148,7 @@ class HfFolder:
         rule = self._by_core[key]
         own = self.dtype(rule)
         tensors = tuple(self.hf_tensor(name).to(own) for name in rule.hf)
-        # Most rules make a new tensor. What is still mapped is copied, so that reading happens here and not in its use.
         tensor = rule.to_core(tensors, self.arch)
-        tensor = tensor.clone() if tensor is tensors[0] else tensor
         return tensor if dtype is None else tensor.to(dtype)
 
     def check(self, target: Fragment) -> None:

@@ -16,7 +16,17 @@ from flagscale_like.errors import ConversionError
 from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule
 
 # What some families have and others do not. The names are ModelArch's, but for the positions.
-FEATURES = ("rope", "alibi", "qkv_bias", "qk_norm", "norm_head", "sliding_window", "tie_embeddings", "query_groups")
+FEATURES = (
+    "rope",
+    "alibi",
+    "nlpe",
+    "qkv_bias",
+    "qk_norm",
+    "norm_head",
+    "sliding_window",
+    "tie_embeddings",
+    "query_groups",
+)
 
 
 def features(arch: ModelArch) -> set[str]:

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import INDEX, HfFolder
-from flagscale_like.checkpoint.manifest import check_file, read_manifest
+from flagscale_like.checkpoint.manifest import check_file, find_checkpoint, read_manifest
 from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.errors import CheckpointError, ConversionError
 from tests.families import tiny
-from tests.harness import cli
+from tests.harness import REPOSITORY, cli
 
 
 def tensors(folder):
@@ -221,6 +224,38 @@ def test_an_interrupted_conversion_leaves_no_folder(tmp_path, monkeypatch):
             convert()
         assert len(calls) == 7  # it was in the middle
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "native"]
+
+
+KILLED_AT_THE_SEVENTH_TENSOR = """
+import os, signal, sys
+from pathlib import Path
+from flagscale_like.checkpoint.hf import import_folder
+from flagscale_like.checkpoint.manifest import check_file, find_checkpoint, read_manifest
+from flagscale_like.checkpoint.tensor_file import TensorFile
+
+read, calls = TensorFile.get_tensor, []
+
+def get_tensor(self, name):
+    calls.append(name)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, name)
+
+TensorFile.get_tensor = get_tensor
+import_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path):
+    source, out = tiny.make("llama", tmp_path), tmp_path / "native"
+    command = [sys.executable, "-c", KILLED_AT_THE_SEVENTH_TENSOR, str(source), str(out)]
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == -signal.SIGKILL
+    (left,) = [path for path in tmp_path.iterdir() if path != source]
+    assert left.name.startswith(".tmp-")
+    with pytest.raises(CheckpointError, match=r"no checkpoint there"):
+        find_checkpoint(left)
+    import_folder(source, out)
+    CheckpointReader(out)
 
 
 def test_nothing_is_overwritten(tmp_path):
