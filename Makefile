@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench help
+.PHONY: demo test soak lint bench example-smollm2 help
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,7 +20,11 @@ demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on anothe
 test: $(VENV)/installed  ## Run the tests that need no GPU
 	$(BIN)/python -m pytest
 
-soak: $(VENV)/installed  ## Run the long tests
+example-smollm2: $(VENV)/installed  ## A real model end to end: SmolLM2-135M imported, evaluated, trained on, exported, quantized
+	$(BIN)/python examples/smollm2/run.py
+
+soak: $(VENV)/installed  ## Train under random kills for minutes, and run the long tests
+	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/installed  ## Check style and format
