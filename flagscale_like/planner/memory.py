@@ -7,8 +7,9 @@ in saved.py (Korthikanti et al. 2022). What is on the device for a moment only, 
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import GIB
@@ -158,6 +159,7 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
     return buffers
 
 
+@functools.lru_cache(maxsize=4096)
 def state_bytes(
     arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0
 ) -> tuple[int, int, int]:
@@ -224,7 +226,8 @@ def rank_memory(
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
     shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
-    weights, gradients, optimizer = state_bytes(arch, layout, stage, precision=precision, dp_rank=dp_rank)
+    cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows = seq_length * layout.micro_batch_size
     rows_sp = rows / layout.tp if layout.sp else rows
