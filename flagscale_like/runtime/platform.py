@@ -69,6 +69,14 @@ class Platform:
         """Run on `stream`; nothing on CPU."""
         return torch.cuda.stream(stream) if stream is not None else nullcontext()
 
+    def compute_stream(self) -> torch.cuda.Stream:
+        """The stream that compute is queued on; CUDA only."""
+        return torch.cuda.current_stream(self.device)
+
+    def event(self) -> torch.cuda.Event:
+        """An event that can be timed; CUDA only."""
+        return torch.cuda.Event(enable_timing=True)
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.is_cuda:

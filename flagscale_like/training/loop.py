@@ -30,9 +30,11 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches
 from flagscale_like.errors import CheckpointError, DataError, DivergedError
 from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.optimizer import build_optimizer, build_scheduler
+from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.step import Batches, StepResult, evaluate, train_step
 
 
@@ -58,6 +60,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     store: CheckpointStore
     progress: Progress
+    offload: ActivationOffload | None = None
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the run needs to go on."""
@@ -86,6 +89,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
     models = build_chunks(config, ctx)
     initialize_weights(models, config, ctx)
     chunks = wrap_chunks(models, config, ctx)
+    offload = attach_offload(models, config, ctx)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", ctx, keep=config.checkpoint.keep)
     newest, rejected = store.newest_good()
     notes = [f"rejected checkpoint {reason}" for reason in rejected]
@@ -109,7 +113,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         notes += _restore_progress(reader, progress, scheduler, same_layout)
     elif not config.checkpoint.load:
         notes.append("starting from new weights")
-    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress), notes
+    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload), notes
 
 
 def _restore_progress(
@@ -169,8 +173,9 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
     )
     batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
     saved_at, skips, since, steps_since = progress.step, 0, time.perf_counter(), 0
-    with stop_signals() as signals:
+    with stop_signals() as signals, StepProfiler(config, ctx) as profiler:
         while progress.step < last:
+            profiler.begin(progress.step + 1)
             began = time.perf_counter()
             batch_size = options.batch_size_at(progress.consumed)
             result = train_step(
@@ -183,6 +188,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 stop=bool(signals),
             )
             progress.step += 1
+            profiler.end(progress.step)
             progress.consumed += batch_size
             skips = _count_skips(run, result, skips)
             learning_rate = run.optimizer.param_groups[0]["lr"]
@@ -201,6 +207,8 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                     consumed=progress.consumed,
                     skipped=progress.skipped,
                 )
+                if run.offload is not None:
+                    reporter.offload(progress.step, run.offload.report())
                 since, steps_since = time.perf_counter(), 0
             if (
                 options.eval_interval

@@ -109,6 +109,10 @@ class Reporter:
         self._write({"step": step, "lm loss validation": loss})
         self.say(f"step {step} | validation loss {loss:.4f}")
 
+    def offload(self, step: int, counts: dict[str, float]) -> None:
+        """Report rank 0's activation offload since the last report."""
+        self._write({"step": step, **{f"offload/{name}": value for name, value in counts.items()}})
+
     def checkpoint(self, step: int, stall_s: float, path: Path) -> None:
         """Report a save; `stall_s` is how long training waited for it."""
         self._write({"step": step, "checkpoint/stall_s": stall_s})
