@@ -30,11 +30,23 @@ class RopeScaling(Frozen):
 
 
 class Position(Frozen):
-    """How the decoder knows token order. `base` is RoPE's theta (Su et al. 2021)."""
+    """How the decoder knows token order.
 
-    kind: Literal["rope"] = "rope"
+    Attributes:
+        kind: `rope` rotates q and k (Su et al. 2021); `alibi` adds to a score the head's slope times the distance (Press et
+            al. 2022).
+        base, scaling: RoPE's theta, and its scaling for long contexts.
+    """
+
+    kind: Literal["rope", "alibi"] = "rope"
     base: float = Field(default=10000.0, gt=0)
     scaling: RopeScaling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Position:
+        if self.kind == "alibi" and self.scaling is not None:
+            raise ValueError("position.scaling needs position.kind rope (it is alibi)")
+        return self
 
 
 class ModelArch(Frozen):
@@ -43,7 +55,11 @@ class ModelArch(Frozen):
     Attributes:
         head_dim: channels a head; hidden_size / num_attention_heads where it is left out.
         num_query_groups: KV heads (Ainslie et al. 2023); equal to num_attention_heads where it is left out.
-        vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp.
+        vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.
+        qkv_bias: the q, k and v projections have a bias.
+        qk_norm: RMSNorm over each head's channels of q and k, before the rotation (Dehghani et al. 2023).
+        norm_head: the output matrix is used with its rows scaled to length 1 (Baichuan 2, section 2.4).
+        sliding_window: keys that a query sees, itself counted; all before it where left out (Jiang et al. 2023).
         init_std: standard deviation of every weight matrix at step 0.
         output_init_std: the same for the two matrices that write to the residual stream; init_std / sqrt(2 * num_layers)
             where it is left out (Radford et al. 2019).
@@ -62,6 +78,10 @@ class ModelArch(Frozen):
     position: Position = Position()
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_head: bool = False
+    sliding_window: int | None = Field(default=None, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     output_init_std: float | None = Field(default=None, gt=0)
     norm_init: float = 1.0
@@ -92,8 +112,10 @@ class ModelArch(Frozen):
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by "
                 f"num_query_groups ({self.num_query_groups})"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.position.kind == "rope":
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        if self.norm_head and self.tie_embeddings:
+            raise ValueError("norm_head needs tie_embeddings false: the embedding of the input is not normalised")
         return self
 
     def padded_vocab_size(self, tp: int = 1) -> int:
@@ -102,10 +124,11 @@ class ModelArch(Frozen):
         return -(-self.vocab_size // multiple) * multiple
 
     def layer_parameters(self) -> int:
-        """Parameters of one layer: QKV, output projection, gate, up and down matrices, two norms."""
+        """Parameters of one layer: QKV, output projection, gate, up and down matrices, the norms, the QKV bias."""
         h, d = self.hidden_size, self.head_dim
         n, g, f = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
-        return h * (n + 2 * g) * d + n * d * h + 3 * h * f + 2 * h
+        bias, qk_norm = (n + 2 * g) * d if self.qkv_bias else 0, 2 * d if self.qk_norm else 0
+        return h * (n + 2 * g) * d + n * d * h + 3 * h * f + 2 * h + bias + qk_norm
 
     def parameter_count(self, vocab_size: int | None = None) -> int:
         """Parameters of the whole model, with `vocab_size` rows of embedding (the tokenizer's where it is None)."""
@@ -117,7 +140,8 @@ class ModelArch(Frozen):
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
 
         Without recompute, the output layer counted, the embedding lookup not: equation 3 of Narayanan et al. 2021 written
-        for GQA and a gated MLP. That paper counts attention in full; `causal=True` halves it.
+        for GQA and a gated MLP. That paper counts attention in full; `causal=True` halves it. A sliding window counts
+        the keys inside it alone. Biases, norms and ALiBi's slopes are left out: they are no matrix products.
 
         Args:
             seq_length: tokens a sequence.
@@ -125,5 +149,7 @@ class ModelArch(Frozen):
         h, d = self.hidden_size, self.head_dim
         n, g, f = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
         matrices = h * (n + 2 * g) * d + n * d * h + 3 * h * f
-        attention = 2 * n * d * seq_length * (0.5 if causal else 1.0)
+        window = min(self.sliding_window or seq_length, seq_length)
+        keys = window * (2 - window / seq_length)  # seq_length without a window
+        attention = 2 * n * d * keys * (0.5 if causal else 1.0)
         return 6.0 * (self.num_layers * (matrices + attention) + h * self.padded_vocab_size())

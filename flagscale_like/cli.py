@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-convert_app = typer.Typer(help="Convert checkpoints to Hugging Face.", no_args_is_help=True)
+convert_app = typer.Typer(help="Convert from and to Hugging Face.", no_args_is_help=True)
 ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 app.add_typer(ckpt_app, name="ckpt")
@@ -59,7 +59,7 @@ def train(
     from flagscale_like.config import load_config
     from flagscale_like.runtime.launch import default_processes, is_worker, launch
 
-    config = load_config(config_file, overrides or ())
+    config = load_config(config_file, overrides or (), _model_of_source)
     if print_config:
         typer.echo(config.to_yaml(), nl=False)
         return
@@ -79,6 +79,22 @@ def train(
         return
     arguments = ["train", str(config_file), *(overrides or ())]
     raise SystemExit(launch(processes, arguments, max_restarts=max_restarts))
+
+
+def _model_of_source(values: dict) -> dict | None:
+    """`model` of a YAML that leaves it out: that of the checkpoint or Hugging Face folder that training starts from."""
+    options = values.get("checkpoint")
+    if not isinstance(options, dict):
+        return None
+    if isinstance(options.get("init_from_hf"), str):
+        from flagscale_like.families import read_config
+
+        return read_config(Path(options["init_from_hf"]))[1].model_dump(mode="json")
+    if isinstance(options.get("load"), str):
+        from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
+
+        return CheckpointReader(find_checkpoint(Path(options["load"]))).arch.model_dump(mode="json")
+    return None
 
 
 def _train_here(config: RunConfig) -> None:
@@ -191,7 +207,7 @@ def plan(
     from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
     from flagscale_like.planner.search import Goal, rank_layouts
 
-    config = load_config(config_file, overrides or ())
+    config = load_config(config_file, overrides or (), _model_of_source)
     place, eff = _cluster(cluster, config, 1)
     if network_gb_per_s is not None:
         if network_gb_per_s <= 0:
@@ -208,6 +224,107 @@ def plan(
         except OSError as error:
             raise ConfigError(f"--write {write}: cannot be written: {error.strerror}") from None
         typer.echo(f"wrote {write}")
+
+
+@app.command(epilog=example("flagscale-like bench examples/aquila2/tiny.yaml --sweep train.micro_batch_size=1,2,4"))
+def bench(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them that are left out.")] = 3,
+    sweep: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE; several make every combination.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run transformers on the same shape; one process.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Save a checkpoint after the last step; report the stall.")
+    ] = False,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; one a GPU, or as many as the layout.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
+    result: Annotated[Path | None, typer.Option(hidden=True, help="Where a rank writes its point.")] = None,
+) -> None:
+    """Time the training loop on synthetic tokens: tokens/s, TFLOP/s, MFU, memory, next to what is planned."""
+    import json
+    import tempfile
+
+    from flagscale_like.config import load_config
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    if is_worker():
+        _bench_here(load_config(config_file, overrides or (), _model_of_source), steps, warmup, compare, save, result)
+        return
+    from flagscale_like.planner.report import table
+    from flagscale_like.training.benchmark import plot, rows, sweep_points
+
+    found = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    for point in sweep_points(sweep or ()):
+        name = " ".join(point)
+        changed = [*(overrides or ()), *point]
+        try:
+            config = load_config(config_file, changed, _model_of_source)
+            processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+            config.data_parallel_size(processes)
+            if compare and processes > 1:
+                raise ConfigError(f"--compare runs in one process, this layout has {processes}")
+        except ConfigError as error:
+            if not point:
+                raise
+            found.append({"point": name, "error": str(error)})
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "point.json"
+            options = ["--steps", str(steps), "--warmup", str(warmup), "--result", str(file)]
+            options += ["--compare"] * compare + ["--save"] * save
+            code = launch(processes, ["bench", str(config_file), *changed, *options])
+            if not file.is_file():
+                if not point:
+                    raise SystemExit(code or 1)
+                found.append({"point": name, "error": f"failed with exit code {code}"})
+                continue
+            found.append({"point": name, **json.loads(file.read_text(encoding="utf-8"))})
+    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    typer.echo(table(rows(found), right=(2, 4, 5, 6, 7, 8, 9, 10)))
+    good = [entry["measured"] for entry in found if "measured" in entry]
+    if good:
+        first = good[0]
+        typer.echo(
+            f"{first['devices']} x {first['device']}, {first['precision']}; MFU = model FLOPs / (step time x devices x "
+            f"{first['peak_flops'] / 1e12:.4g} TFLOP/s); peak: {first['peak_source']}; model FLOPs without recompute"
+        )
+        plot(found, out / "bench.png")
+    for entry in found:
+        if "compared" in entry:
+            c = entry["compared"]
+            typer.echo(
+                f"{entry['point'] or 'as configured'}: a step of ours {c['ours_s']:.4g} s, of transformers "
+                f"{c['theirs_s']:.4g} s, in turn: ours / transformers in tokens/s {c['ratio']:.2f} "
+                f"(median of {c['rounds']} pairs; {c['note']})"
+            )
+    typer.echo(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if good else ""))
+
+
+def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save: bool, result: Path | None) -> None:
+    """One point, on this rank; rank 0 writes it to `result`."""
+    import contextlib
+    import json
+    from dataclasses import asdict
+
+    from flagscale_like.runtime.parallel import parallel_context
+    from flagscale_like.training.benchmark import compare_with_transformers, measure
+
+    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+        with contextlib.redirect_stdout(sys.stderr):
+            point = measure(config, ctx, steps=steps, warmup=warmup, checkpoint=save)
+            compared = compare_with_transformers(config, ctx, rounds=steps, warmup=warmup) if compare else None
+        if ctx.is_main and result is not None:
+            found = {"measured": asdict(point)} | ({"compared": asdict(compared)} if compared else {})
+            result.write_text(json.dumps(found), encoding="utf-8")
 
 
 @app.command(epilog=example("flagscale-like preprocess corpus/*.jsonl --tokenizer tok/ --out data/corpus --workers 8"))
@@ -254,40 +371,127 @@ def preprocess(
     )
 
 
-@convert_app.command(epilog=example("flagscale-like convert export --checkpoint runs/demo --out hf --tokenizer tok/"))
+@convert_app.command("import", epilog=example("flagscale-like convert import --hf Llama-3.2-1B --out ckpt --workers 4"))
+def import_(
+    hf: Annotated[Path, typer.Option(help="Hugging Face folder: config.json and safetensors.")],
+    out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
+    workers: Annotated[int, typer.Option(help="Processes that write, a file each.", min=1)] = 1,
+) -> None:
+    """Write a native checkpoint from a Hugging Face folder, tensor by tensor; it loads on any layout."""
+    from flagscale_like.checkpoint.hf import import_folder
+
+    began = time.perf_counter()
+    arch = import_folder(hf, out, workers=workers)
+    seconds = time.perf_counter() - began
+    typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
+
+
+@convert_app.command(epilog=example("flagscale-like convert export --checkpoint runs/demo --out hf --as llama"))
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights written.")] = "bf16",
+    as_family: Annotated[
+        str | None,
+        typer.Option("--as", help="Family to write it as, where the maths is the same; its own, if left out."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32", "stored"], typer.Option(help="Of the weights; stored: as in the checkpoint.")
+    ] = "bf16",
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer folder to put beside; the run's, if left out.")
     ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that write, a file each.", min=1)] = 1,
     verify: Annotated[bool, typer.Option(help="Compare logits with the native model; needs memory for both.")] = True,
 ) -> None:
     """Write a Hugging Face folder from a native checkpoint, and check that transformers computes the same logits."""
     import shutil
 
-    from flagscale_like.checkpoint.hf import compare_logits, export
+    from flagscale_like.checkpoint.hf import export
+    from flagscale_like.checkpoint.hf_check import compare_logits, transformers_ships
     from flagscale_like.config import Parallel
     from flagscale_like.errors import ConversionError
     from flagscale_like.runtime.parallel import parallel_context
 
     reader, found_tokenizer = _open(checkpoint)
-    export(reader, out, dtype=dtype, tokenizer=tokenizer or found_tokenizer)
-    typer.echo(f"wrote {out} from {reader.folder} in {dtype}")
+    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer or found_tokenizer, workers=workers)
+    typer.echo(f"wrote {out} from {reader.folder} as {plan.family.name} in {dtype}")
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
     with parallel_context(Parallel()) as ctx:
         try:
-            difference = compare_logits(reader, out, ctx, dtype=dtype)
+            difference = compare_logits(reader, plan, out, ctx)
         except ConversionError:
             failed = out.with_name(out.name + ".failed")
             shutil.rmtree(failed, ignore_errors=True)
             out.rename(failed)
             typer.echo(f"moved to {failed}", err=True)
             raise
-    typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
+    if transformers_ships(plan.family.model_type):
+        typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
+    else:
+        typer.echo(
+            f"verified by reading it back: logits differ by {difference:.1e} of the largest; transformers has no "
+            f"{plan.family.model_type} of its own"
+        )
+
+
+@convert_app.command(epilog=example("flagscale-like convert quantize --hf hf --out hf-int4 --bits 4 --group-size 64"))
+def quantize(
+    hf: Annotated[Path, typer.Option(help="Hugging Face folder to quantize.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights of a row that share a scale.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="A scale a group; else a zero point too.")] = True,
+) -> None:
+    """Write INT8 or INT4 weights in the compressed-tensors format, which transformers and vLLM load."""
+    from flagscale_like.checkpoint.quantize import Scheme, quantize_folder
+
+    summary = quantize_folder(hf, out, Scheme(bits=bits, group_size=group_size, symmetric=symmetric))
+    typer.echo(
+        f"wrote {out}: {summary.matrices} matrices in INT{bits}, {summary.bytes_before / 1e6:,.1f} MB -> "
+        f"{summary.bytes_after / 1e6:,.1f} MB, relative weight error {summary.relative_error:.2e}"
+    )
+
+
+@app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Text (a file, a folder, jsonl, parquet) or the prefix of a .bin/.idx.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
+    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; the model's own, if left out.")] = None,
+    seq_length: Annotated[int, typer.Option(help="Tokens a window.", min=1)] = 1024,
+    micro_batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 1,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the computation.")] = "fp32",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    nproc_per_node: Annotated[int | None, typer.Option(help="Ranks to start; tp*pp on CPU, one a GPU.")] = None,
+) -> None:
+    """Print loss and perplexity of a model on text, on any layout; under torchrun, or starting the ranks itself."""
+    from flagscale_like.config import Parallel
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    if (checkpoint is None) == (hf is None):
+        raise ConfigError("give --checkpoint or --hf, one of them")
+    parallel = Parallel(tp=tp, pp=pp)
+    processes = 1 if is_worker() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    if processes > 1:
+        raise SystemExit(launch(processes, sys.argv[1:]))
+
+    from flagscale_like.checkpoint.hf_folder import HfFolder
+    from flagscale_like.data.stream import read_stream
+    from flagscale_like.runtime.parallel import parallel_context
+    from flagscale_like.training.evaluation import evaluate_stream
+
+    source, own_tokenizer = (HfFolder(hf), hf) if hf is not None else _open(checkpoint)
+    with parallel_context(parallel) as ctx:
+        stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
+        found = evaluate_stream(
+            source, stream, ctx, seq_length=seq_length, micro_batch_size=micro_batch_size, precision=precision
+        )
+        if ctx.is_main:
+            bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
+            typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
 
 
 @app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))
@@ -322,12 +526,12 @@ def generate(
 
 
 def _open(checkpoint: Path):  # noqa: ANN202  (CheckpointReader, whose import is late)
-    """The newest checkpoint at a path, and the tokenizer folder that its run used."""
+    """The newest checkpoint at a path, and the tokenizer folder that its run used, or that was imported with it."""
     from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
 
     reader = CheckpointReader(find_checkpoint(checkpoint))
-    tokenizer = reader.state["config"]["data"].get("tokenizer")
-    return reader, Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
+    tokenizer = reader.state.get("config", {}).get("data", {}).get("tokenizer") or reader.folder / "tokenizer"
+    return reader, Path(tokenizer) if Path(tokenizer).is_dir() else None
 
 
 @ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,12 +236,25 @@ class Checkpoint(Frozen):
     Attributes:
         interval: steps between saves; the last step is always saved; 0 saves never.
         keep: newest checkpoints kept.
-        load: start from the weights of this checkpoint (another run's), with a fresh optimizer.
+        load: start from the weights of this checkpoint (another run's, or an imported one), with a fresh optimizer.
+        init_from_hf: the same from a Hugging Face folder, read without a conversion. `model` may then be left out: it is
+            read from the folder's config.json, as it is from the checkpoint that `load` names.
+        export_hf: write RUN_DIR/hf, a Hugging Face folder, when the last step is done.
     """
 
     interval: int = Field(default=100, ge=0)
     keep: int = Field(default=3, gt=0)
     load: str | None = None
+    init_from_hf: str | None = None
+    export_hf: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Checkpoint:
+        if self.load and self.init_from_hf:
+            raise ValueError(f"give load ({self.load}) or init_from_hf ({self.init_from_hf}), not both")
+        if self.export_hf and not self.interval:
+            raise ValueError("export_hf needs a saved checkpoint: interval must not be 0")
+        return self
 
 
 class Kernels(Frozen):
@@ -370,13 +383,52 @@ class RunConfig(Frozen):
                 )
         return dp
 
+    @classmethod
+    def for_inference(
+        cls,
+        model: ModelArch,
+        *,
+        precision: str = "fp32",
+        parallel: Parallel | None = None,
+        seq_length: int | None = None,
+        micro_batch_size: int = 1,
+        global_batch_size: int | None = None,
+    ) -> RunConfig:
+        """A run that trains nothing and writes nothing: what building and running a model forward needs.
+
+        Raises:
+            ConfigError: the model cannot be laid out so.
+        """
+        length = seq_length or model.max_position_embeddings or 2048
+        batch = global_batch_size or micro_batch_size
+        train = {"micro_batch_size": micro_batch_size, "global_batch_size": batch, "seq_length": length}
+        try:
+            return cls(
+                run_dir="",
+                model=model,
+                parallel=parallel or Parallel(),
+                train=Train(steps=1, precision=precision, **train),
+                optimizer=Optimizer(lr=1.0),
+                data=Data(synthetic=True),
+            )
+        except ValidationError as error:
+            raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    read_model: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+) -> RunConfig:
     """Read a YAML file, apply `key.path=value` overrides, validate.
+
+    Args:
+        read_model: finds `model` from the other values (the checkpoint or folder that training starts from); what the YAML
+            gives of it wins.
 
     Raises:
         ConfigError: the file cannot be read, is no mapping, or a value is wrong; one line an error, all at once.
@@ -396,6 +448,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
+    found = read_model(values) if read_model else None
+    if found is not None and isinstance(values.get("model", {}), dict):
+        values["model"] = found | values.get("model", {})
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -1,8 +1,8 @@
 """Run functions on several gloo ranks, and the command line as a user does."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.distributed import TCPStore
 
 from flagscale_like.config import RunConfig
 
@@ -59,21 +60,19 @@ def write_yaml(config: RunConfig, path: Path) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
     """`function(*arguments)` on `ranks` processes with torchrun's environment; its results, by rank.
 
     The function must be importable, and starts its own parallel_context. A rank that raises fails the call.
     """
-    port, pipes, processes = free_port(), [], []
+    # The ranks meet at a store that this process serves, as torchrun's agent does: its port is taken before they start.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
     for rank in range(ranks):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(rank, ranks, port, sender, function, arguments), daemon=True)
+        process = _context.Process(
+            target=_rank, args=(rank, ranks, store.port, sender, function, arguments), daemon=True
+        )
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -107,7 +106,12 @@ def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float 
 
 def _rank(rank: int, ranks: int, port: int, sender: Any, function: Callable, arguments: tuple) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     try:
         sender.send((True, function(*arguments)))

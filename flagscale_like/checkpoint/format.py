@@ -11,40 +11,24 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from pydantic import ValidationError
 from torch import Tensor
 
+from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.tensor_file import FileRecord, TensorFile, TensorSpec, write_tensors
 from flagscale_like.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 READ_BYTES = 1 << 22
-
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One line of the manifest."""
-
-    name: str
-    size_bytes: int
-    xxh3: str
 
 
 def fsync_folder(folder: Path) -> None:
@@ -63,29 +47,8 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadat
         tensors: (name, contiguous CPU tensor).
     """
     tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digest = xxhash.xxh3_64()
-    with open(path, "wb") as file:
-
-        def put(data: bytes | memoryview) -> None:
-            file.write(data)
-            digest.update(data)
-
-        put(struct.pack("<Q", len(encoded)))
-        put(encoded)
-        for _, tensor in tensors:
-            if tensor.numel():
-                put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        size = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(path.name, size, digest.hexdigest())
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    return write_tensors(path, specs, (tensor for _, tensor in tensors), metadata)
 
 
 def write_json(path: Path, value: object) -> FileRecord:
@@ -160,19 +123,41 @@ class CheckpointReader:
             self.state: dict[str, Any] = json.loads((self.folder / STATE).read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder}: {STATE} is damaged: {error}") from None
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._fragments: dict[str, list[tuple[Fragment, str, int]]] = {}
         for name in sorted(n for n in names if n.endswith(".safetensors")):
             try:
-                file = safe_open(self.folder / name, framework="pt")
-                listed = json.loads(file.metadata()["fragments"])
+                file = TensorFile(self.folder / name)
+                listed = json.loads(file.metadata["fragments"])
                 fragments = [Fragment(k, tuple(g), tuple(o), tuple(s), a, b) for k, g, o, s, a, b in listed]
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            except (OSError, KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{self.folder}: {name} is damaged: {error}") from None
             self._files[name] = file
             for index, fragment in enumerate(fragments):
                 self._fragments.setdefault(fragment.key, []).append((fragment, name, index))
         self._names = {name: set(file.keys()) for name, file in self._files.items()}
+
+    @property
+    def arch(self) -> ModelArch:
+        """The model's architecture.
+
+        Raises:
+            CheckpointError: the state holds none that this version knows.
+        """
+        try:
+            return ModelArch.model_validate(self.state["model"])
+        except (KeyError, ValidationError) as error:
+            raise CheckpointError(f"{self.folder}: {STATE} describes no model: {error}") from None
+
+    def state_token_ids(self) -> dict[str, Any]:
+        """bos, eos and pad ids of the Hugging Face folder that this checkpoint was imported from, if it was."""
+        return dict(self.state.get("hugging_face", {}).get("token_ids", {}))
+
+    def dtype(self, key: str, kind: str = "param") -> torch.dtype:
+        """The dtype that a tensor was saved in."""
+        self.global_shape(key)
+        _, name, index = self._fragments[key][0]
+        return self._files[name].specs[f"{index}.{kind}"].dtype
 
     def keys(self) -> list[str]:
         """Names of the global tensors."""
@@ -223,10 +208,7 @@ class CheckpointReader:
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
         """A whole global tensor on the host, in the dtype it was saved in or the one given."""
         shape = self.global_shape(key)
-        if dtype is None:
-            _, name, index = self._fragments[key][0]
-            dtype = self._files[name].get_tensor(f"{index}.{kind}")[:1].dtype
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype or self.dtype(key, kind))
         self.read(kind, Fragment(key, shape, (0,) * len(shape), shape, 0, out.numel()), out.view(-1))
         return out
 

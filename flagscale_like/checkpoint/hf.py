@@ -1,27 +1,53 @@
-"""Native checkpoint -> Hugging Face folder, a few tensors at a time, and the proof that both compute the same."""
+"""Hugging Face folder <-> native checkpoint, a tensor at a time, by several processes.
+
+Both ways: plan the files from names and shapes alone, let the processes write them, then put the small files beside and
+rename the folder. An interrupted conversion leaves a hidden temporary folder, and none that looks whole.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import CheckpointReader, fsync_folder
-from flagscale_like.checkpoint.store import load_model
+from flagscale_like.checkpoint.format import (
+    STATE,
+    CheckpointReader,
+    fragment_metadata,
+    fsync_folder,
+    write_json,
+    write_manifest,
+)
+from flagscale_like.checkpoint.fragments import Fragment
+from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
-from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.families.family import Family
+from flagscale_like.families.weight_map import Rule
+
+if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
+    from flagscale_like.runtime.parallel import ParallelContext
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+MAX_FILE_BYTES = 4 << 30
+TOKENIZER = "tokenizer"  # folder beside a native checkpoint's files
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,93 +58,317 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int, max_bytes: int) -> list[list[Rule]]:
+    """Consecutive rules a file: at least `files` of about the same size, none above `max_bytes` unless by one tensor."""
+    sizes = [nbytes(rule) for rule in rules]
+    limit = min(max_bytes, -(-sum(sizes) // files))
+    groups: list[list[Rule]] = [[]]
+    held = 0
+    for rule, size in zip(rules, sizes, strict=True):
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(rule)
+        held += size
+    return groups
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end, and is removed on an error.
+
+    Raises:
+        ConversionError: `out` exists, or cannot be written.
+    """
+    if out.exists():
+        raise ConversionError(f"{out}: exists; choose another folder or remove it")
+    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        fsync_folder(temporary)
+        os.replace(temporary, out)
+        fsync_folder(out.absolute().parent)
+    except (OSError, BrokenProcessPool) as error:
+        raise ConversionError(f"{out}: could not be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[Any]:
+    """[job(0), ..., job(count - 1)], by up to `workers` processes."""
+    if workers <= 1 or count <= 1:
+        return [job(index) for index in range(count)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(workers, count), mp_context=context) as pool:
+        return list(pool.map(job, range(count)))
+
+
+# Hugging Face -> native
+
+
+@dataclass(frozen=True)
+class _ImportFile:
+    """Writes file `index` of an import. Picklable: another process opens the folder anew."""
+
+    source: Path
+    target: Path
+    groups: list[list[Rule]]
+
+    def __call__(self, index: int) -> FileRecord:
+        folder, rules = HfFolder(self.source), self.groups[index]
+        fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
+        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), rule.shape) for i, rule in enumerate(rules)]
+        tensors = (folder.full(rule.core) for rule in rules)
+        path = self.target / f"rank_{index:05d}.safetensors"
+        return write_tensors(path, specs, tensors, fragment_metadata(fragments))
+
+
+def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
+    """Write a native checkpoint of weights alone, in the dtypes of the Hugging Face folder. It loads on any layout.
+
+    Args:
+        workers: processes that write, a file each.
+
+    Raises:
+        ConversionError: the folder cannot be read (see HfFolder), or `out` exists or cannot be written.
+    """
+    folder = HfFolder(source)
+    groups = split_rules(
+        folder.rules,
+        lambda rule: rule.numel * folder.dtype(rule).itemsize,
+        files=workers,
+        max_bytes=max_file_bytes,
+    )
+    with written_aside(out) as temporary:
+        records = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
+        copy_tokenizer(folder.folder, temporary / TOKENIZER)
+        state = {
+            "step": 0,
+            "consumed_samples": 0,
+            "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
+            "model": folder.arch.model_dump(mode="json"),
+            "hugging_face": {"folder": str(folder.folder), "token_ids": _folder_token_ids(folder.folder)},
+        }
+        write_manifest(temporary, [*records, write_json(temporary / STATE, state)])
+    return folder.arch
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, those that are there."""
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if found:
+        target.mkdir(exist_ok=True)
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+
+
+def _folder_token_ids(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+
+
+# Native -> Hugging Face
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Which tensors go to which file of a Hugging Face folder; from names and shapes alone. Picklable.
+
+    Attributes:
+        arch: as the target family sees it: without a NormHead where that family has none.
+        dtype: of the weights; None keeps each tensor's own.
+        specs: by file.
+    """
+
+    source: Path
+    arch: ModelArch
+    family_name: str
+    dtype: torch.dtype | None
+    normalize_head: bool
+    groups: list[list[Rule]]
+    specs: list[list[TensorSpec]]
+
+    @property
+    def family(self) -> Family:
+        """The family it is written as."""
+        return find_family(self.family_name)
+
+    @property
+    def files(self) -> list[str]:
+        count = len(self.groups)
+        return [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """Writes file `index` of an export. Picklable: another process opens the checkpoint anew."""
+
+    plan: ExportPlan
+    target: Path
+
+    def __call__(self, index: int) -> None:
+        reader = CheckpointReader(self.plan.source)
+        specs = self.plan.specs[index]
+        write_tensors(self.target / self.plan.files[index], specs, self._tensors(reader, index), {"format": "pt"})
+
+    def _tensors(self, reader: CheckpointReader, index: int) -> Iterator[Tensor]:
+        plan = self.plan
+        dtypes = iter(spec.dtype for spec in plan.specs[index])
+        for rule in plan.groups[index]:
+            own = list(itertools.islice(dtypes, len(rule.hf)))
+            if plan.normalize_head and rule.core == "output_layer.weight":
+                full = F.normalize(reader.full(rule.core, dtype=torch.float32), dim=-1).to(own[0])
+            else:
+                full = reader.full(rule.core, dtype=own[0])
+            yield from rule.to_hf(full, plan.arch)
+
+
+def plan_export(
+    reader: CheckpointReader,
+    *,
+    family: str | None = None,
+    dtype: str = "bf16",
+    files: int = 1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> ExportPlan:
+    """Lay out an export, and find what is wrong with it before anything is written.
+
+    Args:
+        family: to write the model as; its own where it is None. Only where the maths is the same, or NormHead is all that
+            differs: its normalised matrix is then written.
+        dtype: bf16, fp16, fp32, or stored: each tensor's own.
+        files: at least so many.
+
+    Raises:
+        ConversionError: the family is not known, or cannot compute the model.
+        CheckpointError: the checkpoint lacks a tensor, has one too many, or one of another shape.
+    """
+    arch = reader.arch
+    target = find_family(family or arch.family)
+    fold = arch.norm_head and "norm_head" not in target.supports
+    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold})
+    target.hf_config(arch)
+    rules = target.rules(arch)
+    extra = set(reader.keys()) - {rule.core for rule in rules}
+    if extra:
+        raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
+    for rule in rules:
+        saved = reader.global_shape(rule.core)
+        rows_alike = saved[0] == rule.shape[0] or (
+            rule.shape[0] == arch.padded_vocab_size() and saved[0] >= arch.vocab_size
+        )
+        if saved[1:] != rule.shape[1:] or not rows_alike:
+            raise CheckpointError(f"{reader.folder}: {rule.core} has shape {saved}, {target.name} needs {rule.shape}")
+
+    def dtype_of(rule: Rule) -> torch.dtype:
+        return reader.dtype(rule.core) if dtype == "stored" else DTYPES[dtype]
+
+    groups = split_rules(rules, lambda r: r.numel * dtype_of(r).itemsize, files=files, max_bytes=max_file_bytes)
+    specs = [
+        [
+            TensorSpec(name, dtype_of(rule), shape)
+            for rule in group
+            for name, shape in zip(rule.hf, rule.hf_shapes(arch), strict=True)
+        ]
+        for group in groups
+    ]
+    return ExportPlan(reader.folder, arch, target.name, DTYPES.get(dtype), fold, groups, specs)
+
+
+def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, token_ids: dict[str, Any]) -> None:
+    """The files beside the weights: index, config.json, generation_config.json, tokenizer.
+
+    Args:
+        token_ids: bos, eos and pad, for where there is no tokenizer to ask.
+    """
+    if len(plan.groups) > 1:
+        weight_map = {spec.name: file for file, specs in zip(plan.files, plan.specs, strict=True) for spec in specs}
+        total = sum(spec.nbytes for specs in plan.specs for spec in specs)
+        write_index(folder, weight_map, total)
+    ids = token_ids | tokenizer_ids(tokenizer)
+    dtypes = {spec.dtype for specs in plan.specs for spec in specs}
+    word = DTYPE_WORDS[dtypes.pop() if len(dtypes) == 1 else torch.float32]
+    _write_json(folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids})
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
 
 
 def export(
     reader: CheckpointReader,
     out: Path,
     *,
+    family: str | None = None,
     dtype: str = "bf16",
     tokenizer: Path | None = None,
-    max_shard_bytes: int = 4 << 30,
-) -> None:
-    """Write safetensors shards with their index, config.json, generation_config.json and the tokenizer.
-
-    The folder is written aside and renamed last: an interrupted export leaves nothing under `out`.
+    workers: int = 1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> ExportPlan:
+    """Write a Hugging Face folder: safetensors with their index, config.json, generation_config.json, the tokenizer.
 
     Args:
-        max_shard_bytes: a shard is closed before it grows past this, which also bounds the memory in use.
+        workers: processes that write, a file each.
+        family, dtype: see plan_export().
 
     Raises:
-        ConversionError: `out` exists.
-        CheckpointError: the checkpoint lacks a tensor or has one too many.
+        ConversionError: `out` exists or cannot be written; the family cannot compute the model.
+        CheckpointError: see plan_export().
     """
-    if out.exists():
-        raise ConversionError(f"{out}: exists; choose another folder or remove it")
-    arch = ModelArch.model_validate(reader.state["model"])
-    family = find_family(arch.family)
-    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
-        config = {**family.hf_config(arch), "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]}
-        ids = _token_ids(tokenizer)
-        _write_shards(_tensors(reader, arch, family, DTYPES[dtype]), temporary, max_shard_bytes)
-        _write_json(temporary / "config.json", {**config, **ids})
-        _write_json(temporary / "generation_config.json", {"_from_model_config": True, **ids})
-        for name in TOKENIZER_FILES:
-            if tokenizer and (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / name)
-        fsync_folder(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    plan = plan_export(reader, family=family, dtype=dtype, files=workers, max_file_bytes=max_file_bytes)
+    with written_aside(out) as temporary:
+        _in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
+        finish_export(plan, temporary, tokenizer=tokenizer, token_ids=reader.state_token_ids())
+    return plan
 
 
-def _tensors(
-    reader: CheckpointReader, arch: ModelArch, family: Any, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    rules = family.rules(arch)
-    unknown = set(reader.keys()) - {rule.core for rule in rules}
-    if unknown:
-        raise CheckpointError(f"{reader.folder}: holds tensors that {arch.family} does not have: {sorted(unknown)[:3]}")
-    for rule in rules:
-        full = reader.full(rule.core)
-        for name, tensor in zip(rule.hf, rule.to_hf(full, arch), strict=True):
-            yield name, tensor.to(dtype).contiguous()
+def export_on_ranks(
+    reader: CheckpointReader, out: Path, ctx: ParallelContext, *, dtype: str, tokenizer: Path | None
+) -> None:
+    """export(), the files shared out over the ranks of a run, and what was at `out` replaced. All ranks call it.
+
+    Raises:
+        ConversionError: on every rank, where any rank could not write.
+    """
+    plan = plan_export(reader, dtype=dtype, files=ctx.world_size)
+    aside = out.with_name(str(ctx.broadcast(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")))
+
+    def write() -> None:
+        aside.mkdir(parents=True, exist_ok=True)
+        for index in range(ctx.rank, len(plan.groups), ctx.world_size):
+            ExportFile(plan, aside)(index)
+
+    def publish() -> None:
+        finish_export(plan, aside, tokenizer=tokenizer, token_ids=reader.state_token_ids())
+        fsync_folder(aside)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(aside, out)
+
+    problems: list[str] = []
+    for work in (write, publish):
+        problem = None
+        try:
+            if not problems and (work is write or ctx.is_main):
+                work()
+        except (OSError, ConversionError) as error:
+            problem = f"rank {ctx.rank}: {error}"
+        problems += [found for found in ctx.gather(problem) if found]
+    if problems:
+        if ctx.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise ConversionError(f"{out}: could not be written: {'; '.join(problems)}; the checkpoint is whole")
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    size = total = 0
+def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
+    """bos, eos and pad ids, as the tokenizer folder names them.
 
-    def close() -> None:
-        nonlocal held, size
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held, size = {}, 0
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if held and size + nbytes > max_shard_bytes:
-            close()
-        # A view would drag the whole tensor it looks into along.
-        held[name] = tensor.clone() if tensor.untyped_storage().nbytes() > nbytes else tensor
-        size, total = size + nbytes, total + nbytes
-    close()
-    if len(shards) == 1:
-        os.replace(folder / "shard-0", folder / "model.safetensors")
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"shard-{index}", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _token_ids(tokenizer: Path | None) -> dict[str, int]:
-    """bos, eos and pad ids, as the tokenizer folder names them."""
+    Raises:
+        ConversionError: transformers cannot load it.
+    """
     if tokenizer is None:
         return {}
     from transformers import AutoTokenizer
@@ -127,51 +377,14 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int]:
         loaded = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConversionError(f"tokenizer {tokenizer}: transformers cannot load it: {error}") from None
-    ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """model.safetensors.index.json: which file holds which tensor."""
+    _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@torch.no_grad()
-def compare_logits(
-    reader: CheckpointReader,
-    folder: Path,
-    ctx: ParallelContext,
-    *,
-    dtype: str,
-    tolerance: float = 1e-4,
-    tokens: int = 64,
-) -> float:
-    """Run the native model and transformers' on the same random tokens, both in fp32 from weights rounded to `dtype`.
-
-    Returns:
-        The largest difference of a logit, over the largest logit.
-
-    Raises:
-        ConversionError: it exceeds `tolerance`, or transformers cannot load the folder.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = load_model(reader, ctx, precision="fp32").eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype]).float()
-    arch = model.arch
-    length = min(tokens, arch.max_position_embeddings or tokens)
-    ids = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(ctx.platform.device)
-    ours = model(ids, None, None)[..., : arch.vocab_size].float()
-    try:
-        theirs_model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None
-    theirs = theirs_model.to(ctx.platform.device).eval()(ids).logits.float()
-    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    if not difference <= tolerance:
-        raise ConversionError(
-            f"{folder}: its logits differ from the native model's by {difference:.2e} of the largest "
-            f"(allowed {tolerance:.0e}): the export is not usable"
-        )
-    return difference

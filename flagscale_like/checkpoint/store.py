@@ -12,13 +12,14 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.format import (
     LATEST,
     STATE,
@@ -42,10 +43,21 @@ from flagscale_like.checkpoint.layout import (
     parameter_pieces,
     set_adam_step,
 )
-from flagscale_like.config import Parallel, RunConfig
+from flagscale_like.config import RunConfig
 from flagscale_like.errors import CheckpointError
 from flagscale_like.model.build import LanguageModel, build_chunks
 from flagscale_like.runtime.parallel import ParallelContext
+
+
+class WeightSource(Protocol):
+    """What weights are loaded from: a native checkpoint, or a Hugging Face folder."""
+
+    @property
+    def arch(self) -> ModelArch: ...
+
+    def global_shape(self, key: str) -> tuple[int, ...]: ...
+
+    def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
 
 
 @dataclass
@@ -183,7 +195,7 @@ def verify(folder: Path, ctx: ParallelContext) -> list[str]:
 
 
 @torch.no_grad()
-def load_weights(reader: CheckpointReader, chunks: list[LanguageModel], ctx: ParallelContext) -> None:
+def load_weights(reader: WeightSource, chunks: list[LanguageModel], ctx: ParallelContext) -> None:
     """Fill the model's parameters on this layout, in the model's dtype.
 
     Raises:
@@ -271,14 +283,12 @@ def read_latest(root: Path) -> Path | None:
         return None
 
 
-def load_model(reader: CheckpointReader, ctx: ParallelContext, *, precision: str) -> LanguageModel:
-    """The checkpoint's model, whole, in this process: for generation and for comparing logits.
+def load_model(reader: WeightSource, ctx: ParallelContext, *, precision: str) -> LanguageModel:
+    """The whole model in this process: for generation and for comparing logits.
 
     Args:
         ctx: a context of one rank.
     """
-    config = RunConfig.model_validate(reader.state["config"])
-    update = {"parallel": Parallel(), "train": config.train.model_copy(update={"precision": precision})}
-    (model,) = build_chunks(config.model_copy(update=update), ctx)
+    (model,) = build_chunks(RunConfig.for_inference(reader.arch, precision=precision), ctx)
     load_weights(reader, [model], ctx)
     return model

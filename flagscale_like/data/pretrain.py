@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -81,20 +87,49 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
                 raise DataError(f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first")
-        try:
-            dataset = IndexedDataset(source.path)
-            documents, tokens = len(dataset.document_indices) - 1, int(dataset.sequence_lengths.sum())
-            size = Path(source.path + ".bin").stat().st_size
-            wanted = tokens * dataset.index.dtype_size
-        except Exception as error:  # a foreign file fails wherever its bytes lead the parser
-            raise DataError(
-                f"data source {source.path}: not a megatron index ({type(error).__name__}: {error})"
-            ) from None
-        if documents == 0 or tokens == 0:
-            raise DataError(f"data source {source.path}: holds no documents")
-        if size != wanted:
-            raise DataError(f"data source {source.path}: .bin has {size} bytes, its .idx describes {wanted}")
+        _check_split(config, source.path, read_lengths(source.path))
     return tokenizer
+
+
+def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
+    """megatron-core looks for a split's first sample for ever where the split has no token."""
+    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
+    wanted = {"training": True, "validation": config.train.eval_interval > 0}
+    for (name, needed), share in zip(wanted.items(), shares, strict=False):
+        if not needed:
+            continue
+        first, last = (round(edge * len(lengths)) for edge in share or (0.0, 0.0))
+        if lengths[first:last].sum() == 0:
+            raise DataError(
+                f"data source {prefix}: data.split {config.data.split} leaves {last - first} of its {len(lengths)} "
+                f"documents for {name}: give it a larger share"
+                + (", or set train.eval_interval to 0" if name == "validation" else "")
+            )
+
+
+def read_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each document of an index, after comparing the sizes of .idx and .bin with what its header says.
+
+    Raises:
+        DataError: another file, a cut one, or no documents.
+    """
+    index = Path(prefix + ".idx").read_bytes()
+    header = _INDEX_HEADER + struct.pack("<Q", 1)
+    fixed = len(header) + struct.calcsize("<BQQ")
+    if len(index) < fixed or not index.startswith(header):
+        raise DataError(f"data source {prefix}: {prefix}.idx is not a megatron index")
+    code, sequences, documents = struct.unpack_from("<BQQ", index, len(header))
+    wanted = fixed + sequences * (4 + 8) + documents * 8  # lengths, pointers, documents
+    if len(index) != wanted:
+        raise DataError(f"data source {prefix}: .idx has {len(index)} bytes, its header describes {wanted}: cut short?")
+    lengths = np.frombuffer(index, dtype=np.int32, count=sequences, offset=fixed)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if documents < 2 or tokens == 0:
+        raise DataError(f"data source {prefix}: holds no documents")
+    size, wanted = Path(prefix + ".bin").stat().st_size, tokens * DType.size(code)
+    if size != wanted:
+        raise DataError(f"data source {prefix}: .bin has {size} bytes, its .idx describes {wanted}: cut short?")
+    return lengths
 
 
 def build_datasets(
@@ -126,17 +161,9 @@ def build_datasets(
         create_attention_mask=False,
         mid_level_dataset_surplus=0.005,
     )
-    try:
-        datasets = BlendedMegatronDatasetBuilder(
-            GPTDataset, [train_samples, valid_samples, 0], lambda: True, dataset_config
-        ).build()
-    except (AssertionError, IndexError, ValueError) as error:
-        raise DataError(
-            f"the sample index cannot be built from split {config.data.split} of {[s.path for s in sources]}: too few "
-            f"documents or tokens for seq_length {train.seq_length}? ({type(error).__name__}: {error})"
-        ) from None
-    if datasets[0] is None:
-        raise DataError(f"split {config.data.split} leaves no documents for training")
+    datasets = BlendedMegatronDatasetBuilder(
+        GPTDataset, [train_samples, valid_samples, 0], lambda: True, dataset_config
+    ).build()
     return datasets[0], datasets[1] if valid_samples else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +10,41 @@ from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Direct:
-    """The same matrix under two names."""
+    """The same tensor under two names. The other rules change its rows.
+
+    Attributes:
+        core: megatron-core's name, layers counted over the whole model.
+        shape: megatron-core's shape; its vocabulary padded for tp 1.
+        hf: Hugging Face's names of the tensors that it becomes.
+    """
 
     core: str
+    shape: Shape
     hf: tuple[str, ...]
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
     def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
+        """One tensor for each name in `hf`; views where that is possible."""
         return (tensor,)
 
     def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
+        """The inverse of to_hf(), bit for bit."""
         return tensors[0]
+
+    def hf_shapes(self, arch: ModelArch) -> tuple[Shape, ...]:
+        """Shapes of the tensors in `hf`."""
+        return tuple(tuple(t.shape) for t in self.to_hf(torch.empty(self.shape, device="meta"), arch))
+
+
+Rule = Direct
 
 
 @dataclass(frozen=True)
@@ -32,26 +55,36 @@ class PaddedVocab(Direct):
         return (tensor[: arch.vocab_size],)
 
     def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
-        rows = arch.padded_vocab_size() - tensors[0].shape[0]
-        return torch.nn.functional.pad(tensors[0], (0, 0, 0, rows))
+        padding = self.shape[0] - tensors[0].shape[0]
+        return torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)) if padding else tensors[0]
 
 
 @dataclass(frozen=True)
 class QKV(Direct):
-    """q, k, v <-> linear_qkv, whose rows are, a KV group at a time, [its queries, its key, its value]."""
+    """q, k, v <-> linear_qkv, whose rows are, a KV group at a time, [its queries, its key, its value]. Biases alike."""
 
     def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
-        g, d = arch.num_query_groups, arch.head_dim
+        g, d, rest = arch.num_query_groups, arch.head_dim, tensor.shape[1:]
         queries = arch.num_attention_heads // g
-        grouped = tensor.view(g, queries + 2, d, *tensor.shape[1:])  # [(n + 2g)d, h] -> [g, n/g + 2, d, h]
-        q, k, v = grouped.split((queries, 1, 1), dim=1)
-        return tuple(part.reshape(-1, *tensor.shape[1:]) for part in (q, k, v))
+        grouped = tensor.view(g, queries + 2, d, *rest)  # [(n + 2g)d, h] -> [g, n/g + 2, d, h]
+        return tuple(part.reshape(-1, *rest) for part in grouped.split((queries, 1, 1), dim=1))
 
     def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
-        g, d = arch.num_query_groups, arch.head_dim
-        rest = tensors[0].shape[1:]
-        grouped = [part.view(g, -1, d, *rest) for part in tensors]
-        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+        g, d, rest = arch.num_query_groups, arch.head_dim, tensors[0].shape[1:]
+        grouped = [part.view(g, -1, d, *rest) for part in tensors]  # [g, n/g, d, h], [g, 1, d, h], [g, 1, d, h]
+        return torch.cat(grouped, dim=1).view(-1, *rest)
+
+
+@dataclass(frozen=True)
+class PackedQKV(QKV):
+    """W_pack = [q; k; v] <-> linear_qkv."""
+
+    def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
+        return (torch.cat(super().to_hf(tensor, arch)),)
+
+    def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
+        q, kv = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+        return super().to_core(tensors[0].split((q, kv, kv)), arch)
 
 
 @dataclass(frozen=True)
@@ -63,6 +96,3 @@ class GatedMLP(Direct):
 
     def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
         return torch.cat(tensors)
-
-
-Rule = Direct

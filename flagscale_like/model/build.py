@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import RunConfig
 from flagscale_like.model.layer_spec import block_spec
+from flagscale_like.model.modules import OutputLayer
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platform import Platform
 
@@ -45,6 +46,8 @@ def transformer_config(config: RunConfig, platform: Platform, *, meta: bool = Fa
         activation_func=F.silu,
         use_te_activation_func=True,  # megatron-core's name for "take activation_func from the layer spec"
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -85,7 +88,7 @@ def _leave(weight: Tensor) -> None:
 
 
 class LanguageModel(GPTModel):
-    """GPTModel with our layer spec. Positions live in the core attention, so megatron-core adds none."""
+    """GPTModel with our layer spec and output layer. Positions live in the core attention: megatron-core adds none."""
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class LanguageModel(GPTModel):
         post: bool,
         vp_stage: int | None,
     ) -> None:
+        self.arch = arch  # setup_embeddings_and_output_layer() reads it while GPTModel is built
         super().__init__(
             config,
             block_spec(arch, config, vp_stage),
@@ -108,7 +112,19 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=arch.tie_embeddings,
             vp_stage=vp_stage,
         )
-        self.arch = arch
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Put our output layer in the place of megatron-core's, before it marks the weight as the model's output."""
+        if self.post_process:
+            self.output_layer = OutputLayer(
+                self.config,
+                vocab_size=self.arch.vocab_size,
+                padded_vocab_size=self.vocab_size,
+                normalize=self.arch.norm_head,
+                tied_here=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
 
 
 def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False) -> list[LanguageModel]:
@@ -155,15 +171,16 @@ def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: Para
     """Fill the weights from (seed, parameter name), so that one seed gives one model on every layout.
 
     Each rank draws the full matrix and keeps its own part. Normal with init_std; the matrices that write to the residual
-    stream with output_init_std (Radford et al. 2019: init_std / sqrt(2 * num_layers)); norms are norm_init. The rows of
-    the padded vocabulary are zero.
+    stream with output_init_std (Radford et al. 2019: init_std / sqrt(2 * num_layers)); norms are norm_init, q's and k's own
+    norms 1. Biases and the rows of the padded vocabulary are zero.
     """
     arch, tp, rank = config.model, config.parallel.tp, ctx.tp_rank
     output_std = arch.output_init_std or arch.init_std / (2 * arch.num_layers) ** 0.5
     for chunk in chunks:
         for name, parameter in named_shards(chunk).items():
             if parameter.dim() == 1:
-                parameter.fill_(arch.norm_init)
+                own_norm = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0 if own_norm else arch.norm_init)
                 continue
             if chunk.share_embeddings_and_output_weights:
                 # The last stage's copy of a tied embedding must be drawn as the first stage's.

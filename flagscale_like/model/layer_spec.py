@@ -21,6 +21,8 @@ from flagscale_like.model.modules import RMSNorm, SwiGLU
 
 def layer_spec(arch: ModelArch) -> ModuleSpec:
     """One decoder layer of `arch`."""
+    qk_norm = RMSNorm if arch.qk_norm else IdentityOp
+    tables = RotaryTables(arch) if arch.position.kind == "rope" else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -30,10 +32,10 @@ def layer_spec(arch: ModelArch) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=functools.partial(CoreAttention, tables=RotaryTables(arch)),
+                    core_attention=functools.partial(CoreAttention, arch=arch, tables=tables),
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -21,6 +21,8 @@ class Shape:
         gated: SwiGLU's two up projections, or one (GPT).
         flash: attention without its [s, s] scores in memory.
         dropout: GPT's three dropouts a layer, each of which saves a mask of one byte an element.
+        window: keys a query sees; all before it where it is None.
+        qk_norm, alibi, norm_head: as in ModelArch; they save tensors of their own.
     """
 
     layers: int
@@ -33,6 +35,10 @@ class Shape:
     gated: bool = True
     flash: bool = True
     dropout: bool = False
+    window: int | None = None
+    qk_norm: bool = False
+    alibi: bool = False
+    norm_head: bool = False
 
     @classmethod
     def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
@@ -44,6 +50,10 @@ class Shape:
             head_dim=arch.head_dim,
             ffn=arch.ffn_hidden_size,
             vocab=arch.padded_vocab_size(tp),
+            window=arch.sliding_window,
+            qk_norm=arch.qk_norm,
+            alibi=arch.position.kind == "alibi",
+            norm_head=arch.norm_head,
         )
 
     @classmethod
@@ -79,7 +89,9 @@ class Shape:
         Args:
             recompute_layers: count the layers' second forward pass, as that paper does ("hardware FLOPs").
         """
-        layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * seq_length)
+        window = min(self.window or seq_length, seq_length)
+        keys = window * (2 - window / seq_length)
+        layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
         return tokens * ((8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab)
 
 

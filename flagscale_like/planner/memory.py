@@ -65,16 +65,21 @@ def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) ->
     if stage == 0 and chunk == 0:
         parameters.append(("embedding.word_embeddings.weight", vocabulary))
     for layer in layout.chunk_layers(arch.num_layers, stage)[chunk]:
+        bias, qk_norm = (n + 2 * g) * d if arch.qkv_bias else 0, d if arch.qk_norm else 0
         parameters += [
             (f"decoder.layers.{layer}.{name}", numel)
             for name, numel in (
                 ("input_layernorm.weight", h),
                 ("self_attention.linear_proj.weight", h * n * d),
                 ("self_attention.linear_qkv.weight", h * (n + 2 * g) * d),
+                ("self_attention.linear_qkv.bias", bias),
+                ("self_attention.q_layernorm.weight", qk_norm),
+                ("self_attention.k_layernorm.weight", qk_norm),
                 ("pre_mlp_layernorm.weight", h),
                 ("mlp.linear_fc1.weight", h * 2 * f),
                 ("mlp.linear_fc2.weight", h * f),
             )
+            if numel
         ]
     if stage == layout.pp - 1 and chunk == layout.vpp - 1:
         parameters.append(("decoder.final_layernorm.weight", h))

@@ -64,10 +64,23 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     saves = [
         Saved(name="attention norm", bytes=norm),
         Saved(name="input of linear_qkv", bytes=rows_sp * h * e),
-        # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
-        Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e),
-        Saved(name="rotated q", bytes=rows * n * d * e, in_core_attention=True),
-        Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True),
+    ]
+    if shape.alibi:  # q, k and v get more channels (model/attention.py): new storages, of which the output is cut
+        wide = -(-(d + (1 if e == 4 else 3)) // 8) * 8
+        saves += [
+            Saved(name=f"{name} with ALiBi's channels", bytes=rows * heads * wide * e, in_core_attention=True)
+            for name, heads in (("q", n), ("k", n), ("v", n), ("attention output", n))
+        ]
+    else:
+        saves += [
+            # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
+            Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e),
+            Saved(name="rotated q", bytes=rows * n * d * e, in_core_attention=True),
+            Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True),
+        ]
+    if shape.qk_norm:
+        saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+    saves += [
         Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True),
         Saved(name="attention output, input of linear_proj", bytes=rows * n * d * e),
         Saved(name="MLP norm", bytes=norm),
@@ -120,9 +133,16 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     if layout.recompute == "none":
         return sum(s.bytes for s in saves)
     kept = sum(s.bytes for s in saves if not s.in_core_attention)
-    if not shape.dropout and shape.heads > shape.groups > layout.tp:
+    if shape.dropout:
+        return kept
+    n, g, d = shape.heads / layout.tp, shape.groups / layout.tp, shape.head_dim
+    if shape.alibi:
+        kept += rows * (n + 2 * g) * d * dtype_bytes  # q, k and v as they come from linear_qkv
+    if shape.qk_norm:
+        kept += rows * (n + g) * d * dtype_bytes
+    elif n > g > 1:
         # q's heads of several groups lie apart in linear_qkv's output, so megatron-core hands over a copy of q.
-        kept += rows * shape.heads / layout.tp * shape.head_dim * dtype_bytes
+        kept += rows * n * d * dtype_bytes
     return kept
 
 
@@ -135,6 +155,9 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
         Saved(name="final norm", bytes=_norm(rows_sp, shape.hidden, dtype_bytes, ops)),
         Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes),
     ]
+    if shape.norm_head:
+        matrix = shape.vocab / layout.tp * (shape.hidden + 2) * dtype_bytes
+        saves.append(Saved(name="output matrix with rows of length 1, and their lengths", bytes=matrix))
     if ops.cross_entropy == "fused":
         saves.append(Saved(name="logits", bytes=logits * dtype_bytes))
         saves.append(Saved(name="labels, log-sum-exp and mask", bytes=rows * (8 + 4 + 1)))

@@ -93,6 +93,12 @@ class Platform:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # ru_maxrss: bytes on macOS, KiB on Linux
 
+    def reset_peak_memory(self) -> None:
+        """Count the peak from here on; on a CPU it cannot be reset."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def total_memory_bytes(self) -> int:
         """Bytes the device (or the host) has."""
         if self.is_cuda:

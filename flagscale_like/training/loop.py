@@ -19,6 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
+from flagscale_like.checkpoint.hf import export_on_ranks
+from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.store import (
     CheckpointStore,
     layout_record,
@@ -26,7 +28,7 @@ from flagscale_like.checkpoint.store import (
     load_rng,
     load_weights,
 )
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Checkpoint, RunConfig
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches
 from flagscale_like.errors import CheckpointError, DataError, DivergedError
 from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
@@ -98,8 +100,8 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         reader = CheckpointReader(newest)
         check_model(config, reader)
         load_weights(reader, models, ctx)
-    elif config.checkpoint.load:
-        source = CheckpointReader(find_checkpoint(Path(config.checkpoint.load)))
+    elif config.checkpoint.load or config.checkpoint.init_from_hf:
+        source = open_weights(config.checkpoint)
         check_model(config, source)
         load_weights(source, models, ctx)
         notes.append(f"starting from the weights of {source.folder}")
@@ -111,7 +113,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         load_optimizer(reader, models, optimizer, ctx)
         same_layout = load_rng(reader, ctx)
         notes += _restore_progress(reader, progress, scheduler, same_layout)
-    elif not config.checkpoint.load:
+    elif not (config.checkpoint.load or config.checkpoint.init_from_hf):
         notes.append("starting from new weights")
     return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload), notes
 
@@ -138,14 +140,25 @@ def _restore_progress(
     return notes
 
 
-def check_model(config: RunConfig, reader: CheckpointReader) -> None:
+def open_weights(options: Checkpoint) -> CheckpointReader | HfFolder:
+    """What a run's first weights come from: `load`'s checkpoint or `init_from_hf`'s folder.
+
+    Raises:
+        CheckpointError, ConversionError: it is not there, or cannot be read.
+    """
+    if options.init_from_hf:
+        return HfFolder(Path(options.init_from_hf))
+    return CheckpointReader(find_checkpoint(Path(options.load)))
+
+
+def check_model(config: RunConfig, reader: CheckpointReader | HfFolder) -> None:
     """Refuse a checkpoint of another architecture, naming what differs.
 
     Raises:
         CheckpointError: a field of the model differs.
     """
-    free = {"init_std", "output_init_std", "norm_init", "max_position_embeddings"}
-    saved, wanted = reader.state.get("model", {}), config.model.model_dump(mode="json")
+    free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
+    saved, wanted = reader.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
     different = [
         f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
         for key, value in wanted.items()
@@ -172,7 +185,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
         config, ctx, train_samples=progress.train_samples, valid_samples=valid_samples
     )
     batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
-    saved_at, skips, since, steps_since = progress.step, 0, time.perf_counter(), 0
+    first, saved_at, skips, since, steps_since = progress.step + 1, progress.step, 0, time.perf_counter(), 0
     with stop_signals() as signals, StepProfiler(config, ctx) as profiler:
         while progress.step < last:
             profiler.begin(progress.step + 1)
@@ -195,7 +208,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             run.scheduler.step(increment=1)
             reporter.timed(time.perf_counter() - began)
             steps_since += 1
-            if progress.step % options.log_interval == 0 or progress.step == last:
+            if progress.step % options.log_interval == 0 or progress.step in (first, last):
                 reporter.step(
                     progress.step,
                     loss=result.loss,
@@ -226,8 +239,23 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 break
     if progress.step < last:
         reporter.say(f"stopped at step {progress.step}, saved at step {saved_at}; the same command goes on from there")
+    elif config.checkpoint.export_hf:
+        reporter.say(f"exported {export_run(run, saved_at)}: {options.precision} weights of step {saved_at}")
     reporter.close()
     return progress
+
+
+def export_run(run: Run, step: int) -> Path:
+    """Write RUN_DIR/hf from the checkpoint of `step`; the ranks share the files. All ranks call it.
+
+    Raises:
+        ConversionError: on every rank, where any rank could not write.
+    """
+    data, out = run.config.data, Path(run.config.run_dir) / "hf"
+    reader = CheckpointReader(run.store.root / f"step_{step:08d}")
+    tokenizer = Path(data.tokenizer) if data.tokenizer else None
+    export_on_ranks(reader, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
+    return out
 
 
 def _save(run: Run, reporter: Reporter) -> int:

@@ -121,6 +121,15 @@ def train_step(
 
 
 @torch.no_grad()
+def forward_losses(
+    chunks: list[MegatronModule], config: RunConfig, ctx: ParallelContext, batches: Batches, num_microbatches: int
+) -> tuple[float, float]:
+    """Sum of the tokens' losses, in nats, and their number, over `num_microbatches` of every data-parallel rank."""
+    total, tokens = _sum_losses(_run_schedule(chunks, config, batches, num_microbatches, forward_only=True), ctx)
+    return total, tokens
+
+
+@torch.no_grad()
 def evaluate(
     chunks: list[MegatronModule], config: RunConfig, ctx: ParallelContext, batches: Batches, steps: int
 ) -> float:
@@ -134,8 +143,7 @@ def evaluate(
     total = tokens = 0.0
     for _ in range(steps):
         part = itertools.islice(batches, num_microbatches)
-        losses = _run_schedule(chunks, config, part, num_microbatches, forward_only=True)
-        sums = _sum_losses(losses, ctx)
+        sums = forward_losses(chunks, config, ctx, part, num_microbatches)
         total, tokens = total + sums[0], tokens + sums[1]
     for chunk in chunks:
         chunk.train()

@@ -68,6 +68,8 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
         for chunk in chunks:  # RoPE's tables are made once and kept: no activation
             for layer in unwrap(chunk).decoder.layers:
                 tables = layer.self_attention.core_attention.tables
+                if tables is None:
+                    continue
                 dtype = next(chunk.parameters()).dtype
                 skip |= {
                     t.untyped_storage().data_ptr()
@@ -113,6 +115,23 @@ def test_planned_activations_are_within_5_percent_of_what_a_step_holds(name, rec
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_fp32_and_one_kv_head_a_query_head_are_planned_too(recompute, tmp_path):
     config = tiny_config(tmp_path, model__num_query_groups=4, train__recompute=recompute)
+    check("one process", config)
+
+
+FEATURES = {
+    "qk_norm": {"model__qk_norm": True},
+    "alibi": {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4},
+    "norm_head": {"model__norm_head": True},
+    "qkv_bias": {"model__qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_families_add_is_planned(feature, recompute, tmp_path):
+    config = tiny_config(
+        tmp_path, train__precision="bf16", train__recompute=recompute, train__micro_batch_size=2, **FEATURES[feature]
+    )
     check("one process", config)
 
 

@@ -14,6 +14,7 @@ LAYOUTS = {
     "one process": (1, {}),
     "tied": (1, {"model__tie_embeddings": True}),
     "bf16": (1, {"train__precision": "bf16"}),
+    "qkv bias and qk norm": (2, {"parallel": {"tp": 2}, "model__qkv_bias": True, "model__qk_norm": True}),
     "tp2 sp": (2, {"parallel": {"tp": 2, "sp": True}}),
     "pp2 tied": (2, {"parallel": {"pp": 2}, "model__tie_embeddings": True}),
     "pp2 vpp2 bf16": (2, {"parallel": {"pp": 2, "vpp": 2}, "train__precision": "bf16"}),

@@ -1,0 +1,31 @@
+# `make demo` and `make test` set everything up themselves: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test soak lint bench help
+
+help:  ## Say what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(VENV)/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on another layout, export it: about 3 minutes on 2 cores
+	$(BIN)/python examples/demo/run.py
+
+test: $(VENV)/installed  ## Run the tests that need no GPU
+	$(BIN)/python -m pytest
+
+soak: $(VENV)/installed  ## Run the long tests
+	$(BIN)/python -m pytest -m soak
+
+lint: $(VENV)/installed  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed  ## Compare a CPU training step with transformers'
+	$(BIN)/python benchmarks/cpu_step.py

@@ -1,0 +1,168 @@
+"""A Hugging Face folder, read as if it were a native checkpoint: the same keys, the same shapes, any layout.
+
+Everything is checked against config.json before the first tensor is read: names, shapes, sizes of files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
+from flagscale_like.errors import ConversionError
+from flagscale_like.families import read_config
+from flagscale_like.families.weight_map import Rule
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class HfFolder:
+    """The weights of a Hugging Face folder under megatron-core's names.
+
+    Attributes:
+        family, arch: what config.json says.
+        rules: every tensor of the model.
+
+    Raises:
+        ConversionError: an unknown family; a file missing, truncated or damaged; a tensor missing, unknown, or of another
+            shape than config.json gives it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.family, self.arch = read_config(self.folder)
+        self.rules = self.family.rules(self.arch)
+        self._by_core = {rule.core: rule for rule in self.rules}
+        self._files = self._open_files()
+        self._check_tensors()
+        self._last: tuple[str, Tensor] | None = None
+
+    def _open_files(self) -> dict[str, TensorFile]:
+        """Tensor name -> the file that holds it."""
+        if (self.folder / INDEX).is_file():
+            try:
+                weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(weight_map.values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConversionError(
+                    f"{self.folder / INDEX}: damaged ({type(error).__name__}: {error}); fetch it again"
+                ) from None
+        elif (self.folder / WEIGHTS).is_file():
+            weight_map, names = None, [WEIGHTS]
+        else:
+            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+            hint = f"; {pickles[0]} is a pickle and is not read: save the model as safetensors" if pickles else ""
+            raise ConversionError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}{hint}")
+        files = {}
+        for name in names:
+            if not isinstance(name, str) or name != Path(name).name:
+                raise ConversionError(f"{self.folder / INDEX}: names a file outside the folder: {name!r}")
+            try:
+                files[name] = TensorFile(self.folder / name)
+            except FileNotFoundError:
+                raise ConversionError(f"{self.folder}: {INDEX} names {name}, which is missing") from None
+            except (OSError, ValueError) as error:
+                raise ConversionError(f"{self.folder / name}: {error}") from None
+        if weight_map is None:
+            return {tensor: file for file in files.values() for tensor in file.specs}
+        for tensor, name in weight_map.items():
+            if tensor not in files[name].specs:
+                raise ConversionError(f"{self.folder}: {INDEX} says {name} holds {tensor}; it does not")
+        return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _check_tensors(self) -> None:
+        expected = {
+            name: shape for rule in self.rules for name, shape in zip(rule.hf, rule.hf_shapes(self.arch), strict=True)
+        }
+        where = f"{self.folder} ({self.family.name})"
+        missing = [name for name in expected if name not in self._files]
+        if missing:
+            raise ConversionError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
+        unknown = [n for n in self._files if n not in expected and not self.family.ignored.search(n)]
+        if self.arch.tie_embeddings and "lm_head.weight" in unknown:
+            self._check_tied("lm_head.weight", "model.embed_tokens.weight")
+            unknown.remove("lm_head.weight")
+        if unknown:
+            raise ConversionError(f"{where}: {len(unknown)} tensors are not known: {', '.join(unknown[:3])}")
+        for name, shape in expected.items():
+            spec = self._files[name].specs[name]
+            if spec.shape != shape:
+                raise ConversionError(
+                    f"{where}: {name} has shape {list(spec.shape)}, config.json makes it {list(shape)}"
+                )
+            if spec.dtype not in FLOATS:
+                raise ConversionError(f"{where}: {name} is {spec.dtype}, supported: float32, bfloat16, float16")
+
+    def _check_tied(self, output: str, embedding: str) -> None:
+        a, b = self.hf_tensor(output), self.hf_tensor(embedding)
+        if a.shape != b.shape or not torch.equal(a, b):
+            raise ConversionError(
+                f"{self.folder}: config.json has tie_word_embeddings true, but {output} differs from {embedding}"
+            )
+
+    def hf_tensor(self, name: str) -> Tensor:
+        """A tensor under its Hugging Face name, mapped from its file."""
+        return self._files[name].get_tensor(name)
+
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor that carries weights, under its Hugging Face name."""
+        return [f.specs[name] for name, f in self._files.items() if not self.family.ignored.search(name)]
+
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """specs(), by file."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in self.specs():
+            found.setdefault(self._files[spec.name].path.name, []).append(spec)
+        return found
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """The dtype that holds all tensors of a rule."""
+        dtypes = [self._files[name].specs[name].dtype for name in rule.hf]
+        wide = dtypes[0]
+        for dtype in dtypes[1:]:
+            wide = torch.promote_types(wide, dtype)
+        return wide
+
+    def keys(self) -> list[str]:
+        """megatron-core's names of the tensors."""
+        return sorted(self._by_core)
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, its vocabulary padded for tp 1.
+
+        Raises:
+            ConversionError: the family has no such tensor.
+        """
+        if key not in self._by_core:
+            raise ConversionError(f"{self.folder}: {self.family.name} has no {key}")
+        return self._by_core[key].shape
+
+    def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor under megatron-core's name, in its own dtype or the one given."""
+        assert kind == "param", kind
+        rule = self._by_core[key]
+        own = self.dtype(rule)
+        tensor = rule.to_core(tuple(self.hf_tensor(name).to(own) for name in rule.hf), self.arch)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read(self, kind: str, target: Fragment, out: Tensor) -> None:
+        """Fill `out`, 1-D, with the elements of `target`; rows beyond the vocabulary become zero.
+
+        Raises:
+            ConversionError: the tensor's shape is not the model's.
+        """
+        shape = self.global_shape(target.key)
+        if shape[1:] != target.global_shape[1:]:
+            raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
+        if self._last is None or self._last[0] != target.key:  # gate and up are two fragments of one tensor
+            self._last = (target.key, self.full(target.key, kind))
+        full = self._last[1]
+        if elements_within(target, shape) < target.numel:
+            out.zero_()
+        whole = Fragment(target.key, shape, (0,) * len(shape), shape, 0, full.numel())
+        copy_overlap(whole, full.reshape(-1), target, out)

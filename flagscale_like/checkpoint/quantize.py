@@ -1,0 +1,259 @@
+"""INT8 and INT4 weights, group-wise, in the compressed-tensors format ("pack-quantized").
+
+The format is safetensors and JSON like the folder it is made from; transformers (with the compressed-tensors package), vLLM
+and SGLang load it, on CPU and GPU. Writing it needs no library.
+
+The rows of every projection matrix are cut into groups of `group_size` weights, which share a scale and, unless symmetric,
+a zero point: w ~ scale * (q - zero). The range of a group is shrunk to where its squared error is least: cutting off a few
+outliers pays for finer steps. Embedding, output matrix, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagscale_like.checkpoint.hf import TOKENIZER_FILES, write_index, written_aside
+from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.tensor_file import TensorSpec, write_tensors
+from flagscale_like.errors import ConversionError
+
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantized.
+
+    Raises:
+        ConversionError: bits other than 4 and 8, or a group size that does not fill whole 32-bit words.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConversionError(f"bits ({self.bits}) must be 4 or 8")
+        if self.group_size <= 0 or self.group_size % 8:
+            raise ConversionError(f"group_size ({self.group_size}) must be a positive multiple of 8")
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "group",
+            "group_size": self.group_size,
+            "dynamic": False,
+            "observer": "mse",
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        # transformers' compressed mode expects the zero points unpacked and the library packs them (compressed-tensors 0.20,
+        # transformers 5.23): with this key it dequantizes while loading instead, and from_pretrained needs no argument.
+        more = {} if self.symmetric else {"dequantize": True}
+        return {
+            **more,
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+        }
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix as integers.
+
+    Attributes:
+        values: [rows, columns] int8.
+        scale: [rows, groups], in the dtype of the weights.
+        zero: [rows, groups] int8; None where symmetric.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def dequantize(self) -> Tensor:
+        """scale * (q - zero), [rows, columns] fp32."""
+        rows, groups = self.scale.shape
+        values = self.values.view(rows, groups, -1).float()
+        if self.zero is not None:
+            values = values - self.zero.unsqueeze(-1).float()
+        return (values * self.scale.unsqueeze(-1).float()).view(rows, -1)
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+    """Integers, scales and zero points of least squared error over the shrunk ranges.
+
+    Args:
+        weight: [rows, columns]; columns a multiple of the group size.
+    """
+    parts = [_quantize_rows(rows, scheme) for rows in weight.split(ROWS_AT_ONCE)]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Quantized(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
+    groups = weight.float().view(weight.shape[0], -1, scheme.group_size)  # [r, c] -> [r, groups, group size]
+    levels = scheme.high - scheme.low
+    if scheme.symmetric:
+        high = groups.abs().amax(-1)
+        low = -high
+    else:
+        high, low = groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0)  # 0 stays exact
+    best: Quantized | None = None
+    least = torch.full(high.shape, float("inf"))
+    for shrink in SHRINK:
+        # The scale is rounded to the dtype that it is stored in before anything is divided by it.
+        scale = ((high - low) * (shrink / levels)).to(weight.dtype)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        wide = scale.float().unsqueeze(-1)
+        zero = torch.zeros_like(high)
+        if not scheme.symmetric:
+            zero = (scheme.low - low * shrink / scale.float()).round().clamp(scheme.low, scheme.high)
+        values = ((groups / wide).round() + zero.unsqueeze(-1)).clamp(scheme.low, scheme.high)
+        error = ((values - zero.unsqueeze(-1)) * wide - groups).square().sum(-1)
+        found = Quantized(values.to(torch.int8), scale, None if scheme.symmetric else zero.to(torch.int8))
+        if best is None:
+            best, least = found, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Quantized(
+            torch.where(better.unsqueeze(-1), found.values, best.values),
+            torch.where(better, found.scale, best.scale),
+            None if scheme.symmetric else torch.where(better, found.zero, best.zero),
+        )
+    return Quantized(best.values.view(weight.shape), best.scale, best.zero)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """[rows, columns] int8 in the signed range -> [rows, ceil(columns * bits / 32)] int32, the first value lowest.
+
+    Values are stored from 0 up: offset by 2^(bits - 1).
+    """
+    unsigned = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    a_word = 32 // bits
+    unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % a_word))
+    if bits == 4:
+        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return unsigned.contiguous().view(torch.int32)  # little-endian, as safetensors is
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What quantize_folder() did. `relative_error`: root of the summed squared errors over that of the weights."""
+
+    matrices: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+
+
+def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
+    """Write a quantized Hugging Face folder, a matrix at a time.
+
+    Raises:
+        ConversionError: the folder cannot be read (see HfFolder); a matrix has columns that the group size does not divide;
+            `out` exists or cannot be written.
+    """
+    folder = HfFolder(source)
+    for spec in folder.specs():
+        if _is_quantized(spec) and spec.shape[1] % scheme.group_size:
+            raise ConversionError(
+                f"{folder.folder}: {spec.name} has {spec.shape[1]} columns, which group_size "
+                f"({scheme.group_size}) must divide"
+            )
+    tally = _Tally()
+    with written_aside(out) as temporary:
+        weight_map: dict[str, str] = {}
+        for name, specs in folder.files().items():
+            written = [new for spec in specs for new in _stored_specs(spec, scheme)]
+            tensors = _stored_tensors(folder, specs, scheme, tally)
+            write_tensors(temporary / name, written, tensors, {"format": "pt"})
+            weight_map |= {spec.name: name for spec in written}
+            tally.bytes_before += sum(spec.nbytes for spec in specs)
+            tally.bytes_after += sum(spec.nbytes for spec in written)
+        if len(folder.files()) > 1:
+            write_index(temporary, weight_map, tally.bytes_after)
+        config = json.loads((folder.folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = scheme.config()
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (folder.folder / name).is_file():
+                shutil.copyfile(folder.folder / name, temporary / name)
+    error = (tally.squared_error / tally.squared_weights) ** 0.5 if tally.squared_weights else 0.0
+    return Summary(tally.matrices, tally.bytes_before, tally.bytes_after, error)
+
+
+@dataclass
+class _Tally:
+    matrices: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    squared_error: float = 0.0
+    squared_weights: float = 0.0
+
+
+def _is_quantized(spec: TensorSpec) -> bool:
+    """The matrices of the layers' linear modules; not embedding and output matrix."""
+    return len(spec.shape) == 2 and spec.name.startswith("model.layers.") and spec.name.endswith(".weight")
+
+
+def _stored_specs(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    """What is stored for a tensor, in the order of _stored_tensors()."""
+    if not _is_quantized(spec):
+        return [spec]
+    rows, columns = spec.shape
+    groups, a_word = columns // scheme.group_size, 32 // scheme.bits
+    stored = [
+        TensorSpec(spec.name + "_packed", torch.int32, (rows, columns // a_word)),
+        TensorSpec(spec.name + "_scale", spec.dtype, (rows, groups)),
+        TensorSpec(spec.name + "_shape", torch.int64, (2,)),
+    ]
+    if not scheme.symmetric:  # zero points are packed down the rows
+        stored.append(TensorSpec(spec.name + "_zero_point", torch.int32, (-(-rows // a_word), groups)))
+    return stored
+
+
+def _stored_tensors(folder: HfFolder, specs: list[TensorSpec], scheme: Scheme, tally: _Tally) -> Iterator[Tensor]:
+    for spec in specs:
+        weight = folder.hf_tensor(spec.name)
+        if not _is_quantized(spec):
+            yield weight
+            continue
+        found = quantize(weight, scheme)
+        tally.matrices += 1
+        tally.squared_error += (found.dequantize() - weight.float()).square().sum().item()
+        tally.squared_weights += weight.float().square().sum().item()
+        yield pack(found.values, scheme.bits)
+        yield found.scale
+        yield torch.tensor(spec.shape)
+        if found.zero is not None:
+            yield pack(found.zero.T, scheme.bits).T.contiguous()

@@ -1,0 +1,161 @@
+"""safetensors files, a tensor at a time: memory in use is that of the tensors held, whatever the size of the file.
+
+The safetensors library maps a whole file, whose pages stay resident once touched, and writes from a whole dictionary. Here
+a tensor is mapped when it is asked for and unmapped with its last reference; a file is written from an iterator.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor, but for its elements."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One line of a checkpoint's manifest."""
+
+    name: str
+    size_bytes: int
+    xxh3: str
+
+
+class TensorFile:
+    """Reads one safetensors file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no safetensors file, or truncated; with both sizes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "rb")  # noqa: SIM115  (open as long as the object lives)
+        size = os.fstat(self._file.fileno()).st_size
+        prefix = self._file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= LARGEST_HEADER_BYTES or 8 + length > size:
+            raise ValueError(f"not a safetensors file, or truncated: {size} bytes, a header of {length} announced")
+        try:
+            header: dict[str, Any] = json.loads(self._file.read(length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._begins = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+            ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
+            self.specs = {
+                name: TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"its safetensors header is damaged ({type(error).__name__}: {error})") from None
+        for spec, end in zip(self.specs.values(), ends, strict=True):
+            if min(spec.shape, default=0) < 0 or end - self._begins[spec.name] != spec.nbytes:
+                raise ValueError(
+                    f"its safetensors header is damaged: {spec.name} of shape {list(spec.shape)} has "
+                    f"{end - self._begins[spec.name]} bytes"
+                )
+            if self._begins[spec.name] < 8 + length or end > size:
+                raise ValueError(f"truncated: {size} bytes, its header describes {max(ends)}")
+
+    def keys(self) -> list[str]:
+        """Names of the tensors, in the order of the file."""
+        return list(self.specs)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor on the host. Its pages are read when touched; writing to it does not reach the file.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        spec = self.specs[name]
+        if not spec.nbytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        begin = self._begins[name]
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        view = mmap.mmap(self._file.fileno(), begin - page + spec.nbytes, access=mmap.ACCESS_COPY, offset=page)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            view.madvise(mmap.MADV_SEQUENTIAL)
+        flat = torch.frombuffer(view, dtype=torch.uint8, count=spec.nbytes, offset=begin - page)
+        if begin % spec.dtype.itemsize:  # the format does not promise alignment
+            flat = flat.clone()
+        return flat.view(spec.dtype).view(spec.shape)
+
+    def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
+        self._file.close()
+
+
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> FileRecord:
+    """Write a safetensors file from an iterator, checksummed in the same pass, and fsynced.
+
+    Args:
+        specs: what `tensors` yields, in its order.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for spec in specs:
+        begin, end = end, end + spec.nbytes
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = xxhash.xxh3_64()
+    with open(path, "wb", buffering=0) as file:
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            while data:  # an unbuffered write may be partial
+                data = data[file.write(data) :]
+
+        put(memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        for spec, tensor in zip(specs, tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
+            if spec.nbytes:
+                put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        size = file.tell()
+        os.fsync(file.fileno())
+    return FileRecord(path.name, size, digest.hexdigest())

@@ -1,0 +1,86 @@
+"""Text or .bin/.idx as one stream of tokens, and the windows that an evaluation reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from flagscale_like.data.preprocess import find_inputs, read_documents
+from flagscale_like.data.tokenizer import Tokenizer
+from flagscale_like.errors import DataError
+from flagscale_like.runtime.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokens [n], and how many bytes of text they encode; None where that is not known."""
+
+    tokens: np.ndarray
+    text_bytes: int | None
+
+
+def read_stream(path: Path, tokenizer: Path | None, *, vocab_size: int) -> TokenStream:
+    """The tokens of a .bin/.idx pair (named with or without the suffix), or of text files, whose documents an
+    end-of-text token separates.
+
+    Args:
+        tokenizer: folder; text needs one.
+        vocab_size: of the model.
+
+    Raises:
+        DataError: nothing there, no tokenizer for text, fewer than two tokens, or an id that the model does not have.
+    """
+    prefix = Path(str(path).removesuffix(".bin").removesuffix(".idx"))
+    text_bytes = None
+    if Path(f"{prefix}.idx").is_file():
+        try:
+            dtype = IndexedDataset(str(prefix)).index.dtype
+            tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+        except Exception as error:  # a foreign file fails wherever its bytes lead the parser
+            raise DataError(f"{prefix}: not a megatron index ({type(error).__name__}: {error})") from None
+    else:
+        if tokenizer is None:
+            raise DataError(f"{path}: text needs a tokenizer: give --tokenizer FOLDER")
+        words, ids, text_bytes = Tokenizer(tokenizer), [], 0
+        for document in read_documents(find_inputs([str(path)])):
+            if ids:
+                ids.append(words.eod)
+            ids += words.encode_batch([document.text])[0]
+            text_bytes += len(document.text.encode())
+        tokens = np.asarray(ids, dtype=np.int64)
+    if len(tokens) < 2:
+        raise DataError(f"{path}: holds {len(tokens)} tokens, a loss needs 2 or more")
+    if int(tokens.max()) >= vocab_size:
+        raise DataError(f"{path}: holds token {int(tokens.max())}, the model's vocabulary has {vocab_size}")
+    return TokenStream(tokens, text_bytes)
+
+
+def window_count(tokens: int, seq_length: int) -> int:
+    """Windows of `seq_length` predictions that cover a stream: every token but the first is predicted once."""
+    return -(-(tokens - 1) // seq_length)
+
+
+def windows(
+    tokens: np.ndarray, ctx: ParallelContext, *, seq_length: int, micro_batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """This data-parallel rank's micro-batches: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
+
+    Every rank gets as many; what fills up the last ones is masked.
+    """
+    span = micro_batch_size * ctx.dp
+    for turn in range(-(-window_count(len(tokens), seq_length) // span)):
+        inputs = torch.zeros(micro_batch_size, seq_length, dtype=torch.int64)
+        labels, mask = torch.zeros_like(inputs), torch.zeros(micro_batch_size, seq_length)
+        for row in range(micro_batch_size):
+            start = (turn * span + ctx.dp_rank * micro_batch_size + row) * seq_length
+            part = torch.from_numpy(tokens[start : start + seq_length + 1].astype(np.int64))
+            count = max(len(part) - 1, 0)
+            inputs[row, :count], labels[row, :count], mask[row, :count] = part[:count], part[1 : count + 1], 1.0
+        batch = {"tokens": inputs, "labels": labels, "loss_mask": mask}
+        yield {name: value.to(ctx.platform.device) for name, value in batch.items()}

@@ -1,0 +1,78 @@
+"""Baichuan-7B (RoPE), Baichuan-13B (ALiBi), Baichuan2-7B and 13B (NormHead). q, k and v are one matrix, W_pack.
+
+The published config.json files do not say which is which. 7B and 13B differ in that 13B gives `model_max_length` alone and
+7B `max_position_embeddings` too; version 2 has another vocabulary. We write `position_embedding` and `norm_head` as well,
+and believe them where they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flagscale_like.arch import ModelArch, Position
+from flagscale_like.families.family import Family, Settings, common_config, rope_config
+from flagscale_like.families.weight_map import PackedQKV, Rule
+
+BAICHUAN2_VOCABULARY = 125_696
+
+
+def _is_second(settings: Settings) -> bool:
+    return bool(settings.get("norm_head", settings.get("vocab_size") == BAICHUAN2_VOCABULARY))
+
+
+def _read(name: str, settings: Settings) -> ModelArch:
+    settings.require("position_embedding", "rope", "alibi")
+    published = "rope" if settings.get("max_position_embeddings") is not None else "alibi"
+    if settings.get("position_embedding", published) == "rope":
+        position = settings.rope()
+    else:
+        settings.number("model_max_length")
+        position = Position(kind="alibi")
+    return settings.arch(name, position=position, norm_head=name == "baichuan2")
+
+
+def _write(arch: ModelArch) -> dict[str, Any]:
+    length = arch.max_position_embeddings or 4096
+    rope = rope_config(arch) if arch.position.kind == "rope" else {}
+    return {
+        **common_config(arch),
+        **rope,
+        "model_max_length": length,
+        "position_embedding": arch.position.kind,
+        "norm_head": arch.norm_head,
+    }
+
+
+def _write_first(arch: ModelArch) -> dict[str, Any]:
+    # The two sizes' code is in classes whose names differ in one capital letter.
+    name = "BaiChuanForCausalLM" if arch.position.kind == "rope" else "BaichuanForCausalLM"
+    return {**_write(arch), "architectures": [name]}
+
+
+def _w_pack(core: str, hf: str, arch: ModelArch) -> list[Rule]:
+    rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
+    return [PackedQKV(core + "linear_qkv.weight", (rows, arch.hidden_size), (hf + "W_pack.weight",))]
+
+
+BAICHUAN = Family(
+    name="baichuan",
+    model_type="baichuan",
+    architectures=("BaichuanForCausalLM", "BaiChuanForCausalLM"),
+    supports=frozenset({"rope", "alibi"}),
+    matches=lambda settings: not _is_second(settings),
+    read=lambda settings: _read("baichuan", settings),
+    write=_write_first,
+    qkv=_w_pack,
+)
+
+BAICHUAN2 = Family(
+    name="baichuan2",
+    model_type="baichuan",
+    architectures=("BaichuanForCausalLM",),
+    supports=frozenset({"rope", "alibi", "norm_head"}),
+    needs=frozenset({"norm_head"}),
+    matches=_is_second,
+    read=lambda settings: _read("baichuan2", settings),
+    write=_write,
+    qkv=_w_pack,
+)

@@ -1,0 +1,281 @@
+"""What a family is: a table of rules for its tensors, and how its config.json says what ModelArch says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flagscale_like.arch import ModelArch, Position, RopeScaling
+from flagscale_like.errors import ConversionError
+from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule
+
+# What some families have and others do not. The names are ModelArch's, but for the positions.
+FEATURES = ("rope", "alibi", "qkv_bias", "qk_norm", "norm_head", "sliding_window", "tie_embeddings", "query_groups")
+
+
+def features(arch: ModelArch) -> set[str]:
+    """Which of FEATURES the architecture uses."""
+    used = {name for name in ("qkv_bias", "qk_norm", "norm_head", "tie_embeddings") if getattr(arch, name)}
+    used.add(arch.position.kind)
+    if arch.sliding_window is not None:
+        used.add("sliding_window")
+    if arch.num_query_groups != arch.num_attention_heads:
+        used.add("query_groups")
+    return used
+
+
+class Settings:
+    """config.json, read key by key: a key that is missing or not of its type is an error that names the file.
+
+    Args:
+        source: what messages call it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """config.json of a Hugging Face folder.
+
+        Raises:
+            ConversionError: it is missing or is no JSON object.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConversionError(
+                f"{folder}: not a Hugging Face folder: config.json: {error.strerror or error}"
+            ) from None
+        except ValueError as error:
+            raise ConversionError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConversionError(f"{path}: must be a JSON object, found {type(values).__name__}")
+        return cls(values, str(path))
+
+    def fail(self, message: str) -> ConversionError:
+        return ConversionError(f"{self.source}: {message}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default where the key is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, kind: type = int, default: Any = None) -> Any:
+        """A positive number.
+
+        Raises:
+            ConversionError: missing without a default, or something else.
+        """
+        value = self.get(key, default)
+        if value is None:
+            raise self.fail(f"has no {key}")
+        wanted = (int, float) if kind is float else int
+        if isinstance(value, bool) or not isinstance(value, wanted) or value <= 0:
+            raise self.fail(f"{key} is {value!r}, must be a positive {'number' if kind is float else 'integer'}")
+        return kind(value)
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Refuse a value other than those the native model computes; a missing key passes.
+
+        Raises:
+            ConversionError: with the value, and those allowed.
+        """
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise self.fail(f"{key} is {value!r}, supported: {', '.join(map(repr, allowed))}")
+
+    def rope(self) -> Position:
+        """RoPE from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaces both since transformers 5.
+
+        Raises:
+            ConversionError: a scaling that the native model does not compute.
+        """
+        parameters = dict(self.get("rope_scaling", {})) | dict(self.get("rope_parameters", {}))
+        base = float(parameters.get("rope_theta") or self.get("rope_theta", 10000.0))
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            raise self.fail(f"partial_rotary_factor is {partial!r}, supported: 1.0")
+        if kind == "default":
+            return Position(base=base)
+        supported = ("linear", "llama3")
+        if kind not in supported:
+            raise self.fail(f"rope_scaling is {kind!r}, supported: {', '.join(supported)}")
+        fields = {"linear": ("factor",), "llama3": tuple(set(RopeScaling.model_fields) - {"kind"})}[kind]
+        missing = [name for name in fields if name not in parameters]
+        if missing:
+            raise self.fail(f"rope_scaling of type {kind} has no {', '.join(sorted(missing))}")
+        try:
+            scaling = RopeScaling(kind=kind, **{name: parameters[name] for name in fields})
+        except ValidationError as error:
+            raise self.fail(f"rope_scaling: {_first_message(error)}") from None
+        return Position(base=base, scaling=scaling)
+
+    def arch(self, family: str, **more: Any) -> ModelArch:
+        """ModelArch from the keys that all families share, and `more`.
+
+        Raises:
+            ConversionError: a key is missing, or the numbers do not fit each other.
+        """
+        self.require("hidden_act", "silu", "swish")
+        self.require("quantization_config")
+        values: dict[str, Any] = {
+            "num_layers": self.number("num_hidden_layers"),
+            "hidden_size": self.number("hidden_size"),
+            "num_attention_heads": self.number("num_attention_heads"),
+            "ffn_hidden_size": self.number("intermediate_size"),
+            "vocab_size": self.number("vocab_size"),
+            "norm_eps": self.number("rms_norm_eps", float),
+            "init_std": self.number("initializer_range", float, 0.02),
+            "tie_embeddings": bool(self.get("tie_word_embeddings", False)),
+            "max_position_embeddings": self.number(
+                "max_position_embeddings", default=self.get("model_max_length", 2048)
+            ),
+            "family": family,
+        }
+        if self.get("num_key_value_heads") is not None:
+            values["num_query_groups"] = self.number("num_key_value_heads")
+        if self.get("head_dim") is not None:
+            values["head_dim"] = self.number("head_dim")
+        try:
+            return ModelArch.model_validate(values | more)
+        except ValidationError as error:
+            raise self.fail(_first_message(error)) from None
+
+
+def _first_message(error: ValidationError) -> str:
+    item = error.errors()[0]
+    where = ".".join(map(str, item["loc"]))
+    return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
+
+
+def common_config(arch: ModelArch) -> dict[str, Any]:
+    """The keys of config.json that all families write alike."""
+    return {
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "vocab_size": arch.vocab_size,
+        "rms_norm_eps": arch.norm_eps,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "hidden_act": "silu",
+        "initializer_range": arch.init_std,
+        "use_cache": True,
+    }
+
+
+def rope_config(arch: ModelArch) -> dict[str, Any]:
+    """RoPE as transformers 5 reads it, and as transformers 4 and others do."""
+    scaling = arch.position.scaling
+    kind = scaling.kind if scaling else "default"
+    numbers: dict[str, Any] = {}
+    if scaling is not None:
+        numbers = scaling.model_dump(
+            exclude={"kind"} if kind == "llama3" else set(RopeScaling.model_fields) - {"factor"}
+        )
+    return {
+        "max_position_embeddings": arch.max_position_embeddings or 2048,
+        "rope_theta": arch.position.base,
+        "rope_scaling": {"rope_type": kind, **numbers} if scaling else None,
+        "rope_parameters": {"rope_type": kind, "rope_theta": arch.position.base, **numbers},
+    }
+
+
+def decoder_rules(arch: ModelArch, qkv: Callable[[str, str, ModelArch], list[Rule]]) -> list[Rule]:
+    """Every tensor of a pre-norm decoder under the names that Llama gave them, in the order of the layers.
+
+    Args:
+        qkv: the rules of one layer's QKV projection, from megatron-core's prefix and Hugging Face's.
+    """
+    h, f, vocab = arch.hidden_size, arch.ffn_hidden_size, arch.padded_vocab_size()
+    rules: list[Rule] = [PaddedVocab("embedding.word_embeddings.weight", (vocab, h), ("model.embed_tokens.weight",))]
+    for i in range(arch.num_layers):
+        core, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
+        attention = arch.num_attention_heads * arch.head_dim
+        rules += [
+            Direct(core + "input_layernorm.weight", (h,), (hf + "input_layernorm.weight",)),
+            *qkv(core + "self_attention.", hf + "self_attn.", arch),
+            Direct(core + "self_attention.linear_proj.weight", (h, attention), (hf + "self_attn.o_proj.weight",)),
+            Direct(core + "pre_mlp_layernorm.weight", (h,), (hf + "post_attention_layernorm.weight",)),
+            GatedMLP(
+                core + "mlp.linear_fc1.weight", (2 * f, h), (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight")
+            ),
+            Direct(core + "mlp.linear_fc2.weight", (h, f), (hf + "mlp.down_proj.weight",)),
+        ]
+    rules.append(Direct("decoder.final_layernorm.weight", (h,), ("model.norm.weight",)))
+    if not arch.tie_embeddings:
+        rules.append(PaddedVocab("output_layer.weight", (vocab, h), ("lm_head.weight",)))
+    return rules
+
+
+def split_qkv(core: str, hf: str, arch: ModelArch) -> list[Rule]:
+    """q_proj, k_proj, v_proj; their biases, and the norms of q and k, where the architecture has them."""
+    rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
+    rules: list[Rule] = [
+        QKV(core + "linear_qkv.weight", (rows, arch.hidden_size), tuple(f"{hf}{x}_proj.weight" for x in "qkv"))
+    ]
+    if arch.qkv_bias:
+        rules.append(QKV(core + "linear_qkv.bias", (rows,), tuple(f"{hf}{x}_proj.bias" for x in "qkv")))
+    if arch.qk_norm:
+        rules += [Direct(f"{core}{x}_layernorm.weight", (arch.head_dim,), (f"{hf}{x}_norm.weight",)) for x in "qk"]
+    return rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: ModelArch.family.
+        model_type: of config.json.
+        architectures: class names; the first is the one written.
+        supports, needs: what of FEATURES its published code can compute, and what it always computes.
+        matches: whether a config.json of this model_type is of this family, where several share the model_type.
+        read: config.json -> ModelArch.
+        write: ModelArch -> config.json, without `architectures` and `model_type`.
+        qkv: see decoder_rules().
+        ignored: tensors of Hugging Face folders that carry no weights.
+    """
+
+    name: str
+    model_type: str
+    architectures: tuple[str, ...]
+    supports: frozenset[str]
+    read: Callable[[Settings], ModelArch]
+    write: Callable[[ModelArch], dict[str, Any]]
+    needs: frozenset[str] = frozenset()
+    matches: Callable[[Settings], bool] = lambda _: True
+    qkv: Callable[[str, str, ModelArch], list[Rule]] = split_qkv
+    ignored: re.Pattern[str] = field(default=re.compile(r"\.rotary_emb\.inv_freq$"))
+
+    def rules(self, arch: ModelArch) -> list[Rule]:
+        """Every tensor of the model, in the order of the layers."""
+        return decoder_rules(arch, self.qkv)
+
+    def hf_config(self, arch: ModelArch) -> dict[str, Any]:
+        """config.json.
+
+        Raises:
+            ConversionError: the architecture does something that this family does not.
+        """
+        more, less = features(arch) - self.supports, self.needs - features(arch)
+        if less:
+            raise ConversionError(
+                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; "
+                f"it is of the family {arch.family}"
+            )
+        if more:
+            raise ConversionError(
+                f"a model with {', '.join(sorted(more))} cannot be written as {self.name}, whose maths has no such part; "
+                f"it is of the family {arch.family}"
+            )
+        return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}

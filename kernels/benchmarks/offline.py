@@ -1,0 +1,94 @@
+"""Compile kernels for a GPU that is not there, and read what ptxas made of them. Nothing runs.
+
+Needs Triton with its own ptxas and cuobjdump (any wheel), and a process without TRITON_INTERPRET.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on a GPU; read when triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import KernelInterface
+
+SHARED_BYTES = {80: 166912, 90: 232448}  # dynamic shared memory a block may ask for: 163 and 227 KiB
+SM_REGISTERS, SM_WARPS, SM_BLOCKS = 65536, 64, 32
+INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "UTMALDG")  # wgmma, mma, asynchronous copies, TMA loads
+
+
+class _OfflineDriver:
+    """What the compiler asks a driver, answered for `arch`."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # Triton keeps a cache of compiled kernels for each device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compile_only(arch):
+    """Inside, each `kernel[grid](...)` on meta tensors compiles for sm_<arch>; the yielded list collects the results.
+
+    Its entries are (compiled kernel, the launch's keyword arguments).
+    """
+    compiled, stock = [], KernelInterface.__getitem__
+
+    def launch(kernel, grid):
+        def call(*args, **kwargs):
+            compiled.append((kernel.warmup(*args, grid=grid, **kwargs), kwargs))
+
+        return call
+
+    KernelInterface.__getitem__ = launch
+    triton.runtime.driver.set_active(_OfflineDriver(arch))
+    try:
+        yield compiled
+    finally:
+        KernelInterface.__getitem__ = stock
+        triton.runtime.driver._active = None
+
+
+def _tool(name):
+    return getattr(triton.knobs.nvidia, name).path
+
+
+def resources(compiled):
+    """Registers, stack (spills), shared memory, blocks an SM can hold, and counts of telling instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([_tool("cuobjdump"), "-sass", f.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
+    meta = compiled.metadata
+    arch, warps = meta.target.arch, meta.num_warps
+    register_blocks = SM_REGISTERS // (-(-used["REG"] // 8) * 8 * 32 * warps)
+    shared_blocks = (SHARED_BYTES[arch] + 1024) // (meta.shared + 1024)  # each block also reserves 1 KiB
+    blocks = min(SM_WARPS // warps, register_blocks, shared_blocks, SM_BLOCKS)
+    return {
+        "kernel": compiled.name,
+        "arch": arch,
+        "warps": warps,
+        "stages": meta.num_stages,
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "shared": meta.shared,
+        "blocks_per_sm": blocks,
+        "fits": meta.shared <= SHARED_BYTES[arch] and blocks > 0,
+        **{name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
+    }

@@ -1,0 +1,178 @@
+"""Compile every kernel and every config of its lists for sm_80 and sm_90, and print what each needs.
+
+    python kernels/benchmarks/resources.py             the table, as in docs/kernels.md
+    python kernels/benchmarks/resources.py --json      the same, for the tests
+    python kernels/benchmarks/resources.py --quick     bf16 and the common shapes only
+
+No GPU is needed. An asterisk marks the config that runs without autotuning.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # a test's parent process may have it set
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+import offline  # noqa: E402
+import torch  # noqa: E402
+
+import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
+from flagscale_kernels._tuning import run_every_config  # noqa: E402
+
+NAMES = ("rms_norm", "rope", "swiglu", "cross_entropy", "flash_attention", "piecewise_attention")
+MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
+S, B, H, F, V = 4096, 1, 4096, 11008, 32000
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def rms_norm(dtype):
+    module = MODULES["rms_norm"]
+    for h in (128, H, 8192):
+        x, w, rstd = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
+        for residual in (None, x):
+            module._forward_triton(x, residual, w, 1e-6, True)
+            module._backward_triton(x, x, w, rstd, True, residual)
+
+
+def rope(dtype):
+    q, k, cos = meta(S, B, 32, 128, dtype=dtype), meta(S, B, 8, 128, dtype=dtype), meta(S, 64, dtype=torch.float32)
+    positions = meta(B, S, dtype=torch.int64)
+    for interleaved in (False, True):
+        for ids in (None, positions):
+            MODULES["rope"]._rotate_triton(q, k, q, k, cos, cos, ids, "sbnd", interleaved, 1.0)
+    half = meta(S, 32, dtype=torch.float32)
+    MODULES["rope"]._rotate_triton(q, None, meta(*q.shape, dtype=dtype), None, half, half, None, "sbnd", False, -1.0)
+
+
+def swiglu(dtype):
+    gate, weight = meta(S, B, F, dtype=dtype), meta(S, B, dtype=torch.float32)
+    for w in (None, weight):
+        MODULES["swiglu"]._forward_triton(gate, gate, w)
+        MODULES["swiglu"]._backward_triton(gate, gate, gate, w, meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype))
+
+
+def cross_entropy(dtype):
+    module = MODULES["cross_entropy"]
+    logits, target, per_token = meta(S, V, dtype=dtype), meta(S, dtype=torch.int64), meta(S, dtype=torch.float32)
+    for with_sum in (False, True):
+        module._statistics_triton(logits, target, 0, with_sum)
+    module._gradient_triton(logits, target, per_token, per_token, logits, 0, V, 0.1, 1e-4)
+
+
+def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False):
+    module = MODULES["flash_attention"]
+    layout = "tnd" if packed else "sbnd"
+    q, k = ((meta(S, n, d, dtype=dtype) if packed else meta(S, B, n, d, dtype=dtype)) for n in (32, 8))
+    cu = meta(5, dtype=torch.int32) if packed else None
+    slopes = meta(32, dtype=torch.float32) if alibi else None
+    options = (slopes, cu, cu, S, S, d**-0.5, window, 0 if causal else -1, layout)
+    o, lse = module._forward_triton(q, k, k, *options)
+    module._backward_triton(q, None, q, k, k, o, lse, *options)
+
+
+def piecewise_attention(dtype, d, causal=True):
+    module = MODULES["piecewise_attention"]
+    q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
+    options = (S // 2, causal, d**-0.5, "sbnd")
+    o, lse = module._forward_triton(q, k, q, k, k, *options)
+    module._backward_triton(q, q, k, q, k, k, o, lse, *options)
+
+
+def cases(quick):
+    """(label, function) of what is compiled; each function launches the kernels of a forward and a backward."""
+    bf16 = torch.bfloat16
+    found = [(f.__name__, lambda f=f: f(bf16)) for f in (rms_norm, rope, swiglu, cross_entropy)]
+    found += [
+        ("causal D128", lambda: flash_attention(bf16, 128)),
+        ("causal D64", lambda: flash_attention(bf16, 64)),
+        ("D128", lambda: piecewise_attention(bf16, 128)),
+    ]
+    if quick:
+        return found
+    fp16, fp32 = torch.float16, torch.float32
+    return [
+        *found,
+        ("full D128", lambda: flash_attention(bf16, 128, causal=False)),
+        ("ALiBi D128", lambda: flash_attention(bf16, 128, alibi=True)),
+        ("window D128", lambda: flash_attention(bf16, 128, window=1023)),
+        ("packed D128", lambda: flash_attention(bf16, 128, packed=True)),
+        ("causal D96", lambda: flash_attention(bf16, 96)),
+        ("causal D256", lambda: flash_attention(bf16, 256)),
+        ("causal D128 fp16", lambda: flash_attention(fp16, 128)),
+        ("causal D128 fp32", lambda: flash_attention(fp32, 128)),
+        ("D64", lambda: piecewise_attention(bf16, 64)),
+        ("D256", lambda: piecewise_attention(bf16, 256)),
+        ("full D128", lambda: piecewise_attention(bf16, 128, causal=False)),
+        *((f"{f.__name__} fp32", lambda f=f: f(fp32)) for f in (rms_norm, rope, swiglu, cross_entropy)),
+    ]
+
+
+def collect(quick=False, only=None, archs=(80, 90)):
+    rows = []
+    for arch in archs:
+        for label, case in cases(quick):
+            if only and only not in label:
+                continue
+            with offline.compile_only(arch) as compiled, run_every_config():
+                case()
+            seen = set()
+            for kernel, options in compiled:
+                row = {"case": label, **offline.resources(kernel), "bm": options.get("BM"), "bn": options.get("BN")}
+                row["edge"] = options.get("EDGE", "-")
+                # Configs come in the order of their list, so a kernel's first launch of a case is the default.
+                row["chosen"] = row["kernel"] not in seen or row["bn"] is None
+                seen.add(row["kernel"])
+                rows.append(row)
+    return rows
+
+
+def table(rows):
+    head = [
+        "kernel",
+        "case",
+        "sm",
+        "tile",
+        "warps",
+        "stages",
+        "registers",
+        "stack",
+        "shared",
+        "blocks/SM",
+        "wgmma",
+        "mma",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        tile = f"{row['bm']}x{row['bn']}" if row["bn"] else "-"
+        cells = [
+            row["kernel"].strip("_") + (" *" if row["chosen"] and row["bn"] else ""),
+            row["case"],
+            row["arch"],
+            tile,
+        ]
+        cells += [row[k] for k in ("warps", "stages", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")]
+        line = "| " + " | ".join(str(cell) for cell in cells) + " |"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="cases whose label contains this")
+    parser.add_argument("--arch", type=int, choices=sorted(offline.SHARED_BYTES))
+    args = parser.parse_args()
+    rows = collect(args.quick, args.only, (args.arch,) if args.arch else (80, 90))
+    print(json.dumps(rows) if args.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

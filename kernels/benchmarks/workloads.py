@@ -1,0 +1,220 @@
+"""What is measured: the shapes, the traffic or the work they cannot do without, and who else can do them."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import flagscale_kernels as fk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    operator: str
+    shape: str
+    tensors: Callable[[], list[torch.Tensor]]
+    ours: Callable
+    reference: Callable
+    differentiable: tuple[int, ...]  # indices of the tensors that want a gradient
+    traffic_bytes: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+
+def _installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def workloads(device, tiny=False):
+    """Every workload, largest shapes of each operator first."""
+    bf16 = torch.bfloat16
+
+    def rand(*shape, dtype=bf16):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def both(elements, forward, backward):
+        return {"forward": forward * elements, "backward": backward * elements}
+
+    found = []
+    for n, h in [(8, 64)] if tiny else [(4096, 8192), (8192, 4096), (16384, 2048), (262144, 128)]:
+        shared = {"shape": f"{n}x{h}", "tensors": lambda n=n, h=h: [rand(n, h), rand(h)]}
+        found.append(Workload(
+            operator="rms_norm", **shared, differentiable=(0, 1), ours=fk.rms_norm,
+            reference=lambda x, w: fk.rms_norm_reference(x, w), traffic_bytes=both(n * h, 4, 6),
+        ))  # fmt: skip
+        found.append(Workload(
+            operator="rms_norm_residual", shape=shared["shape"], differentiable=(0, 1, 2), ours=fk.rms_norm_residual,
+            tensors=lambda n=n, h=h: [rand(n, h), rand(n, h), rand(h)],
+            reference=lambda x, r, w: (fk.rms_norm_reference(x + r, w), x + r), traffic_bytes=both(n * h, 8, 8),
+        ))  # fmt: skip
+    for s, b, n, n_kv, d in [(8, 1, 4, 2, 16)] if tiny else [(8192, 1, 32, 32, 128), (4096, 4, 32, 8, 128)]:
+        cos, sin = (t.to(device) for t in fk.rope_tables(fk.rope_frequencies(d)[0], s))
+        found.append(Workload(
+            operator="rope", shape=f"s{s} b{b} n{n}/{n_kv} d{d}", differentiable=(0, 1),
+            tensors=lambda s=s, b=b, n=n, n_kv=n_kv, d=d: [rand(s, b, n, d), rand(s, b, n_kv, d)],
+            # Timed out of place: repeating an in-place rotation of one gradient would measure something else.
+            ours=lambda q, k, cos=cos, sin=sin: fk.rope(q, k, cos, sin),
+            reference=lambda q, k, cos=cos, sin=sin: tuple(
+                fk.rope_reference(t, cos[:, None, None], sin[:, None, None]) for t in (q, k)
+            ),
+            traffic_bytes=both(s * b * (n + n_kv) * d, 4, 4),
+        ))  # fmt: skip
+    for n, f in [(8, 64)] if tiny else [(8192, 32768), (8192, 11008), (16384, 5504)]:
+        found.append(Workload(
+            operator="swiglu", shape=f"{n}x{f}", tensors=lambda n=n, f=f: [rand(n, 2 * f)], differentiable=(0,),
+            ours=fk.swiglu, reference=fk.swiglu_reference, traffic_bytes=both(n * f, 6, 10),
+        ))  # fmt: skip
+    for n, v in [(8, 64)] if tiny else [(8192, 131072), (8192, 32000), (4096, 151936)]:
+        found.append(Workload(
+            operator="cross_entropy", shape=f"{n}x{v}", differentiable=(0,),
+            tensors=lambda n=n, v=v: [rand(n, v), torch.randint(v, (n,), device=device)],
+            # Timed with a gradient of its own: written over the logits it could not be repeated. Same traffic.
+            ours=lambda x, t: fk.cross_entropy(x, t, inplace_backward=False),
+            reference=lambda x, t: F.cross_entropy(x.float(), t), traffic_bytes=both(n * v, 2, 4),
+        ))  # fmt: skip
+    for n, h, v in [(8, 16, 64)] if tiny else [(8192, 4096, 131072)]:
+        found.append(Workload(
+            operator="linear_cross_entropy", shape=f"{n}x{h}x{v}", differentiable=(0, 1),
+            tensors=lambda n=n, h=h, v=v: [rand(n, h), rand(v, h) * h**-0.5, torch.randint(v, (n,), device=device)],
+            ours=fk.fused_linear_cross_entropy,
+            reference=lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t),
+            flops={"forward": 2.0 * n * h * v, "backward": 4.0 * n * h * v},
+        ))  # fmt: skip
+    attention = [(1, 4, 2, 16, 16, True)] if tiny else [
+        (b, n, n_kv, s, d, causal)
+        for d, n in ((128, 16), (64, 32))
+        for b, s in ((4, 2048), (2, 8192), (1, 16384))
+        for n_kv in (n, n // 4)
+        for causal in (True, False)
+        if causal or (s == 8192 and n_kv == n)
+    ]  # fmt: skip
+    for b, n, n_kv, s, d, causal in attention:
+        products = 2.0 * b * n * s * s * d * (1 if causal else 2)
+        flops = {"forward": products, "backward": 2.5 * products}
+        shape = f"b{b} n{n}/{n_kv} s{s} d{d}" + (" causal" if causal else "")
+
+        def heads(b=b, n=n, n_kv=n_kv, s=s, d=d):
+            return [rand(b, n, s, d), rand(b, n_kv, s, d), rand(b, n_kv, s, d)]
+
+        found.append(Workload(
+            operator="flash_attention", shape=shape, tensors=heads, differentiable=(0, 1, 2),
+            ours=lambda q, k, v, c=causal: fk.flash_attention(q, k, v, causal=c),
+            reference=lambda q, k, v, c=causal: F.scaled_dot_product_attention(
+                q, k, v, is_causal=c, enable_gqa=q.shape[1] != k.shape[1]
+            ),
+            flops=flops, options={"causal": causal},
+        ))  # fmt: skip
+        if causal:
+            found.append(Workload(
+                operator="piecewise_attention", shape=f"{shape} threshold {s // 2}", differentiable=(0, 1, 2, 3, 4),
+                tensors=lambda heads=heads: [*heads()[:2], *heads()],
+                ours=lambda q1, k1, q2, k2, v, t=s // 2: fk.piecewise_attention(q1, k1, q2, k2, v, t),
+                reference=lambda q1, k1, q2, k2, v, t=s // 2: _piecewise(q1, k1, q2, k2, v, t),
+                flops=flops, options={"threshold": s // 2},
+            ))  # fmt: skip
+    return found
+
+
+def _piecewise(q1, k1, q2, k2, v, threshold):
+    """What one writes without a kernel: both scores, and the square of the sequence."""
+    group = q1.shape[1] // k1.shape[1]
+    k1, k2, v = (t.repeat_interleave(group, 1) for t in (k1, k2, v))
+    i = torch.arange(q1.shape[2], device=q1.device)
+    distance = i[:, None] - i[None, :]
+    s = torch.where(distance >= threshold, q2 @ k2.transpose(2, 3), q1 @ k1.transpose(2, 3)) * q1.shape[-1] ** -0.5
+    return s.masked_fill(distance < 0, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def providers(workload):
+    """name -> function of the workload that returns the call to time; only what is installed."""
+    found = {"flagscale_kernels": lambda w: w.ours, "torch": lambda w: w.reference}
+    if not torch.cuda.is_available():
+        return found
+    name = workload.operator
+    if "attention" not in name:
+        found["torch.compile"] = lambda w: torch.compile(w.reference)
+    if name == "flash_attention":
+        found |= {"sdpa flash": _sdpa("FLASH_ATTENTION"), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "flex": _flex}
+        if _installed("flash_attn"):
+            found["flash-attn"] = _flash_attn
+    if name == "piecewise_attention" and _installed("flag_attn"):
+        found["flag_attn"] = _flag_attn
+    if _installed("liger_kernel") and name in LIGER:
+        found["liger"] = LIGER[name]
+    return found
+
+
+def _sdpa(backend):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def provider(workload):
+        def call(q, k, v):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return workload.reference(q, k, v)
+
+        return call
+
+    return provider
+
+
+def _flex(workload):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled, masks = torch.compile(flex_attention), {}
+
+    def call(q, k, v):
+        s = q.shape[2]
+        if workload.options["causal"] and s not in masks:
+            masks[s] = create_block_mask(lambda b, h, i, j: i >= j, None, None, s, s, device=q.device)
+        return compiled(q, k, v, block_mask=masks.get(s), enable_gqa=q.shape[1] != k.shape[1])
+
+    return call
+
+
+def _flash_attn(workload):
+    from flash_attn import flash_attn_func
+
+    def call(q, k, v):
+        return flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=workload.options["causal"])
+
+    return call
+
+
+def _flag_attn(workload):
+    from flag_attn import piecewise_attention
+
+    return lambda q1, k1, q2, k2, v: piecewise_attention(q1, k1, q2, k2, v, workload.options["threshold"], causal=True)
+
+
+def _liger_rms_norm(workload):
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6)
+
+
+def _liger_swiglu(workload):
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, -1))
+
+
+def _liger_cross_entropy(workload):
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy
+
+
+def _liger_linear_cross_entropy(workload):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy
+
+
+LIGER = {
+    "rms_norm": _liger_rms_norm,
+    "swiglu": _liger_swiglu,
+    "cross_entropy": _liger_cross_entropy,
+    "linear_cross_entropy": _liger_linear_cross_entropy,
+}

@@ -1,0 +1,118 @@
+"""Attention over bands on the CPU: queries in chunks, so that no [seq_q, seq_k] tensor outlives its chunk.
+
+The arithmetic and the definition of a band are those of `_bands.py`. All tensors are [b, n, s, d] views; k and v may
+have fewer heads, whose queries are stacked as rows of one product instead of expanding k and v.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_SCORES = 1 << 21
+
+
+class Band(NamedTuple):
+    q: Tensor
+    k: Tensor
+    left: int | None
+    right: int | None
+
+
+def _chunks(q, k):
+    """Ranges of query rows whose scores are about CHUNK_SCORES elements."""
+    b, n, seq_q, _ = q.shape
+    step = max(1, CHUNK_SCORES // max(1, b * n * k.shape[2]))
+    return [(start, min(start + step, seq_q)) for start in range(0, seq_q, step)]
+
+
+def _key_range(band, first, last, offset):
+    seq_k = band.k.shape[2]
+    lo = 0 if band.left is None else max(0, first + offset - band.left)
+    hi = seq_k if band.right is None else min(seq_k, last + offset + band.right + 1)
+    return lo, max(lo, hi)
+
+
+def _distance(start, end, lo, hi, offset, device):
+    rows = torch.arange(start, end, device=device)[:, None] + offset
+    return rows - torch.arange(lo, hi, device=device)[None, :]
+
+
+def _scores(band, start, end, lo, hi, offset, scale, slopes):
+    """[b, kv heads, group, rows, keys], -inf outside the band."""
+    b, n, _, d = band.q.shape
+    groups = band.k.shape[1]
+    q = band.q[:, :, start:end].to(band.k.dtype).reshape(b, groups, (n // groups) * (end - start), d)
+    s = (q @ band.k[:, :, lo:hi].transpose(2, 3)).mul_(scale).view(b, groups, n // groups, end - start, hi - lo)
+    distance = _distance(start, end, lo, hi, offset, s.device)
+    if slopes is not None:
+        s.sub_(slopes.to(s.dtype).view(-1, groups, n // groups, 1, 1) * distance.abs())
+    if band.left is not None:
+        s.masked_fill_(distance > band.left, -torch.inf)
+    if band.right is not None:
+        s.masked_fill_(distance < -band.right, -torch.inf)
+    return s
+
+
+def _widened(bands, v):
+    compute = torch.promote_types(v.dtype, torch.float32)
+    return [band._replace(k=band.k.to(compute)) for band in bands], v.to(compute)
+
+
+def attention_forward(bands: list[Band], v: Tensor, scale: float, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(o [b, n, seq_q, d], lse [b, n, seq_q]); a row without keys gives 0 and -inf. The bands do not overlap."""
+    bands, v = _widened(bands, v)
+    q = bands[0].q
+    b, n, seq_q, d = q.shape
+    groups, offset = v.shape[1], v.shape[2] - seq_q
+    o = torch.empty((b, n, seq_q, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, n, seq_q), dtype=v.dtype, device=q.device)
+    for start, end in _chunks(q, bands[0].k):
+        ranges = [_key_range(band, start, end - 1, offset) for band in bands]
+        parts = [_scores(band, start, end, *r, offset, scale, slopes) for band, r in zip(bands, ranges)]
+        chunk_lse = torch.stack([s.logsumexp(-1) for s in parts]).logsumexp(0)
+        safe = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)[..., None]
+        out = None
+        for s, (lo, hi) in zip(parts, ranges):
+            p = s.sub_(safe).exp_().view(b, groups, safe.shape[2] * safe.shape[3], hi - lo)
+            out = p @ v[:, :, lo:hi] if out is None else out.add_(p @ v[:, :, lo:hi])
+        o[:, :, start:end] = out.view(b, n, end - start, d)
+        lse[:, :, start:end] = chunk_lse.view(b, n, end - start)
+    return o, lse
+
+
+def attention_backward(
+    bands: list[Band], v: Tensor, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, scale: float,
+    slopes: Tensor | None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:  # fmt: skip
+    """([(dq, dk) of each band], dv), each in its input's dtype and shape."""
+    narrow, v_dtype = bands, v.dtype
+    bands, v = _widened(bands, v)
+    compute = v.dtype
+    b, n, seq_q, d = o.shape
+    groups, offset = v.shape[1], v.shape[2] - seq_q
+    dqs = [torch.zeros(band.q.shape, dtype=band.q.dtype, device=v.device) for band in narrow]
+    dks = [torch.zeros(band.k.shape, dtype=compute, device=v.device) for band in bands]
+    dv = torch.zeros(v.shape, dtype=compute, device=v.device)
+    for start, end in _chunks(o, bands[0].k):
+        rows = (n // groups) * (end - start)
+        grad = do[:, :, start:end].to(compute)
+        delta = (grad * o[:, :, start:end]).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse[:, :, start:end]
+        delta = delta.view(b, groups, rows, 1)
+        grad = grad.reshape(b, groups, rows, d)
+        row_lse = lse[:, :, start:end]
+        row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf).reshape(b, groups, rows, 1)
+        for band, dq, dk in zip(bands, dqs, dks):
+            lo, hi = _key_range(band, start, end - 1, offset)
+            if lo == hi:
+                continue
+            p = _scores(band, start, end, lo, hi, offset, scale, slopes).view(b, groups, rows, hi - lo)
+            p.sub_(row_lse).exp_()
+            dv[:, :, lo:hi] += p.transpose(2, 3) @ grad
+            ds = (grad @ v[:, :, lo:hi].transpose(2, 3)).sub_(delta).mul_(p).mul_(scale)
+            dq[:, :, start:end] = (ds @ band.k[:, :, lo:hi]).view(b, n, end - start, d)
+            dk[:, :, lo:hi] += ds.transpose(2, 3) @ band.q[:, :, start:end].to(compute).reshape(b, groups, rows, d)
+    gradients = [(dq, dk.to(band.k.dtype)) for dq, dk, band in zip(dqs, dks, narrow)]
+    return gradients, dv.to(v_dtype)

@@ -1,0 +1,158 @@
+"""Tile shapes: a short list for each chip, the first of which is the default, and the choice among them.
+
+On an A100 or H100 the list is measured once for each kernel, head dimension, dtype, mask and length class; the winner
+is kept for the process, and on disk for the next one, so that a restart computes with the same tiles.
+FLAGSCALE_KERNELS_AUTOTUNE=0 takes the default without measuring: then the bits do not depend on a measurement. Other
+chips have one safe entry.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from flagscale_kernels._triton import INTERPRETER, arch, triton
+
+AUTOTUNE_VARIABLE = "FLAGSCALE_KERNELS_AUTOTUNE"
+CACHE_VARIABLE = "FLAGSCALE_KERNELS_CACHE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A tile: BM query rows, BN key rows, and how Triton compiles it.
+
+    `stages` is the depth of the pipeline of the main loop, `edge` that of the loops over the few tiles at the edges of
+    a band: 1 saves registers there on some chips and costs some on others.
+    """
+
+    bm: int
+    bn: int
+    warps: int = 4
+    stages: int = 2
+    edge: int = 1
+
+    def launch_options(self) -> dict[str, int]:
+        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge}
+        return tile | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def _cache_path() -> Path:
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder) if folder else Path.home() / ".cache" / "flagscale_kernels"
+
+
+def tile_lists(
+    *,
+    sm80: list[Config],
+    sm90: list[Config],
+    wide: Config,
+    wide90: Config,
+    other: Config,
+    float32: Config,
+    interpreter: Config,
+) -> Callable[[int, int, int], list[Config]]:
+    """Configs for TunedKernel: `wide` and `wide90` serve head dimensions above 128, `other` chips not considered."""
+
+    def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
+        if chip == INTERPRETER:
+            return [interpreter]
+        if element_bytes == 4:  # exact products run without the matrix units: for tests
+            return [float32]
+        if block_d > 128:
+            return [wide90 if chip == 90 else wide]
+        return {80: sm80, 90: sm90}.get(chip, [other])
+
+    return configs
+
+
+class TunedKernel:
+    """A jit kernel with its lists of configs.
+
+    `configs(arch, block_d, element_bytes)` returns the list for a chip; `arch` is as in `_triton.arch()`.
+    """
+
+    every_config = False  # set by `run_every_config`
+
+    def __init__(self, kernel: object, configs: Callable[[int, int, int], list[Config]]) -> None:
+        self.kernel, self.configs = kernel, configs
+        self.name = kernel.__name__
+        self.chosen: dict[tuple, Config] = {}
+
+    def launch(
+        self,
+        grid: Callable[[Config], tuple[int, ...]],
+        *args: object,
+        block_d: int,
+        element_bytes: int,
+        key: tuple = (),
+        **constexprs: object,
+    ) -> None:
+        """Launch with the config for this chip. `key` is whatever else the choice should depend on."""
+
+        def run(config: Config) -> None:
+            self.kernel[grid(config)](*args, **constexprs, **config.launch_options())
+
+        configs = self.configs(arch(), block_d, element_bytes)
+        if TunedKernel.every_config:
+            for config in configs:
+                run(config)
+            return
+        if len(configs) == 1 or os.environ.get(AUTOTUNE_VARIABLE) == "0":
+            run(configs[0])
+            return
+        full_key = (self.name, block_d, element_bytes, *key)
+        if full_key not in self.chosen:
+            if torch.cuda.is_current_stream_capturing():  # a measurement would break the capture
+                run(configs[0])
+                return
+            self.chosen[full_key] = self._choose(configs, run, full_key)
+        run(self.chosen[full_key])
+
+    def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple) -> Config:
+        device = torch.cuda.get_device_name().replace(" ", "_")
+        path = _cache_path() / f"{device}-triton-{triton.__version__}.json"
+        # The list is part of the entry's name: an entry measured among other candidates says nothing about these.
+        entry = json.dumps([key, [asdict(c) for c in configs]])
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
+        best = min(configs, key=lambda config: _milliseconds(lambda: run(config)))
+        with contextlib.suppress(OSError):  # a read-only home only costs the next process a measurement
+            _store(path, entry, best)
+        return best
+
+
+def length_class(length: int) -> int:
+    """Sequence lengths that share a measurement: a short first batch must not decide for long ones."""
+    return next(limit for limit in (1024, 4096, 1 << 62) if length <= limit)
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    try:
+        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _store(path: Path, entry: str, best: Config) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    entries[entry] = asdict(best)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    scratch.replace(path)  # another rank reads the old file or the new one, never half of one
+
+
+@contextlib.contextmanager
+def run_every_config() -> Iterator[None]:
+    """Inside, each launch runs every config of its list: how the compile tests see them all."""
+    TunedKernel.every_config = True
+    try:
+        yield
+    finally:
+        TunedKernel.every_config = False

@@ -1,0 +1,335 @@
+r"""Cross-entropy over a vocabulary that may be sharded over a tensor-parallel group.
+
+With logits x of a token, target t, vocabulary size V, label smoothing e and z-loss weight z (Chowdhery et al. 2022,
+arXiv:2204.02311, section 5):
+
+    lse = log sum_j exp x_j        loss = (1 - e) (lse - x_t) + e (lse - mean_j x_j) + z lse^2
+    dloss/dx_j = p_j (1 + 2 z lse) - (1 - e) [j = t] - e / V,      p_j = exp(x_j - lse)
+
+and both are 0 where t = ignore_index.
+
+Forward reads the logits once: an online maximum m and sum l = sum_j exp(x_j - m), with x_t and sum_j x_j on the way,
+all fp32. A shard of the vocabulary gives the same four numbers of its part, and the parts combine exactly
+
+    m = max_r m_r,    l = sum_r l_r exp(m_r - m),    x_t and sum_j x_j add up
+
+so a group needs one collective for a packed [tokens, 4], where the usual way takes an all-reduce each for the maximum,
+the target's logit and the sum. Backward reads the logits once more and writes the gradient over them: 6 bytes a logit
+in bf16, and no second buffer of their size.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require
+from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
+
+REDUCTIONS = ("none", "mean", "sum")
+MAX_BLOCK = 4096
+CPU_CHUNK = 1 << 21  # logits widened to fp32 at a time on the CPU
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def cross_entropy_reference(
+    logits: Tensor, target: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """The definition without reduction, in plain PyTorch: logits [..., v], target [...] -> loss [...], fp32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = wide.logsumexp(-1)
+    picked = wide.gather(-1, target.clamp(0, logits.shape[-1] - 1).long().unsqueeze(-1)).squeeze(-1)
+    loss = (1 - label_smoothing) * (lse - picked) + z_loss * lse.square()
+    if label_smoothing:
+        loss = loss + label_smoothing * (lse - wide.mean(-1))
+    return loss.masked_fill(target == ignore_index, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- CPU path
+
+
+def _row_chunks(logits):
+    n, v = logits.shape
+    step = max(1, CPU_CHUNK // v)
+    return ((start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _statistics_torch(logits, target, vocab_start):
+    compute = torch.promote_types(logits.dtype, torch.float32)
+    n, v = logits.shape
+    stats = torch.empty((n, 4), dtype=compute, device=logits.device)
+    column = target.long() - vocab_start
+    here = (column >= 0) & (column < v)
+    column = column.clamp(0, v - 1)
+    for start, end in _row_chunks(logits):
+        x = logits[start:end].to(compute, copy=True)
+        picked = x.gather(1, column[start:end, None])[:, 0]
+        torch.sum(x, dim=1, out=stats[start:end, 3])
+        m = x.amax(1)
+        stats[start:end, 0] = m
+        torch.sum(x.sub_(m.masked_fill(m == -torch.inf, 0.0)[:, None]).exp_(), dim=1, out=stats[start:end, 1])
+        stats[start:end, 2] = torch.where(here[start:end], picked, 0.0)
+    return stats
+
+
+def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss):
+    v = logits.shape[1]
+    column = target.long() - vocab_start
+    here = (column >= 0) & (column < v)
+    column = column.clamp(0, v - 1)
+    for start, end in _row_chunks(logits):
+        rows = slice(start, end)
+        x = logits[rows].to(lse.dtype, copy=True)
+        x.sub_(lse[rows, None]).exp_().mul_((scale * (1 + 2 * z_loss * lse))[rows, None])
+        if label_smoothing:
+            x.sub_((scale * (label_smoothing / vocab))[rows, None])
+        x.scatter_add_(1, column[rows, None], torch.where(here, scale * (label_smoothing - 1), 0.0)[rows, None])
+        out[rows] = x.masked_fill_((scale[rows] == 0)[:, None], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def _row_start(row, inner, outer_stride, inner_stride):
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def _statistics_kernel(
+    X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    X += _row_start(row, inner, outer_stride, inner_stride)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.full([], 0.0, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    for first in range(0, v, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = tl.load(X + cols, mask=cols < v, other=float("-inf")).to(tl.float32)
+        if WITH_SUM:
+            total += tl.sum(tl.where(cols < v, x, 0.0), axis=0)
+        new_m = tl.maximum(m, tl.max(x, axis=0))
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # a block of -inf only
+        l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m) * LOG2E), axis=0)
+        m = new_m
+    column = tl.load(TARGET + row) - vocab_start
+    picked = tl.load(X + column, mask=(column >= 0) & (column < v), other=0.0).to(tl.float32)
+    STATS += row.to(tl.int64) * 4
+    tl.store(STATS, m)
+    tl.store(STATS + 1, l)
+    tl.store(STATS + 2, picked)
+    tl.store(STATS + 3, total)
+
+
+@triton.jit
+def _gradient_kernel(
+    X, TARGET, LSE, SCALE, OUT, v, vocab_start, label_smoothing, smoothed, z_loss, inner, outer_stride, inner_stride,
+    out_inner, out_outer_stride, out_inner_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < v
+    scale = tl.load(SCALE + row)
+    OUT += _row_start(row, out_inner, out_outer_stride, out_inner_stride)
+    if scale == 0.0:  # an ignored token: zero whatever its logits hold, and nothing to read
+        tl.store(OUT + cols, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=mask)
+    else:
+        lse = tl.load(LSE + row)
+        column = tl.load(TARGET + row) - vocab_start
+        x = tl.load(X + _row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
+        p = tl.exp2((x.to(tl.float32) - lse) * LOG2E)
+        grad = p * (1.0 + 2.0 * z_loss * lse) - smoothed
+        grad = tl.where(cols == column, grad - (1.0 - label_smoothing), grad) * scale
+        tl.store(OUT + cols, grad.to(OUT.dtype.element_ty), mask=mask)
+
+
+def _block(v):
+    block = min(MAX_BLOCK, next_power_of_2(v))
+    return block, min(8, max(1, block // 512))
+
+
+def _statistics_triton(logits, target, vocab_start, with_sum):
+    rows = as_rows(logits)
+    stats = torch.empty((rows.n, 4), dtype=torch.float32, device=logits.device)
+    block, warps = _block(logits.shape[-1])
+    if rows.n:
+        _statistics_kernel[(rows.n,)](
+            rows.tensor, target, stats, logits.shape[-1], vocab_start, *rows.addressing,
+            WITH_SUM=with_sum, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return stats
+
+
+def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss):
+    rows, out_rows = as_rows(logits), as_rows(out)
+    assert out_rows.tensor is out, "the output is addressable by rows"
+    v = logits.shape[-1]
+    block, warps = _block(v)
+    if rows.n:
+        _gradient_kernel[(rows.n, cdiv(v, block))](
+            rows.tensor, target, lse, scale, out, v, vocab_start, label_smoothing, label_smoothing / vocab, z_loss,
+            *rows.addressing, *out_rows.addressing, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- custom ops
+
+
+@torch.library.custom_op("flagscale_kernels::cross_entropy_statistics", mutates_args=())
+def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
+    """[n, 4] = (maximum, sum of exponentials, the target's logit or 0, sum of logits) of [n, v] logits."""
+    if backend == "torch":
+        return _statistics_torch(logits, target, vocab_start)
+    return _statistics_triton(logits, target, vocab_start, with_sum)
+
+
+@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient", mutates_args=())
+def gradient_op(
+    logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
+    vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    run = _gradient_torch if backend == "torch" else _gradient_triton
+    run(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss)
+    return out
+
+
+@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient_", mutates_args=("logits",))
+def gradient_inplace_op(
+    logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
+    vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
+) -> None:  # fmt: skip
+    run = _gradient_torch if backend == "torch" else _gradient_triton
+    run(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss)
+
+
+@statistics_op.register_fake
+def _(logits, target, vocab_start, with_sum, backend):
+    return logits.new_empty((logits.shape[0], 4), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@gradient_op.register_fake
+def _(logits, target, lse, scale, vocab_start, vocab, label_smoothing, z_loss, backend):
+    return logits.new_empty(logits.shape)
+
+
+def group_size_and_rank(group):
+    return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+
+
+def combine_statistics(stats: Tensor, group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(m, log l, target logit, sum of logits), each [n], of the whole vocabulary: one collective for a group."""
+    size = group_size_and_rank(group)[0]
+    if size > 1:
+        parts = stats.new_empty((size * stats.shape[0], 4))
+        dist.all_gather_into_tensor(parts, stats, group=group)
+        parts = parts.view(size, -1, 4)
+        m = parts[..., 0].amax(0)
+        l = (parts[..., 1] * (parts[..., 0] - m).exp()).sum(0)
+        return m, l.log(), parts[..., 2].sum(0), parts[..., 3].sum(0)
+    return stats[:, 0], stats[:, 1].log(), stats[:, 2], stats[:, 3]
+
+
+def losses_and_lse(statistics, ignored, vocab, label_smoothing, z_loss):
+    """The loss of each token, and lse for the backward."""
+    m, log_l, picked, total = statistics
+    lse = m + log_l
+    loss = (m - picked) + log_l  # in this order large logits cancel before the small logarithm joins
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * ((m - total / vocab) + log_l)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return loss.masked_fill(ignored, 0.0), lse
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, group, ignore_index, label_smoothing, z_loss, inplace_backward, backend):
+        size, rank = group_size_and_rank(group)
+        vocab_start, vocab = rank * logits.shape[-1], size * logits.shape[-1]
+        ignored = target == ignore_index
+        stats = statistics_op(logits, target, vocab_start, label_smoothing != 0, backend)
+        statistics = combine_statistics(stats, group)
+        loss, lse = losses_and_lse(statistics, ignored, vocab, label_smoothing, z_loss)
+        ctx.save_for_backward(logits, target, lse, ignored)
+        ctx.options = vocab_start, vocab, label_smoothing, z_loss, backend
+        ctx.inplace_backward = inplace_backward
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, target, lse, ignored = ctx.saved_tensors
+        scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
+        if ctx.inplace_backward:
+            gradient_inplace_op(logits, target, lse, scale, *ctx.options)
+            return logits, *(None,) * 7
+        return gradient_op(logits, target, lse, scale, *ctx.options), *(None,) * 7
+
+
+# ------------------------------------------------------------------------------------------------------------- public
+
+
+def check_target(target, rows, device, ignore_index, vocab):
+    require(target.dtype in (torch.int32, torch.int64), f"target.dtype ({target.dtype}) must be torch.int32 or int64")
+    require(target.shape == rows, f"target.shape ({tuple(target.shape)}) must equal the rows' shape {tuple(rows)}")
+    require(target.device == device, f"target.device ({target.device}) must equal the logits' device ({device})")
+    if device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():  # free here; a wait on a GPU
+        valid = target[target != ignore_index]
+        if valid.numel():
+            low, high = int(valid.min()), int(valid.max())
+            require(low >= 0 and high < vocab, f"target holds {low} .. {high}, outside the vocabulary 0 .. {vocab - 1}")
+
+
+def check_loss_options(label_smoothing, z_loss, reduction):
+    require(0 <= label_smoothing < 1, f"label_smoothing ({label_smoothing}) must be from 0 to less than 1")
+    require(z_loss >= 0, f"z_loss ({z_loss}) must be at least 0")
+    require(reduction in REDUCTIONS, f"reduction ({reduction!r}) must be one of {REDUCTIONS}")
+
+
+def reduce_losses(loss, target, ignore_index, reduction):
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (target != ignore_index).sum()  # nan when every token is ignored, as in PyTorch
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    inplace_backward: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of logits [..., v] and target [...] (int32 or int64): fp32 [...] for reduction "none", else [].
+
+    group: a tensor-parallel group; this rank's logits are then columns [rank * v, (rank + 1) * v) of the vocabulary,
+    targets are global and equal on all ranks, and so is the result. One collective forward, none backward.
+    label_smoothing, ignore_index and "mean" (over tokens not ignored) mean what they mean in PyTorch.
+    z_loss: weight of lse^2, added to each token's loss.
+    inplace_backward: the backward writes the gradient over the logits, which nothing may read afterwards; autograd
+    raises if something does. Has no effect on a leaf, nor under torch.compile, which plans its own buffers.
+    Raises ValueError for a shape, dtype or device that does not fit, or (on the CPU) a target outside the vocabulary.
+    """
+    backend = choose_backend(logits, backend)
+    check_loss_options(label_smoothing, z_loss, reduction)
+    check_float("logits", logits, backend)
+    require(logits.dim() >= 1, f"logits.dim() ({logits.dim()}) must be at least 1")
+    require(logits.shape[-1] > 0, f"logits.shape[-1] ({logits.shape[-1]}) must be positive")
+    vocab = logits.shape[-1] * group_size_and_rank(group)[0]
+    check_target(target, logits.shape[:-1], logits.device, ignore_index, vocab)
+    check_same("device", [("logits", logits), ("target", target)])
+    inplace = inplace_backward and not logits.is_leaf and not torch.compiler.is_compiling()
+    # A view where strides allow it: the gradient then lands in the caller's own buffer.
+    flat = logits.reshape(-1, logits.shape[-1])
+    if flat.shape[-1] > 1 and flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    options = (group, ignore_index, label_smoothing, z_loss, inplace, backend)
+    loss = _CrossEntropy.apply(flat, target.reshape(-1), *options).view(target.shape)
+    return reduce_losses(loss, target, ignore_index, reduction)

@@ -1,0 +1,172 @@
+r"""The output projection and the cross-entropy in one operator that never holds the full logits.
+
+    logits = hidden W^T [n, v]        loss = cross_entropy(logits, target)
+
+The logits of a chunk of tokens are computed, reduced to four numbers a token (see cross_entropy.py), and dropped; the
+backward computes them again, writes their gradient g over them, and adds up
+
+    dhidden = g W        dW = g^T hidden
+
+so the largest buffer is one chunk of logits. The second projection costs one product in four (forward 1, backward 3
+instead of 2). Computing the gradients in the forward would avoid it, but only for a loss whose weight a token is known
+then, and it would keep dW [v, h] alive through the whole backward.
+
+Tensor parallelism: W holds this rank's rows [rank * v, (rank + 1) * v); the statistics of all chunks travel in one
+collective. hidden is the same on all ranks and its gradient is summed over the group (all-reduce), or, under sequence
+parallelism, hidden is this rank's [s / tp, ...]: gathered along the first dimension on the way in, its gradient
+reduce-scattered on the way out.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require
+from flagscale_kernels.cross_entropy import (
+    check_loss_options,
+    check_target,
+    combine_statistics,
+    cross_entropy_reference,
+    gradient_inplace_op,
+    group_size_and_rank,
+    losses_and_lse,
+    reduce_losses,
+    statistics_op,
+)
+
+MIN_CHUNK_TOKENS = 1024  # below this the products are too thin for the matrix units
+
+
+def default_chunk_tokens(tokens: int, hidden: int, vocab: int) -> int:
+    """Tokens whose logits take about as much memory as `hidden` does, but not fewer than the GEMMs need."""
+    chunk = max(MIN_CHUNK_TOKENS, tokens * hidden // vocab)
+    return max(1, min(tokens, chunk))
+
+
+def _gather_sequence(hidden, group):
+    whole = hidden.new_empty((dist.get_world_size(group) * hidden.shape[0], *hidden.shape[1:]))
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
+    return whole
+
+
+def _reduce_scatter_sequence(whole, group):
+    part = whole.new_empty((whole.shape[0] // dist.get_world_size(group), *whole.shape[1:]))
+    dist.reduce_scatter_tensor(part, whole, group=group)
+    return part
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, target, group, sequence_parallel, chunk_tokens, ignore_index, label_smoothing, z_loss,
+        accumulate_main_grad, backend,
+    ):  # fmt: skip
+        size, rank = group_size_and_rank(group)
+        v, h = weight.shape
+        whole = _gather_sequence(hidden, group) if sequence_parallel else hidden
+        x = whole.reshape(-1, h)  # [s, b, h] -> [s * b, h]
+        flat_target = target.reshape(-1)
+        chunk = chunk_tokens or default_chunk_tokens(x.shape[0], h, v)
+        stats = [
+            statistics_op(part @ weight.t(), wanted, rank * v, label_smoothing != 0, backend)
+            for part, wanted in zip(x.split(chunk), flat_target.split(chunk))
+        ]
+        statistics = combine_statistics(torch.cat(stats), group)
+        ignored = flat_target == ignore_index
+        loss, lse = losses_and_lse(statistics, ignored, size * v, label_smoothing, z_loss)
+        ctx.save_for_backward(hidden, weight, flat_target, lse, ignored)
+        ctx.group, ctx.sequence_parallel, ctx.chunk = group, sequence_parallel, chunk
+        ctx.options = rank * v, size * v, label_smoothing, z_loss, backend
+        ctx.accumulate_main_grad = accumulate_main_grad
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        hidden, weight, target, lse, ignored = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        whole = _gather_sequence(hidden, ctx.group) if ctx.sequence_parallel else hidden
+        x = whole.reshape(-1, weight.shape[1])
+        scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
+        dx = torch.empty_like(x) if need_hidden else None
+        into_main_grad = need_weight and ctx.accumulate_main_grad and getattr(weight, "main_grad", None) is not None
+        one_chunk = ctx.chunk >= x.shape[0] and not into_main_grad
+        if into_main_grad:
+            dw = weight.main_grad
+        elif need_weight and not one_chunk:  # chunks add up in fp32: a sum kept in bf16 would lose the late ones
+            dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for start in range(0, x.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            g = x[rows] @ weight.t()
+            gradient_inplace_op(g, target[rows], lse[rows], scale[rows], *ctx.options)
+            if need_hidden:
+                torch.mm(g, weight, out=dx[rows])
+            if need_weight and one_chunk:
+                dw = g.t() @ x[rows]
+            elif need_weight:
+                dw.addmm_(g.t(), x[rows]) if dw.dtype == g.dtype else dw.add_(g.t() @ x[rows])
+        if need_hidden:
+            dx = dx.view(whole.shape)
+            if ctx.sequence_parallel:
+                dx = _reduce_scatter_sequence(dx, ctx.group)
+            elif group_size_and_rank(ctx.group)[0] > 1:
+                dist.all_reduce(dx, group=ctx.group)
+        if into_main_grad:
+            # megatron-core's convention: the hook that sees this flag does not add .grad to main_grad again.
+            weight.grad_added_to_main_grad = True
+            dw = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+        return dx, dw.to(weight.dtype) if need_weight else None, *(None,) * 9
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, target: Tensor, **options) -> Tensor:
+    """The definition without reduction or sharding, in plain PyTorch."""
+    return cross_entropy_reference(hidden @ weight.t(), target, **options)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    accumulate_main_grad: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(hidden @ weight.T, target): hidden [..., h], weight [v, h], target [...] -> fp32 [...] or [].
+
+    group: weight holds this rank's rows of the vocabulary, target and the result are equal on all ranks, and hidden's
+    gradient comes back summed over the group: do not sum it again.
+    sequence_parallel: hidden is this rank's [s / tp, b, h], in rank order; target is the whole [s, b].
+    chunk_tokens: tokens whose logits exist at a time; by default about as many as take hidden's own memory.
+    accumulate_main_grad: add the weight's gradient to weight.main_grad where that exists and mark it with
+    grad_added_to_main_grad, as megatron-core's gradient accumulation fusion does.
+    The other options and the errors are those of `cross_entropy`.
+    """
+    backend = choose_backend(hidden, backend)
+    check_loss_options(label_smoothing, z_loss, reduction)
+    check_float("hidden", hidden, backend)
+    for attribute in ("dtype", "device"):
+        check_same(attribute, [("hidden", hidden), ("weight", weight)])
+    require(hidden.dim() >= 2, f"hidden.dim() ({hidden.dim()}) must be at least 2")
+    require(weight.dim() == 2, f"weight.dim() ({weight.dim()}) must be 2")
+    require(
+        weight.shape[1] == hidden.shape[-1],
+        f"weight.shape[1] ({weight.shape[1]}) must equal hidden.shape[-1] ({hidden.shape[-1]})",
+    )
+    require(chunk_tokens is None or chunk_tokens > 0, f"chunk_tokens ({chunk_tokens}) must be at least 1")
+    require(not sequence_parallel or group is not None, "sequence_parallel (True) needs a group (None)")
+    size = group_size_and_rank(group)[0]
+    rows = hidden.shape[:-1]
+    if sequence_parallel:
+        rows = torch.Size((rows[0] * size, *rows[1:]))
+    check_target(target, rows, hidden.device, ignore_index, weight.shape[0] * size)
+    loss = _LinearCrossEntropy.apply(
+        hidden, weight, target, group, sequence_parallel and size > 1, chunk_tokens, ignore_index, label_smoothing,
+        z_loss, accumulate_main_grad, backend,
+    )  # fmt: skip
+    return reduce_losses(loss.view(target.shape), target, ignore_index, reduction)

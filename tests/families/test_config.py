@@ -1,0 +1,230 @@
+"""config.json <-> ModelArch: published models read right, and what we cannot compute is refused by name and value."""
+
+import json
+
+import pytest
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.config import RunConfig
+from flagscale_like.errors import ConversionError
+from flagscale_like.families import FAMILIES, read_config
+from flagscale_like.families.family import Settings, features
+from flagscale_like.model.build import build_chunks
+from flagscale_like.runtime.parallel import parallel_context
+from tests.harness import run_ranks
+
+OLD = {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16", "transformers_version": "4.31.0"}
+
+
+def config(model_type, architecture, layers, hidden, heads, groups, ffn, vocab, **more):
+    values = {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **OLD,
+        **more,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+LENGTH = {"max_position_embeddings": 4096}
+LLAMA3 = {
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+BAICHUAN = ("baichuan", "BaichuanForCausalLM")
+
+# Published models: config.json as their folders have it, family, parameters, what they use.
+PUBLISHED = {
+    "Llama-2-7B": (
+        config("llama", "LlamaForCausalLM", 32, 4096, 32, 32, 11008, 32000, **LENGTH),
+        "llama",
+        6_738_415_616,
+        {"rope"},
+    ),
+    "Llama-3.1-8B": (
+        config("llama", "LlamaForCausalLM", 32, 4096, 32, 8, 14336, 128256, **LENGTH, **LLAMA3),
+        "llama",
+        8_030_261_248,
+        {"rope", "query_groups"},
+    ),
+    "SmolLM2-135M": (
+        config("llama", "LlamaForCausalLM", 30, 576, 9, 3, 1536, 49152, **LENGTH, tie_word_embeddings=True),
+        "llama",
+        134_515_008,
+        {"rope", "query_groups", "tie_embeddings"},
+    ),
+    "Mistral-7B-v0.1": (
+        config("mistral", "MistralForCausalLM", 32, 4096, 32, 8, 14336, 32000, **LENGTH, sliding_window=4096),
+        "mistral",
+        7_241_732_096,
+        {"rope", "query_groups", "sliding_window"},
+    ),
+    "Aquila2-7B": (
+        config("aquila", "AquilaForCausalLM", 32, 4096, 32, None, 11008, 100008, max_position_embeddings=2048),
+        "aquila",
+        7_295_537_152,
+        {"rope"},
+    ),
+    "Aquila2-34B": (
+        config("aquila", "AquilaForCausalLM", 60, 6144, 48, 8, 24576, 100008, **LENGTH),
+        "aquila",
+        33_693_554_688,
+        {"rope", "query_groups"},
+    ),
+    "Aquila2-70B": (
+        config("aquila", "AquilaModel", 80, 8192, 64, 8, 28672, 100008, **LENGTH),
+        "aquila",
+        70_090_891_264,
+        {"rope", "query_groups"},
+    ),
+    "Baichuan-7B": (
+        config("baichuan", "BaiChuanForCausalLM", 32, 4096, 32, None, 11008, 64000, **LENGTH),
+        "baichuan",
+        7_000_559_616,
+        {"rope"},
+    ),
+    "Baichuan-13B": (
+        config(*BAICHUAN, 40, 5120, 40, None, 13696, 64000, model_max_length=4096),
+        "baichuan",
+        13_264_901_120,
+        {"alibi"},
+    ),
+    "Baichuan2-7B": (
+        config(*BAICHUAN, 32, 4096, 32, None, 11008, 125696, **LENGTH, model_max_length=4096),
+        "baichuan2",
+        7_505_973_248,
+        {"rope", "norm_head"},
+    ),
+    "Baichuan2-13B": (
+        config(*BAICHUAN, 40, 5120, 40, None, 13696, 125696, model_max_length=4096),
+        "baichuan2",
+        13_896_668_160,
+        {"alibi", "norm_head"},
+    ),
+    "Qwen2-0.5B": (
+        config("qwen2", "Qwen2ForCausalLM", 24, 896, 14, 2, 4864, 151936, **LENGTH, tie_word_embeddings=True),
+        "qwen2",
+        494_032_768,
+        {"rope", "query_groups", "qkv_bias", "tie_embeddings"},
+    ),
+    "Qwen3-8B": (
+        config("qwen3", "Qwen3ForCausalLM", 36, 4096, 32, 8, 12288, 151936, **LENGTH, head_dim=128),
+        "qwen3",
+        8_190_735_360,
+        {"rope", "query_groups", "qk_norm"},
+    ),
+}
+
+
+def write(folder, values):
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_published_parameter_count(name, tmp_path):
+    values, family, parameters, used = PUBLISHED[name]
+    found, arch = read_config(write(tmp_path, values))
+    assert (found.name, features(arch)) == (family, used)
+    assert arch.parameter_count() == parameters
+
+
+def count_built(archs):
+    """Elements of each model as megatron-core builds it, on the meta device."""
+    with parallel_context(RunConfig.for_inference(archs[0]).parallel) as ctx:
+        built = []
+        for arch in archs:
+            (chunk,) = build_chunks(RunConfig.for_inference(arch, seq_length=16), ctx, meta=True)
+            built.append(sum(p.numel() for p in chunk.parameters()))
+        return built
+
+
+def test_the_built_models_have_the_planned_parameter_counts(tmp_path):
+    archs = [read_config(write(tmp_path, values))[1] for values, *_ in PUBLISHED.values()]
+    (built,) = run_ranks(1, count_built, archs)
+    assert built == [arch.parameter_count(arch.padded_vocab_size()) for arch in archs]
+    # 64,000 and 125,696 are multiples of 128: here nothing is padded, and the count is the published one.
+    by_name = dict(zip(PUBLISHED, built, strict=True))
+    assert by_name["Baichuan-7B"] == 7_000_559_616
+    assert by_name["Baichuan-13B"] == 13_264_901_120
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_written_from_what_was_read_reads_the_same(name, tmp_path):
+    family, arch = read_config(write(tmp_path, PUBLISHED[name][0]))
+    assert read_config(write(tmp_path, family.hf_config(arch))) == (family, arch)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("Llama-2-7B", {"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: aquila, baichuan, llama"),
+        ("Llama-2-7B", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ("Llama-2-7B", {"hidden_size": None}, "has no hidden_size"),
+        ("Llama-2-7B", {"num_hidden_layers": -1}, "num_hidden_layers is -1, must be a positive integer"),
+        ("Llama-2-7B", {"vocab_size": "32000"}, "vocab_size is '32000'"),
+        (
+            "Llama-2-7B",
+            {"num_key_value_heads": 7},
+            r"num_attention_heads \(32\) must be divisible by num_query_groups \(7\)",
+        ),
+        ("Llama-2-7B", {"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu', 'swish'"),
+        ("Llama-2-7B", {"attention_bias": True}, "attention_bias is True, supported: False"),
+        ("Llama-2-7B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is 'yarn', supported: linear"),
+        ("Llama-2-7B", {"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no factor"),
+        ("Llama-2-7B", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: factor"),
+        ("Llama-2-7B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, supported: 1.0"),
+        ("Llama-2-7B", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
+        ("Baichuan-13B", {"model_max_length": None}, "has no model_max_length"),
+        ("Baichuan-13B", {"position_embedding": "learned"}, "position_embedding is 'learned'"),
+        (
+            "Qwen2-0.5B",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20},
+            "4 of 24 layers have a sliding window",
+        ),
+    ],
+)
+def test_what_we_cannot_compute_is_refused_with_its_name_and_value(name, change, message, tmp_path):
+    values = {key: value for key, value in {**PUBLISHED[name][0], **change}.items() if value is not None}
+    with pytest.raises(ConversionError, match=message):
+        read_config(write(tmp_path, values))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_model_is_not_written_as_a_family_that_cannot_compute_it():
+    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 100}
+    for change, wrong in (
+        ({"qkv_bias": True}, "qkv_bias"),
+        ({"position": {"kind": "alibi"}}, "alibi"),
+        ({"sliding_window": 4}, "sliding_window"),
+    ):
+        with pytest.raises(ConversionError, match=f"with {wrong} cannot be written as llama"):
+            FAMILIES["llama"].hf_config(ModelArch(**shape, **change))
+    with pytest.raises(ConversionError, match="without qkv_bias cannot be written as qwen2"):
+        FAMILIES["qwen2"].hf_config(ModelArch(**shape))
+
+
+def test_an_explicit_norm_head_decides_where_the_vocabulary_does_not():
+    values = {**PUBLISHED["Baichuan-7B"][0], "norm_head": True}
+    assert FAMILIES["baichuan2"].matches(Settings(values, "x"))
+    assert not FAMILIES["baichuan"].matches(Settings(values, "x"))

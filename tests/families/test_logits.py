@@ -1,0 +1,85 @@
+"""Native logits are transformers' logits, or for the families that it does not ship our reference's, on every layout."""
+
+import functools
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.store import load_weights
+from flagscale_like.config import Parallel, RunConfig
+from flagscale_like.model.build import build_chunks
+from flagscale_like.runtime.parallel import parallel_context
+from tests.families import tiny
+from tests.harness import run_ranks
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "tp2 pp2": {"tp": 2, "pp": 2},
+    "tp2 sp": {"tp": 2, "sp": True},
+}
+
+
+def forward(batches, chunk):
+    output = chunk(input_ids=next(batches), position_ids=None, attention_mask=None)
+    return output, lambda logits, non_loss_data: logits
+
+
+def native_logits(folders, parallel, ids):
+    """{name: (tp rank, logits [b, s, v/tp])} of the last stage; {} elsewhere."""
+    found = {}
+    with parallel_context(Parallel(**parallel)) as ctx:
+        for folder in folders:
+            source = HfFolder(folder)
+            config = RunConfig.for_inference(
+                source.arch, parallel=ctx.layout, seq_length=ids.shape[1], micro_batch_size=len(ids)
+            )
+            (chunk,) = build_chunks(config, ctx)
+            load_weights(source, [chunk], ctx)
+            with torch.no_grad():
+                (logits,) = get_forward_backward_func()(
+                    forward_step_func=forward,
+                    data_iterator=iter([ids]),
+                    model=chunk.eval(),
+                    num_microbatches=1,
+                    seq_length=ids.shape[1],
+                    micro_batch_size=len(ids),
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                ) or [None]
+            if ctx.is_last_stage:
+                found[folder.name] = (ctx.tp_rank, logits.numpy())
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return [tiny.make(name, root) for name in tiny.ALL]
+
+
+@functools.cache
+def expected(folder):
+    return tiny.reference_logits(folder, tiny.ids())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_native_logits_equal_the_reference_of_every_family(layout, folders):
+    parallel = LAYOUTS[layout]
+    results = run_ranks(parallel.get("tp", 1) * parallel.get("pp", 1), native_logits, folders, parallel, tiny.ids())
+    wrong = {}
+    for folder in folders:
+        shards = sorted(((rank[folder.name]) for rank in results if folder.name in rank), key=lambda pair: pair[0])
+        assert len(shards) == parallel.get("tp", 1)
+        logits = torch.cat([torch.from_numpy(shard) for _, shard in shards], dim=-1)
+        vocab = tiny.SHAPE["vocab_size"]
+        assert (logits[..., vocab:] == float("-inf")).all()  # padding is never predicted
+        reference = expected(folder)
+        assert reference.abs().max() > 1  # or the comparison would say little
+        difference = (logits[..., :vocab] - reference).abs().max().item()
+        if not difference < 1e-4:
+            wrong[folder.name] = difference
+    assert not wrong

@@ -1,0 +1,81 @@
+"""What each of two gloo processes does for test_cross_entropy.py: its shard against the whole vocabulary."""
+
+import os
+import sys
+
+import interpreter_fixes
+import torch
+import torch.distributed as dist
+from kernel_checks import seeded
+
+from flagscale_kernels import cross_entropy, fused_linear_cross_entropy
+
+S, B, H, V = 6, 2, 16, 246  # 123 columns a rank
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3}
+
+
+def check_cross_entropy(rank, size, backend, dtype):
+    logits, dloss = seeded(S, B, V, dtype=dtype), seeded(S, B, seed=2)
+    target = torch.randint(0, V, (S, B), generator=torch.Generator().manual_seed(1))
+    target[0, 0] = -100
+    whole = logits.clone().requires_grad_()
+    expected = cross_entropy(whole, target, reduction="none", backend="torch", **OPTIONS)
+    expected.backward(dloss)
+    columns = slice(rank * V // size, (rank + 1) * V // size)
+    shard = logits[..., columns].contiguous().requires_grad_()
+    loss = cross_entropy(shard * 1, target, group=dist.group.WORLD, reduction="none", backend=backend, **OPTIONS)
+    loss.backward(dloss)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(shard.grad, whole.grad[..., columns])
+
+
+def check_linear(rank, size, backend, sequence_parallel):
+    hidden, weight, dloss = seeded(S, B, H), seeded(V, H, seed=1), seeded(S, B, seed=2)
+    target = torch.randint(0, V, (S, B), generator=torch.Generator().manual_seed(3))
+    target[1, 1] = -100
+    whole_hidden, whole_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = fused_linear_cross_entropy(whole_hidden, whole_weight, target, reduction="none", **OPTIONS)
+    expected.backward(dloss)
+    rows = slice(rank * V // size, (rank + 1) * V // size)
+    tokens = slice(rank * S // size, (rank + 1) * S // size) if sequence_parallel else slice(None)
+    my_hidden, my_weight = hidden[tokens].clone().requires_grad_(), weight[rows].clone().requires_grad_()
+    loss = fused_linear_cross_entropy(
+        my_hidden, my_weight, target, group=dist.group.WORLD, sequence_parallel=sequence_parallel, chunk_tokens=5,
+        reduction="none", backend=backend, **OPTIONS,
+    )  # fmt: skip
+    loss.backward(dloss)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(my_hidden.grad, whole_hidden.grad[tokens])
+    torch.testing.assert_close(my_weight.grad, whole_weight.grad[rows])
+
+
+def check_one_collective(group):
+    calls = []
+    names = ["all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
+    stock = {name: getattr(dist, name) for name in names}
+    for name in names:
+        setattr(dist, name, lambda *args, name=name, **kwargs: calls.append(name) or stock[name](*args, **kwargs))
+    logits = seeded(4, 8).requires_grad_()
+    cross_entropy(logits, torch.zeros(4, dtype=torch.int64), group=group, **OPTIONS).backward()
+    for name in names:
+        setattr(dist, name, stock[name])
+    assert calls == ["all_gather_into_tensor"], calls
+
+
+def main(rank, size, address):
+    interpreter_fixes.install()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    for backend in ("triton", "torch"):
+        for dtype in (torch.float32, torch.bfloat16):
+            check_cross_entropy(rank, size, backend, dtype)
+        for sequence_parallel in (False, True):
+            check_linear(rank, size, backend, sequence_parallel)
+    check_one_collective(dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,197 @@
+"""Each operator under fake tensors, torch.compile and activation recompute, and the package's import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import BACKENDS, seeded
+from torch.utils.checkpoint import checkpoint
+
+import flagscale_kernels as fk
+
+TARGET = torch.tensor([1, -100, 3, 0, 2, 15])
+
+
+def rope_tables():
+    return fk.rope_tables(fk.rope_frequencies(16)[0], 8)
+
+
+def operators():
+    """name -> (function of tensors and a backend, its tensors)."""
+    x, w, heads, keys = seeded(6, 16), seeded(16, seed=1), seeded(6, 1, 4, 16, seed=2), seeded(6, 1, 2, 16, seed=3)
+    weight, per_token = seeded(16, 16, seed=4), seeded(6, seed=5)
+    cos, sin = rope_tables()
+
+    def loss(x, backend):
+        return fk.cross_entropy(x * 1, TARGET, label_smoothing=0.1, z_loss=1e-3, backend=backend)
+
+    return {
+        "rms_norm": (lambda x, w, backend: fk.rms_norm(x, w, backend=backend), [x, w]),
+        "rms_norm_residual": (lambda x, r, w, backend: fk.rms_norm_residual(x, r, w, backend=backend), [x, x * 2, w]),
+        "rope": (lambda q, k, backend: fk.rope(q, k, cos, sin, inplace_backward=True, backend=backend), [heads, keys]),
+        "swiglu": (lambda x, backend: fk.swiglu(x, backend=backend), [x]),
+        "swiglu_split": (
+            lambda g, u, t, backend: fk.swiglu(g, u, weight=t, backend=backend),
+            [x, x * 2, per_token],
+        ),
+        "cross_entropy": (loss, [x]),
+        "fused_linear_cross_entropy": (
+            lambda x, w, backend: fk.fused_linear_cross_entropy(x, w, TARGET, chunk_tokens=4, backend=backend),
+            [x, weight],
+        ),
+        "flash_attention": (
+            lambda q, k, v, backend: fk.flash_attention(q, k, v, layout="sbnd", return_lse=True, backend=backend),
+            [heads, keys, keys * 2],
+        ),
+        "piecewise_attention": (
+            lambda *t, backend: fk.piecewise_attention(*t, 3, layout="sbnd", backend=backend),
+            [heads, keys, heads * 2, keys * 3, keys * 2],
+        ),
+    }
+
+
+NAMES = sorted(operators())
+
+
+def ramp(o):
+    """A different gradient for every element of an output."""
+    return torch.linspace(0.1, 1, o.numel()).view(o.shape)
+
+
+def outputs_and_gradients(function, tensors, backend):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = function(*leaves, backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    total = sum((o.float() * ramp(o)).sum() for o in out)
+    return [*out, *torch.autograd.grad(total, leaves)]
+
+
+def assert_same(got, expected):
+    for mine, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_and_pytorch_paths_agree(name):
+    function, tensors = operators()[name]
+    triton, torch_ = (outputs_and_gradients(function, tensors, backend) for backend in BACKENDS)
+    assert_same(triton, torch_)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_tensors_give_the_shapes_of_the_real_ones(backend, name):
+    function, tensors = operators()[name]
+    if "cross_entropy" in name or name == "rope":
+        meta_tables = [t.to("meta") for t in rope_tables()]
+        options = {"backend": backend}
+        target = TARGET.to("meta")
+        function = {
+            "rope": lambda q, k, backend: fk.rope(q, k, *meta_tables, **options),
+            "cross_entropy": lambda x, backend: fk.cross_entropy(x, target, **options),
+            "fused_linear_cross_entropy": lambda x, w, backend: fk.fused_linear_cross_entropy(x, w, target, **options),
+        }[name]
+    leaves = [t.to("meta").requires_grad_() for t in tensors]
+    out = function(*leaves, backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    real = operators()[name][0](*tensors, backend="torch")
+    for fake, exact in zip(out, real if isinstance(real, tuple) else (real,), strict=True):
+        assert (fake.shape, fake.dtype, fake.device.type) == (exact.shape, exact.dtype, "meta")
+    gradients = torch.autograd.grad([o.sum() for o in out], leaves)
+    assert [g.shape for g in gradients] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_compile_traces_through_without_a_graph_break(name):
+    function, tensors = operators()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert_same(outputs_and_gradients(compiled, tensors, "torch"), outputs_and_gradients(function, tensors, "torch"))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_recompute_gives_the_same_gradients(backend, name, use_reentrant):
+    function, tensors = operators()[name]
+
+    def recomputed(*leaves, backend):
+        return checkpoint(lambda *t: function(*t, backend=backend), *leaves, use_reentrant=use_reentrant)
+
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = recomputed(*leaves, backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    sum((o.float() * ramp(o)).sum() for o in out).backward()
+    assert_same([*out, *(t.grad for t in leaves)], outputs_and_gradients(function, tensors, backend))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_residual", "swiglu_packed", "swiglu_split", "rope", "rope_"])
+def test_operator_registration_passes_pytorchs_own_checks(name):
+    x, w = seeded(6, 16).requires_grad_(), seeded(16, seed=1).requires_grad_()
+    heads, keys = seeded(6, 1, 4, 16), seeded(6, 1, 2, 16, seed=1)
+    arguments = {
+        "rms_norm": (x, w, 1e-6, True, "torch"),
+        "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, "torch"),
+        "swiglu_packed": (x, None, "torch"),
+        "swiglu_split": (x, seeded(6, 16, seed=2).requires_grad_(), seeded(6, seed=3), "torch"),
+        "rope": (heads, keys, *rope_tables(), None, "sbnd", False, 1.0, "torch"),
+        "rope_": (heads, keys, *rope_tables(), None, "sbnd", True, -1.0, "torch"),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.flagscale_kernels, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", ["flash_attention", "piecewise_attention", "cross_entropy_gradient_"])
+def test_larger_operators_pass_pytorchs_own_checks(name):
+    q, k = seeded(1, 2, 6, 16).requires_grad_(), seeded(1, 1, 6, 16, seed=1).requires_grad_()
+    v = seeded(1, 1, 6, 16, seed=2).requires_grad_()
+    rows = [seeded(6, 16), TARGET, seeded(6, seed=3), seeded(6, seed=4)]
+    arguments = {
+        "flash_attention": (q, k, v, None, None, None, 6, 6, 0.25, -1, 0, "bnsd", "torch"),
+        "piecewise_attention": (q, k, q, k, v, 3, True, 0.25, "bnsd", "torch"),
+        "cross_entropy_gradient_": (*rows, 0, 16, 0.1, 0.0, "torch"),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.flagscale_kernels, name).default, arguments)
+
+
+def test_triton_on_the_cpu_without_the_interpreter_is_refused_and_import_asks_for_no_driver():
+    code = """
+import triton
+def refuse(*args): raise AssertionError("the import asked for a driver")
+triton.runtime.driver.__class__.active = property(refuse)
+import torch, flagscale_kernels as fk
+assert not torch.cuda.is_initialized()
+try:
+    fk.rms_norm(torch.ones(2, 4), torch.ones(4), backend="triton")
+except ValueError as error:
+    assert "TRITON_INTERPRET" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pytorch_paths_work_where_triton_is_missing():
+    code = """
+import sys
+sys.modules["triton"] = None  # makes `import triton` raise ImportError
+import torch, flagscale_kernels as fk
+x = torch.randn(3, 16, requires_grad=True)
+fk.rms_norm(fk.swiglu(x), torch.ones(8)).sum().backward()
+q = torch.randn(1, 2, 5, 16, requires_grad=True)
+fk.piecewise_attention(q, q, q, q, q, 2).sum().backward()
+try:
+    fk.swiglu(x, backend="triton")
+except ValueError as error:
+    assert "not installed" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

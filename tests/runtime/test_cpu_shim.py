@@ -1,0 +1,134 @@
+"""The shim changes megatron-core and leaves torch alone; each silent error that it or we cure stays cured."""
+
+import importlib
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
+
+from flagscale_like.checkpoint.layout import adam_step, ensure_moments, set_adam_step
+from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.runtime import cpu_shim
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.optimizer import build_optimizer
+from flagscale_like.training.step import _loss
+from tests.harness import run_ranks, tiny_config
+
+PLACES = (
+    [
+        (torch, name)
+        for name in ("tensor", "zeros", "ones", "empty", "cuda", "manual_seed", "get_rng_state", "FloatTensor")
+    ]
+    + [
+        (torch.cuda, name)
+        for name in (
+            "current_device",
+            "synchronize",
+            "Stream",
+            "stream",
+            "current_stream",
+            "get_rng_state",
+            "manual_seed",
+        )
+    ]
+    + [(torch.Tensor, name) for name in ("cuda", "type", "to", "is_cuda")]
+)
+
+
+def compare_torch_before_and_after() -> list[str]:
+    before = [getattr(owner, name) for owner, name in PLACES]
+    modes = torch.overrides._get_current_function_mode_stack()
+    cpu_shim.install()
+    changed = [name for (owner, name), old in zip(PLACES, before, strict=True) if getattr(owner, name) is not old]
+    if torch.overrides._get_current_function_mode_stack() != modes:
+        changed.append("function modes")
+    if torch.zeros(1).type() != "torch.FloatTensor":
+        changed.append("Tensor.type()")
+    return changed
+
+
+def test_torch_is_as_it_was_for_code_outside():
+    assert run_ranks(1, compare_torch_before_and_after) == [[]]
+
+
+def read_stand_in() -> dict:
+    cpu_shim.install()
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    return {
+        "zeros": schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type,
+        "tensor": schedules.torch.tensor([1.0], device=torch.device("cuda", 0)).device.type,
+        "current_device": schedules.torch.cuda.current_device().type,
+        "passed through": schedules.torch.nn is torch.nn,
+    }
+
+
+def test_inside_megatron_core_cuda_means_the_cpu():
+    assert run_ranks(1, read_stand_in) == [
+        {"zeros": "cpu", "tensor": "cpu", "current_device": "cpu", "passed through": True}
+    ]
+
+
+def test_every_patched_place_exists_in_this_megatron_core():
+    for name in cpu_shim.MODULES:
+        assert hasattr(importlib.import_module(name), "torch"), name
+    for module_name, class_name, function in cpu_shim.SCOPED:
+        module = importlib.import_module(module_name)
+        assert callable(getattr(getattr(module, class_name) if class_name else module, function))
+
+
+def test_a_pipeline_output_that_is_freed_after_its_send_is_whole_in_what_gloo_sends():
+    """Silent error 1: gloo reads the storage after isend has returned; the schedule frees it before."""
+    sent = []
+    communicate = cpu_shim._send_detached(
+        lambda self, *, tensor_send_next, tensor_send_prev, **_: sent.append(tensor_send_next)
+    )
+    output = torch.arange(6.0).requires_grad_() * 2
+    communicate(None, tensor_send_next=output, tensor_send_prev=None, recv_prev=False, recv_next=False)
+    deallocate_output_tensor(output, deallocate_pipeline_outputs=True)
+    assert output.numel() == 1
+    assert torch.equal(sent[0], torch.arange(6.0) * 2)
+
+
+def steps_after_restoring(config) -> tuple[int, set[int], list[float]]:
+    """(updates counted, distinct step tensors, their values) after one update of an optimizer restored to step 4."""
+    with parallel_context(config.parallel) as ctx:
+        models = build_chunks(config, ctx)
+        initialize_weights(models, config, ctx)
+        optimizer = build_optimizer(wrap_chunks(models, config, ctx), config)
+        ensure_moments(optimizer)
+        set_adam_step(optimizer, 4)
+        (part,) = optimizer.chained_optimizers
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                main.grad = torch.ones_like(main)
+        part.optimizer.step()
+        counts = [part.optimizer.state[m]["step"] for group in part.optimizer.param_groups for m in group["params"]]
+        return adam_step(optimizer), len({c.data_ptr() for c in counts}), [float(c) for c in counts]
+
+
+def test_adam_counts_one_step_an_update_after_a_restore(tmp_path):
+    """Silent error 2: with a step tensor shared by all parameters it would count one a parameter."""
+    ((step, distinct, counts),) = run_ranks(1, steps_after_restoring, tiny_config(tmp_path))
+    assert step == 5
+    assert len(counts) > 10
+    assert distinct == len(counts)
+    assert set(counts) == {5.0}
+
+
+def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
+    """Silent error 3: the schedules divide the loss in place after the loss function has returned it."""
+    total, tokens, report = _loss(torch.ones(2, 3), torch.full((2, 3), 2.0, requires_grad=True))
+    total.data.div_(8)
+    tokens.mul_(2)
+    assert float(report["sum"]) == 12.0
+    assert int(report["tokens"]) == 6
+
+
+@pytest.mark.parametrize("value", ["tpu", "CPU"])
+def test_an_unknown_device_is_refused(monkeypatch, value):
+    from flagscale_like.errors import PlatformError
+    from flagscale_like.runtime.platform import get_platform
+
+    monkeypatch.setenv("FLAGSCALE_LIKE_DEVICE", value)
+    with pytest.raises(PlatformError, match=value):
+        get_platform.__wrapped__()

@@ -1,0 +1,112 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.harness import REPOSITORY, cli, tiny_config, write_yaml
+
+
+def test_help_answers_at_once():
+    fastest = min(_timed("--help") for _ in range(3))
+    assert fastest < 1.0, f"{fastest:.2f} s"
+
+
+def _timed(*arguments: str) -> float:
+    began = time.perf_counter()
+    assert cli(*arguments).returncode == 0
+    return time.perf_counter() - began
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "megatron", "transformers", "numpy")
+    code = f"import flagscale_like.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train"], ["preprocess"], ["convert", "export"], ["generate"], ["ckpt", "list"], ["ckpt", "verify"], ["doctor"]],
+    ids=" ".join,
+)
+def test_every_help_ends_with_an_example(command):
+    result = cli(*command, "--help")
+    assert result.returncode == 0
+    last = " ".join(result.stdout.split())
+    assert "Example: flagscale-like " + command[0] in last[-200:]
+
+
+def test_the_resolved_configuration_can_be_printed_and_used_again(tmp_path):
+    path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
+    result = cli("train", str(path), "train.steps=7", "--print-config")
+    assert result.returncode == 0
+    printed = yaml.safe_load(result.stdout)
+    assert printed["train"]["steps"] == 7
+    assert printed["optimizer"]["beta2"] == 0.95
+    (tmp_path / "again.yaml").write_text(result.stdout)
+    assert cli("train", str(tmp_path / "again.yaml"), "--print-config").stdout == result.stdout
+
+
+def test_a_dry_run_checks_a_layout_that_this_machine_does_not_have(tmp_path):
+    path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
+    good = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "16")
+    assert good.returncode == 0
+    assert "16 ranks = tp 2 x pp 1 x cp 1 x dp 8" in good.stdout
+    bad = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "15")
+    assert bad.returncode == 10
+    assert bad.stderr.startswith("error: world size (15) must be divisible by tp*pp*cp (2*1*1)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_starts_the_ranks_itself_as_torchrun_does(tmp_path):
+    config = tiny_config(tmp_path / "run", train__steps=2, checkpoint={"interval": 0}, parallel={"pp": 2})
+    path = write_yaml(config, tmp_path / "run.yaml")
+    itself = cli("train", str(path))
+    assert itself.returncode == 0, itself.stderr
+    assert "pp 2 vpp 1 dp 1 on 2 x CPU" in itself.stdout
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = subprocess.run(
+        [*launcher, "-m", "flagscale_like", "train", str(path), f"run_dir={tmp_path / 'other'}"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert torchrun.returncode == 0, torchrun.stderr
+    assert len(_numbers(itself.stdout)) == 2
+    assert _numbers(itself.stdout) == _numbers(torchrun.stdout)
+
+
+def _numbers(printed: str) -> list[list[str]]:
+    """Loss, learning rate and gradient norm of every log line."""
+    return [line.split(" | ")[1:4] for line in printed.splitlines() if line.startswith("step ")]
+
+
+def test_a_run_leaves_what_scripts_rely_on(tmp_path):
+    path = write_yaml(tiny_config(tmp_path / "run", train__steps=2, train__eval_interval=1), tmp_path / "run.yaml")
+    assert cli("train", str(path)).returncode == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "loss.png",
+    }
+    records = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = records[0]
+    assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= first.keys()
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    finished = cli("train", str(path))
+    assert finished.returncode == 0
+    assert "resuming from step 2" in finished.stdout
+
+
+def test_doctor_says_what_is_there_and_what_is_missing():
+    result = cli("doctor")
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert "0.16.1" in lines["megatron-core"]
+    assert "without it" in lines["apex"] or "in use" in lines["apex"]

@@ -1,0 +1,154 @@
+"""Configuration: what is accepted, and one line for each thing that is not."""
+
+import pytest
+import yaml
+
+from flagscale_like.config import RunConfig, load_config
+from flagscale_like.errors import ConfigError
+from tests.harness import cli, tiny_config, write_yaml
+
+
+def broken(tmp_path, changes=(), text=None):
+    """The message that a changed configuration is refused with."""
+    path = tmp_path / "run.yaml"
+    write_yaml(tiny_config(tmp_path / "run"), path)
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, changes)
+    return str(error.value)
+
+
+WRONG = {
+    "unknown key": (["train.micro_batch_sise=1"], "did you mean 'micro_batch_size'?"),
+    "wrong type": (["train.steps=many"], "train.steps"),
+    "a float where an integer belongs": (["model.num_layers=2.5"], "model.num_layers"),
+    "negative number": (["train.micro_batch_size=-1"], "greater than 0 (got -1)"),
+    "zero": (["parallel.tp=0"], "greater than 0 (got 0)"),
+    "missing": (["train=null"], "train"),
+    "heads % tp": (["parallel.tp=3"], "num_attention_heads (4) must be divisible by parallel.tp (3)"),
+    "groups % tp": (["parallel.tp=4"], "num_query_groups (2) must be divisible by parallel.tp (4)"),
+    "ffn % tp": (["parallel.tp=2", "model.ffn_hidden_size=97"], "ffn_hidden_size (97) must be divisible"),
+    "heads % groups": (
+        ["model.num_query_groups=3"],
+        "num_attention_heads (4) must be divisible by num_query_groups (3)",
+    ),
+    "hidden % heads": (
+        ["model.num_attention_heads=6", "model.head_dim=0"],
+        "hidden_size (64) must be divisible by num_attention_heads (6)",
+    ),
+    "layers % pp": (["parallel.pp=3"], "num_layers (4) must be divisible by pp*vpp (3*1)"),
+    "layers % pp*vpp": (["parallel.pp=4", "parallel.vpp=2"], "num_layers (4) must be divisible by pp*vpp (4*2)"),
+    "uneven stages": (
+        ["parallel.pp=4", "parallel.first_stage_layers=2"],
+        "less first_stage_layers (2) and last_stage_layers (0) must be divisible by the other stages (3)",
+    ),
+    "sp without tp": (["parallel.sp=true"], "needs tp > 1 (tp is 1)"),
+    "seq % tp under sp": (["parallel.tp=2", "parallel.sp=true", "train.seq_length=33"], "seq_length (33)"),
+    "vpp without pp": (["parallel.vpp=2"], "vpp (2) needs pp > 1"),
+    "batch % micro": (
+        ["train.micro_batch_size=3"],
+        "global_batch_size (8) must be divisible by train.micro_batch_size (3)",
+    ),
+    "warm-up too long": (["optimizer.warmup_steps=6"], "warmup_steps (6) must be less than train.steps (6)"),
+    "min_lr over lr": (["optimizer.min_lr=1"], "min_lr (1.0) must not exceed lr (0.01)"),
+    "wsd without decay": (["optimizer.schedule=wsd"], "wsd needs optimizer.decay_steps"),
+    "no data": (["data.synthetic=false"], "exactly one of sources, prepare and synthetic (0 given)"),
+    "data twice": (["data.sources=[{path: x}]"], "exactly one of sources, prepare and synthetic (2 given)"),
+    "bad split": (["data.split='90'"], "split must be three shares"),
+    "bad override": (["train.steps"], "write it as key.path=value"),
+    "override of a value as a group": (["train.steps.x=1"], "steps is not a group"),
+    "longer than positions": (["model.max_position_embeddings=16"], "seq_length (32) exceeds"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_refused_in_one_line(name, tmp_path):
+    changes, part = WRONG[name]
+    message = broken(tmp_path, changes)
+    assert part in message
+    assert len(message.splitlines()) == 1, message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a\n- b\n", "must be a mapping of keys to values, found list"),
+        ("a: [1,\nb: 2", "run.yaml:2: not valid YAML"),
+        ("x: !!python/object/apply:os.system ['touch pwned']", "not valid YAML"),
+        ("", "must be a mapping of keys to values, found NoneType"),
+    ],
+)
+def test_a_yaml_that_is_no_configuration_is_refused(tmp_path, text, part):
+    assert part in broken(tmp_path, text=text)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_error_names_file_and_line(tmp_path):
+    path = write_yaml(tiny_config(tmp_path), tmp_path / "run.yaml")
+    lines = path.read_text().replace("steps: 6", "steps: 0").splitlines()
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"run.yaml:{lines.index('  steps: 0') + 1}: train.steps"):
+        load_config(path)
+
+
+def test_all_errors_are_told_at_once(tmp_path):
+    assert len(broken(tmp_path, ["train.steps=0", "optimizer.lr=-1", "model.layers=3"]).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "part"),
+    [
+        (3, {"parallel__tp": 2}, "world size (3) must be divisible by tp*pp*cp (2*1*1)"),
+        (3, {}, "global_batch_size (8) must be divisible by micro_batch_size*dp (1*3)"),
+        (4, {"parallel": {"pp": 4, "vpp": 1}, "train__global_batch_size": 7}, None),
+        (
+            2,
+            {"parallel": {"pp": 2, "vpp": 2}, "train__global_batch_size": 3},
+            "must be a multiple of pp (2) with vpp (2)",
+        ),
+        (1, {"train__ramp_up": {"start": 16, "increment": 4, "samples": 10}}, "ramp_up.start (16) exceeds"),
+        (
+            1,
+            {"train__ramp_up": {"start": 2, "increment": 4, "samples": 10}},
+            "must be divisible by train.ramp_up.increment",
+        ),
+    ],
+)
+def test_a_layout_is_checked_against_the_world_size(tmp_path, world, changes, part):
+    config = tiny_config(tmp_path, **changes)
+    if part is None:
+        assert config.data_parallel_size(world) == world // config.parallel.model_parallel_size
+        return
+    with pytest.raises(ConfigError) as error:
+        config.data_parallel_size(world)
+    assert part in str(error.value)
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
+    config = tiny_config(
+        tmp_path, parallel={"tp": 2, "sp": True}, train__ramp_up={"start": 2, "increment": 2, "samples": 9}
+    )
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_ramp_up_grows_the_batch_by_equal_stretches_of_samples(tmp_path):
+    train = tiny_config(tmp_path, train__ramp_up={"start": 2, "increment": 2, "samples": 30}, train__steps=20).train
+    sizes, consumed = [], 0
+    for _ in range(train.steps):
+        sizes.append(train.batch_size_at(consumed))
+        consumed += sizes[-1]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {2, 4, 6, 8}
+    assert sum(s for s in sizes if s == 2) == 10  # 30 samples in three stretches
+    assert train.total_samples() == consumed
+
+
+def test_the_command_line_ends_with_the_code_of_the_error_and_no_traceback(tmp_path):
+    path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
+    result = cli("train", str(path), "train.stepz=5")
+    assert result.returncode == ConfigError.exit_code == 10
+    assert result.stderr.strip() == f"error: {path}: train.stepz: unknown key, did you mean 'steps'?".replace(
+        f"{path}:", f"{path}:{path.read_text().splitlines().index('train:') + 1}:"
+    )
+    assert "Traceback" not in result.stderr
