@@ -27,6 +27,7 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.errors import ConfigError
 from flagscale_like.families import find_family
+from flagscale_like.families.family import features
 from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.planner.throughput import MEASURED, Efficiency
 from flagscale_like.runtime.parallel import ParallelContext
@@ -249,11 +250,16 @@ def _our_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:
 
 
 def _their_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:
-    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only compared with on request
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM  # seconds to import; only on request
 
-    family, options = find_family(config.model.family), config.optimizer
-    values = family.write(config.model)
-    shape = AutoConfig.for_model(family.model_type, **values)
+    options = config.optimizer
+    candidates = [find_family(config.model.family), find_family("llama")]  # most families are Llama's maths
+    family = next(
+        (f for f in candidates if f.model_type in CONFIG_MAPPING and features(config.model) <= f.supports), None
+    )
+    if family is None:
+        raise ConfigError(f"--compare: transformers has no model of {config.model.family}'s shape without custom code")
+    shape = AutoConfig.for_model(family.model_type, **family.write(config.model))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
     with torch.device(ctx.platform.device):
         model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa", dtype=dtype)
