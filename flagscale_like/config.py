@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from flagscale_like.arch import Frozen, ModelArch
 from flagscale_like.errors import ConfigError
@@ -220,6 +220,14 @@ class Offload(Frozen):
 
     share: Literal["auto"] | float | list[float] = "auto"
     min_tensor_bytes: int = Field(default=1 << 16, ge=0)
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        numbers = value if isinstance(value, list) else [value]
+        if value != "auto" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+            raise ValueError(f"share must be auto, a share from 0 to 1, or a list of one a stage (got {value!r})")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Offload:

@@ -6,6 +6,7 @@ On a CPU the same calls copy at once, in order; all of their time is exposed.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,27 +90,34 @@ class CopyStream:
 
 
 class HostPool:
-    """Host buffers by size, pinned where there is a device; given back ones are used again, none is ever freed."""
+    """Host buffers by size, pinned where there is a device; given back ones are used again, none is ever freed.
 
-    def __init__(self, platform: Platform) -> None:
+    torch rounds a pinned allocation up to a power of two, and pinning takes milliseconds. So buffers are cut from slabs that
+    are powers of two themselves, several to a slab.
+
+    Args:
+        slab_bytes: least size of a slab; 0 allocates every buffer alone. Left out: 64 MiB on CUDA, 0 on a CPU.
+    """
+
+    def __init__(self, platform: Platform, *, slab_bytes: int | None = None) -> None:
         self._platform = platform
-        self._free: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._slab_bytes = (64 << 20 if platform.is_cuda else 0) if slab_bytes is None else slab_bytes
+        self._free: dict[int, deque[tuple[Tensor, Any]]] = {}
         self.total_bytes = self.used_bytes = 0
 
-    @staticmethod
-    def _size(nbytes: int) -> int:
-        return -(-nbytes // 4096) * 4096
-
     def get(self, nbytes: int) -> tuple[Tensor, Any]:
-        """A uint8 buffer of at least `nbytes`, and the ticket of the copy that last read it (or None)."""
-        size = self._size(nbytes)
+        """A uint8 buffer of at least `nbytes`, and the ticket of the copy that last used it (or None)."""
+        size = -(-nbytes // 4096) * 4096
         self.used_bytes += size
-        if waiting := self._free.get(size):
-            return waiting.pop(0)  # the one whose last reader began first
-        self.total_bytes += size
-        return self._platform.host_buffer(size, torch.uint8), None
+        free = self._free.setdefault(size, deque())
+        if not free:
+            slab_bytes = 1 << (max(size, self._slab_bytes) - 1).bit_length() if self._slab_bytes else size
+            slab = self._platform.host_buffer(slab_bytes, torch.uint8)
+            self.total_bytes += slab_bytes
+            free.extend((slab[i * size : (i + 1) * size], None) for i in range(slab_bytes // size))
+        return free.popleft()  # the one whose last copy began first
 
     def put(self, buffer: Tensor, ticket: Any) -> None:
-        """Take a buffer back; `ticket` is of the copy that still reads it."""
+        """Take a buffer back; `ticket` is of the copy that still uses it."""
         self.used_bytes -= buffer.numel()
-        self._free.setdefault(buffer.numel(), []).append((buffer, ticket))
+        self._free[buffer.numel()].append((buffer, ticket))
