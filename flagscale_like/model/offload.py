@@ -218,7 +218,7 @@ class ActivationOffload:
         self._seen, self._by_storage = {}, {}
 
     def _begin_layer(self, index: int, layers: int) -> None:
-        if self._pass is None or _in_backward():  # evaluation, or recompute inside the backward pass
+        if self._pass is None:  # evaluation, or a layer that is recomputed inside the backward pass
             return
         self._layers_begun += 1
         while self._leaving and self._leaving[0][0] <= self._layers_begun - LAYERS_ON_THE_WAY:
@@ -228,8 +228,7 @@ class ActivationOffload:
         self._credit, self._seen = 0.0, {}
 
     def _leave_layers(self) -> None:
-        if not _in_backward():
-            self._group = None
+        self._group = None
 
     def _release(self, handle: _Handle | None) -> None:
         """Let the device copy go, after the copy out: compute that reuses its memory is queued behind the copy."""
