@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flagscale_like.config import Parallel, RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
-from flagscale_like.families.llama import hf_config
+from flagscale_like.families import find_family
 from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from flagscale_like.training.optimizer import build_optimizer
@@ -54,7 +54,7 @@ def our_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
 
 
 def their_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
-    values = hf_config(config.model)
+    values = find_family("llama").hf_config(config.model)
     hf = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=torch.float32)
     options = config.optimizer

@@ -34,18 +34,30 @@ class Position(Frozen):
 
     Attributes:
         kind: `rope` rotates q and k (Su et al. 2021); `alibi` adds to a score the head's slope times the distance (Press et
-            al. 2022).
+            al. 2022); `nlpe` is RoPE up to a distance and constrained beyond it, so that a model reads longer texts than it
+            was trained on without meeting a distance that it does not know (Aquila2).
         base, scaling: RoPE's theta, and its scaling for long contexts.
+        threshold: of nlpe: the first distance, in tokens, that is constrained.
+        far: of nlpe: how. What Aquila2 does is not published; these are the two schemes that fit its operator (Su 2023).
+            `clipped` (ReRoPE): every such distance counts as `threshold`. `compressed` (Leaky ReRoPE): beyond it,
+            positions advance by 1 / far_factor.
     """
 
-    kind: Literal["rope", "alibi"] = "rope"
+    kind: Literal["rope", "alibi", "nlpe"] = "rope"
     base: float = Field(default=10000.0, gt=0)
     scaling: RopeScaling | None = None
+    threshold: int | None = Field(default=None, gt=0)
+    far: Literal["clipped", "compressed"] = "clipped"
+    far_factor: float = Field(default=8.0, gt=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> Position:
         if self.kind == "alibi" and self.scaling is not None:
-            raise ValueError("position.scaling needs position.kind rope (it is alibi)")
+            raise ValueError("position.scaling needs position.kind rope or nlpe (it is alibi)")
+        if (self.kind == "nlpe") != (self.threshold is not None):
+            raise ValueError(
+                f"position.threshold belongs to position.kind nlpe (kind {self.kind}, threshold {self.threshold})"
+            )
         return self
 
 
@@ -58,7 +70,7 @@ class ModelArch(Frozen):
         vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.
         qkv_bias: the q, k and v projections have a bias.
         qk_norm: RMSNorm over each head's channels of q and k, before the rotation (Dehghani et al. 2023).
-        norm_head: the output matrix is used with its rows scaled to length 1 (Baichuan 2, section 2.4).
+        norm_head: the output matrix is used with its rows scaled to length 1 (Yang et al. 2023, section 2.4).
         sliding_window: keys that a query sees, itself counted; all before it where left out (Jiang et al. 2023).
         init_std: standard deviation of every weight matrix at step 0.
         output_init_std: the same for the two matrices that write to the residual stream; init_std / sqrt(2 * num_layers)
@@ -112,8 +124,10 @@ class ModelArch(Frozen):
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by "
                 f"num_query_groups ({self.num_query_groups})"
             )
-        if self.head_dim % 2 and self.position.kind == "rope":
+        if self.head_dim % 2 and self.position.kind != "alibi":
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        if self.sliding_window and self.position.kind == "nlpe":
+            raise ValueError(f"sliding_window ({self.sliding_window}) needs position.kind rope or alibi (it is nlpe)")
         if self.norm_head and self.tie_embeddings:
             raise ValueError("norm_head needs tie_embeddings false: the embedding of the input is not normalised")
         return self

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flagscale_like.errors import ConfigError, PlatformError, UserError
+from flagscale_like.errors import ConfigError, PeerLostError, PlatformError, UserError
 
 if TYPE_CHECKING:
     from flagscale_like.config import RunConfig
@@ -91,7 +91,8 @@ def _model_of_source(values: dict) -> dict | None:
 
         return read_config(Path(options["init_from_hf"]))[1].model_dump(mode="json")
     if isinstance(options.get("load"), str):
-        from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
+        from flagscale_like.checkpoint.format import CheckpointReader
+        from flagscale_like.checkpoint.manifest import find_checkpoint
 
         return CheckpointReader(find_checkpoint(Path(options["load"]))).arch.model_dump(mode="json")
     return None
@@ -126,7 +127,7 @@ def _describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, 
     par, train, model = config.parallel, config.train, config.model
     cluster, eff = _cluster(cluster_text, config, ranks) if cluster_text or local else (None, None)
     cuda = eff is None  # a measured CPU has efficiencies of its own
-    goal = Goal.of(config, cuda=cuda)
+    goal = Goal.of(config)
     layout = configured_layout(config, ranks, goal, cluster.device if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
@@ -213,7 +214,7 @@ def plan(
         if network_gb_per_s <= 0:
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
-    goal = Goal.of(config, cuda=eff is None)
+    goal = Goal.of(config)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp, eff=eff)
     best = ranking.plans[0]
     typer.echo(describe_ranking(ranking, place, top=top))
@@ -527,49 +528,137 @@ def generate(
 
 def _open(checkpoint: Path):  # noqa: ANN202  (CheckpointReader, whose import is late)
     """The newest checkpoint at a path, and the tokenizer folder that its run used, or that was imported with it."""
-    from flagscale_like.checkpoint.format import CheckpointReader, find_checkpoint
+    from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.manifest import find_checkpoint
 
     reader = CheckpointReader(find_checkpoint(checkpoint))
     tokenizer = reader.state.get("config", {}).get("data", {}).get("tokenizer") or reader.folder / "tokenizer"
     return reader, Path(tokenizer) if Path(tokenizer).is_dir() else None
 
 
+Processes = Annotated[int | None, typer.Option(help="Processes that read; as many as CPUs, if left out.")]
+
+
+def _checkpoints_root(run: Path) -> Path:
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
 @ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))
 def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder.")]) -> None:
-    """List a run's checkpoints, newest first."""
+    """List a run's checkpoints, newest first; reads manifests, not the data."""
     from rich.console import Console
     from rich.table import Table
 
-    from flagscale_like.checkpoint.format import CheckpointReader, read_manifest, steps
+    from flagscale_like.checkpoint.manifest import TEMPORARY, read_latest, read_manifest, read_state, step_folders
     from flagscale_like.errors import CheckpointError
 
-    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    root = _checkpoints_root(run)
+    latest = read_latest(root)
     table = Table("step", "layout", "MB", "consumed samples", "folder", box=None)
-    for folder in steps(root):
+    for folder in step_folders(root):
         try:
-            state = CheckpointReader(folder).state
             size = sum(record.size_bytes for record in read_manifest(folder)) / 1e6
-            layout = " ".join(f"{name}{degree}" for name, degree in state["layout"].items())
-            table.add_row(str(state["step"]), layout, f"{size:,.1f}", f"{state['consumed_samples']:,}", str(folder))
+            state = read_state(folder)
+            layout = " ".join(f"{name}{degree}" for name, degree in state.get("layout", {}).items())
+            where = f"{folder}{' (latest)' if folder == latest else ''}"
+            table.add_row(str(state.get("step")), layout, f"{size:,.1f}", str(state.get("consumed_samples")), where)
         except CheckpointError as error:
             table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", str(error))
+    for folder in sorted(root.glob(f"{TEMPORARY}*")):
+        table.add_row("", "unfinished", "", "", str(folder))
     if not table.row_count:
         raise CheckpointError(f"{root}: holds no checkpoints")
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 1000).print(table)
 
 
 @ckpt_app.command("verify", epilog=example("flagscale-like ckpt verify runs/demo"))
-def ckpt_verify(checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")]) -> None:
-    """Compare every file of a checkpoint with its size and checksum in the manifest."""
-    from flagscale_like.checkpoint.format import check_file, find_checkpoint, read_manifest
+def ckpt_verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    processes: Processes = None,
+) -> None:
+    """Compare every file of a checkpoint with its size and checksum in the manifest; the newest one of a run."""
+    from flagscale_like.checkpoint.manifest import find_checkpoint, read_manifest, verify_files
     from flagscale_like.errors import CheckpointError
 
     folder = find_checkpoint(checkpoint)
-    records = read_manifest(folder)
-    problems = [problem for record in records if (problem := check_file(folder, record))]
+    began = time.perf_counter()
+    problems = verify_files(folder, processes=processes or os.cpu_count() or 1)
+    seconds, records = time.perf_counter() - began, read_manifest(folder)
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
-    typer.echo(f"{folder}: {len(records)} files are whole")
+    size = sum(record.size_bytes for record in records)
+    typer.echo(f"{folder}: {len(records)} files are whole ({size / 1e6:,.1f} MB, {size / 1e9 / seconds:.2f} GB/s)")
+
+
+@ckpt_app.command("show", epilog=example("flagscale-like ckpt show runs/demo --tensors"))
+def ckpt_show(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    tensors: Annotated[bool, typer.Option(help="Also list every tensor and its shape.")] = False,
+) -> None:
+    """Say what a checkpoint holds: step, model, layout, versions, files, tensors."""
+    import yaml
+
+    from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.manifest import find_checkpoint, read_manifest
+
+    folder = find_checkpoint(checkpoint)
+    reader = CheckpointReader(folder)
+    held = [kind for kind in ("param", "exp_avg", "exp_avg_sq") if reader.has(kind)]
+    shown = {key: value for key, value in reader.state.items() if key != "config"}
+    files = {record.name: record.size_bytes for record in read_manifest(folder)}
+    summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.keys()), "file_bytes": files}
+    typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
+    if tensors:
+        for key, shape in reader.shapes().items():
+            typer.echo(f"{key} {list(shape)} {reader.dtype(key, 'param')}")
+
+
+@ckpt_app.command("reshard", epilog=example("flagscale-like ckpt reshard runs/demo --out moved/demo --files 4"))
+def ckpt_reshard(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
+    files: Annotated[int, typer.Option(min=1, help="Files to write, of equal size.")] = 1,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's moments out.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Also record each file's sha256.")] = False,
+    processes: Processes = None,
+) -> None:
+    """Write a checkpoint anew in another number of files. Not needed to load it on another layout: any layout loads it."""
+    from flagscale_like.checkpoint.manifest import find_checkpoint
+    from flagscale_like.checkpoint.reshard import reshard
+
+    folder = find_checkpoint(checkpoint)
+    records = reshard(
+        folder, out, files=files, weights_only=weights_only, sha256=sha256, processes=processes or os.cpu_count() or 1
+    )
+    typer.echo(f"wrote {out} from {folder}: {len(records)} files, {sum(r.size_bytes for r in records) / 1e6:,.1f} MB")
+
+
+@ckpt_app.command("prune", epilog=example("flagscale-like ckpt prune runs/demo --keep 2 --keep-every 1000"))
+def ckpt_prune(
+    run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder; no training may write to it.")],
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],
+    keep_every: Annotated[int, typer.Option(min=0, help="Also keep multiples of so many steps; 0 for none.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Say what would go, and remove nothing.")] = False,
+    processes: Processes = None,
+) -> None:
+    """Remove old checkpoints and what interrupted saves left. The newest one whose files are whole always stays."""
+    from flagscale_like.checkpoint.manifest import newest_whole, remove, remove_leftovers, to_remove
+    from flagscale_like.errors import CheckpointError
+
+    root = _checkpoints_root(run)
+    good, rejected = newest_whole(root, processes=processes or os.cpu_count() or 1)
+    for reason in rejected:
+        typer.echo(f"damaged: {reason}")
+    if good is None:
+        raise CheckpointError(f"{root}: holds no whole checkpoint; nothing was removed")
+    gone = to_remove(root, keep=keep, keep_every=keep_every, good=good)
+    if not dry_run:
+        remove(gone)
+        remove_leftovers(root)
+    for folder in gone:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
+    typer.echo(f"{len(gone)} checkpoints {'would go' if dry_run else 'removed'}; {good} is whole")
 
 
 @app.command(epilog=example("flagscale-like doctor"))
@@ -597,8 +686,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if rank:
-            # Rank 0 usually has the same error; let it speak alone. torchrun ends this rank when rank 0 is gone.
+        if rank or isinstance(error, PeerLostError):
+            # Rank 0 usually has the same error, and a lost rank its own: let it speak alone. torchrun then ends this one.
             time.sleep(2.0)
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)

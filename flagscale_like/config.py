@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flagscale_like.arch import Frozen, ModelArch
 from flagscale_like.errors import ConfigError
@@ -244,15 +244,29 @@ class Checkpoint(Frozen):
     Attributes:
         interval: steps between saves; the last step is always saved; 0 saves never.
         keep: newest checkpoints kept.
+        keep_every: also keep, for ever, the checkpoints of the multiples of so many steps; 0 keeps none.
+        asynchronous: `async` in YAML: training waits for a copy in host memory, not for the disk.
+        when_busy: a save that is due while one is under way waits for it, or is skipped.
+        on_error: a save that fails stops the run, or is reported and the run goes on.
+        sha256: also record each file's sha256, which slows the writing down.
         load: start from the weights of this checkpoint (another run's, or an imported one), with a fresh optimizer.
-        init_from_hf: the same from a Hugging Face folder, read without a conversion. `model` may then be left out: it is
+        load_strict: false takes what fits from `load` and leaves the rest at its initial values.
+        init_from_hf: start from a Hugging Face folder, read without a conversion. `model` may then be left out: it is
             read from the folder's config.json, as it is from the checkpoint that `load` names.
         export_hf: write RUN_DIR/hf, a Hugging Face folder, when the last step is done.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
     interval: int = Field(default=100, ge=0)
     keep: int = Field(default=3, gt=0)
+    keep_every: int = Field(default=0, ge=0)
+    asynchronous: bool = Field(default=True, alias="async")
+    when_busy: Literal["wait", "skip"] = "wait"
+    on_error: Literal["stop", "continue"] = "stop"
+    sha256: bool = False
     load: str | None = None
+    load_strict: bool = True
     init_from_hf: str | None = None
     export_hf: bool = False
 
@@ -263,6 +277,21 @@ class Checkpoint(Frozen):
         if self.export_hf and not self.interval:
             raise ValueError("export_hf needs a saved checkpoint: interval must not be 0")
         return self
+
+
+class Resilience(Frozen):
+    """How a run that hangs or is told to stop comes to its end.
+
+    Attributes:
+        first_step_timeout_s: a rank that shows no progress for so long, before its first step is done, ends the job, with
+            every rank's last step, phase and Python stack written to RUN_DIR/hang; 0 waits for ever.
+        step_timeout_s: the same for later steps, evaluations and saves.
+        grace_s: after SIGTERM or SIGINT, the step at hand and the save have so long; then the process ends.
+    """
+
+    first_step_timeout_s: float = Field(default=1800.0, ge=0)
+    step_timeout_s: float = Field(default=600.0, ge=0)
+    grace_s: float = Field(default=25.0, gt=0)
 
 
 class Kernels(Frozen):
@@ -279,12 +308,23 @@ class Monitors(Frozen):
     """What to do when training goes wrong.
 
     Attributes:
-        non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, or stops the run.
-        max_consecutive_skips: more skipped steps than this in a row stop the run.
+        non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, makes the run go back,
+            or stops it.
+        max_consecutive_skips: more skipped steps than this in a row do what `on_max_skips` says.
+        rewind_steps: to go back is to load the newest checkpoint that is at least so many steps old, and to go on from
+            it with the data that follows: what was read in between is skipped (Chowdhery et al. 2022, PaLM).
+        max_rewinds: going back once more than this stops the run.
     """
 
-    non_finite: Literal["skip", "stop"] = "skip"
+    non_finite: Literal["skip", "rewind", "stop"] = "skip"
     max_consecutive_skips: int = Field(default=10, ge=0)
+    on_max_skips: Literal["rewind", "stop"] = "stop"
+    rewind_steps: int = Field(default=100, gt=0)
+    max_rewinds: int = Field(default=3, gt=0)
+
+    @property
+    def may_rewind(self) -> bool:
+        return "rewind" in (self.non_finite, self.on_max_skips)
 
 
 class RunConfig(Frozen):
@@ -299,6 +339,7 @@ class RunConfig(Frozen):
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
+    resilience: Resilience = Resilience()
     offload: Offload | None = None
 
     @model_validator(mode="after")
@@ -422,6 +463,14 @@ class RunConfig(Frozen):
         except ValidationError as error:
             raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
 
+    def planned_samples(self) -> int:
+        """Samples that the run may read: those of its steps, and a reserve for the steps made again after going back."""
+        monitors, reserve = self.monitors, 0
+        if monitors.may_rewind:
+            steps_again = min(monitors.rewind_steps + self.checkpoint.interval, self.train.steps)
+            reserve = monitors.max_rewinds * steps_again * self.train.global_batch_size
+        return self.train.total_samples() + reserve
+
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -507,7 +556,7 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
         annotation = group.model_fields[part].annotation if part in group.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         group = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return list(group.model_fields) if group is not None else []
+    return [field.alias or name for name, field in group.model_fields.items()] if group is not None else []
 
 
 def _explain(path: Path, node: yaml.Node | None, item: Any) -> str:

@@ -9,6 +9,8 @@
 | 13   | ConversionError   | a Hugging Face folder cannot be read, written or does not match      |
 | 14   | DivergedError     | the loss or the gradients are not finite, or a monitor stopped the run |
 | 15   | PlatformError     | the machine, an installation or the launch is at fault               |
+| 16   | HangError         | a rank made no progress for resilience.step_timeout_s                |
+| 17   | PeerLostError     | another rank ended in the middle of a step; its message says why     |
 """
 
 
@@ -40,3 +42,11 @@ class DivergedError(UserError):
 
 class PlatformError(UserError):
     exit_code = 15
+
+
+class HangError(UserError):
+    exit_code = 16
+
+
+class PeerLostError(UserError):
+    exit_code = 17

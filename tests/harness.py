@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -58,6 +59,13 @@ def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
 def write_yaml(config: RunConfig, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
     return path
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:

@@ -10,37 +10,25 @@ latest                       the newest folder's name
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
-from flagscale_like.checkpoint.tensor_file import FileRecord, TensorFile, TensorSpec, write_tensors
+from flagscale_like.checkpoint.manifest import BAD_JSON, STATE, FileRecord, read_manifest, read_state
+from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec, write_tensors
 from flagscale_like.errors import CheckpointError
 
-FORMAT_VERSION = 1
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-READ_BYTES = 1 << 22
 
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new entries in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> FileRecord:
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str], *, sha256: bool = False
+) -> FileRecord:
     """Write host tensors in the safetensors format, checksummed in the same pass, and fsynced.
 
     Args:
@@ -48,65 +36,7 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadat
     """
     tensors = list(tensors)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
-    return write_tensors(path, specs, (tensor for _, tensor in tensors), metadata)
-
-
-def write_json(path: Path, value: object) -> FileRecord:
-    """Write JSON through a temporary file and a rename, fsynced."""
-    data = json.dumps(value, indent=1).encode()
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return FileRecord(path.name, len(data), xxhash.xxh3_64(data).hexdigest())
-
-
-def write_manifest(folder: Path, records: Iterable[FileRecord]) -> None:
-    """The last file of a checkpoint: with it the checkpoint is whole."""
-    write_json(folder / MANIFEST, {"format": FORMAT_VERSION, "files": [asdict(record) for record in records]})
-    fsync_folder(folder)
-
-
-def read_manifest(folder: Path) -> list[FileRecord]:
-    """The files of a checkpoint.
-
-    Raises:
-        CheckpointError: no manifest, another format, or a file name that leaves the folder.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        records = [FileRecord(**record) for record in manifest["files"]]
-        version = manifest["format"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: not a checkpoint, or an unfinished one: no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: {error}") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
-    for record in records:
-        if record.name != os.path.basename(record.name) or record.name in ("", ".", ".."):
-            raise CheckpointError(f"{folder}: {MANIFEST} names a file outside the checkpoint: {record.name!r}")
-    return records
-
-
-def check_file(folder: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, or None: missing, wrong size, wrong checksum."""
-    path = folder / record.name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"{record.name}: {error.strerror}"
-    if size != record.size_bytes:
-        return f"{record.name}: {size} bytes, the manifest says {record.size_bytes}"
-    digest = xxhash.xxh3_64()
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(READ_BYTES):
-            digest.update(data)
-    if digest.hexdigest() != record.xxh3:
-        return f"{record.name}: checksum {digest.hexdigest()}, the manifest says {record.xxh3}"
-    return None
+    return write_tensors(path, specs, (tensor for _, tensor in tensors), metadata, sha256=sha256)
 
 
 class CheckpointReader:
@@ -119,10 +49,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         names = [record.name for record in read_manifest(self.folder)]
-        try:
-            self.state: dict[str, Any] = json.loads((self.folder / STATE).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: {STATE} is damaged: {error}") from None
+        self.state: dict[str, Any] = read_state(self.folder)
         self._files: dict[str, TensorFile] = {}
         self._fragments: dict[str, list[tuple[Fragment, str, int]]] = {}
         for name in sorted(n for n in names if n.endswith(".safetensors")):
@@ -130,7 +57,8 @@ class CheckpointReader:
                 file = TensorFile(self.folder / name)
                 listed = json.loads(file.metadata["fragments"])
                 fragments = [Fragment(k, tuple(g), tuple(o), tuple(s), a, b) for k, g, o, s, a, b in listed]
-            except (OSError, KeyError, TypeError, ValueError) as error:
+                _check_fragments(file, fragments)
+            except (OSError, *BAD_JSON, KeyError, TypeError) as error:
                 raise CheckpointError(f"{self.folder}: {name} is damaged: {error}") from None
             self._files[name] = file
             for index, fragment in enumerate(fragments):
@@ -163,6 +91,10 @@ class CheckpointReader:
         """Names of the global tensors."""
         return sorted(self._fragments)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the global tensors."""
+        return {key: self.global_shape(key) for key in sorted(self._fragments)}
+
     def global_shape(self, key: str) -> tuple[int, ...]:
         """Shape of a global tensor, its vocabulary padded as it was saved.
 
@@ -182,11 +114,11 @@ class CheckpointReader:
         file = f"rank_{rank:05d}.safetensors"
         return self._files[file].get_tensor(name) if name in self._names.get(file, ()) else None
 
-    def read(self, kind: str, target: Fragment, out: Tensor) -> None:
-        """Fill `out`, 1-D, with the elements of `target`; rows beyond the saved vocabulary become zero.
+    def check(self, target: Fragment) -> None:
+        """Whether `target` can be read: the tensor is there in the model's shape, up to the vocabulary's padding.
 
         Raises:
-            CheckpointError: the tensor is missing, of another shape, or not all of it was saved.
+            CheckpointError: it cannot.
         """
         saved = self.global_shape(target.key)
         if saved[1:] != target.global_shape[1:] or (
@@ -195,6 +127,15 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.folder}: {target.key} has shape {saved}, the model's has {target.global_shape}"
             )
+
+    def read(self, kind: str, target: Fragment, out: Tensor) -> None:
+        """Fill `out`, 1-D, with the elements of `target`; rows beyond the saved vocabulary become zero.
+
+        Raises:
+            CheckpointError: the tensor is missing, of another shape, or not all of it was saved.
+        """
+        self.check(target)
+        saved = self.global_shape(target.key)
         wanted = elements_within(target, saved)
         if wanted < target.numel:
             out.zero_()
@@ -213,6 +154,20 @@ class CheckpointReader:
         return out
 
 
+def _check_fragments(file: TensorFile, fragments: list[Fragment]) -> None:
+    """A header is a claim: hold it against the tensors that are there, before any index arithmetic trusts it."""
+    for index, fragment in enumerate(fragments):
+        sizes = (*fragment.global_shape, *fragment.offset, *fragment.shape, fragment.start, fragment.stop)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"fragment {index} has an index that is no natural number")
+        bounds = zip(fragment.offset, fragment.shape, fragment.global_shape, strict=True)
+        inside = all(offset + size <= limit for offset, size, limit in bounds)
+        if not inside or not fragment.start < fragment.stop <= prod(fragment.shape):
+            raise ValueError(f"fragment {index} ({fragment.key}) leaves its tensor")
+        if file.specs[f"{index}.param"].shape != (fragment.numel,):
+            raise ValueError(f"fragment {index} ({fragment.key}) is not as long as its tensor")
+
+
 def _is_vocabulary(key: str) -> bool:
     return key in ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -225,24 +180,3 @@ def fragment_metadata(fragments: Iterable[Fragment]) -> dict[str, str]:
     """The header entry that lists fragment 0, 1, ... of a file."""
     listed = [[f.key, f.global_shape, f.offset, f.shape, f.start, f.stop] for f in fragments]
     return {"format": "pt", "fragments": json.dumps(listed)}
-
-
-def steps(root: Path) -> Iterator[Path]:
-    """Checkpoint folders, newest first."""
-    found = [p for p in Path(root).glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
-    yield from sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself, a checkpoints/ folder or a run folder: the newest one there.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for folder in (path, path / "checkpoints"):
-        if (folder / MANIFEST).is_file():
-            return folder
-        newest = next((p for p in steps(folder) if (p / MANIFEST).is_file()), None)
-        if newest is not None:
-            return newest
-    raise CheckpointError(f"{path}: no checkpoint there (looked for step_*/manifest.json and checkpoints/)")

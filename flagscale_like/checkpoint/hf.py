@@ -25,17 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import (
-    STATE,
-    CheckpointReader,
-    fragment_metadata,
-    fsync_folder,
-    write_json,
-    write_manifest,
-)
+from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
-from flagscale_like.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensors
+from flagscale_like.checkpoint.manifest import STATE, FileRecord, fsync_folder, write_json, write_manifest
+from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
@@ -122,10 +116,10 @@ class _ImportFile:
     def __call__(self, index: int) -> FileRecord:
         folder, rules = HfFolder(self.source), self.groups[index]
         fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
-        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), rule.shape) for i, rule in enumerate(rules)]
-        tensors = (folder.full(rule.core) for rule in rules)
+        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), (rule.numel,)) for i, rule in enumerate(rules)]
+        tensors = (folder.full(rule.core).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
-        return write_tensors(path, specs, tensors, fragment_metadata(fragments))
+        return write_tensors(path, specs, ahead(tensors), fragment_metadata(fragments))
 
 
 def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
@@ -214,7 +208,8 @@ class ExportFile:
     def __call__(self, index: int) -> None:
         reader = CheckpointReader(self.plan.source)
         specs = self.plan.specs[index]
-        write_tensors(self.target / self.plan.files[index], specs, self._tensors(reader, index), {"format": "pt"})
+        tensors = ahead(self._tensors(reader, index))
+        write_tensors(self.target / self.plan.files[index], specs, tensors, {"format": "pt"})
 
     def _tensors(self, reader: CheckpointReader, index: int) -> Iterator[Tensor]:
         plan = self.plan

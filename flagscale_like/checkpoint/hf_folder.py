@@ -147,8 +147,21 @@ class HfFolder:
         assert kind == "param", kind
         rule = self._by_core[key]
         own = self.dtype(rule)
-        tensor = rule.to_core(tuple(self.hf_tensor(name).to(own) for name in rule.hf), self.arch)
+        tensors = tuple(self.hf_tensor(name).to(own) for name in rule.hf)
+        # Most rules make a new tensor. What is still mapped is copied, so that reading happens here and not in its use.
+        tensor = rule.to_core(tensors, self.arch)
+        tensor = tensor.clone() if tensor is tensors[0] else tensor
         return tensor if dtype is None else tensor.to(dtype)
+
+    def check(self, target: Fragment) -> None:
+        """Whether `target` can be read: the tensor is there in the model's shape, up to the vocabulary's padding.
+
+        Raises:
+            ConversionError: it cannot.
+        """
+        shape = self.global_shape(target.key)
+        if shape[1:] != target.global_shape[1:]:
+            raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
         """Fill `out`, 1-D, with the elements of `target`; rows beyond the vocabulary become zero.
@@ -156,9 +169,8 @@ class HfFolder:
         Raises:
             ConversionError: the tensor's shape is not the model's.
         """
+        self.check(target)
         shape = self.global_shape(target.key)
-        if shape[1:] != target.global_shape[1:]:
-            raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
         if self._last is None or self._last[0] != target.key:  # gate and up are two fragments of one tensor
             self._last = (target.key, self.full(target.key, kind))
         full = self._last[1]

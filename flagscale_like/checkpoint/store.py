@@ -1,14 +1,20 @@
-"""Save and restore a training run: snapshot, write, commit. Each rank saves what it holds; any layout loads it.
+"""Save and restore a training run. Each rank saves what it holds; any layout loads it.
 
-`snapshot` copies to host memory, `write` puts the copy on disk, `commit` publishes the folder. They are separate so that
-the training loop has to wait for the first alone.
+A save has three phases, and the training loop waits for the first alone:
+
+1. snapshot: this rank's fragments are copied to host memory;
+2. write: a thread of each rank puts its copy on disk;
+3. publish: once every rank's file is there, a thread of rank 0 writes the manifest, renames the folder, moves the latest
+   pointer.
+
+Between the phases the ranks have to agree that all are done. No thread communicates: each rank tells its `pulse`, the loop
+adds the pulses up in the reduction that every step makes anyway, and `advance` takes the sum, at the same step on all.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,42 +26,51 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import (
-    LATEST,
-    STATE,
-    CheckpointReader,
-    FileRecord,
-    check_file,
-    fragment_metadata,
-    fsync_folder,
-    read_manifest,
-    steps,
-    write_json,
-    write_manifest,
-    write_safetensors,
-)
+from flagscale_like.checkpoint.background import Background
+from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata, write_safetensors
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.layout import (
     MOMENTS,
+    OptimizerShard,
     adam_step,
     ensure_moments,
     optimizer_shards,
     parameter_pieces,
     set_adam_step,
 )
-from flagscale_like.config import RunConfig
-from flagscale_like.errors import CheckpointError
+from flagscale_like.checkpoint.manifest import (
+    STATE,
+    TEMPORARY,
+    FileRecord,
+    check_file,
+    publish,
+    read_manifest,
+    remove,
+    remove_leftovers,
+    step_folders,
+    step_of,
+    to_remove,
+    write_json,
+    write_manifest,
+)
+from flagscale_like.config import Checkpoint, RunConfig
+from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.model.build import LanguageModel, build_chunks
+from flagscale_like.runtime.host_copy import HostCopies
 from flagscale_like.runtime.parallel import ParallelContext
 
 
 class WeightSource(Protocol):
     """What weights are loaded from: a native checkpoint, or a Hugging Face folder."""
 
+    folder: Path
+
     @property
     def arch(self) -> ModelArch: ...
 
-    def global_shape(self, key: str) -> tuple[int, ...]: ...
+    def keys(self) -> list[str]: ...
+
+    def check(self, target: Fragment) -> None: ...
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
 
@@ -68,116 +83,216 @@ class Snapshot:
     tensors: list[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended, the same on every rank but for the times.
+
+    Attributes:
+        stall_s: how long training waited for it on this rank.
+        write_s: how long writing and publishing took on this rank, beside training.
+        error: why there is no such checkpoint; None where there is one.
+    """
+
+    step: int
+    path: Path
+    stall_s: float
+    write_s: float
+    error: str | None = None
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    step: int
+    state: dict[str, Any]
+    temporary: Path
+    final: Path
+    work: Background
+    publishing: bool = False
+    stall_s: float = 0.0
+    write_s: float = 0.0
+
+
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks call each method alike, but for `pulse`, which is local.
 
     Args:
         root: the run's checkpoints/ folder, on a file system that all ranks see.
-        keep: newest checkpoints kept.
+        options: what to keep, and what to do while a save is under way.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
     """
 
-    def __init__(self, root: Path, ctx: ParallelContext, *, keep: int) -> None:
-        self.root = Path(root)
-        self.ctx = ctx
-        self.keep = keep
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self, root: Path, ctx: ParallelContext, options: Checkpoint) -> None:
+        self.root, self.ctx, self.options = Path(root), ctx, options
+        self.outcomes: list[Saved] = []
+        self._copies = HostCopies(ctx.platform)
+        self._shards: list[OptimizerShard] = []
+        self._save: _Save | None = None
+        problem = None
         if ctx.is_main:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        ctx.barrier()
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.root)
+            except OSError as error:
+                problem = f"{self.root}: cannot be made: {error.strerror}"
+        # Of this start of the run: what an earlier, killed one left has another name.
+        self._launch, problem = ctx.broadcast((uuid.uuid4().hex[:8], problem))  # type: ignore[misc]
+        if problem:
+            raise CheckpointError(problem)
 
-    def save(self, step: int, chunks: list[LanguageModel], optimizer: MegatronOptimizer, state: dict[str, Any]) -> Path:
-        """Save, and return the published folder. All ranks call it.
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
+    def save(self, step: int, chunks: list[LanguageModel], optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+        """Begin a save. Where one is under way, wait for that first: there is one set of host buffers.
+
+        How it ended is found in `outcomes` later; `finish` waits for it.
 
         Args:
             state: JSON-able: what the loop needs to go on.
-
-        Raises:
-            CheckpointError: on every rank, where any rank could not write; what was there before is untouched.
         """
-        snapshot = self.snapshot(chunks, optimizer)
+        self.finish()
+        began = time.perf_counter()
+        snapshot = self._snapshot(chunks, optimizer)
         state = {**state, "adam_step": adam_step(optimizer), "loss_scaler": loss_scaler_state(optimizer)}
-        name = self.ctx.broadcast(f".tmp-step_{step:08d}-{uuid.uuid4().hex[:8]}")
-        return self.commit(step, self.root / str(name), self.write(self.root / str(name), snapshot), state)
+        name = f"step_{step:08d}"
+        temporary = self.root / f"{TEMPORARY}{name}-{self._launch}"
+        work = Background(lambda: self._write(temporary, snapshot), name=f"write {name}")
+        self._save = _Save(step, state, temporary, self.root / name, work)
+        self._save.stall_s = time.perf_counter() - began
+        if not self.options.asynchronous:
+            self.finish()
 
-    def snapshot(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> Snapshot:
-        """Copy this rank's fragments into reused host buffers."""
-        ensure_moments(optimizer)
-        fragments: list[Fragment] = []
-        tensors: list[tuple[str, Tensor]] = []
-        for shard in optimizer_shards(chunks, optimizer, self.ctx):
-            if not shard.primary:
-                continue
-            for kind, source in shard.tensors.items():
-                name = f"{len(fragments)}.{kind}"
-                tensors.append((name, self._buffer(name, source)))
-            fragments.append(shard.fragment)
-        for name, rng in _rng_states(self.ctx).items():
-            tensors.append((name, self._buffer(name, rng)))
-        self.ctx.platform.synchronize()
-        return Snapshot(fragments, tensors)
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        began = time.perf_counter()
+        while (save := self._save) is not None:
+            _ = save.work.error
+            save.stall_s += time.perf_counter() - began
+            began = time.perf_counter()
+            self.advance(*self.ctx.sum(self.pulse()))
 
-    def _buffer(self, name: str, source: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-            buffer = self.ctx.platform.host_buffer(source.numel(), source.dtype).view(source.shape)
-            self._buffers[name] = buffer
-        return buffer.copy_(source, non_blocking=True)
+    def pulse(self) -> list[float]:
+        """[1 if this rank's thread is at work, 1 if it failed]; for `advance`, once added up over all ranks."""
+        if self._save is None:
+            return [0.0, 0.0]
+        work = self._save.work
+        return [0.0, float(work.error is not None)] if work.done else [1.0, 0.0]
 
-    def write(self, folder: Path, snapshot: Snapshot) -> FileRecord | str:
-        """Write this rank's file; a failure comes back as text, for all ranks to see in `commit`."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank_{self.ctx.rank:05d}.safetensors"
-            return write_safetensors(path, snapshot.tensors, fragment_metadata(snapshot.fragments))
-        except OSError as error:
-            return f"rank {self.ctx.rank}: {error}"
+    def advance(self, working: float, failed: float) -> None:
+        """Take the save under way to its next phase, if every rank has done with this one.
 
-    def commit(self, step: int, folder: Path, written: FileRecord | str, state: dict[str, Any]) -> Path:
-        """Publish: state, manifest, rename, latest pointer, retention, in this order."""
-        results = self.ctx.gather(written)
-        failures = [result for result in results if isinstance(result, str)]
-        final, failure = self.root / f"step_{step:08d}", "; ".join(failures)
-        if self.ctx.is_main and not failure:
-            try:
-                records = [*results, write_json(folder / STATE, state)]
-                write_manifest(folder, records)
-                if final.exists():  # a step saved twice (after a rewind): the new one replaces the old one
-                    os.replace(final, self.root / f".tmp-replaced-{uuid.uuid4().hex[:8]}")
-                os.replace(folder, final)
-                fsync_folder(self.root)
-                write_json(self.root / LATEST, final.name)
-                fsync_folder(self.root)
-                self._prune(final)
-            except OSError as error:
-                failure = f"rank 0: {error}"
-        failure = str(self.ctx.broadcast(failure))
-        if failure:
+        Args:
+            working, failed: the ranks' pulses, added up. They decide alone, so that all ranks do the same.
+        """
+        save = self._save
+        if save is None or working:
+            return
+        began = time.perf_counter()
+        save.write_s += save.work.seconds
+        if failed:
+            errors = self.ctx.gather(_describe(save.work.error, self.ctx.rank))
             if self.ctx.is_main:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise CheckpointError(f"{final}: could not be saved: {failure}; earlier checkpoints are untouched")
-        return final
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            self._end("; ".join(error for error in errors if error))
+        elif not save.publishing:
+            save.publishing = True
+            records = self.ctx.gather(save.work.result())
+            # The other ranks have no part in it, and are done at once.
+            task = (lambda: self._publish(save, records)) if self.ctx.is_main else (lambda: None)
+            save.work = Background(task, name=f"publish {save.final.name}")
+            save.stall_s += time.perf_counter() - began
+        else:
+            self._end(None)
 
-    def _prune(self, newest: Path) -> None:
-        for old in [p for p in steps(self.root) if p != newest][max(self.keep - 1, 0) :]:
-            shutil.rmtree(old, ignore_errors=True)
-        for leftover in self.root.glob(".tmp-replaced-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _end(self, error: str | None) -> None:
+        save = self._save
+        self._save = None
+        self.outcomes.append(Saved(save.step, save.final, save.stall_s, save.write_s, error))
 
-    def newest_good(self) -> tuple[Path | None, list[str]]:
+    def take_outcomes(self) -> list[Saved]:
+        """The saves that ended since the last call."""
+        taken, self.outcomes = self.outcomes, []
+        return taken
+
+    def reserve(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> None:
+        """Make the host buffers now: the first save would wait for page faults and pinning else."""
+        self._snapshot(chunks, optimizer)
+
+    def before_update(self) -> None:
+        """Call before parameters change: on CUDA a snapshot may still be on its way to the host."""
+        self._copies.hold_compute()
+
+    def _snapshot(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> Snapshot:
+        """Copy this rank's fragments into reused host buffers."""
+        if not self._shards:
+            ensure_moments(optimizer)
+            # Views of what the optimizer updates in place, for the whole run; to find them takes longer than to copy them.
+            found = optimizer_shards(chunks, optimizer, self.ctx)
+            self._shards = [shard for shard in found if shard.primary]
+        tensors: list[tuple[str, Tensor]] = []
+        self._copies.begin()
+        for index, shard in enumerate(self._shards):
+            for kind, source in shard.tensors.items():
+                name = f"{index}.{kind}"
+                tensors.append((name, self._copies.copy(name, source)))
+        for name, rng in _rng_states(self.ctx).items():
+            tensors.append((name, self._copies.copy(name, rng)))
+        self._copies.end()
+        return Snapshot([shard.fragment for shard in self._shards], tensors)
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> FileRecord:
+        """In a thread of each rank: this rank's file."""
+        self._copies.wait()
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank_{self.ctx.rank:05d}.safetensors"
+        metadata = fragment_metadata(snapshot.fragments)
+        return write_safetensors(path, snapshot.tensors, metadata, sha256=self.options.sha256)
+
+    def _publish(self, save: _Save, records: list[FileRecord]) -> None:
+        """In a thread of rank 0: state, manifest, rename, latest pointer, retention, in this order."""
+        records = [*records, write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)]
+        write_manifest(save.temporary, records)
+        publish(save.temporary, save.final)
+        remove(to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final))
+
+    def newest_good(self, at_most: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file has its size and checksum; and why newer ones were rejected.
 
         The ranks share the checking and agree on the result.
+
+        Args:
+            at_most: the newest up to this step; where there is none, the oldest after it.
         """
-        candidates = self.ctx.broadcast([p.name for p in steps(self.root)] if self.ctx.is_main else None)
+        names = [p.name for p in step_folders(self.root)] if self.ctx.is_main else None
+        folders = [self.root / name for name in self.ctx.broadcast(names)]  # type: ignore[attr-defined]
+        if at_most is not None:
+            early = [folder for folder in folders if step_of(folder) <= at_most]
+            folders = [*early, *reversed(folders[: len(folders) - len(early)])]
         rejected: list[str] = []
-        for name in candidates:  # type: ignore[attr-defined]
-            problems = verify(self.root / name, self.ctx)
+        for folder in folders:
+            problems = verify(folder, self.ctx)
             if not problems:
-                return self.root / name, rejected
-            rejected.append(f"{name}: {problems[0]}")
+                return folder, rejected
+            rejected.append(f"{folder.name}: {problems[0]}")
         return None, rejected
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run has gone back, and they are of a branch that was given up."""
+        if self.ctx.is_main:
+            remove(folder for folder in step_folders(self.root) if step_of(folder) > step)
+        self.ctx.barrier()
+
+
+def _describe(error: Exception | None, rank: int) -> str | None:
+    if error is None:
+        return None
+    return f"rank {rank}: {error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'}"
 
 
 def verify(folder: Path, ctx: ParallelContext) -> list[str]:
@@ -195,19 +310,40 @@ def verify(folder: Path, ctx: ParallelContext) -> list[str]:
 
 
 @torch.no_grad()
-def load_weights(reader: WeightSource, chunks: list[LanguageModel], ctx: ParallelContext) -> None:
-    """Fill the model's parameters on this layout, in the model's dtype.
+def load_weights(
+    reader: WeightSource, chunks: list[LanguageModel], ctx: ParallelContext, *, strict: bool = True
+) -> list[str]:
+    """Fill the model's parameters on this layout, in the model's dtype. All ranks call it.
+
+    Args:
+        strict: every tensor of the model and of the checkpoint has its counterpart; else what does not fit is left.
+
+    Returns:
+        What was left, in words, the same on every rank.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape; checked for all before any is written.
+        CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written.
     """
     pieces = [(p, piece) for chunk in chunks for p, held in parameter_pieces(chunk, ctx).items() for piece in held]
+    misfits: dict[str, str] = {}
     for _, piece in pieces:
-        reader.global_shape(piece.box.key)
+        try:
+            reader.check(piece.box)
+        except (CheckpointError, ConversionError) as error:
+            misfits[piece.box.key] = str(error)
+    gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in pieces})))
+    wanted = {key for _, keys in gathered for key in keys}
+    problems = sorted({text for found, _ in gathered for text in found.values()})
+    problems += [f"{reader.folder}: the model has no {key}" for key in sorted(set(reader.keys()) - wanted)]
+    if problems and strict:
+        raise CheckpointError("; ".join(problems))
     for parameter, piece in pieces:
+        if piece.box.key in misfits:
+            continue
         out = torch.empty(piece.box.numel, dtype=parameter.dtype)
         reader.read("param", piece.box, out)
         parameter.data.view(-1)[piece.start : piece.start + piece.box.numel].copy_(out)
+    return problems
 
 
 @torch.no_grad()
@@ -233,7 +369,7 @@ def load_optimizer(
 
 def load_rng(reader: CheckpointReader, ctx: ParallelContext) -> bool:
     """Put back this rank's random state, where the layout is the one that saved it; says whether."""
-    saved = reader.state.get("layout", {})
+    saved = reader.state.get("layout")
     if saved != layout_record(ctx):
         return False
     default = reader.rank_tensor(ctx.rank, "rng.default")
@@ -275,19 +411,14 @@ def set_loss_scaler_state(optimizer: MegatronOptimizer, state: dict[str, Any] | 
         part.grad_scaler.load_state_dict(tensors)
 
 
-def read_latest(root: Path) -> Path | None:
-    """The folder that the latest pointer names, if it is there."""
-    try:
-        return Path(root) / json.loads((Path(root) / LATEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
 def load_model(reader: WeightSource, ctx: ParallelContext, *, precision: str) -> LanguageModel:
     """The whole model in this process: for generation and for comparing logits.
 
     Args:
         ctx: a context of one rank.
+
+    Raises:
+        CheckpointError: its configuration is not one that this version knows.
     """
     (model,) = build_chunks(RunConfig.for_inference(reader.arch, precision=precision), ctx)
     load_weights(reader, [model], ctx)

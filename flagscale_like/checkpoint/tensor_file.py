@@ -10,15 +10,17 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
+
+from flagscale_like.checkpoint.manifest import Checksum, FileRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -49,15 +51,6 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """One line of a checkpoint's manifest."""
-
-    name: str
-    size_bytes: int
-    xxh3: str
-
-
 class TensorFile:
     """Reads one safetensors file.
 
@@ -85,7 +78,10 @@ class TensorFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"its safetensors header is damaged ({type(error).__name__}: {error})") from None
         for spec, end in zip(self.specs.values(), ends, strict=True):
-            if min(spec.shape, default=0) < 0 or end - self._begins[spec.name] != spec.nbytes:
+            if (
+                any(not isinstance(size, int) or size < 0 for size in spec.shape)
+                or end - self._begins[spec.name] != spec.nbytes
+            ):
                 raise ValueError(
                     f"its safetensors header is damaged: {spec.name} of shape {list(spec.shape)} has "
                     f"{end - self._begins[spec.name]} bytes"
@@ -121,10 +117,28 @@ class TensorFile:
         self._file.close()
 
 
+def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors, the next one read by a thread while the caller writes the one it has."""
+    source, end = iter(tensors), object()
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, source, end)
+        while (tensor := pending.result()) is not end:
+            pending = reader.submit(next, source, end)
+            yield tensor
+
+
 def write_tensors(
-    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str],
+    *,
+    sha256: bool = False,
 ) -> FileRecord:
     """Write a safetensors file from an iterator, checksummed in the same pass, and fsynced.
+
+    Hashing and writing let other threads run, a whole tensor at a time: taking the interpreter lock back from a busy
+    thread costs 5 ms, so small pieces would be slow.
 
     Args:
         specs: what `tensors` yields, in its order.
@@ -143,12 +157,12 @@ def write_tensors(
         }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest = xxhash.xxh3_64()
+    checksum = Checksum(sha256=sha256)
     with open(path, "wb", buffering=0) as file:
 
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            while data:  # an unbuffered write may be partial
+        def put(data: memoryview) -> None:
+            checksum.update(data)
+            while data:  # one write moves at most 2 GiB on Linux
                 data = data[file.write(data) :]
 
         put(memoryview(struct.pack("<Q", len(encoded)) + encoded))
@@ -156,6 +170,5 @@ def write_tensors(
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             if spec.nbytes:
                 put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        size = file.tell()
         os.fsync(file.fileno())
-    return FileRecord(path.name, size, digest.hexdigest())
+    return checksum.record(path.name)

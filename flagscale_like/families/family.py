@@ -98,8 +98,13 @@ class Settings:
         Raises:
             ConversionError: a scaling that the native model does not compute.
         """
-        parameters = dict(self.get("rope_scaling", {})) | dict(self.get("rope_parameters", {}))
-        base = float(parameters.get("rope_theta") or self.get("rope_theta", 10000.0))
+        parameters: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            found = self.get(key, {})
+            if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+                raise self.fail(f"{key} is {found!r}, supported: one set of numbers for all layers")
+            parameters |= found
+        base = parameters.get("rope_theta") or self.number("rope_theta", float, 10000.0)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         if partial != 1.0:
@@ -110,7 +115,7 @@ class Settings:
         if kind not in supported:
             raise self.fail(f"rope_scaling is {kind!r}, supported: {', '.join(supported)}")
         fields = {"linear": ("factor",), "llama3": tuple(set(RopeScaling.model_fields) - {"kind"})}[kind]
-        missing = [name for name in fields if name not in parameters]
+        missing = [name for name in fields if parameters.get(name) is None]
         if missing:
             raise self.fail(f"rope_scaling of type {kind} has no {', '.join(sorted(missing))}")
         try:
@@ -270,12 +275,12 @@ class Family:
         more, less = features(arch) - self.supports, self.needs - features(arch)
         if less:
             raise ConversionError(
-                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; "
-                f"it is of the family {arch.family}"
+                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; choose "
+                f"another family with --as or model.family"
             )
         if more:
             raise ConversionError(
                 f"a model with {', '.join(sorted(more))} cannot be written as {self.name}, whose maths has no such part; "
-                f"it is of the family {arch.family}"
+                f"choose another family with --as or model.family"
             )
         return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}

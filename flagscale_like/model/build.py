@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 
 import torch
@@ -14,10 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from flagscale_kernels import cross_entropy
 from flagscale_like.arch import ModelArch
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Kernels, RunConfig
+from flagscale_like.errors import ConfigError
 from flagscale_like.model.layer_spec import block_spec
-from flagscale_like.model.modules import OutputLayer
+from flagscale_like.model.modules import OutputLayer, backend_of
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platform import Platform
 
@@ -95,15 +98,17 @@ class LanguageModel(GPTModel):
         arch: ModelArch,
         config: TransformerConfig,
         *,
+        kernels: Kernels,
         max_seq_length: int,
         pre: bool,
         post: bool,
         vp_stage: int | None,
     ) -> None:
+        self.cross_entropy_backend = backend_of(kernels.cross_entropy)
         self.arch = arch  # setup_embeddings_and_output_layer() reads it while GPTModel is built
         super().__init__(
             config,
-            block_spec(arch, config, vp_stage),
+            block_spec(arch, kernels, config, vp_stage),
             vocab_size=arch.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=max_seq_length,
             pre_process=pre,
@@ -126,6 +131,21 @@ class LanguageModel(GPTModel):
             )
         super().setup_embeddings_and_output_layer()
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of each token over the tensor-parallel vocabulary, with one collective.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v/tp]; the backward pass writes their gradient over them.
+
+        Returns:
+            fp32 [b, s].
+        """
+        loss = cross_entropy(
+            logits, labels.t(), group=self.pg_collection.tp, reduction="none", backend=self.cross_entropy_backend
+        )
+        return loss.t()
+
 
 def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False) -> list[LanguageModel]:
     """This rank's model chunks (one, or vpp of them), with uninitialised weights.
@@ -133,6 +153,7 @@ def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False)
     Args:
         meta: build on the meta device: shapes and counts of any size, no memory.
     """
+    check_kernels(config, ctx.platform)
     tf_config = transformer_config(config, ctx.platform, meta=meta)
     vpp = config.parallel.vpp
     chunks = []
@@ -143,6 +164,7 @@ def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False)
                 LanguageModel(
                     config.model,
                     tf_config,
+                    kernels=config.kernels,
                     max_seq_length=config.train.seq_length,
                     pre=is_pp_first_stage(ctx.groups.pp) and is_vp_first_stage(vp_stage, vpp),
                     post=ctx.is_last_stage and is_vp_last_stage(vp_stage, vpp),
@@ -150,6 +172,17 @@ def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False)
                 )
             )
     return chunks
+
+
+def check_kernels(config: RunConfig, platform: Platform) -> None:
+    """Refuse a choice of kernels that this platform cannot run.
+
+    Raises:
+        ConfigError: triton without CUDA.
+    """
+    chosen = [name for name, choice in config.kernels.model_dump().items() if choice == "triton"]
+    if chosen and not platform.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"kernels.{chosen[0]} is triton, which needs CUDA (or TRITON_INTERPRET=1): use auto or torch")
 
 
 def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:

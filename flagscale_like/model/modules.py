@@ -9,6 +9,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from flagscale_kernels import rms_norm, swiglu
+from flagscale_like.config import KernelChoice
+
+
+def backend_of(choice: KernelChoice) -> str | None:
+    """`kernels:` of the YAML as flagscale_kernels names it: None chooses by the tensor's device."""
+    return None if choice == "auto" else choice
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019).
@@ -17,27 +25,29 @@ class RMSNorm(nn.Module):
     megatron-core sums its gradient over the tensor-parallel ranks, each of which saw its own part of the sequence.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., h] -> [..., h]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        """x: [..., h] -> [..., h], rounded as Hugging Face models round."""
+        return rms_norm(x, self.weight, self.eps, rounding="hf", backend=self.backend)
 
 
 class SwiGLU(MegatronModule):
     """silu(gate) * up (Shazeer 2020) on megatron-core's packed [gate; up] projection."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, backend: str | None = None) -> None:
         super().__init__(config)
+        self.backend = backend
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """gate_up: [s, b, 2f/tp] -> [s, b, f/tp]."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return swiglu(gate_up, backend=self.backend)
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -47,7 +57,7 @@ class OutputLayer(ColumnParallelLinear):
     weights stay zero.
 
     Args:
-        normalize: scale the rows of the matrix to length 1 first (NormHead, Baichuan 2, section 2.4). A row lies on one
+        normalize: scale the rows of the matrix to length 1 first (NormHead: Yang et al. 2023, section 2.4). A row lies on one
             rank, so this needs no communication.
         tied_here: the weight is the embedding's, on this rank; it comes with each call.
     """

@@ -373,7 +373,7 @@ def attach_offload(
     device = find_device(ctx.platform.describe()) if ctx.platform.is_cuda else None
     if device is not None:
         device = replace(device, hbm_bytes=ctx.platform.total_memory_bytes())
-    goal = Goal.of(config, cuda=ctx.platform.is_cuda)
+    goal = Goal.of(config)
     layout = configured_layout(config, ctx.world_size, goal, device)
     offload = ActivationOffload(
         ctx.platform,

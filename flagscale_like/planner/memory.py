@@ -209,7 +209,8 @@ def saved_activation_bytes(
     if layout.recompute != "none":
         whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)
         again = layer_bytes(shape, whole, seq_length, e, ops)
-        if layout.recompute == "selective":
+        if layout.recompute == "selective" or ops.rms_norm == "fused":
+            # What is kept is not saved twice; under full recompute that is the layer's input, where its norm saves it.
             again -= layer_bytes(shape, layout, seq_length, e, ops)
     return bytes_ + max(head, again)
 

@@ -21,8 +21,7 @@ Saves = Literal["torch", "fused"]
 class Operators:
     """How the operators are computed, as far as it changes what they save.
 
-    `torch` is autograd over plain operators, as on the CPU; `fused` saves its inputs and a number a row, as
-    flagscale_kernels and torch's own CUDA RMSNorm do.
+    `torch` is autograd over plain operators; `fused` saves its inputs and a number a row, as flagscale_kernels do.
     """
 
     rms_norm: Saves = "torch"
@@ -33,10 +32,9 @@ class Operators:
 FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
 
 
-def operators_of(kernels: Kernels, *, cuda: bool) -> Operators:
-    """What the model runs today, for the configured kernels on this kind of device."""
-    # torch's RMSNorm is one kernel on CUDA (it saves x and 1/rms) and five operators on the CPU.
-    return Operators(rms_norm="fused" if cuda else "torch")
+def operators_of(kernels: Kernels) -> Operators:
+    """What the model runs, for the configured kernels: flagscale_kernels save the same with Triton and with torch."""
+    return FUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +63,12 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
         Saved(name="attention norm", bytes=norm),
         Saved(name="input of linear_qkv", bytes=rows_sp * h * e),
     ]
-    if shape.alibi:  # q, k and v get more channels (model/attention.py): new storages, of which the output is cut
-        wide = -(-(d + (1 if e == 4 else 3)) // 8) * 8
-        saves += [
-            Saved(name=f"{name} with ALiBi's channels", bytes=rows * heads * wide * e, in_core_attention=True)
-            for name, heads in (("q", n), ("k", n), ("v", n), ("attention output", n))
-        ]
-    else:
-        saves += [
-            # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
-            Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e),
-            Saved(name="rotated q", bytes=rows * n * d * e, in_core_attention=True),
-            Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True),
-        ]
+    # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
+    saves.append(Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e))
+    if not shape.alibi or (n > g > 1):
+        saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not shape.alibi))
+    if not shape.alibi:
+        saves.append(Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True))
     if shape.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
     saves += [
@@ -136,11 +127,9 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     if shape.dropout:
         return kept
     n, g, d = shape.heads / layout.tp, shape.groups / layout.tp, shape.head_dim
-    if shape.alibi:
-        kept += rows * (n + 2 * g) * d * dtype_bytes  # q, k and v as they come from linear_qkv
     if shape.qk_norm:
         kept += rows * (n + g) * d * dtype_bytes
-    elif n > g > 1:
+    elif n > g > 1 and not shape.alibi:
         # q's heads of several groups lie apart in linear_qkv's output, so megatron-core hands over a copy of q.
         kept += rows * n * d * dtype_bytes
     return kept

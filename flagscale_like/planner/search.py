@@ -41,14 +41,14 @@ class Goal:
     ops: Operators = FUSED
 
     @classmethod
-    def of(cls, config: RunConfig, *, cuda: bool = True) -> Goal:
-        """What a configuration trains, with the operators its kernels are on a GPU or a CPU."""
+    def of(cls, config: RunConfig) -> Goal:
+        """What a configuration trains, with the operators that its kernels are."""
         return cls(
             arch=config.model,
             seq_length=config.train.seq_length,
             global_batch_size=config.train.global_batch_size,
             precision=config.train.precision,
-            ops=operators_of(config.kernels, cuda=cuda),
+            ops=operators_of(config.kernels),
         )
 
 

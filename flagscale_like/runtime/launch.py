@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
+
+import psutil
 
 
 def is_worker() -> bool:
@@ -26,8 +30,10 @@ def default_processes(model_parallel_size: int) -> int:
 def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run `python -m flagscale_like ARGUMENTS` on `processes` ranks of this node through torch's elastic agent.
 
+    SIGTERM and SIGINT are passed on to the ranks, which save and end by themselves; a second one kills them.
+
     Returns:
-        0, or the exit code of the rank that failed first (128 + n for signal n).
+        0, or the exit code of the rank that failed first (128 + n for signal n), after the last restart.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -44,10 +50,31 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         monitor_interval=0.2,
+        # The agent's own handler kills the ranks, and its end tells nothing of theirs.
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL if received else number)
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "flagscale_like", *arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            cause = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{cause}", file=sys.stderr)
+        if max_restarts:
+            print(f"error: given up after {max_restarts} restarts (--max-restarts)", file=sys.stderr)
         return code if code > 0 else 128 - code
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from flagscale_like.config import Parallel
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, PeerLostError, PlatformError
 from flagscale_like.runtime import cpu_shim
 from flagscale_like.runtime.platform import Platform, get_platform
+
+# What gloo and NCCL say of a rank that is gone.
+PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited")
 
 
 def world_size_from_env() -> int:
@@ -101,6 +105,8 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
 
     Raises:
         ConfigError: the world size is no multiple of tp * pp * cp.
+        PlatformError: the ranks cannot meet: the port is taken, or nobody answers there.
+        PeerLostError: another rank ended inside the `with` block.
     """
     world = world_size_from_env()
     if world % layout.model_parallel_size:
@@ -114,7 +120,12 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     timeout = datetime.timedelta(seconds=timeout_s)
     device_id = platform.device if platform.is_cuda else None
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+        try:
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+            cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
+            raise PlatformError(f"the ranks cannot meet at {where}: {cause} ({str(error).splitlines()[0]})") from None
     else:
         dist.init_process_group(
             platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
@@ -129,7 +140,7 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    yield ParallelContext(
+    ctx = ParallelContext(
         platform=platform,
         layout=layout,
         dp=world // layout.model_parallel_size,
@@ -137,6 +148,12 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
         world_size=world,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    try:
+        yield ctx
+    except RuntimeError as error:
+        if PEER_LOST.search(str(error)) is None:
+            raise
+        raise PeerLostError(f"rank {ctx.rank} lost its connection to another rank, which has ended") from error
     # Not after an error: other ranks may be inside a collective, and taking the groups down would wait for them.
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from flagscale_like.checkpoint.store import Saved
 from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.runtime.parallel import ParallelContext
@@ -113,10 +114,26 @@ class Reporter:
         """Report rank 0's activation offload since the last report."""
         self._write({"step": step, **{f"offload/{name}": value for name, value in counts.items()}})
 
-    def checkpoint(self, step: int, stall_s: float, path: Path) -> None:
-        """Report a save; `stall_s` is how long training waited for it."""
-        self._write({"step": step, "checkpoint/stall_s": stall_s})
-        self.say(f"step {step} | saved {path} ({stall_s:.2f} s)")
+    def checkpoint(self, saved: Saved) -> None:
+        """Report how a save ended."""
+        if saved.error:
+            self.say(f"step {saved.step} | not saved: {saved.error}; earlier checkpoints are untouched")
+            return
+        self._write({"step": saved.step, "checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s})
+        self.say(
+            f"step {saved.step} | saved {saved.path} (waited {saved.stall_s:.2f} s, written in {saved.write_s:.2f} s)"
+        )
+
+    def resilience(self, step: int, record: dict[str, float]) -> None:
+        """Report what an interruption cost, once the run goes on; see training.recovery."""
+        if not record:
+            return
+        self._write({"step": step, **record})
+        self.say(
+            f"step {step} | restart {record['resilience/restarts']:.0f}: {record['resilience/lost-steps']:.0f} steps lost, "
+            f"first new step {record['resilience/recovery_s']:.1f} s after the last sign of life, "
+            f"ETTR {record['resilience/ettr']:.1%}"
+        )
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -139,7 +156,11 @@ class Reporter:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
+    return read_records(Path(run_dir) / "metrics.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file that can be read."""
     if not path.is_file():
         return []
     records = []

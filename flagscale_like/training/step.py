@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,6 +23,24 @@ from flagscale_like.runtime.parallel import ParallelContext
 Batches = Iterator[dict[str, Tensor]]
 
 
+class Verdict(Enum):
+    """What becomes of a step, once loss and gradient norm are known and before the parameters change."""
+
+    UPDATE = "update"
+    SKIP = "skip"
+    REWIND = "rewind"
+    STOP = "stop"
+
+
+# (loss, gradient norm, fp16 overflow) -> Verdict. It sees reduced values, so that every rank comes to the same one.
+Decide = Callable[[float, float, bool], Verdict]
+
+
+def update_if_finite(loss: float, grad_norm: float, overflow: bool) -> Verdict:
+    """The least that a step must ask for."""
+    return Verdict.UPDATE if math.isfinite(loss) and math.isfinite(grad_norm) and not overflow else Verdict.SKIP
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step did, the same on every rank.
@@ -30,17 +49,19 @@ class StepResult:
         loss: mean over the tokens of the global batch, in nats.
         grad_norm: global L2 norm of the gradient, before clipping.
         tokens: tokens that counted for the loss.
-        updated: False where the step was skipped because loss or gradient was not finite.
-        overflow: the fp16 loss scaler found the scale too large; it lowers it, and this is no sign of trouble.
-        stop: whether any rank asked to stop.
+        verdict: whether the update was made; if not, what is to be done.
+        flags: sums over all ranks of what each gave as `flags`.
     """
 
     loss: float
     grad_norm: float
     tokens: int
-    updated: bool
-    overflow: bool
-    stop: bool
+    verdict: Verdict
+    flags: list[float]
+
+    @property
+    def updated(self) -> bool:
+        return self.verdict is Verdict.UPDATE
 
 
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -92,12 +113,16 @@ def train_step(
     batches: Batches,
     num_microbatches: int,
     *,
-    stop: bool = False,
+    decide: Decide = update_if_finite,
+    flags: Callable[[], Sequence[float]] = tuple,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward and backward over `num_microbatches`, then the update, unless loss or gradient norm is NaN or Inf.
+    """Forward and backward over `num_microbatches`, then the update, if `decide` says so.
 
     Args:
-        stop: this rank was asked to stop; carried to all ranks with the loss.
+        flags: what this rank has to tell the others (that it was asked to stop, say), asked for at the end of the step and
+            added up over the ranks in the reduction of the loss.
+        before_update: called when parameters are about to change.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -108,16 +133,17 @@ def train_step(
     )
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    total, tokens, stops = _sum_losses(losses, ctx, float(stop))
+    total, tokens, *summed = _sum_losses(losses, ctx, *flags())
     loss = total / tokens if tokens else math.nan
-    updated = not overflow and math.isfinite(loss) and math.isfinite(grad_norm)
-    if updated:
+    verdict = decide(loss, grad_norm, overflow)
+    if verdict is Verdict.UPDATE:
+        before_update()
         clip = config.optimizer.clip_grad
         if clip > 0:
             for part in optimizer.chained_optimizers:
                 mcore_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, int(tokens), updated, overflow, stops > 0)
+    return StepResult(loss, grad_norm, int(tokens), verdict, summed)
 
 
 @torch.no_grad()
@@ -131,9 +157,15 @@ def forward_losses(
 
 @torch.no_grad()
 def evaluate(
-    chunks: list[MegatronModule], config: RunConfig, ctx: ParallelContext, batches: Batches, steps: int
+    chunks: list[MegatronModule],
+    config: RunConfig,
+    ctx: ParallelContext,
+    batches: Batches,
+    steps: int,
+    *,
+    on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss, in nats a token, over `steps` global batches."""
+    """Mean loss, in nats a token, over `steps` global batches; `on_step` is called before each."""
     gathers = chunks[0].ddp_config.overlap_param_gather
     for chunk in chunks:
         if gathers:
@@ -142,6 +174,7 @@ def evaluate(
     num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
     total = tokens = 0.0
     for _ in range(steps):
+        on_step()
         part = itertools.islice(batches, num_microbatches)
         sums = forward_losses(chunks, config, ctx, part, num_microbatches)
         total, tokens = total + sums[0], tokens + sums[1]

@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/resources.py             the table, as in docs/kernels.md
     python kernels/benchmarks/resources.py --json      the same, for the tests
-    python kernels/benchmarks/resources.py --quick     bf16 and the common shapes only
+    python kernels/benchmarks/resources.py --quick     bf16 and head dimension 128 only
 
 No GPU is needed. An asterisk marks the config that runs without autotuning.
 """
@@ -24,6 +24,7 @@ from flagscale_kernels._tuning import run_every_config  # noqa: E402
 
 NAMES = ("rms_norm", "rope", "swiglu", "cross_entropy", "flash_attention", "piecewise_attention")
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
+COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
 
 
@@ -90,7 +91,6 @@ def cases(quick):
     found = [(f.__name__, lambda f=f: f(bf16)) for f in (rms_norm, rope, swiglu, cross_entropy)]
     found += [
         ("causal D128", lambda: flash_attention(bf16, 128)),
-        ("causal D64", lambda: flash_attention(bf16, 64)),
         ("D128", lambda: piecewise_attention(bf16, 128)),
     ]
     if quick:
@@ -98,6 +98,7 @@ def cases(quick):
     fp16, fp32 = torch.float16, torch.float32
     return [
         *found,
+        ("causal D64", lambda: flash_attention(bf16, 64)),
         ("full D128", lambda: flash_attention(bf16, 128, causal=False)),
         ("ALiBi D128", lambda: flash_attention(bf16, 128, alibi=True)),
         ("window D128", lambda: flash_attention(bf16, 128, window=1023)),
@@ -117,7 +118,7 @@ def collect(quick=False, only=None, archs=(80, 90)):
     rows = []
     for arch in archs:
         for label, case in cases(quick):
-            if only and only not in label:
+            if only and not any(part in label for part in only.split(",")):
                 continue
             with offline.compile_only(arch) as compiled, run_every_config():
                 case()
@@ -133,30 +134,12 @@ def collect(quick=False, only=None, archs=(80, 90)):
 
 
 def table(rows):
-    head = [
-        "kernel",
-        "case",
-        "sm",
-        "tile",
-        "warps",
-        "stages",
-        "registers",
-        "stack",
-        "shared",
-        "blocks/SM",
-        "wgmma",
-        "mma",
-    ]
+    head = ["kernel", "case", "sm", "tile", *COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         tile = f"{row['bm']}x{row['bn']}" if row["bn"] else "-"
-        cells = [
-            row["kernel"].strip("_") + (" *" if row["chosen"] and row["bn"] else ""),
-            row["case"],
-            row["arch"],
-            tile,
-        ]
-        cells += [row[k] for k in ("warps", "stages", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")]
+        mark = " *" if row["chosen"] and row["bn"] else ""
+        cells = [row["kernel"].strip("_") + mark, row["case"], row["arch"], tile, *(row[key] for key in COLUMNS)]
         line = "| " + " | ".join(str(cell) for cell in cells) + " |"
         if line not in lines:
             lines.append(line)
@@ -167,7 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", help="cases whose label contains this")
+    parser.add_argument("--only", help="cases whose label contains one of these, separated by commas")
     parser.add_argument("--arch", type=int, choices=sorted(offline.SHARED_BYTES))
     args = parser.parse_args()
     rows = collect(args.quick, args.only, (args.arch,) if args.arch else (80, 90))

@@ -43,7 +43,8 @@ def attention_reference(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = (q @ k.transpose(2, 3)).to(compute) * scale
-    distance = (torch.arange(q.shape[2]) + k.shape[2] - q.shape[2])[:, None] - torch.arange(k.shape[2])[None, :]
+    positions, keys = (torch.arange(t.shape[2], device=q.device) for t in (q, k))
+    distance = (positions + k.shape[2] - q.shape[2])[:, None] - keys[None, :]
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(compute)[..., None, None] * distance.abs()
     allowed = torch.ones_like(distance, dtype=torch.bool)
@@ -206,7 +207,7 @@ forward_kernel = TunedKernel(
 dkdv_kernel = TunedKernel(
     _flash_dkdv_kernel,
     tile_lists(
-        sm80=[Config(bm=64, bn=64, warps=8, stages=2, edge=2), Config(bm=32, bn=64, warps=8, stages=2, edge=2)],
+        sm80=[Config(bm=32, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=8, stages=2, edge=2)],
         sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
         wide=Config(bm=32, bn=64, warps=8, stages=1),
         wide90=Config(bm=32, bn=64, warps=8, stages=1),

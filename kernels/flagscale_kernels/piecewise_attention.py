@@ -53,8 +53,8 @@ def piecewise_reference(
     compute = torch.promote_types(q1.dtype, torch.float32)
     scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     k1, k2, v = (t.repeat_interleave(group, 1) for t in (k1, k2, v))
-    seq_q, seq_k = q1.shape[2], k1.shape[2]
-    distance = (torch.arange(seq_q) + seq_k - seq_q)[:, None] - torch.arange(seq_k)[None, :]
+    positions, keys = (torch.arange(t.shape[2], device=q1.device) for t in (q1, k1))
+    distance = (positions + k1.shape[2] - q1.shape[2])[:, None] - keys[None, :]
     near, far = (q1 @ k1.transpose(2, 3)).to(compute), (q2 @ k2.transpose(2, 3)).to(compute)
     s = torch.where(distance >= threshold, far, near) * scale
     if causal:

@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from flagscale_like.checkpoint.format import CheckpointReader, check_file, read_manifest
+from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import INDEX, HfFolder
+from flagscale_like.checkpoint.manifest import check_file, read_manifest
 from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.errors import CheckpointError, ConversionError
 from tests.families import tiny
@@ -147,6 +148,8 @@ def test_a_truncated_file_is_refused_with_both_sizes(tmp_path):
         {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
+        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
         {"shape": [1]},
         7,
     ],

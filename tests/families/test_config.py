@@ -187,6 +187,12 @@ def test_a_config_written_from_what_was_read_reads_the_same(name, tmp_path):
         ("Llama-2-7B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is 'yarn', supported: linear"),
         ("Llama-2-7B", {"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no factor"),
         ("Llama-2-7B", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: factor"),
+        ("Llama-2-7B", {"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic', supported: one set of numbers"),
+        (
+            "Llama-2-7B",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters is .*supported: one set of numbers for all layers",
+        ),
         ("Llama-2-7B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, supported: 1.0"),
         ("Llama-2-7B", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
         ("Baichuan-13B", {"model_max_length": None}, "has no model_max_length"),

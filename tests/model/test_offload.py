@@ -13,7 +13,7 @@ from flagscale_like.model.build import build_chunks, initialize_weights, wrap_ch
 from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import waiting_share
-from flagscale_like.planner.saved import Operators, layer_saves
+from flagscale_like.planner.saved import layer_saves, operators_of
 from flagscale_like.runtime.copies import HostPool
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platform import get_platform
@@ -92,7 +92,7 @@ def test_each_stage_moves_its_share_to_within_a_tensor_a_layer(name, precision, 
     config = config_of(tmp_path, layout, "none", share="auto", train__precision=precision)
     planned = Layout.of(config, ranks)
     shape, size = Shape.of(config.model), 2 if precision == "bf16" else 4
-    saves = layer_saves(shape, planned, config.train.seq_length, size, Operators())
+    saves = layer_saves(shape, planned, config.train.seq_length, size, operators_of(config.kernels))
     # Of linear_qkv's output autograd saves v alone; the rest of that storage is not copied.
     whole = next(s.bytes for s in saves if s.name == "output of linear_qkv")
     heads, groups = shape.heads, shape.groups

@@ -9,7 +9,7 @@ from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.model.build import build_chunks, initialize_weights, unwrap, wrap_chunks
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
-from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves
+from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves, operators_of
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.optimizer import build_optimizer
 from flagscale_like.training.step import train_step
@@ -68,13 +68,9 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
         for chunk in chunks:  # RoPE's tables are made once and kept: no activation
             for layer in unwrap(chunk).decoder.layers:
                 tables = layer.self_attention.core_attention.tables
-                if tables is None:
-                    continue
-                dtype = next(chunk.parameters()).dtype
-                skip |= {
-                    t.untyped_storage().data_ptr()
-                    for t in tables.get(config.train.seq_length, ctx.platform.device, dtype)
-                }
+                if tables is not None:
+                    made = tables.tables(config.train.seq_length, ctx.platform.device)
+                    skip |= {t.untyped_storage().data_ptr() for t in made}
         meter = Meter(skip)
         count = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
@@ -93,7 +89,7 @@ def check(name: str, config: RunConfig) -> None:
             stage,
             seq_length=config.train.seq_length,
             precision=config.train.precision,
-            ops=Operators(),
+            ops=operators_of(config.kernels),
         )
         assert planned == pytest.approx(found, rel=0.05), f"stage {stage}: planned {planned:,.0f}, held {found:,}"
 

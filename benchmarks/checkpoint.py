@@ -1,0 +1,280 @@
+"""What a checkpoint costs: the stall, the slowdown of steps beside the writer, and rates against the machine's own.
+
+    python benchmarks/checkpoint.py --folder /path/on/the/disk --out checkpoint.json
+
+One process trains a model of some 30 M parameters (12 bytes each of weights and moments) and saves it in turn in three ways:
+synchronously, asynchronously, and with torch.distributed.checkpoint.async_save. The yardsticks are measured in the same run:
+copying the same bytes once in memory, and writing and reading a file of the same size as dd does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.layout import optimizer_shards
+from flagscale_like.checkpoint.manifest import step_folders, verify_files
+from flagscale_like.checkpoint.store import load_optimizer, load_weights
+from flagscale_like.config import RunConfig
+from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.run import Run, start
+from flagscale_like.training.step import train_step
+
+BLOCK = 16 << 20
+
+
+def config_of(folder: Path, layers: int) -> RunConfig:
+    model = {"num_layers": layers, "hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1408}
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(folder / "run"),
+            "model": {**model, "vocab_size": 4096},
+            "train": {
+                "steps": 100_000,
+                "micro_batch_size": 1,
+                "global_batch_size": 2,
+                "seq_length": 64,
+                "precision": "fp32",
+            },
+            "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+            "data": {"synthetic": True},
+            "checkpoint": {"interval": 10, "keep": 1},
+        }
+    )
+
+
+def timed(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def write_like_dd(path: Path, size: int) -> float:
+    """Seconds to write a new file of so many bytes from memory, fsync included."""
+    block = memoryview(os.urandom(BLOCK))
+
+    def write() -> None:
+        with open(path, "wb", buffering=0) as file:
+            for at in range(0, size, BLOCK):
+                file.write(block[: min(BLOCK, size - at)])
+            os.fsync(file.fileno())
+
+    return timed(write)
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that the next read is the disk's."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_like_dd(path: Path) -> float:
+    forget(path)
+    buffer = bytearray(BLOCK)
+
+    def read() -> None:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    return timed(read)
+
+
+class CopyingStager(AsyncStager):
+    """torch's default takes CPU tensors as they are, and would save what later steps make of them."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def stage(self, state_dict: dict) -> dict:
+        for name, tensor in state_dict.items():
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty_like(tensor)
+            self.buffers[name].copy_(tensor)
+        return self.buffers
+
+    def close(self) -> None: ...
+
+
+class Bench:
+    def __init__(self, run: Run, folder: Path, repeats: int) -> None:
+        self.run, self.folder, self.repeats = run, folder, repeats
+        config, ctx = run.config, run.ctx
+        data, _ = build_datasets(config, ctx, train_samples=100_000, valid_samples=0)
+        self.batches = micro_batches(data, config, ctx)
+        shards = optimizer_shards(run.models, run.optimizer, ctx)
+        self.state = {f"{i}.{kind}": tensor for i, shard in enumerate(shards) for kind, tensor in shard.tensors.items()}
+        self.size = sum(t.numel() * t.element_size() for t in self.state.values())
+
+    def step(self) -> float:
+        run = self.run
+
+        def one() -> None:
+            count = run.config.train.global_batch_size
+            train_step(
+                run.chunks,
+                run.optimizer,
+                run.config,
+                run.ctx,
+                self.batches,
+                count,
+                before_update=run.store.before_update,
+            )
+
+        run.progress.step += 1
+        return timed(one)
+
+    def copies(self) -> list[float]:
+        """Copying the state once, tensor by tensor, into memory that is there already."""
+        targets = [torch.empty_like(t).copy_(t) for t in self.state.values()]
+        return [timed(lambda: [b.copy_(a) for a, b in zip(self.state.values(), targets)]) for _ in range(self.repeats)]
+
+    def synchronous(self) -> list[float]:
+        times = []
+        for _ in range(self.repeats):
+            self.step()
+            times.append(timed(lambda: (self.run.save(), self.run.store.finish())))
+        self.run.store.take_outcomes()
+        return times
+
+    def asynchronous(self) -> tuple[list[float], list[float], list[float]]:
+        """Stalls, times of the steps beside the writer, times from the save to its publication."""
+        store, stalls, steps, writes = self.run.store, [], [], []
+        for _ in range(self.repeats):
+            self.step()
+            self.run.save()
+            while store.busy:
+                steps.append(self.step())
+                store.advance(*self.run.ctx.sum(store.pulse()))
+            (saved,) = store.take_outcomes()
+            assert saved.error is None
+            stalls.append(saved.stall_s)
+            writes.append(saved.write_s)
+        return stalls, steps, writes
+
+    def torch_dcp(self) -> tuple[list[float], list[float]]:
+        group, stager = dist.new_group(backend="gloo"), CopyingStager()
+        stalls, steps = [], []
+        for index in range(self.repeats + 1):
+            path = self.folder / "dcp"
+            shutil.rmtree(path, ignore_errors=True)
+            self.step()
+            began = time.perf_counter()
+            future = dcp.async_save(self.state, checkpoint_id=path, process_group=group, async_stager=stager)
+            stall = time.perf_counter() - began
+            beside = []
+            while not future.done():
+                beside.append(self.step())
+            future.result()
+            if index:  # the first one makes the buffers; `reserve` made ours
+                stalls.append(stall)
+                steps += beside
+        return stalls, steps
+
+    def load(self, folder: Path) -> list[float]:
+        def read() -> None:
+            reader = CheckpointReader(folder)
+            load_weights(reader, self.run.models, self.run.ctx)
+            load_optimizer(reader, self.run.models, self.run.optimizer, self.run.ctx)
+
+        times = []
+        for _ in range(self.repeats):
+            for path in folder.iterdir():
+                forget(path)
+            times.append(timed(read))
+        return times
+
+    def verify(self, folder: Path, processes: int) -> list[float]:
+        times = []
+        for _ in range(self.repeats):
+            for path in folder.iterdir():
+                forget(path)
+            times.append(timed(lambda: verify_files(folder, processes=processes)))
+        return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder, if left out")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON with every time")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=options.folder))
+    config = config_of(folder, options.layers)
+    Path(config.run_dir).mkdir()
+    try:
+        with parallel_context(config.parallel) as ctx:
+            run, _ = start(config, ctx)
+            measured = measure(Bench(run, folder, options.repeats))
+            measured["device"] = ctx.platform.describe()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(measured)
+    if options.out:
+        options.out.write_text(json.dumps(measured, indent=1))
+
+
+def measure(bench: Bench) -> dict:
+    size, repeats = bench.size, bench.repeats
+    for _ in range(3):
+        bench.step()
+    result: dict = {"bytes": size, "torch threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+    result["step_s"] = [bench.step() for _ in range(2 * repeats)]
+    result["copy_s"] = bench.copies()
+    probe = bench.folder / "probe"
+    result["disk write_s"] = [write_like_dd(probe, size) for _ in range(repeats)]
+    result["disk read_s"] = [read_like_dd(probe) for _ in range(repeats)]
+    probe.unlink()
+    result["sync save_s"] = bench.synchronous()
+    result["async stall_s"], result["step beside async_s"], result["async write_s"] = bench.asynchronous()
+    result["dcp stall_s"], result["step beside dcp_s"] = bench.torch_dcp()
+    newest = next(itertools.islice(step_folders(Path(bench.run.config.run_dir) / "checkpoints"), 1))
+    result["load_s"] = bench.load(newest)
+    result["verify_s"] = bench.verify(newest, os.cpu_count() or 1)
+    return result
+
+
+def report(measured: dict) -> None:
+    median = {key: statistics.median(times) for key, times in measured.items() if isinstance(times, list) and times}
+    worst = {key: max(times) for key, times in measured.items() if isinstance(times, list) and times}
+    gigabytes = measured["bytes"] / 1e9
+    sync, copy = median["sync save_s"], median["copy_s"]
+    print(f"state {gigabytes * 1e3:.0f} MB, {measured['device']}, {measured['cpus']} CPUs; median (worst)")
+    for key in median:
+        print(f"{key:22} {median[key]:8.4f} ({worst[key]:.4f})")
+    stall = median["async stall_s"]
+    print(f"stall: {stall / copy:.2f} x a copy in memory, {stall / sync:.1%} of a synchronous save")
+    print(f"torch DCP's stall: {median['dcp stall_s'] / copy:.2f} x a copy, {median['dcp stall_s'] / sync:.1%}")
+    for name in ("async", "dcp"):
+        if f"step beside {name}_s" in median:
+            print(f"a step beside the {name} writer: {median[f'step beside {name}_s'] / median['step_s']:.2f} x a step")
+    for name, mine, disk in (
+        ("synchronous save", "sync save_s", "disk write_s"),
+        ("load", "load_s", "disk read_s"),
+        ("verify", "verify_s", "disk read_s"),
+    ):
+        rate, own = gigabytes / median[mine], gigabytes / median[disk]
+        print(f"{name}: {rate:.2f} GB/s, the disk alone {own:.2f} GB/s: {rate / own:.0%}")
+
+
+if __name__ == "__main__":
+    main()

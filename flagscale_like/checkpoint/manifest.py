@@ -1,0 +1,256 @@
+"""The files of a checkpoint and how they are trusted: a manifest with size and checksum of each. Imports no torch.
+
+A file counts once the manifest names it, and the manifest is written after every file is on disk; so a folder without a
+manifest is unfinished, and one whose files do not match it is damaged. Nothing here reads what the files mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from flagscale_like.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+TEMPORARY = ".tmp-"  # what starts with it in a checkpoints/ folder is unfinished or given up
+READ_BYTES = 16 << 20
+# json.loads raises RecursionError on nesting that only an attacker writes.
+BAD_JSON = (ValueError, RecursionError)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One line of the manifest. xxh3 finds damage; sha256, where it was asked for, also finds forgery."""
+
+    name: str
+    size_bytes: int
+    xxh3: str
+    sha256: str | None = None
+
+
+class Checksum:
+    """The checksums of a file, as its bytes go by.
+
+    Both hashes let other threads run while they work on a large piece.
+    """
+
+    def __init__(self, *, sha256: bool) -> None:
+        self._xxh3 = xxhash.xxh3_64()
+        self._sha256 = hashlib.sha256() if sha256 else None
+        self.size_bytes = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._xxh3.update(data)
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        self.size_bytes += len(data)
+
+    def record(self, name: str) -> FileRecord:
+        """The manifest's line for a file of these bytes."""
+        sha256 = self._sha256.hexdigest() if self._sha256 is not None else None
+        return FileRecord(name, self.size_bytes, self._xxh3.hexdigest(), sha256)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new entries in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object, *, sha256: bool = False) -> FileRecord:
+    """Write JSON through a temporary file and a rename, fsynced."""
+    data = json.dumps(value, indent=1).encode()
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    checksum = Checksum(sha256=sha256)
+    checksum.update(data)
+    return checksum.record(path.name)
+
+
+def write_manifest(folder: Path, records: Iterable[FileRecord]) -> None:
+    """The last file of a checkpoint: with it the checkpoint is whole."""
+    files = [{key: value for key, value in asdict(record).items() if value is not None} for record in records]
+    write_json(folder / MANIFEST, {"format": FORMAT_VERSION, "files": files})
+    fsync_folder(folder)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name, then move the latest pointer to it; each is durable before the next."""
+    root = final.parent
+    if final.exists():  # a step saved twice (after a rewind): the new one takes the place of the old one
+        os.replace(final, root / f"{TEMPORARY}replaced-{uuid.uuid4().hex[:8]}")
+    os.replace(temporary, final)
+    fsync_folder(root)
+    write_json(root / LATEST, final.name)
+    fsync_folder(root)
+
+
+def read_manifest(folder: Path) -> list[FileRecord]:
+    """The files of a checkpoint.
+
+    Raises:
+        CheckpointError: no manifest, another format, or a file name that leaves the folder.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        records = [FileRecord(**record) for record in manifest["files"]]
+        version = manifest["format"]
+        unsafe = [r.name for r in records if r.name != os.path.basename(r.name) or r.name in ("", ".", "..")]
+        typed = all(isinstance(r.size_bytes, int) and isinstance(r.xxh3, str) for r in records)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: not a checkpoint, or an unfinished one: no {MANIFEST}") from None
+    except (OSError, *BAD_JSON, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: {error}") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    if unsafe:
+        raise CheckpointError(f"{folder}: {MANIFEST} names a file outside the checkpoint: {unsafe[0]!r}")
+    if not typed:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: a size is no integer or a checksum no text")
+    return records
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json: step, consumed samples, layout, model, configuration, versions.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, *BAD_JSON) as error:
+        raise CheckpointError(f"{folder}: {STATE} is damaged: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder}: {STATE} is damaged: no object, but {type(state).__name__}")
+    return state
+
+
+def check_file(folder: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file, or None: missing, wrong size, wrong checksum."""
+    path, checksum = folder / record.name, Checksum(sha256=record.sha256 is not None)
+    try:
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            return f"{record.name}: {size} bytes, the manifest says {record.size_bytes}"
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            buffer = memoryview(bytearray(min(READ_BYTES, max(size, 1))))
+            while count := file.readinto(buffer):
+                checksum.update(buffer[:count])
+    except OSError as error:
+        return f"{record.name}: {error.strerror}"
+    found = checksum.record(record.name)
+    if found.xxh3 != record.xxh3:
+        return f"{record.name}: checksum {found.xxh3}, the manifest says {record.xxh3}"
+    if found.sha256 != record.sha256:
+        return f"{record.name}: sha256 {found.sha256}, the manifest says {record.sha256}"
+    return None
+
+
+def verify_files(folder: Path, *, processes: int) -> list[str]:
+    """Every damaged or missing file of a checkpoint, read by several processes and by none of them understood.
+
+    Raises:
+        CheckpointError: the manifest itself cannot be used.
+    """
+    records = read_manifest(folder)
+    if processes == 1 or len(records) == 1:
+        found = [check_file(folder, record) for record in records]
+    else:
+        largest_first = sorted(records, key=lambda record: -record.size_bytes)
+        with ProcessPoolExecutor(min(processes, len(records))) as pool:
+            found = list(pool.map(check_file, [folder] * len(records), largest_first))
+    return sorted(problem for problem in found if problem)
+
+
+def newest_whole(root: Path, *, processes: int) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file has its size and checksum, and why newer ones were rejected."""
+    rejected = []
+    for folder in step_folders(root):
+        try:
+            problems = verify_files(folder, processes=processes)
+        except CheckpointError as error:
+            problems = [str(error)]
+        if not problems:
+            return folder, rejected
+        rejected.append(f"{folder.name}: {problems[0]}")
+    return None, rejected
+
+
+def step_folders(root: Path) -> Iterator[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in Path(root).glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
+    yield from sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder's name tells."""
+    return int(folder.name[5:])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from itself, a checkpoints/ folder or a run folder: the newest one there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / MANIFEST).is_file():
+            return folder
+        newest = next((p for p in step_folders(folder) if (p / MANIFEST).is_file()), None)
+        if newest is not None:
+            return newest
+    raise CheckpointError(f"{path}: no checkpoint there (looked for step_*/manifest.json and checkpoints/)")
+
+
+def read_latest(root: Path) -> Path | None:
+    """The folder that the latest pointer names, if it is there."""
+    try:
+        return Path(root) / Path(json.loads((Path(root) / LATEST).read_bytes())).name
+    except (OSError, *BAD_JSON, TypeError):
+        return None
+
+
+def to_remove(root: Path, *, keep: int, keep_every: int, good: Path | None = None) -> list[Path]:
+    """What retention lets go of: all but the newest `keep`, the multiples of `keep_every` steps, and `good`.
+
+    Args:
+        keep_every: keep the checkpoints of these steps for ever; 0 for none.
+        good: the checkpoint known to be whole; folders newer than it may be damaged, so it never goes.
+    """
+    whole = [folder for folder in step_folders(root) if (folder / MANIFEST).is_file()]
+    return [f for f in whole[keep:] if f != good and not (keep_every and step_of(f) % keep_every == 0)]
+
+
+def remove_leftovers(root: Path) -> list[str]:
+    """Remove what interrupted saves left behind; returns their names."""
+    leftovers = sorted(Path(root).glob(f"{TEMPORARY}*"))
+    for leftover in leftovers:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return [leftover.name for leftover in leftovers]
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Remove checkpoints. Each loses its name first, so that a half-removed one is never taken for a whole one."""
+    for folder in folders:
+        doomed = folder.with_name(f"{TEMPORARY}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

