@@ -51,8 +51,9 @@ def train(
         int, typer.Option(help="Restarts of all ranks after one fails; they resume by themselves.")
     ] = 0,
     print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check configuration, data and layout, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, and stop.")] = False,
     world_size: Annotated[int | None, typer.Option(help="Ranks to check the layout for, with --dry-run.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="What to plan time and memory for, with --dry-run.")] = None,
 ) -> None:
     """Train, or go on with, the run that a YAML file describes; under torchrun, or starting the ranks itself."""
     from flagscale_like.config import load_config
@@ -71,7 +72,7 @@ def train(
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:
-        _describe(config, ranks, dp)
+        _describe(config, ranks, dp, cluster, local=ranks == processes)
         return
     if processes == 1 and max_restarts == 0:
         _train_here(config)
@@ -118,8 +119,16 @@ def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:
     ctx.barrier()
 
 
-def _describe(config: RunConfig, ranks: int, dp: int) -> None:
+def _describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
+    """The plan of the configured layout; times where the cluster is given, or the ranks are this machine's."""
+    from flagscale_like.planner.report import describe_memory, describe_time
+    from flagscale_like.planner.search import Goal, configured_layout, evaluate
+
     par, train, model = config.parallel, config.train, config.model
+    cluster, eff = _cluster(cluster_text, config, ranks) if cluster_text or local else (None, None)
+    cuda = eff is None  # a measured CPU has efficiencies of its own
+    goal = Goal.of(config)
+    layout = configured_layout(config, ranks, goal, cluster.device if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
     typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
@@ -128,7 +137,7 @@ def _describe(config: RunConfig, ranks: int, dp: int) -> None:
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
-        f"{train.global_batch_size // (train.micro_batch_size * dp)} micro-batches of {train.micro_batch_size} a rank"
+        f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; bubble {layout.bubble:.1%}"
     )
     typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
     if config.data.sources:
@@ -136,7 +145,187 @@ def _describe(config: RunConfig, ranks: int, dp: int) -> None:
 
         check_sources(config)
         typer.echo(f"data         {len(config.data.sources)} sources found")
+    plan = evaluate(goal, layout, cluster or _nominal(ranks), eff, overhead=cuda)
+    typer.echo(f"memory       planned peak of a rank of each stage\n{describe_memory(plan.memory)}")
+    if cluster is None:
+        typer.echo("time         give --cluster, 64x8xH100 say, for the expected tokens/s")
+    else:
+        typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
+        if plan.peak_bytes > cluster.device.hbm_bytes:
+            raise ConfigError(
+                f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
+                f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
+            )
     typer.echo("the configuration is valid")
+
+
+def _nominal(ranks: int):  # noqa: ANN202  (ClusterSpec, whose import is late)
+    """A cluster for plans whose time is not shown."""
+    from flagscale_like.cluster import parse_cluster
+
+    return parse_cluster(f"{ranks}xH100")
+
+
+def _cluster(text: str | None, config: RunConfig, ranks: int):  # noqa: ANN202
+    """The cluster a user named, or this machine, measured; and its efficiencies where it is a measured CPU."""
+    from dataclasses import replace
+
+    from flagscale_like.cluster import ClusterSpec, parse_cluster
+    from flagscale_like.planner.throughput import MEASURED
+    from flagscale_like.runtime.platform import get_platform
+    from flagscale_like.runtime.roofline import measure_device
+
+    if text is not None and not text.lower().endswith("xthis"):
+        return parse_cluster(text), None
+    platform = get_platform()
+    count = parse_cluster(text.lower().replace("xthis", "xH100")).devices if text else ranks
+    device = measure_device(platform, config.train.precision, processes=1 if platform.is_cuda else count)
+    cluster = ClusterSpec(nodes=1, devices_per_node=count, device=device, network_gb_per_s=device.link_gb_per_s)
+    if text:
+        cluster = replace(parse_cluster(text, this_device=device), network_gb_per_s=device.link_gb_per_s)
+    return cluster, None if platform.is_cuda else MEASURED
+
+
+@app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
+def plan(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="NODESxDEVICESxNAME, 64x8xH100 say; NAME `this` is the machine at hand, measured.")
+    ] = "1x8xH100",
+    network_gb_per_s: Annotated[float | None, typer.Option(help="A device's share of the network, one way.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 10,
+    max_vpp: Annotated[int | None, typer.Option(min=1, help="Most model chunks a stage; 1: no interleaving.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Try activation offload where a layout is too big.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the YAML of the best layout here.")] = None,
+) -> None:
+    """Rank the layouts of a model on a cluster by tokens a second, and say why the others lost."""
+    from dataclasses import replace
+
+    from flagscale_like.config import load_config
+    from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
+    from flagscale_like.planner.search import Goal, rank_layouts
+
+    config = load_config(config_file, overrides or (), _model_of_source)
+    place, eff = _cluster(cluster, config, 1)
+    if network_gb_per_s is not None:
+        if network_gb_per_s <= 0:
+            raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
+        place = replace(place, network_gb_per_s=network_gb_per_s)
+    goal = Goal.of(config)
+    ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp, eff=eff)
+    best = ranking.plans[0]
+    typer.echo(describe_ranking(ranking, place, top=top))
+    typer.echo(f"\nthe first: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    if write is not None:
+        try:
+            write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--write {write}: cannot be written: {error.strerror}") from None
+        typer.echo(f"wrote {write}")
+
+
+@app.command(epilog=example("flagscale-like bench examples/aquila2/tiny.yaml --sweep train.micro_batch_size=1,2,4"))
+def bench(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them that are left out.")] = 3,
+    sweep: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE; several make every combination.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run transformers on the same shape; one process.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Save a checkpoint after the last step; report the stall.")
+    ] = False,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; one a GPU, or as many as the layout.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
+    result: Annotated[Path | None, typer.Option(hidden=True, help="Where a rank writes its point.")] = None,
+) -> None:
+    """Time the training loop on synthetic tokens: tokens/s, TFLOP/s, MFU, memory, next to what is planned."""
+    import json
+    import tempfile
+
+    from flagscale_like.config import load_config
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    if is_worker():
+        _bench_here(load_config(config_file, overrides or (), _model_of_source), steps, warmup, compare, save, result)
+        return
+    from flagscale_like.planner.report import table
+    from flagscale_like.training.benchmark import plot, rows, sweep_points
+
+    found = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    for point in sweep_points(sweep or ()):
+        name = " ".join(point)
+        changed = [*(overrides or ()), *point]
+        try:
+            config = load_config(config_file, changed, _model_of_source)
+            processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+            config.data_parallel_size(processes)
+            if compare and processes > 1:
+                raise ConfigError(f"--compare runs in one process, this layout has {processes}")
+        except ConfigError as error:
+            if not point:
+                raise
+            found.append({"point": name, "error": str(error)})
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "point.json"
+            options = ["--steps", str(steps), "--warmup", str(warmup), "--result", str(file)]
+            options += ["--compare"] * compare + ["--save"] * save
+            code = launch(processes, ["bench", str(config_file), *changed, *options])
+            if not file.is_file():
+                if not point:
+                    raise SystemExit(code or 1)
+                found.append({"point": name, "error": f"failed with exit code {code}"})
+                continue
+            found.append({"point": name, **json.loads(file.read_text(encoding="utf-8"))})
+    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    typer.echo(table(rows(found), right=(2, 4, 5, 6, 7, 8, 9, 10)))
+    good = [entry["measured"] for entry in found if "measured" in entry]
+    if good:
+        first = good[0]
+        typer.echo(
+            f"{first['devices']} x {first['device']}, {first['precision']}; MFU = model FLOPs / (step time x devices x "
+            f"{first['peak_flops'] / 1e12:.4g} TFLOP/s); peak: {first['peak_source']}; model FLOPs without recompute"
+        )
+        plot(found, out / "bench.png")
+    for entry in found:
+        if "compared" in entry:
+            c = entry["compared"]
+            typer.echo(
+                f"{entry['point'] or 'as configured'}: a step of ours {c['ours_s']:.4g} s, of transformers "
+                f"{c['theirs_s']:.4g} s, in turn: ours / transformers in tokens/s {c['ratio']:.2f} "
+                f"(median of {c['rounds']} pairs; {c['note']})"
+            )
+    typer.echo(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if good else ""))
+
+
+def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save: bool, result: Path | None) -> None:
+    """One point, on this rank; rank 0 writes it to `result`."""
+    import contextlib
+    import json
+    from dataclasses import asdict
+
+    from flagscale_like.runtime.parallel import parallel_context
+    from flagscale_like.training.benchmark import compare_with_transformers, measure
+
+    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+        with contextlib.redirect_stdout(sys.stderr):
+            point = measure(config, ctx, steps=steps, warmup=warmup, checkpoint=save)
+            compared = compare_with_transformers(config, ctx, rounds=steps, warmup=warmup) if compare else None
+        if ctx.is_main and result is not None:
+            found = {"measured": asdict(point)} | ({"compared": asdict(compared)} if compared else {})
+            result.write_text(json.dumps(found), encoding="utf-8")
 
 
 @app.command(epilog=example("flagscale-like preprocess corpus/*.jsonl --tokenizer tok/ --out data/corpus --workers 8"))

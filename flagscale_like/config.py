@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flagscale_like.arch import Frozen, ModelArch
 from flagscale_like.errors import ConfigError
@@ -66,10 +66,28 @@ class RampUp(Frozen):
     samples: int = Field(gt=0)
 
 
+class Profile(Frozen):
+    """A torch profiler trace, one file a rank, under RUN_DIR/profile.
+
+    Attributes:
+        steps: the first and the last step to record, counted from 1.
+    """
+
+    steps: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        first, last = self.steps
+        if not 1 <= first <= last:
+            raise ValueError(f"profile.steps ({first}, {last}) must be a first and a last step, counted from 1")
+        return self
+
+
 class Train(Frozen):
     """The loop. Sizes count sequences; `steps` counts optimizer steps.
 
     Attributes:
+        profile: write a torch profiler trace of some steps.
         exit_at_step: save and stop after this step; learning rate and data stay planned for `steps`.
         recompute: activations recomputed in the backward pass: `selective` the attention core, `full` every layer.
         log_interval, eval_interval: steps between log lines and evaluations; eval_interval 0 evaluates never.
@@ -84,6 +102,7 @@ class Train(Frozen):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     ramp_up: RampUp | None = None
+    profile: Profile | None = None
     exit_at_step: int | None = Field(default=None, gt=0)
     log_interval: int = Field(default=1, gt=0)
     eval_interval: int = Field(default=0, ge=0)
@@ -190,6 +209,35 @@ class Data(Frozen):
         return self
 
 
+class Offload(Frozen):
+    """Move activations to host memory while they wait for their backward pass; off where the group is left out.
+
+    Attributes:
+        share: of each stage's activations: one share for all stages, a list of one a stage, or `auto`: the least that fits
+            the device, and on a CPU all but one micro-batch's (Baichuan 3: 1 - 1/(pp - stage)).
+        min_tensor_bytes: smaller tensors stay.
+    """
+
+    share: Literal["auto"] | float | list[float] = "auto"
+    min_tensor_bytes: int = Field(default=1 << 16, ge=0)
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        numbers = value if isinstance(value, list) else [value]
+        if value != "auto" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+            raise ValueError(f"share must be auto, a share from 0 to 1, or a list of one a stage (got {value!r})")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Offload:
+        shares = [] if self.share == "auto" else self.share if isinstance(self.share, list) else [self.share]
+        for share in shares:
+            if not 0 <= share <= 1:
+                raise ValueError(f"share ({share}) must be between 0 and 1, or auto")
+        return self
+
+
 class Checkpoint(Frozen):
     """When to save, what to keep.
 
@@ -292,6 +340,7 @@ class RunConfig(Frozen):
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
     resilience: Resilience = Resilience()
+    offload: Offload | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -304,6 +353,10 @@ class RunConfig(Frozen):
                 f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp"
             )
         self._check_stages()
+        if self.offload and isinstance(self.offload.share, list) and len(self.offload.share) != par.pp:
+            raise ValueError(
+                f"offload.share lists {len(self.offload.share)} stages, parallel.pp is {par.pp}: give one share a stage"
+            )
         if model.max_position_embeddings and train.seq_length > model.max_position_embeddings:
             raise ValueError(
                 f"train.seq_length ({train.seq_length}) exceeds model.max_position_embeddings "

@@ -66,11 +66,16 @@ def _devices() -> list[Finding]:
     backends = [
         name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
     ]
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset, 1 will be set")
+    environment = Finding(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (on CUDA, overlap of TP communication wants 1)"
+    )
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         return [
             Finding("GPU", "missing", f"optional; without it: runs on CPU + gloo (this torch is built with {built})"),
             Finding("backends", "ok", ", ".join(backends)),
+            environment,
         ]
     found = []
     for index in range(torch.cuda.device_count()):
@@ -78,9 +83,4 @@ def _devices() -> list[Finding]:
         found.append(Finding(f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
     if dist.is_nccl_available():
         backends[-1] += " " + ".".join(map(str, torch.cuda.nccl.version()))
-    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset, 1 will be set")
-    return [
-        *found,
-        Finding("backends", "ok", ", ".join(backends)),
-        Finding("CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (overlap of TP communication wants 1)"),
-    ]
+    return [*found, Finding("backends", "ok", ", ".join(backends)), environment]

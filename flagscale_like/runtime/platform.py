@@ -69,6 +69,14 @@ class Platform:
         """Run on `stream`; nothing on CPU."""
         return torch.cuda.stream(stream) if stream is not None else nullcontext()
 
+    def compute_stream(self) -> torch.cuda.Stream:
+        """The stream that compute is queued on; CUDA only."""
+        return torch.cuda.current_stream(self.device)
+
+    def event(self) -> torch.cuda.Event:
+        """An event that can be timed; CUDA only."""
+        return torch.cuda.Event(enable_timing=True)
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.is_cuda:
@@ -84,6 +92,12 @@ class Platform:
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+
+    def reset_peak_memory(self) -> None:
+        """Count the peak from here on; on a CPU it cannot be reset."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def total_memory_bytes(self) -> int:
         """Bytes the device (or the host) has."""

@@ -17,6 +17,7 @@ from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import Reporter
+from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
 from flagscale_like.training.run import Progress, Run, agree, start
 from flagscale_like.training.step import Batches, StepResult, Verdict, evaluate, train_step
@@ -45,8 +46,9 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
     batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
     guard = Guard(config.monitors, rewinds=progress.rewinds)
     first, since, steps_since, stop = True, time.perf_counter(), 0, False
-    with _watchdog(config, ctx) as watchdog:
+    with _watchdog(config, ctx) as watchdog, StepProfiler(config, ctx) as profiler:
         while progress.step < last and not stop:
+            profiler.begin(progress.step + 1)
             began = time.perf_counter()
             batch_size = options.batch_size_at(progress.consumed)
             watchdog.beat(progress.step, "training step", slow=first)
@@ -62,6 +64,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 before_update=store.before_update,
             )
             progress.step += 1
+            profiler.end(progress.step)
             progress.consumed += batch_size
             progress.skipped += not result.updated
             learning_rate = run.optimizer.param_groups[0]["lr"]
@@ -80,6 +83,8 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                     consumed=progress.consumed,
                     skipped=progress.skipped,
                 )
+                if run.offload is not None:
+                    reporter.offload(progress.step, run.offload.report())
                 since, steps_since = time.perf_counter(), 0
             if first and ledger:
                 reporter.resilience(progress.step, ledger.recovered())

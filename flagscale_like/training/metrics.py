@@ -110,6 +110,10 @@ class Reporter:
         self._write({"step": step, "lm loss validation": loss})
         self.say(f"step {step} | validation loss {loss:.4f}")
 
+    def offload(self, step: int, counts: dict[str, float]) -> None:
+        """Report rank 0's activation offload since the last report."""
+        self._write({"step": step, **{f"offload/{name}": value for name, value in counts.items()}})
+
     def checkpoint(self, saved: Saved) -> None:
         """Report how a save ended."""
         if saved.error:

@@ -30,6 +30,7 @@ from flagscale_like.data.pretrain import check_sources
 from flagscale_like.errors import CheckpointError, DataError, DivergedError
 from flagscale_like.families import find_family
 from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.optimizer import build_optimizer, build_scheduler
 
@@ -57,6 +58,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     store: CheckpointStore
     progress: Progress
+    offload: ActivationOffload | None = None
 
     def save(self) -> None:
         """Begin a checkpoint of everything that the run needs to go on; how it ends is in `store.outcomes`."""
@@ -120,6 +122,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
     models = build_chunks(config, ctx)
     initialize_weights(models, config, ctx)
     chunks = wrap_chunks(models, config, ctx)
+    offload = attach_offload(models, config, ctx)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", ctx, config.checkpoint)
     newest, rejected = store.newest_good()
     notes = [f"rejected checkpoint {reason}" for reason in rejected]
@@ -153,7 +156,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         notes.append("starting from new weights")
     if config.checkpoint.interval:
         store.reserve(models, optimizer)
-    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress), notes
+    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload), notes
 
 
 def _restore_progress(

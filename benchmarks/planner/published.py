@@ -1,0 +1,176 @@
+"""Published measurements that the planner is compared with, as their papers print them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flagscale_like.cluster import parse_cluster
+from flagscale_like.planner.layout import Layout, Recompute, Shape
+from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published row: a GPT model, its layout, and what was measured.
+
+    Attributes:
+        figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`), seconds a step,
+            tokens/s a device, or MFU.
+        today: trained with overlapped data-parallel traffic; the older rows were not, and sent 1/tp between stages.
+    """
+
+    name: str
+    shape: Shape
+    layout: Layout
+    cluster: str
+    figure: float
+    unit: str
+    seq_length: int = 2048
+    today: bool = False
+
+    def plan(self, eff: Efficiency | None = None) -> StepTime:
+        return step_time(
+            self.shape,
+            self.layout,
+            parse_cluster(self.cluster),
+            seq_length=self.seq_length,
+            eff=eff,
+            overlap_dp=self.today,
+            scatter_gather=not self.today,
+        )
+
+    def ours(self, eff: Efficiency | None = None) -> float:
+        time = self.plan(eff)
+        if self.unit == "seconds":
+            return time.seconds
+        if self.unit == "mfu":
+            return time.mfu
+        if self.unit == "tokens/s":
+            return time.tokens_per_s_per_device
+        flops = self.shape.model_flops(time.tokens, self.seq_length, recompute_layers=self.unit == "flops")
+        return flops / time.seconds / time.devices / 1e12
+
+
+def _gpt(
+    name: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    tp: int,
+    pp: int,
+    vpp: int,
+    gpus: int,
+    micro: int,
+    batch: int,
+    figure: float,
+    unit: str,
+    *,
+    sp: bool = False,
+    recompute: Recompute = "full",
+) -> Row:
+    dp = gpus // (tp * pp)
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        dp=dp,
+        sp=sp,
+        micro_batch_size=micro,
+        num_microbatches=batch // (micro * dp),
+        recompute=recompute,
+    )
+    nodes = f"{gpus // 8}x8xA100-80"
+    return Row(
+        name=name,
+        shape=Shape.gpt(layers=layers, hidden=hidden, heads=heads),
+        layout=layout,
+        cluster=nodes,
+        figure=figure,
+        unit=unit,
+    )
+
+
+# Narayanan et al. 2021 (arXiv:2104.04473), table 1: achieved TFLOP/s a GPU. Micro-batch sizes and layers a virtual stage are
+# those of the run scripts the authors published beside it (Megatron-LM, examples/sc21/run_table_1.sh).
+NARAYANAN_2021 = [
+    _gpt("1.7B", 24, 2304, 24, 1, 1, 1, 32, 16, 512, 137, "flops"),
+    _gpt("3.6B", 30, 3072, 32, 2, 1, 1, 64, 16, 512, 138, "flops"),
+    _gpt("7.5B", 36, 4096, 32, 4, 1, 1, 128, 16, 512, 142, "flops"),
+    _gpt("18.4B", 40, 6144, 48, 8, 1, 1, 256, 8, 1024, 135, "flops"),
+    _gpt("39.1B", 48, 8192, 64, 8, 2, 1, 512, 4, 1536, 138, "flops"),
+    _gpt("76.1B", 60, 10240, 80, 8, 4, 3, 1024, 2, 1792, 140, "flops"),
+    _gpt("145.6B", 80, 12288, 96, 8, 8, 2, 1536, 2, 2304, 148, "flops"),
+    _gpt("310.1B", 96, 16384, 128, 8, 16, 2, 1920, 1, 2160, 155, "flops"),
+    _gpt("529.6B", 105, 20480, 128, 8, 35, 3, 2520, 1, 2520, 163, "flops"),
+    _gpt("1008.0B", 128, 25600, 160, 8, 64, 1, 3072, 1, 3072, 163, "flops"),
+]
+
+# Korthikanti et al. 2022 (arXiv:2205.05198), tables 3 and 5: seconds a step with full recompute, and with sequence
+# parallelism and selective recompute.
+KORTHIKANTI_2022 = [
+    row
+    for name, layers, hidden, heads, pp, vpp, gpus, micro, batch, full, present in (
+        ("22B", 48, 6144, 64, 1, 1, 8, 4, 4, 1.42, 1.10),
+        ("175B", 96, 12288, 96, 8, 3, 64, 1, 64, 18.13, 13.75),
+        ("530B", 105, 20480, 128, 35, 3, 280, 1, 280, 49.05, 37.83),
+        ("1T", 128, 25600, 160, 64, 1, 512, 1, 512, 94.42, 71.49),
+    )
+    for row in (
+        _gpt(f"{name}, full", layers, hidden, heads, 8, pp, vpp, gpus, micro, batch, full, "seconds"),
+        _gpt(
+            f"{name}, sp + selective",
+            layers,
+            hidden,
+            heads,
+            8,
+            pp,
+            vpp,
+            gpus,
+            micro,
+            batch,
+            present,
+            "seconds",
+            sp=True,
+            recompute="selective",
+        ),
+    )
+]
+
+# Baichuan-7B's model card: 182 TFLOP/s, 58.3 % of peak, on about 1000 A800; 4 M tokens a step is an assumption.
+BAICHUAN_7B = Row(
+    name="Baichuan-7B",
+    shape=Shape(layers=32, hidden=4096, heads=32, groups=32, head_dim=128, ffn=11008, vocab=64000),
+    layout=Layout(tp=2, dp=504, sp=True, micro_batch_size=2, num_microbatches=1),
+    cluster="126x8xA800",
+    figure=182,
+    unit="model flops",
+    seq_length=4096,
+    today=True,
+)
+
+AQUILA2_34B = Row(
+    name="Aquila2-34B",
+    shape=Shape(layers=60, hidden=6144, heads=48, groups=8, head_dim=128, ffn=24576, vocab=100352),
+    layout=Layout(tp=4, pp=4, dp=32, sp=True, num_microbatches=32),
+    cluster="64x8xA100-40",
+    figure=666,
+    unit="tokens/s",
+    seq_length=4096,
+    today=True,
+)
+
+# Megatron-LM's README, 2024: GPT-3 175B, batch 1152, 4096 tokens, vocabulary 131072: 47 % MFU on 96 H100, 42 % on 4608. The
+# layouts are not published; tp 8, pp 12, vpp 8 fit both.
+GPT3_H100 = [
+    Row(
+        name=f"GPT-3 175B, {gpus} H100",
+        shape=replace(Shape.gpt(layers=96, hidden=12288, heads=96, vocab=131072), flash=True, dropout=False),
+        layout=Layout(tp=8, pp=12, vpp=8, dp=gpus // 96, sp=True, num_microbatches=1152 // (gpus // 96)),
+        cluster=f"{gpus // 8}x8xH100",
+        figure=mfu,
+        unit="mfu",
+        seq_length=4096,
+        today=True,
+    )
+    for gpus, mfu in ((96, 0.47), (4608, 0.42))
+]

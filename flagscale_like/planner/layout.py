@@ -1,0 +1,190 @@
+"""What is planned: the shape of a decoder, and how it is cut over ranks and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.config import RunConfig
+
+Recompute = Literal["none", "selective", "full"]
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder, as far as its time and activations depend on it.
+
+    Attributes:
+        ffn: channels of the MLP; of one half where it is gated.
+        gated: SwiGLU's two up projections, or one (GPT).
+        flash: attention without its [s, s] scores in memory.
+        dropout: GPT's three dropouts a layer, each of which saves a mask of one byte an element.
+        window: keys a query sees; all before it where it is None.
+        qk_norm, alibi, norm_head: as in ModelArch; they save tensors of their own.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    gated: bool = True
+    flash: bool = True
+    dropout: bool = False
+    window: int | None = None
+    qk_norm: bool = False
+    alibi: bool = False
+    norm_head: bool = False
+
+    @classmethod
+    def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
+        return cls(
+            layers=arch.num_layers,
+            hidden=arch.hidden_size,
+            heads=arch.num_attention_heads,
+            groups=arch.num_query_groups,
+            head_dim=arch.head_dim,
+            ffn=arch.ffn_hidden_size,
+            vocab=arch.padded_vocab_size(tp),
+            window=arch.sliding_window,
+            qk_norm=arch.qk_norm,
+            alibi=arch.position.kind == "alibi",
+            norm_head=arch.norm_head,
+        )
+
+    @classmethod
+    def gpt(cls, *, layers: int, hidden: int, heads: int, vocab: int = 51200) -> Shape:
+        """A GPT-2-like decoder as in Narayanan et al. 2021 and Korthikanti et al. 2022: 4h MLP, dropout, scores in memory."""
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            groups=heads,
+            head_dim=hidden // heads,
+            ffn=4 * hidden,
+            vocab=vocab,
+            gated=False,
+            flash=False,
+            dropout=True,
+        )
+
+    @property
+    def layer_matrix_parameters(self) -> int:
+        """Elements of a layer's weight matrices."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        return attention + self.hidden * self.ffn * (3 if self.gated else 2)
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Elements of all weight matrices, the output layer's once and the embedding's not."""
+        return self.layers * self.layer_matrix_parameters + self.hidden * self.vocab
+
+    def model_flops(self, tokens: int, seq_length: int, *, recompute_layers: bool = False) -> float:
+        """FLOPs of a step, attention counted in full (Narayanan et al. 2021, eq. 3).
+
+        Args:
+            recompute_layers: count the layers' second forward pass, as that paper does ("hardware FLOPs").
+        """
+        window = min(self.window or seq_length, seq_length)
+        keys = window * (2 - window / seq_length)
+        layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
+        return tokens * ((8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is cut: degrees, micro-batches, recompute. Ranks are numbered tp fastest, then dp, then pp.
+
+    Attributes:
+        num_microbatches: micro-batches a data-parallel rank runs a step.
+        offload: share of the activations that each stage moves to host memory; () is none.
+        first_stage_layers, last_stage_layers: where they differ from the other stages.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    sp: bool = False
+    micro_batch_size: int = 1
+    num_microbatches: int = 1
+    recompute: Recompute = "none"
+    offload: tuple[float, ...] = ()
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> Layout:
+        """The configured layout on `world_size` ranks.
+
+        Raises:
+            ConfigError: the world size or the batch does not fit it.
+        """
+        par, train = config.parallel, config.train
+        dp = config.data_parallel_size(world_size)
+        return cls(
+            tp=par.tp,
+            pp=par.pp,
+            vpp=par.vpp,
+            dp=dp,
+            sp=par.sp,
+            micro_batch_size=train.micro_batch_size,
+            num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
+            recompute=train.recompute,
+            first_stage_layers=par.first_stage_layers,
+            last_stage_layers=par.last_stage_layers,
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def chunk_layers(self, num_layers: int, stage: int) -> list[list[int]]:
+        """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core deals them out."""
+        if self.vpp > 1:
+            each = num_layers // (self.pp * self.vpp)
+            starts = [(chunk * self.pp + stage) * each for chunk in range(self.vpp)]
+            return [list(range(start, start + each)) for start in starts]
+        counts = self.stage_layers(num_layers)
+        start = sum(counts[:stage])
+        return [list(range(start, start + counts[stage]))]
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage."""
+        first, last = self.first_stage_layers, self.last_stage_layers
+        middle = self.pp - bool(first) - bool(last)
+        each = (num_layers - (first or 0) - (last or 0)) // middle if middle else 0
+        counts = [each] * self.pp
+        if first:
+            counts[0] = first
+        if last:
+            counts[-1] = last
+        return counts
+
+    def chunks_in_flight(self, stage: int) -> int:
+        """Most forward passes of a chunk whose backward pass is still to come: 1F1B holds pp - stage micro-batches, the
+        interleaved schedule 2 (pp - stage - 1) + (vpp - 1) pp + 1 chunks (Narayanan et al. 2021, figure 4)."""
+        if self.vpp == 1:
+            return min(self.pp - stage, self.num_microbatches)
+        warmup = 2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp
+        return min(warmup + 1, self.num_microbatches * self.vpp)
+
+    def offload_share(self, stage: int) -> float:
+        return self.offload[stage] if self.offload else 0.0
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the pipeline's ideal time: (pp - 1) / (vpp m)."""
+        return (self.pp - 1) / (self.vpp * self.num_microbatches)
+
+    def describe(self) -> str:
+        parts = [f"tp {self.tp}", f"pp {self.pp}"]
+        parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
+        parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]
+        parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []
+        return " ".join(parts)

@@ -1,0 +1,296 @@
+"""Bytes a rank needs, by component.
+
+Weights, gradients and optimizer states are exact: they repeat how megatron-core lays parameters out in its buffers and how
+its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) deals them to data-parallel ranks. Activations come from the table
+in saved.py (Korthikanti et al. 2022). What is on the device for a moment only, and what the allocator loses, are estimates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, fields, replace
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.cluster import GIB
+from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
+from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes
+
+# CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of what comes and goes.
+CONTEXT_BYTES = int(1.5 * GIB)
+FRAGMENTATION = 0.06
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank, by component. They add up to `total`, the planned peak.
+
+    Attributes:
+        weights: the parameter buffers, padding counted.
+        gradients: the fp32 gradient buffers, padding counted.
+        optimizer: this rank's fp32 master weights (none in fp32 training), Adam's two moments and its step counters.
+        activations: saved for the backward pass, all micro-batches in flight, less what is offloaded.
+        logits: the loss's saved tensors and the logits' own copy.
+        working: of the layer that runs: its gradients, one weight gradient, gathered inputs, a recomputed layer.
+        offload_buffers: device copies on their way out and back.
+        overhead: CUDA context, communication buffers, fragmentation.
+        host: pinned host memory; not part of `total`.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float = 0.0
+    logits: float = 0.0
+    working: float = 0.0
+    offload_buffers: float = 0.0
+    overhead: float = 0.0
+    host: float = 0.0
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+
+
+def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) -> list[tuple[str, int]]:
+    """Name and elements on one rank of every parameter of a model chunk, in the built model's order."""
+    tp, h, d = layout.tp, arch.hidden_size, arch.head_dim
+    n, g, f = arch.num_attention_heads // tp, arch.num_query_groups // tp, arch.ffn_hidden_size // tp
+    vocabulary = arch.padded_vocab_size(tp) // tp * h
+    parameters = []
+    if stage == 0 and chunk == 0:
+        parameters.append(("embedding.word_embeddings.weight", vocabulary))
+    for layer in layout.chunk_layers(arch.num_layers, stage)[chunk]:
+        bias, qk_norm = (n + 2 * g) * d if arch.qkv_bias else 0, d if arch.qk_norm else 0
+        parameters += [
+            (f"decoder.layers.{layer}.{name}", numel)
+            for name, numel in (
+                ("input_layernorm.weight", h),
+                ("self_attention.linear_proj.weight", h * n * d),
+                ("self_attention.linear_qkv.weight", h * (n + 2 * g) * d),
+                ("self_attention.linear_qkv.bias", bias),
+                ("self_attention.q_layernorm.weight", qk_norm),
+                ("self_attention.k_layernorm.weight", qk_norm),
+                ("pre_mlp_layernorm.weight", h),
+                ("mlp.linear_fc1.weight", h * 2 * f),
+                ("mlp.linear_fc2.weight", h * f),
+            )
+            if numel
+        ]
+    if stage == layout.pp - 1 and chunk == layout.vpp - 1:
+        parameters.append(("decoder.final_layernorm.weight", h))
+        # A tied embedding on one stage is one parameter; over several stages the last holds a copy.
+        if not (arch.tie_embeddings and layout.pp == 1):
+            parameters.append(("output_layer.weight", vocabulary))
+    return parameters
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Where megatron-core puts a chunk's parameters: (start, end) of each, bucket bounds, and the padded length."""
+
+    spans: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def numel(self) -> int:
+        return self.buckets[-1][1] if self.buckets else 0
+
+    def owned(self, dp: int, dp_rank: int) -> tuple[int, int]:
+        """Elements and parameters of which a data-parallel rank updates a part: its 1/dp of every bucket."""
+        elements = parameters = 0
+        for begin, end in self.buckets:
+            size = (end - begin) // dp
+            low, high = begin + dp_rank * size, begin + (dp_rank + 1) * size
+            for start, stop in self.spans:
+                inside = min(stop, high) - max(start, low)
+                if inside > 0:
+                    elements += inside
+                    parameters += 1
+        return elements, parameters
+
+
+def buffer_of(parameters: list[tuple[str, int]], dp: int, *, bucket_numel: int | None, shared: bool = False) -> Buffer:
+    """megatron-core 0.16's _ParamAndGradBuffer under the distributed optimizer.
+
+    Parameters lie in reverse order, each at a multiple of 64 elements; a bucket ends at a multiple of lcm(dp, 128).
+
+    Args:
+        bucket_numel: a bucket closes at this many elements; None is one bucket.
+        shared: the embedding is tied across stages, and then has a bucket to itself.
+    """
+    multiple = math.lcm(dp, 128)
+    spans, buckets, position, bucket_start, filled = [], [], 0, 0, False
+
+    def close(end: int) -> int:
+        nonlocal bucket_start, filled
+        padded = -(-end // multiple) * multiple
+        buckets.append((bucket_start, padded))
+        bucket_start, filled = padded, False
+        return padded
+
+    end = 0
+    for name, numel in reversed(parameters):
+        alone = shared and name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        position = -(-position // 64) * 64
+        if alone and filled:
+            position = close(position)
+        end, filled = position + numel, True
+        spans.append((position, end))
+        full = bucket_numel is not None and end - bucket_start >= bucket_numel
+        position = close(end) if full or alone else end
+    if filled:
+        close(end)
+    return Buffer(tuple(spans), tuple(buckets))
+
+
+def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
+    """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only."""
+    buffers = []
+    for chunk in range(layout.vpp):
+        bucketed = layout.dp > 1 and stage == 0 and chunk == 0
+        buffers.append(
+            buffer_of(
+                chunk_parameters(arch, layout, stage, chunk),
+                layout.dp,
+                bucket_numel=max(40_000_000, 1_000_000 * layout.dp) if bucketed else None,
+                shared=arch.tie_embeddings and layout.pp > 1,
+            )
+        )
+    return buffers
+
+
+@functools.lru_cache(maxsize=4096)
+def state_bytes(
+    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0
+) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer states of one rank; exact."""
+    weights = gradients = optimizer = 0
+    for buffer in stage_buffers(arch, layout, stage):
+        weights += buffer.numel * DTYPE_BYTES[precision]
+        gradients += buffer.numel * 4
+        elements, parameters = buffer.owned(layout.dp, dp_rank)
+        optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
+    return weights, gradients, optimizer
+
+
+def microbatch_bytes(
+    arch: ModelArch | Shape, layout: Layout, stage: int, seq_length: int, precision: str, ops: Operators
+) -> tuple[float, float]:
+    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last)."""
+    shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp)
+    e = DTYPE_BYTES[precision]
+    layers = len(layout.chunk_layers(shape.layers, stage)[0])
+    chunk = layers * layer_bytes(shape, layout, seq_length, e, ops)
+    head = sum(s.bytes for s in head_saves(shape, layout, seq_length, e, ops)) if stage == layout.pp - 1 else 0.0
+    return chunk, head
+
+
+def saved_activation_bytes(
+    arch: ModelArch, layout: Layout, stage: int, *, seq_length: int, precision: str, ops: Operators
+) -> float:
+    """Most bytes that autograd holds at once on a stage, embedding and loss included, nothing offloaded.
+
+    Under full recompute a layer that is run again holds all of its own for a moment.
+    """
+    shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
+    chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+    in_flight = layout.chunks_in_flight(stage)
+    bytes_ = in_flight * chunk
+    if stage == 0:
+        # Micro-batches whose first chunk is in flight.
+        first = in_flight if layout.vpp == 1 else min(in_flight, layout.num_microbatches, 2 * layout.pp)
+        bytes_ += first * sum(s.bytes for s in embedding_saves(layout, seq_length))
+    again = 0.0
+    if layout.recompute != "none":
+        whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)
+        again = layer_bytes(shape, whole, seq_length, e, ops)
+        if layout.recompute == "selective" or ops.rms_norm == "fused":
+            # What is kept is not saved twice; under full recompute that is the layer's input, where its norm saves it.
+            again -= layer_bytes(shape, layout, seq_length, e, ops)
+    return bytes_ + max(head, again)
+
+
+def rank_memory(
+    arch: ModelArch,
+    layout: Layout,
+    stage: int,
+    *,
+    seq_length: int,
+    precision: str,
+    ops: Operators = FUSED,
+    dp_rank: int = 0,
+    overhead: bool = True,
+) -> RankMemory:
+    """All components of one rank.
+
+    Args:
+        overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
+    """
+    shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
+    cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank)
+    chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+    rows = seq_length * layout.micro_batch_size
+    rows_sp = rows / layout.tp if layout.sp else rows
+    layer = layer_bytes(shape, layout, seq_length, e, ops)
+    in_flight = layout.chunks_in_flight(stage)
+    saved = in_flight * chunk
+    # A received stage input lives until its backward pass; a norm that saves its input has it counted already.
+    if layout.pp > 1 and ops.rms_norm == "torch" and layout.recompute != "full":
+        saved += in_flight * rows_sp * shape.hidden * e
+    share = layout.offload_share(stage)
+    moved = share * in_flight * chunk
+    on_the_way = min(moved, 2 * min(share, 1.0) * layer)
+    logits = head + rows * shape.vocab / layout.tp * e if head else 0.0
+    largest = max(n for _, n in chunk_parameters(arch, layout, stage, 0)) if weights else 0
+    working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
+    if layout.recompute == "full":
+        whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)
+        working += layer_bytes(shape, whole, seq_length, e, ops)
+    dynamic = saved - moved + on_the_way + logits + working
+    return RankMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=saved - moved,
+        logits=logits,
+        working=working,
+        offload_buffers=on_the_way,
+        overhead=CONTEXT_BYTES + FRAGMENTATION * dynamic if overhead else 0.0,
+        host=moved,
+    )
+
+
+def needed_offload(
+    arch: ModelArch, layout: Layout, *, seq_length: int, precision: str, ops: Operators, budget_bytes: float
+) -> tuple[float, ...] | None:
+    """The least share of each stage's activations to move so that it fits `budget_bytes`; None where none is enough.
+
+    Overheads are counted in the budget as in rank_memory(). One layer in two is kept for the copies under way.
+    """
+    shares = []
+    for stage in range(layout.pp):
+        memory = rank_memory(arch, layout, stage, seq_length=seq_length, precision=precision, ops=ops)
+        over = memory.total - budget_bytes
+        if over <= 0:
+            shares.append(0.0)
+            continue
+        chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+        layers = max(1, len(layout.chunk_layers(arch.num_layers, stage)[0]))
+        in_flight = layout.chunks_in_flight(stage)
+        # Moving everything saves all but the two layers on their way.
+        saves = (in_flight * chunk - 2 * chunk / layers) * (1 + FRAGMENTATION)
+        if saves <= 0 or over > saves:
+            return None
+        shares.append(over / saves)
+    return tuple(shares)
+
+
+def waiting_share(layout: Layout, stage: int) -> float:
+    """The share of a stage's activations that only waits: all but one micro-batch's. 0 on the last stage and on one."""
+    return 1.0 - 1.0 / max(1.0, layout.chunks_in_flight(stage) / layout.vpp)

@@ -1,0 +1,142 @@
+"""Plans as text: the table of ranked layouts, and one layout in detail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from flagscale_like.cluster import GIB, ClusterSpec
+from flagscale_like.config import Offload, RunConfig
+from flagscale_like.planner.layout import Layout
+from flagscale_like.planner.memory import RankMemory
+from flagscale_like.planner.search import PARTS, Plan, Ranking
+
+COLUMNS = (
+    "#",
+    "tp",
+    "pp",
+    "vpp",
+    "dp",
+    "sp",
+    "mbs",
+    "recompute",
+    "offload",
+    "tokens/s/dev",
+    "MFU",
+    "step s",
+    "bubble",
+    "GiB",
+    "why",
+)
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; `right` names those that are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def distinct(plans: Sequence[Plan]) -> list[Plan]:
+    """The fastest of the plans that differ only in vpp, sp or recompute; the order is kept."""
+    seen, kept = set(), []
+    for plan in plans:
+        key = (plan.layout.tp, plan.layout.pp, plan.layout.micro_batch_size)
+        if key not in seen:
+            seen.add(key)
+            kept.append(plan)
+    return kept
+
+
+def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+    """A row a plan, under COLUMNS."""
+    places = {id(plan): str(place) for place, plan in enumerate(ranking.plans, 1)}
+    rows = []
+    for plan in plans:
+        layout, time = plan.layout, plan.time
+        rows.append(
+            (
+                places.get(id(plan), "-"),
+                str(layout.tp),
+                str(layout.pp),
+                str(layout.vpp),
+                str(layout.dp),
+                "yes" if layout.sp else "",
+                str(layout.micro_batch_size),
+                layout.recompute if layout.recompute != "none" else "",
+                f"{max(layout.offload):.0%}" if layout.offload else "",
+                f"{time.tokens_per_s_per_device:,.0f}",
+                f"{time.mfu:.1%}",
+                f"{time.seconds:.2f}",
+                f"{time.bubble / time.seconds:.1%}",
+                f"{plan.peak_bytes / GIB:.1f}",
+                ranking.why(plan),
+            )
+        )
+    return rows
+
+
+def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int, configured: Layout | None = None) -> str:
+    """The table of the `top` fastest distinct layouts, the configured one, and the closest that do not fit."""
+    shown = distinct(ranking.plans)[:top]
+    if configured is not None:
+        own = next((plan for plan in ranking.plans if plan.layout == configured), None)
+        if own is not None and own not in shown:
+            shown.append(own)
+    rows = [COLUMNS, *ranking_rows(ranking, [*shown, *ranking.misfits])]
+    found = (
+        f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
+    )
+    return f"{found} of those that differ in vpp, sp or recompute alone, the fastest:\n" + table(
+        rows, right=(0, 1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 13)
+    )
+
+
+def describe_memory(memory: Sequence[RankMemory]) -> str:
+    """A row a stage (equal neighbours joined), a column a component, in GiB or MiB."""
+    unit, name = (GIB, "GiB") if max(m.total for m in memory) > GIB else (1 << 20, "MiB")
+    components = [f.name for f in fields(RankMemory) if any(getattr(m, f.name) for m in memory)]
+    rows: list[tuple[str, ...]] = [(f"stage ({name})", *components, "total")]
+    for stage, m in enumerate(memory):
+        rows.append((str(stage), *(f"{getattr(m, c) / unit:.2f}" for c in components), f"{m.total / unit:.2f}"))
+    return table(rows, right=range(1, len(components) + 2))
+
+
+def describe_time(plan: Plan) -> str:
+    """Where the seconds of a step go."""
+    time = plan.time
+    parts = ", ".join(
+        f"{label} {getattr(time, part) / time.seconds:.1%}"
+        for part, label in PARTS.items()
+        if getattr(time, part) > 0.0005 * time.seconds
+    )
+    return (
+        f"{time.seconds:.3g} s a step, {time.tokens_per_s_per_device:,.0f} tokens/s/device, "
+        f"{time.flops_per_s_per_device / 1e12:.3g} TFLOP/s/device, MFU {time.mfu:.1%} of {time.peak_flops / 1e12:.3g} "
+        f"TFLOP/s; {parts}"
+    )
+
+
+def updated_config(config: RunConfig, layout: Layout) -> RunConfig:
+    """The configuration with a planned layout in place of its own."""
+    parallel = config.parallel.model_copy(
+        update={
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "vpp": layout.vpp,
+            "sp": layout.sp,
+            "first_stage_layers": layout.first_stage_layers,
+            "last_stage_layers": layout.last_stage_layers,
+        }
+    )
+    train = config.train.model_copy(update={"micro_batch_size": layout.micro_batch_size, "recompute": layout.recompute})
+    offload = Offload(share=[round(share, 3) for share in layout.offload]) if layout.offload else None
+    return RunConfig.model_validate(
+        config.model_copy(update={"parallel": parallel, "train": train, "offload": offload}).model_dump(mode="json")
+    )

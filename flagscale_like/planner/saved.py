@@ -1,0 +1,162 @@
+"""What one layer keeps for its backward pass, entry by entry: the table that all activation figures come from.
+
+Every entry is a storage that autograd holds on to, once, however many operators saved a view of it. Two things decide them:
+the model (Shape) and which operators run it (Operators). An operator that is changed to save something else is changed in
+`layer_saves` or `head_saves`, and nowhere else; tests/planner/test_activations.py compares the table with what
+saved_tensors_hooks see in a real step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flagscale_like.config import Kernels
+from flagscale_like.planner.layout import Layout, Shape
+
+Saves = Literal["torch", "fused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operators:
+    """How the operators are computed, as far as it changes what they save.
+
+    `torch` is autograd over plain operators; `fused` saves its inputs and a number a row, as flagscale_kernels do.
+    """
+
+    rms_norm: Saves = "torch"
+    swiglu: Saves = "torch"
+    cross_entropy: Saves = "torch"
+
+
+FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
+
+
+def operators_of(kernels: Kernels) -> Operators:
+    """What the model runs, for the configured kernels: flagscale_kernels save the same with Triton and with torch."""
+    return FUSED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A storage kept for the backward pass of one micro-batch on one rank.
+
+    Attributes:
+        in_core_attention: selective recompute drops it.
+    """
+
+    name: str
+    bytes: float
+    in_core_attention: bool = False
+
+
+def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
+    """All that one layer keeps, before recompute is thought of."""
+    if shape.dropout:
+        return _gpt_layer(shape, layout, seq_length, dtype_bytes)
+    rows = seq_length * layout.micro_batch_size
+    rows_sp = rows / layout.tp if layout.sp else rows  # rows of norms and residuals
+    h, d, e = shape.hidden, shape.head_dim, dtype_bytes
+    n, g, f = shape.heads / layout.tp, shape.groups / layout.tp, shape.ffn / layout.tp
+    norm = _norm(rows_sp, h, e, ops)
+    saves = [
+        Saved(name="attention norm", bytes=norm),
+        Saved(name="input of linear_qkv", bytes=rows_sp * h * e),
+    ]
+    # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
+    saves.append(Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e))
+    if not shape.alibi or (n > g > 1):
+        saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not shape.alibi))
+    if not shape.alibi:
+        saves.append(Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True))
+    if shape.qk_norm:
+        saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+    saves += [
+        Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True),
+        Saved(name="attention output, input of linear_proj", bytes=rows * n * d * e),
+        Saved(name="MLP norm", bytes=norm),
+        Saved(name="input of linear_fc1", bytes=rows_sp * h * e),
+        Saved(name="gate and up", bytes=rows * 2 * f * e),
+        Saved(name="input of linear_fc2", bytes=rows * f * e),
+    ]
+    if ops.swiglu == "torch":
+        saves.append(Saved(name="silu(gate)", bytes=rows * f * e))
+    return saves
+
+
+def _norm(rows: float, hidden: int, dtype_bytes: int, ops: Operators) -> float:
+    if ops.rms_norm == "fused":
+        return rows * hidden * dtype_bytes + rows * 4  # x, which is the residual stream, and 1/rms
+    return rows * hidden * (4 + 4) + rows * 4  # x and x/rms in fp32, and 1/rms
+
+
+def _gpt_layer(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int) -> list[Saved]:
+    """Korthikanti et al. 2022, section 4: sbh(34 + 5as/h) bytes in 16 bits, divided as in their table 2."""
+    b, t = layout.micro_batch_size, layout.tp
+    rows = seq_length * b
+    rows_sp = rows / t if layout.sp else rows
+    h, e, n = shape.hidden, dtype_bytes, shape.heads / t
+    scores = n * seq_length * rows
+    return [
+        Saved(name="attention LayerNorm input", bytes=rows_sp * h * e),
+        Saved(name="input of the QKV product", bytes=rows_sp * h * e),
+        Saved(name="q and k", bytes=rows / t * h * 2 * e),
+        Saved(name="v", bytes=rows / t * h * e),
+        Saved(name="softmax output", bytes=scores * e, in_core_attention=True),
+        Saved(name="attention dropout mask", bytes=scores, in_core_attention=True),
+        Saved(name="attention dropout output", bytes=scores * e, in_core_attention=True),
+        Saved(name="input of the projection", bytes=rows / t * h * e),
+        Saved(name="residual dropout mask", bytes=rows_sp * h),
+        Saved(name="MLP LayerNorm input", bytes=rows_sp * h * e),
+        Saved(name="input of the first MLP product", bytes=rows_sp * h * e),
+        Saved(name="GeLU input", bytes=rows / t * shape.ffn * e),
+        Saved(name="input of the second MLP product", bytes=rows / t * shape.ffn * e),
+        Saved(name="MLP dropout mask", bytes=rows_sp * h),
+    ]
+
+
+def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
+    """Bytes that one layer keeps for one micro-batch on one rank, after its recompute choice."""
+    rows = seq_length * layout.micro_batch_size
+    if layout.recompute == "full":  # only its input
+        return (rows / layout.tp if layout.sp else rows) * shape.hidden * dtype_bytes
+    saves = layer_saves(shape, layout, seq_length, dtype_bytes, ops)
+    if layout.recompute == "none":
+        return sum(s.bytes for s in saves)
+    kept = sum(s.bytes for s in saves if not s.in_core_attention)
+    if shape.dropout:
+        return kept
+    n, g, d = shape.heads / layout.tp, shape.groups / layout.tp, shape.head_dim
+    if shape.qk_norm:
+        kept += rows * (n + g) * d * dtype_bytes
+    elif n > g > 1 and not shape.alibi:
+        # q's heads of several groups lie apart in linear_qkv's output, so megatron-core hands over a copy of q.
+        kept += rows * n * d * dtype_bytes
+    return kept
+
+
+def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
+    """What the last stage keeps after its layers: final norm, output layer, cross-entropy."""
+    rows = seq_length * layout.micro_batch_size
+    rows_sp = rows / layout.tp if layout.sp else rows
+    logits = rows * shape.vocab / layout.tp
+    saves = [
+        Saved(name="final norm", bytes=_norm(rows_sp, shape.hidden, dtype_bytes, ops)),
+        Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes),
+    ]
+    if shape.norm_head:
+        matrix = shape.vocab / layout.tp * (shape.hidden + 2) * dtype_bytes
+        saves.append(Saved(name="output matrix with rows of length 1, and their lengths", bytes=matrix))
+    if ops.cross_entropy == "fused":
+        saves.append(Saved(name="logits", bytes=logits * dtype_bytes))
+        saves.append(Saved(name="labels, log-sum-exp and mask", bytes=rows * (8 + 4 + 1)))
+    else:
+        saves.append(Saved(name="softmax of the logits, fp32", bytes=logits * 4))
+        saves.append(Saved(name="labels and mask", bytes=rows * (8 + 1)))
+    return saves
+
+
+def embedding_saves(layout: Layout, seq_length: int) -> list[Saved]:
+    """What the first stage keeps before its layers: the token ids, and under tensor parallelism which of them are its own."""
+    rows = seq_length * layout.micro_batch_size
+    return [Saved(name="token ids", bytes=rows * (8 + (1 if layout.tp > 1 else 0)))]

@@ -1,0 +1,270 @@
+"""Ranked layouts of a model on a cluster, and why the others lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.cluster import GIB, ClusterSpec, DeviceSpec, with_devices
+from flagscale_like.config import RunConfig
+from flagscale_like.errors import ConfigError
+from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.memory import RankMemory, microbatch_bytes, needed_offload, rank_memory, waiting_share
+from flagscale_like.planner.saved import FUSED, Operators, operators_of
+from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+
+# Of the device's memory: the driver and other processes hold the rest.
+USABLE = 0.97
+
+PARTS = {
+    "compute": "compute",
+    "recompute": "recomputing activations",
+    "tp": "tensor-parallel traffic",
+    "bubble": "pipeline bubble",
+    "p2p": "traffic between stages",
+    "dp": "data-parallel traffic",
+    "optimizer": "the update",
+    "offload": "copies to host memory",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is to be trained: everything a layout does not change."""
+
+    arch: ModelArch
+    seq_length: int
+    global_batch_size: int
+    precision: str = "bf16"
+    ops: Operators = FUSED
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Goal:
+        """What a configuration trains, with the operators that its kernels are."""
+        return cls(
+            arch=config.model,
+            seq_length=config.train.seq_length,
+            global_batch_size=config.train.global_batch_size,
+            precision=config.train.precision,
+            ops=operators_of(config.kernels),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout with its time and the memory of every stage."""
+
+    layout: Layout
+    time: StepTime
+    memory: tuple[RankMemory, ...]
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(memory.total for memory in self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Plans that fit, fastest first, and the closest of those that do not."""
+
+    plans: tuple[Plan, ...]
+    misfits: tuple[Plan, ...]
+    budget_bytes: float
+
+    def why(self, plan: Plan) -> str:
+        """Why a plan is not the first, in a few words."""
+        if plan.peak_bytes > self.budget_bytes:
+            stage = max(range(plan.layout.pp), key=lambda i: plan.memory[i].total)
+            largest = max(("states", "activations", "logits"), key=lambda name: getattr(plan.memory[stage], name))
+            return (
+                f"does not fit: stage {stage} needs {plan.peak_bytes / GIB:.1f} of {self.budget_bytes / GIB:.1f} GiB, "
+                f"most of it {largest}"
+            )
+        best = self.plans[0]
+        if plan is best:
+            return "the fastest"
+        slower = plan.time.seconds / best.time.seconds - 1
+        part = max(PARTS, key=lambda name: getattr(plan.time, name) - getattr(best.time, name))
+        extra = getattr(plan.time, part) - getattr(best.time, part)
+        return f"{slower:.1%} slower: {PARTS[part]} +{extra:.2f} s"
+
+
+def evaluate(
+    goal: Goal, layout: Layout, cluster: ClusterSpec, eff: Efficiency | None = None, *, overhead: bool = True
+) -> Plan:
+    """Time and memory of one layout."""
+    arch = goal.arch
+    memory = tuple(
+        rank_memory(
+            arch,
+            layout,
+            stage,
+            seq_length=goal.seq_length,
+            precision=goal.precision,
+            ops=goal.ops,
+            overhead=overhead,
+        )
+        for stage in range(layout.pp)
+    )
+    moved: tuple[float, ...] = ()
+    if layout.offload:
+        moved = tuple(
+            layout.offload_share(stage)
+            * layout.vpp
+            * microbatch_bytes(arch, layout, stage, goal.seq_length, goal.precision, goal.ops)[0]
+            for stage in range(layout.pp)
+        )
+    time = step_time(
+        Shape.of(arch, layout.tp),
+        layout,
+        cluster,
+        seq_length=goal.seq_length,
+        parameters_per_rank=max(m.gradients for m in memory) / 4,
+        offloaded_bytes=moved,
+        eff=eff,
+    )
+    return Plan(layout=layout, time=time, memory=memory)
+
+
+def configured_layout(config: RunConfig, world_size: int, goal: Goal, device: DeviceSpec | None) -> Layout:
+    """The layout that a configuration gives on `world_size` ranks, its offload shares resolved.
+
+    Args:
+        device: what `offload: {share: auto}` is to fit; None, or a CPU, keeps one micro-batch's activations.
+    """
+    layout = Layout.of(config, world_size)
+    if config.offload is None:
+        return layout
+    share = config.offload.share
+    if share != "auto":
+        return replace(layout, offload=tuple(share) if isinstance(share, list) else (float(share),) * layout.pp)
+    needed = None
+    if device is not None:
+        needed = needed_offload(
+            goal.arch,
+            layout,
+            seq_length=goal.seq_length,
+            precision=goal.precision,
+            ops=goal.ops,
+            budget_bytes=device.hbm_bytes * USABLE,
+        )
+    waiting = tuple(waiting_share(layout, stage) for stage in range(layout.pp))
+    return replace(layout, offload=waiting if needed is None else needed)
+
+
+def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> Iterator[Layout]:
+    """Every layout that divides the model, the batch and the cluster. tp stays inside a node."""
+    arch, devices = goal.arch, cluster.devices
+    for tp, pp in itertools.product(range(1, cluster.devices_per_node + 1), range(1, arch.num_layers + 1)):
+        if devices % (tp * pp) or arch.num_layers % pp:
+            continue
+        if any(n % tp for n in (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)):
+            continue
+        dp = devices // (tp * pp)
+        for micro in (1, 2, 4, 8):
+            if goal.global_batch_size % (micro * dp):
+                continue
+            m = goal.global_batch_size // (micro * dp)
+            for vpp in range(1, min(max_vpp or arch.num_layers, arch.num_layers // pp) + 1):
+                if vpp > 1 and (pp == 1 or m % pp or arch.num_layers % (pp * vpp)):
+                    continue
+                for sp, recompute in itertools.product((False, True), ("none", "selective", "full")):
+                    if sp and (tp == 1 or goal.seq_length % tp):
+                        continue
+                    yield Layout(
+                        tp=tp,
+                        pp=pp,
+                        vpp=vpp,
+                        dp=dp,
+                        sp=sp,
+                        micro_batch_size=micro,
+                        num_microbatches=m,
+                        recompute=recompute,
+                    )
+
+
+def rank_layouts(
+    goal: Goal,
+    cluster: ClusterSpec,
+    *,
+    offload: bool = False,
+    max_vpp: int | None = None,
+    eff: Efficiency | None = None,
+    misfits: int = 3,
+) -> Ranking:
+    """All layouts, ranked by tokens a second.
+
+    Args:
+        offload: where a layout does not fit, try moving the share of its activations that makes it fit.
+        max_vpp: most model chunks a stage; 1 leaves the interleaved schedule out.
+        misfits: how many of those that do not fit to keep, the closest first.
+
+    Raises:
+        ConfigError: no layout divides model, batch and cluster, or none fits; with the nearest that would.
+    """
+    budget = cluster.device.hbm_bytes * USABLE
+    fitting, others = [], []
+    for layout in layouts(goal, cluster, max_vpp=max_vpp):
+        plan = evaluate(goal, layout, cluster, eff)
+        if plan.peak_bytes <= budget:
+            fitting.append(plan)
+            continue
+        others.append(plan)
+        if offload and layout.recompute != "full":
+            shares = needed_offload(
+                goal.arch,
+                layout,
+                seq_length=goal.seq_length,
+                precision=goal.precision,
+                ops=goal.ops,
+                budget_bytes=budget,
+            )
+            if shares is not None:
+                plan = evaluate(goal, replace(layout, offload=shares), cluster, eff)
+                if plan.peak_bytes <= budget:
+                    fitting.append(plan)
+    if not fitting and not others:
+        raise ConfigError(_no_layout(goal, cluster))
+    if not fitting:
+        raise ConfigError(_no_fit(goal, cluster, min(others, key=lambda plan: plan.peak_bytes), budget))
+    # Of equally fast plans the leaner, then the simpler.
+    fitting.sort(key=lambda p: (p.time.seconds, p.peak_bytes, p.layout.vpp))
+    others.sort(key=lambda p: p.peak_bytes)
+    return Ranking(plans=tuple(fitting), misfits=tuple(others[:misfits]), budget_bytes=budget)
+
+
+def _no_layout(goal: Goal, cluster: ClusterSpec) -> str:
+    """One line for a batch or a layer count that nothing divides."""
+    tried = [b for b in range(1, 4 * cluster.devices + 1) if any(layouts(replace(goal, global_batch_size=b), cluster))]
+    head = f"no layout divides {goal.arch.num_layers} layers and a global batch of {goal.global_batch_size} over "
+    head += f"{cluster.devices} devices"
+    if not tried:
+        return f"{head}: their number has no divisors in common with layers and heads; use another number of devices"
+    near = min(tried, key=lambda b: abs(b - goal.global_batch_size))
+    return f"{head}: train.global_batch_size {near} would do"
+
+
+def _no_fit(goal: Goal, cluster: ClusterSpec, nearest: Plan, budget: float) -> str:
+    """One line for a model that is too large: what binds, the nearest layout, and the cluster that would do."""
+    stage = max(range(nearest.layout.pp), key=lambda i: nearest.memory[i].total)
+    memory = nearest.memory[stage]
+    head = (
+        f"no layout fits {cluster.describe()}: the nearest, {nearest.layout.describe()}, needs "
+        f"{memory.total / GIB:.1f} of {budget / GIB:.1f} GiB on stage {stage} "
+        f"(weights, gradients and optimizer {memory.states / GIB:.1f}, activations {memory.activations / GIB:.1f}, "
+        f"logits {memory.logits / GIB:.1f})"
+    )
+    larger = cluster
+    for _ in range(8):
+        larger = with_devices(larger, 2 * larger.devices) if larger.nodes > 1 else replace(larger, nodes=2)
+        found = [
+            plan
+            for layout in layouts(goal, larger)
+            if layout.micro_batch_size == 1 and (plan := evaluate(goal, layout, larger)).peak_bytes <= budget
+        ]
+        if found:
+            best = min(found, key=lambda plan: plan.time.seconds)
+            return f"{head}; {larger.describe()} would do, with {best.layout.describe()}"
+    return f"{head}; no cluster of up to {larger.devices} such devices would do"

@@ -1,0 +1,287 @@
+"""Time of a training step from FLOPs, bytes and links: a roofline with a few measured or fitted efficiencies.
+
+A stage's micro-batch is the sum of its operators; the step is m of them on the slowest stage, the pipeline's bubble, and what
+data-parallel traffic, point-to-point traffic and offload copies cannot hide behind compute (Narayanan et al. 2021, sections 2
+and 3). docs/planner.md sets the result beside published rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flagscale_like.cluster import ClusterSpec, DeviceSpec
+from flagscale_like.planner.layout import Layout, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """What share of each roofline real kernels and collectives reach.
+
+    Attributes:
+        gemm: of the dense peak, for a product too large for edges to matter.
+        gemm_k: inner dimension at which a product reaches half of that: each tile's prologue and epilogue.
+        gemm_mn: output elements at which it does: tiles that do not fill the device.
+        attention: of the dense peak, by a fused causal attention that skips the upper triangle.
+        memory: of the memory bandwidth, by elementwise operators.
+        link, network: of a link's bandwidth, by large collectives inside a node and between nodes.
+        overlap: share of a backward matrix product that communication can hide behind.
+        latency_s: of one step of a collective's ring.
+        layer_overhead_s: of a layer's kernel launches and host work, one pass.
+    """
+
+    gemm: float = 0.80
+    gemm_k: float = 64.0
+    gemm_mn: float = 1.6e6
+    attention: float = 0.65
+    memory: float = 0.85
+    link: float = 0.5
+    network: float = 0.85
+    overlap: float = 0.9
+    latency_s: float = 3e-6
+    layer_overhead_s: float = 180e-6
+
+
+# AMPERE is fitted to published rows by benchmarks/planner/fit.py; HOPPER keeps all of it but `gemm`, which is set by one row,
+# GPT-3 175B on 96 H100 (Megatron-LM's README). docs/planner.md shows both beside what they are fitted to.
+AMPERE = Efficiency()
+HOPPER = Efficiency(gemm=0.70, layer_overhead_s=90e-6)
+# For a CPU whose peak is its measured matrix-product rate.
+MEASURED = Efficiency(gemm=1.0, gemm_k=32.0, gemm_mn=2e4, attention=0.4, link=1.0, network=1.0, overlap=0.0)
+
+
+def efficiency_of(device: DeviceSpec) -> Efficiency:
+    """The fitted efficiencies of a device's generation."""
+    return HOPPER if device.name.startswith("H") else AMPERE
+
+
+PARTS_OF_STEP = ("compute", "recompute", "tp", "bubble", "p2p", "dp", "optimizer", "offload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, by what they are spent on; they add up to `seconds`.
+
+    Attributes:
+        compute: matrix products, attention, elementwise operators, on the slowest stage.
+        recompute: the part of the forward pass that is run again.
+        tp: tensor-parallel collectives that are not hidden.
+        bubble: idle time of the pipeline.
+        p2p: activations sent between stages, not hidden.
+        dp: gradient reduction and parameter gather, not hidden.
+        optimizer: the update.
+        offload: copies that do not hide behind compute.
+        model_flops: of the step, on all devices, without recompute.
+    """
+
+    compute: float
+    recompute: float
+    tp: float
+    bubble: float
+    p2p: float
+    dp: float
+    optimizer: float
+    offload: float
+    model_flops: float
+    tokens: int
+    devices: int
+    peak_flops: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(getattr(self, part) for part in PARTS_OF_STEP)
+
+    @property
+    def tokens_per_s_per_device(self) -> float:
+        return self.tokens / self.seconds / self.devices
+
+    @property
+    def flops_per_s_per_device(self) -> float:
+        return self.model_flops / self.seconds / self.devices
+
+    @property
+    def mfu(self) -> float:
+        return self.flops_per_s_per_device / self.peak_flops
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of one pass over something: compute, and exposed tensor-parallel traffic."""
+
+    compute: float = 0.0
+    tp: float = 0.0
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(self.compute + other.compute, self.tp + other.tp)
+
+    def __mul__(self, factor: float) -> Pass:
+        return Pass(self.compute * factor, self.tp * factor)
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.tp
+
+
+def gemm_seconds(m: float, n: float, k: float, device: DeviceSpec, eff: Efficiency, dtype_bytes: int = 2) -> float:
+    """One [m, k] x [k, n] product: compute or memory bound."""
+    reached = eff.gemm * k / (k + eff.gemm_k) * (m * n) / (m * n + eff.gemm_mn)
+    traffic = (m * k + k * n + m * n) * dtype_bytes
+    return max(2.0 * m * n * k / (device.bf16_flops * reached), _move(traffic, device, eff))
+
+
+def _move(bytes_: float, device: DeviceSpec, eff: Efficiency) -> float:
+    return bytes_ / (device.hbm_gb_per_s * 1e9 * eff.memory)
+
+
+def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficiency, *, stride: int = 1) -> float:
+    """One all-gather or reduce-scatter of `bytes_` (the whole tensor) over a ring; an all-reduce is two."""
+    if ranks == 1:
+        return 0.0
+    inside = ranks * stride <= cluster.devices_per_node
+    rate = cluster.link_gb_per_s(ranks, stride) * 1e9 * (eff.link if inside else eff.network)
+    return bytes_ * (ranks - 1) / ranks / rate + (ranks - 1) * eff.latency_s
+
+
+def _layer_products(shape: Shape, layout: Layout, rows: float) -> list[tuple[float, float, float]]:
+    t, h, d = layout.tp, shape.hidden, shape.head_dim
+    return [
+        (rows, (shape.heads + 2 * shape.groups) * d / t, h),
+        (rows, h, shape.heads * d / t),
+        (rows, (2 if shape.gated else 1) * shape.ffn / t, h),
+        (rows, h, shape.ffn / t),
+    ]
+
+
+def _core_attention(
+    shape: Shape, layout: Layout, seq_length: int, device: DeviceSpec, eff: Efficiency
+) -> tuple[float, float]:
+    """Forward and backward seconds of a layer's attention without its projections."""
+    b, d = layout.micro_batch_size, shape.head_dim
+    heads = shape.heads / layout.tp
+    if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
+        forward = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.attention)
+        return forward, 2.5 * forward
+    scores = b * heads * seq_length**2 * 2
+    product = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.gemm * d / (d + eff.gemm_k))
+    # Forward: softmax reads and writes the scores, dropout reads, writes and stores a mask, products read and write them.
+    return 2 * product + _move(6.5 * scores, device, eff), 4 * product + _move(9 * scores, device, eff)
+
+
+def layer_passes(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency
+) -> tuple[Pass, Pass, Pass]:
+    """Forward, backward, and what recompute repeats, of one layer on one micro-batch."""
+    device, t = cluster.device, layout.tp
+    rows = float(seq_length * layout.micro_batch_size)
+    rows_sp = rows / t if layout.sp else rows
+    products = _layer_products(shape, layout, rows)
+    matmul = sum(gemm_seconds(m, n, k, device, eff) for m, n, k in products)
+    grad_weight = sum(gemm_seconds(n, k, m, device, eff) for m, n, k in products)
+    grad_input = sum(gemm_seconds(m, k, n, device, eff) for m, n, k in products)
+    core_forward, core_backward = _core_attention(shape, layout, seq_length, device, eff)
+    # Elementwise traffic, 2 bytes an element. Rows of h: two norms (read, write) and two residual sums (two reads, a write;
+    # with dropout a mask). Shards: rotation or bias of q, k, v; activation.
+    per_row = (2 * 2 + 2 * (3.5 if shape.dropout else 3)) * rows_sp * shape.hidden
+    per_shard = 2 * rows * (shape.heads + 2 * shape.groups) * shape.head_dim / t
+    per_shard += (3 if shape.gated else 2) * rows * shape.ffn / t
+    elementwise = _move(2 * (per_row + per_shard), device, eff)
+    forward = matmul + core_forward + elementwise + eff.layer_overhead_s
+    backward = grad_weight + grad_input + core_backward + 1.6 * elementwise + eff.layer_overhead_s
+    # Two all-reduces a pass, or as many all-gathers and reduce-scatters with sequence parallelism. The one of the input's
+    # gradient runs beside the weight's product; with sp so does the second gather of the input.
+    collective = ring_seconds(rows * shape.hidden * 2, t, cluster, eff)
+    hidden_behind = eff.overlap * grad_weight
+    if layout.sp:
+        exposed = 2 * collective + max(0.0, 2 * collective - hidden_behind)
+    else:
+        exposed = max(0.0, 4 * collective - hidden_behind)
+    fwd, bwd = Pass(forward, 4 * collective), Pass(backward, exposed)
+    again = {"none": Pass(), "selective": Pass(core_forward, 0.0), "full": fwd}[layout.recompute]
+    return fwd, bwd, again
+
+
+def head_pass(shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency) -> Pass:
+    """Forward and backward of the output layer and the loss on one micro-batch."""
+    device, rows = cluster.device, float(seq_length * layout.micro_batch_size)
+    v, h = shape.vocab / layout.tp, shape.hidden
+    products = (
+        gemm_seconds(rows, v, h, device, eff)
+        + gemm_seconds(v, h, rows, device, eff)
+        + gemm_seconds(rows, h, v, device, eff)
+    )
+    # fp32 logits are written, exponentiated in place, summed, normalised; the gradient is scaled and rounded.
+    loss = _move(rows * v * 22, device, eff)
+    return Pass(products + loss, 2 * ring_seconds(rows * h * 2, layout.tp, cluster, eff))
+
+
+def step_time(
+    shape: Shape,
+    layout: Layout,
+    cluster: ClusterSpec,
+    *,
+    seq_length: int,
+    parameters_per_rank: float | None = None,
+    offloaded_bytes: tuple[float, ...] = (),
+    eff: Efficiency | None = None,
+    overlap_dp: bool = True,
+    scatter_gather: bool = False,
+) -> StepTime:
+    """Time of one optimizer step.
+
+    Args:
+        parameters_per_rank: of the largest stage; the layers' and the output layer's share where it is left out.
+        offloaded_bytes: that each stage copies out, and back, for a micro-batch.
+        overlap_dp: gradient reduction and parameter gather run beside the backward and forward passes.
+        scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
+            section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
+    """
+    eff = eff or efficiency_of(cluster.device)
+    device, m, pp, vpp = cluster.device, layout.num_microbatches, layout.pp, layout.vpp
+    forward, backward, again = layer_passes(shape, layout, seq_length, cluster, eff)
+    head = head_pass(shape, layout, seq_length, cluster, eff)
+    layers = layout.stage_layers(shape.layers) if vpp == 1 else [shape.layers // pp] * pp
+    stages = [(forward + backward + again) * count for count in layers]
+    stages[-1] = stages[-1] + head
+    slowest = max(range(pp), key=lambda stage: stages[stage].seconds)
+    busy = stages[slowest]
+    recompute = again.seconds * layers[slowest]
+    mean = sum(stage.seconds for stage in stages) / pp
+    bubble = (pp - 1) / vpp * mean
+    # Point to point: an activation forward and a gradient backward, a chunk each; one port a device.
+    p2p = 0.0
+    if pp > 1:
+        rows = seq_length * layout.micro_batch_size / (layout.tp if layout.sp or scatter_gather else 1)
+        stride = layout.tp * layout.dp
+        inside = stride < cluster.devices_per_node
+        rate = (device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
+        one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
+        # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
+        p2p = (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
+    if parameters_per_rank is None:
+        heaviest = max(layers) * shape.layer_matrix_parameters + shape.hidden * shape.vocab
+        parameters_per_rank = heaviest / layout.tp
+    reduce = ring_seconds(parameters_per_rank * 4, layout.dp, cluster, eff, stride=layout.tp)
+    gather = ring_seconds(parameters_per_rank * 2, layout.dp, cluster, eff, stride=layout.tp)
+    if overlap_dp:  # behind one micro-batch's passes: only the last accumulates complete gradients
+        reduce = max(reduce * 0.1, reduce - eff.overlap * backward.compute * max(layers))
+        gather = max(gather * 0.1, gather - eff.overlap * forward.compute * max(layers))
+    # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
+    optimizer = _move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff)
+    offload = 0.0
+    if offloaded_bytes:
+        copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
+        offload = m * max(max(0.0, copy - stage.seconds) for copy, stage in zip(copies, stages, strict=True))
+    tokens = layout.dp * m * layout.micro_batch_size * seq_length
+    return StepTime(
+        compute=m * (busy.compute - again.compute * layers[slowest]),
+        recompute=m * recompute,
+        tp=m * (busy.tp - again.tp * layers[slowest]),
+        bubble=bubble,
+        p2p=p2p,
+        dp=reduce + gather,
+        optimizer=optimizer,
+        offload=offload,
+        model_flops=shape.model_flops(tokens, seq_length),
+        tokens=tokens,
+        devices=layout.world_size,
+        peak_flops=device.bf16_flops,
+    )

@@ -1,0 +1,162 @@
+"""The planner's activation bytes against what saved_tensors_hooks hold in a real step, on every pipeline stage."""
+
+import pytest
+import torch
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.config import RunConfig
+from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.model.build import build_chunks, initialize_weights, unwrap, wrap_chunks
+from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.memory import saved_activation_bytes
+from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves, operators_of
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.optimizer import build_optimizer
+from flagscale_like.training.step import train_step
+from tests.harness import run_ranks, tiny_config
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
+}
+
+
+class Held:
+    """A saved tensor; its storage counts for as long as any Held of it lives."""
+
+    def __init__(self, tensor: torch.Tensor, meter: "Meter") -> None:
+        self.tensor, self.meter = tensor, meter
+        self.key, self.nbytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        meter.users[self.key] = meter.users.get(self.key, 0) + 1
+        if meter.users[self.key] == 1:
+            meter.now += self.nbytes
+            meter.peak = max(meter.peak, meter.now)
+
+    def __del__(self) -> None:
+        self.meter.users[self.key] -= 1
+        if not self.meter.users[self.key]:
+            self.meter.now -= self.nbytes
+
+
+class Meter:
+    """Peak bytes of the distinct storages that autograd holds, parameters left out."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self.parameters, self.users, self.now, self.peak = parameters, {}, 0, 0
+
+    def pack(self, tensor: torch.Tensor) -> object:
+        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else Held(tensor, self)
+
+    def unpack(self, held: object) -> torch.Tensor:
+        return held.tensor if isinstance(held, Held) else held
+
+
+def step_peak(config: RunConfig) -> tuple[int, int]:
+    """(stage, peak bytes held) of one training step."""
+    with parallel_context(config.parallel) as ctx:
+        models = build_chunks(config, ctx)
+        initialize_weights(models, config, ctx)
+        chunks = wrap_chunks(models, config, ctx)
+        optimizer = build_optimizer(chunks, config)
+        data, _ = build_datasets(config, ctx, train_samples=config.train.global_batch_size, valid_samples=0)
+        skip = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
+        for chunk in chunks:  # RoPE's tables are made once and kept: no activation
+            for layer in unwrap(chunk).decoder.layers:
+                tables = layer.self_attention.core_attention.tables
+                if tables is not None:
+                    made = tables.tables(config.train.seq_length, ctx.platform.device)
+                    skip |= {t.untyped_storage().data_ptr() for t in made}
+        meter = Meter(skip)
+        count = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
+        with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
+            train_step(chunks, optimizer, config, ctx, micro_batches(data, config, ctx), count)
+        assert meter.now == 0
+        return ctx.pp_rank, meter.peak
+
+
+def check(name: str, config: RunConfig) -> None:
+    ranks = LAYOUTS[name][0]
+    layout = Layout.of(config, ranks)
+    for stage, found in run_ranks(ranks, step_peak, config):
+        planned = saved_activation_bytes(
+            config.model,
+            layout,
+            stage,
+            seq_length=config.train.seq_length,
+            precision=config.train.precision,
+            ops=operators_of(config.kernels),
+        )
+        assert planned == pytest.approx(found, rel=0.05), f"stage {stage}: planned {planned:,.0f}, held {found:,}"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_planned_activations_are_within_5_percent_of_what_a_step_holds(name, recompute, tmp_path):
+    config = tiny_config(
+        tmp_path,
+        parallel=LAYOUTS[name][1],
+        train__recompute=recompute,
+        train__precision="bf16",
+        train__micro_batch_size=2,
+        train__global_batch_size=16,
+    )
+    check(name, config)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_fp32_and_one_kv_head_a_query_head_are_planned_too(recompute, tmp_path):
+    config = tiny_config(tmp_path, model__num_query_groups=4, train__recompute=recompute)
+    check("one process", config)
+
+
+FEATURES = {
+    "qk_norm": {"model__qk_norm": True},
+    "alibi": {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4},
+    "norm_head": {"model__norm_head": True},
+    "qkv_bias": {"model__qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_families_add_is_planned(feature, recompute, tmp_path):
+    config = tiny_config(
+        tmp_path, train__precision="bf16", train__recompute=recompute, train__micro_batch_size=2, **FEATURES[feature]
+    )
+    check("one process", config)
+
+
+A, S, B, H, T = 64, 2048, 4, 6144, 8  # Korthikanti et al.'s 22B model
+
+
+@pytest.mark.parametrize(
+    ("sp", "recompute", "per_sbh"),
+    [
+        (False, "none", 10 + 24 / T + 5 * A * S / (H * T)),
+        (True, "none", (34 + 5 * A * S / H) / T),
+        (False, "selective", 10 + 24 / T),
+        (True, "selective", 34 / T),
+        (False, "full", 2),
+    ],
+)
+def test_a_gpt_layer_saves_what_korthikanti_et_al_say_it_saves(sp, recompute, per_sbh):
+    """Their table 2, in units of s b h bytes."""
+    shape = Shape.gpt(layers=48, hidden=H, heads=A)
+    layout = Layout(tp=T, sp=sp, micro_batch_size=B, recompute=recompute)
+    assert layer_bytes(shape, layout, S, 2, FUSED) / (S * B * H) == pytest.approx(per_sbh, rel=1e-12)
+
+
+def test_fused_operators_save_only_inputs_and_a_number_a_row():
+    arch = ModelArch(num_layers=1, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=250)
+    shape, layout = Shape.of(arch), Layout()
+    torch_names = {s.name: s.bytes for s in layer_saves(shape, layout, 32, 2, Operators())}
+    fused_names = {s.name: s.bytes for s in layer_saves(shape, layout, 32, 2, FUSED)}
+    assert torch_names["silu(gate)"] == 32 * 96 * 2
+    assert "silu(gate)" not in fused_names
+    assert fused_names["MLP norm"] == 32 * (64 * 2 + 4)
+    assert torch_names["MLP norm"] == 32 * (64 * 8 + 4)

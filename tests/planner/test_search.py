@@ -1,0 +1,150 @@
+"""Ranking layouts: what is found, what is refused, and what is said about it."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.cluster import parse_cluster
+from flagscale_like.config import load_config
+from flagscale_like.errors import ConfigError
+from flagscale_like.planner.report import describe_ranking, updated_config
+from flagscale_like.planner.search import Goal, configured_layout, evaluate, rank_layouts
+from tests.harness import cli, tiny_config, write_yaml
+
+AQUILA2_34B = ModelArch(
+    num_layers=60,
+    hidden_size=6144,
+    num_attention_heads=48,
+    num_query_groups=8,
+    ffn_hidden_size=24576,
+    vocab_size=100008,
+)
+AQUILA2_70B = ModelArch(
+    num_layers=80,
+    hidden_size=8192,
+    num_attention_heads=64,
+    num_query_groups=8,
+    ffn_hidden_size=28672,
+    vocab_size=100008,
+)
+
+
+def test_aquila2_34bs_published_layout_is_first_without_interleaving():
+    goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=1024)
+    best = rank_layouts(goal, parse_cluster("64x8xA100-40"), max_vpp=1).plans[0].layout
+    assert (best.tp, best.pp, best.dp, best.sp, best.micro_batch_size) == (4, 4, 32, True, 1)
+    assert best.recompute == "none"
+
+
+def test_aquila2_70bs_published_layout_fits_and_loses_to_less_tensor_parallel_traffic():
+    """Published: tp 8, pp 4, micro-batches of 2. docs/planner.md says why tp 4 is planned to be faster."""
+    goal, cluster = Goal(arch=AQUILA2_70B, seq_length=4096, global_batch_size=1056), parse_cluster("96x8xA800")
+    ranking = rank_layouts(goal, cluster, max_vpp=1)
+    best = ranking.plans[0]
+    published = next(
+        plan
+        for plan in ranking.plans
+        if (plan.layout.tp, plan.layout.pp, plan.layout.micro_batch_size) == (8, 4, 2)
+        and plan.layout.sp
+        and plan.layout.recompute == "none"
+    )
+    assert 1.0 < published.time.seconds / best.time.seconds < 1.2
+    assert published.time.tp > 2 * best.time.tp
+
+
+def test_plans_are_sorted_fit_and_say_why_they_lost():
+    goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=512)
+    ranking = rank_layouts(goal, parse_cluster("8x8xH100"))
+    times = [plan.time.seconds for plan in ranking.plans]
+    assert times == sorted(times)
+    assert all(plan.peak_bytes <= ranking.budget_bytes for plan in ranking.plans)
+    assert all(plan.peak_bytes > ranking.budget_bytes for plan in ranking.misfits)
+    assert ranking.why(ranking.plans[0]) == "the fastest"
+    assert "slower: " in ranking.why(ranking.plans[-1])
+    assert re.match(r"does not fit: stage \d needs [\d.]+ of 77.6 GiB", ranking.why(ranking.misfits[0]))
+    assert describe_ranking(ranking, parse_cluster("8x8xH100"), top=3).count("\n") == 1 + 3 + len(ranking.misfits)
+
+
+def test_offload_makes_a_layout_fit_that_did_not():
+    goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=1024)
+    cluster = parse_cluster("64x8xA100-40")
+    found = rank_layouts(goal, cluster, offload=True)
+    helped = [plan for plan in found.plans if plan.layout.offload]
+    assert helped
+    plan = helped[0]
+    assert evaluate(goal, plan.layout, cluster).peak_bytes <= found.budget_bytes
+    assert all((share > 0) == (memory.host > 0) for share, memory in zip(plan.layout.offload, plan.memory, strict=True))
+    assert evaluate(goal, replace(plan.layout, offload=()), cluster).peak_bytes > found.budget_bytes
+
+
+def test_automatic_shares_without_a_device_keep_one_micro_batch(tmp_path):
+    config = tiny_config(tmp_path, parallel={"pp": 4}, offload={"share": "auto"})
+    layout = configured_layout(config, 4, Goal.of(config), None)
+    assert layout.offload == pytest.approx((3 / 4, 2 / 3, 1 / 2, 0.0))
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_what_binds_and_what_would_do():
+    goal = Goal(arch=AQUILA2_70B, seq_length=4096, global_batch_size=64)
+    with pytest.raises(
+        ConfigError, match=r"no layout fits 1x8xA100-SXM4-40GB: the nearest, .* needs .* of 38.8 GiB .* would do, with"
+    ):
+        rank_layouts(goal, parse_cluster("1x8xA100-40"))
+
+
+def test_a_batch_that_nothing_divides_is_refused_with_one_that_would_do():
+    goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=7)
+    with pytest.raises(ConfigError, match=r"batch of 7 over 128 devices: train.global_batch_size 8 would do"):
+        rank_layouts(goal, parse_cluster("16x8xH100"))
+
+
+def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
+    file, out = (
+        write_yaml(tiny_config(tmp_path / "run", train__precision="bf16"), tmp_path / "x.yaml"),
+        tmp_path / "o.yaml",
+    )
+    done = cli("plan", str(file), "--cluster", "1x4xH100", "--top", "2", "--write", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "the fastest" in done.stdout
+    assert "tokens/s/dev" in done.stdout
+    written = load_config(out)
+    assert 4 % written.parallel.model_parallel_size == 0
+    assert yaml.safe_load(out.read_text())["model"]["num_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster", "1x8xH1000"], "device 'H1000' is not known, did you mean H100?"),
+        (["--cluster", "eight"], "write it as NODESxDEVICESxNAME"),
+        (["--cluster", "1x4xH100", "--network-gb-per-s", "-1"], "must be above 0"),
+    ],
+)
+def test_bad_clusters_are_one_line_and_exit_10(arguments, message, tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
+    done = cli("plan", str(file), *arguments)
+    assert done.returncode == 10
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_memory_by_component_bubble_and_tokens_a_second(tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run", parallel={"pp": 2}), tmp_path / "x.yaml")
+    done = cli("train", str(file), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for word in ("weights", "gradients", "optimizer", "activations", "bubble 12.5%", "tokens/s/device", "valid"):
+        assert word in done.stdout
+    far = cli("train", str(file), "--dry-run", "--world-size", "16", "train.global_batch_size=16")
+    assert "give --cluster" in far.stdout
+
+
+def test_an_updated_configuration_keeps_everything_but_the_layout(tmp_path):
+    config = tiny_config(tmp_path, train__global_batch_size=16)
+    goal = Goal.of(config)
+    plan = rank_layouts(goal, parse_cluster("1x4xA100")).plans[-1]
+    changed = updated_config(config, plan.layout)
+    assert changed.model == config.model
+    assert changed.parallel.tp == plan.layout.tp
+    assert configured_layout(changed, 4, goal, None) == plan.layout

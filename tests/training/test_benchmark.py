@@ -1,0 +1,94 @@
+"""`bench` measures what it says, and a profile is written where it was asked for."""
+
+import gzip
+import json
+
+import pytest
+import yaml
+
+from flagscale_like.config import load_config
+from flagscale_like.errors import ConfigError
+from flagscale_like.training.benchmark import sweep_points
+from tests.harness import REPOSITORY, cli, tiny_config, write_yaml
+
+
+def test_a_sweep_times_every_point_and_says_why_one_cannot_run(tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
+    done = cli(
+        *["bench", str(file), "--steps", "3", "--warmup", "1", "--sweep", "train.micro_batch_size=2,3"],
+        *["--compare", "--save", "--out", str(tmp_path / "out")],
+    )
+    assert done.returncode == 0, done.stderr
+    good, bad = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert bad["point"] == "train.micro_batch_size=3"
+    assert "train.global_batch_size (8) must be divisible by" in bad["error"]
+    point = good["measured"]
+    assert point["steps"] == 3
+    assert point["step_low_s"] <= point["step_s"] <= point["step_high_s"]
+    assert point["tokens_per_s_per_device"] == pytest.approx(8 * 32 / point["step_s"])
+    flops = tiny_config(tmp_path).model.flops_per_token(32) * 8 * 32
+    assert point["mfu"] == pytest.approx(flops / point["step_s"] / point["peak_flops"])
+    assert 0 < point["mfu"] < 1
+    assert point["states"] == point["planned_states"]
+    assert point["checkpoint_stall_s"] > 0
+    assert good["compared"]["ratio"] > 0
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 1000
+    for words in (
+        "MFU = model FLOPs / (step time x devices x",
+        "peak: measured: fp32 matrix product",
+        "of transformers",
+    ):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()  # a benchmark leaves the run's folder alone
+
+
+def test_offload_on_and_off_are_two_points_of_one_sweep(tmp_path):
+    config = tiny_config(tmp_path / "run", parallel={"pp": 2}, offload={"min_tensor_bytes": 1024})
+    file = write_yaml(config, tmp_path / "x.yaml")
+    options = ["--steps", "2", "--warmup", "1", "--sweep", "offload.share=0.0,1.0", "--out", str(tmp_path / "out")]
+    done = cli("bench", str(file), *options)
+    assert done.returncode == 0, done.stderr
+    off, on = (entry["measured"] for entry in json.loads((tmp_path / "out" / "bench.json").read_text()))
+    assert off["devices"] == on["devices"] == 2
+    assert off["offload"]["bytes_out"] == 0 < on["offload"]["bytes_out"]
+    assert on["loss"] == off["loss"]
+
+
+def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run", parallel={"pp": 2}), tmp_path / "x.yaml")
+    done = cli("bench", str(file), "--compare", "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr.count("\n")) == (10, 1)
+    assert "--compare runs in one process, this layout has 2" in done.stderr
+    for wrong in ("train.steps", "=1", "a=1,,2"):
+        with pytest.raises(ConfigError, match="write it as"):
+            sweep_points([wrong])
+    assert sweep_points(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
+    assert sweep_points([]) == [()]
+
+
+def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):
+    config = tiny_config(tmp_path / "run", parallel={"pp": 2}, train__profile={"steps": [2, 3]}, train__steps=4)
+    done = cli("train", str(write_yaml(config, tmp_path / "x.yaml")))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        with gzip.open(tmp_path / "run" / "profile" / f"rank_{rank:05d}.json.gz") as file:
+            events = json.load(file)["traceEvents"]
+        updates = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
+        assert len(updates) == 2
+        assert any(e.get("name") == "aten::mm" for e in events)
+
+
+def test_a_profile_of_no_steps_is_refused(tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
+    done = cli("train", str(file), "--dry-run", "train.profile.steps=[3,2]")
+    assert done.returncode == 10
+    assert "profile.steps (3, 2) must be a first and a last step" in done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "examples" / "slices").glob("*.yaml")), ids=lambda f: f.stem)
+def test_slices_load_and_are_planned_to_fit_one_80_gb_card(file):
+    config = load_config(file)
+    assert config.model.hidden_size >= 4096
+    assert yaml.safe_load(file.read_text())["checkpoint"] == {"interval": 0}
+    done = cli("train", str(file), "--dry-run", "--world-size", "1", "--cluster", "1x1xA100-80")
+    assert done.returncode == 0, done.stderr
