@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConfigError, PeerLostError, PlatformError
@@ -121,7 +122,12 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     device_id = platform.device if platform.is_cuda else None
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         try:
-            dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+            store, rank, world = next(rendezvous("env://", timeout=timeout))
+            # torchrun keeps one store over restarts: without a name of its own, a start finds the dead ranks' addresses.
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(
+                platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
+            )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
             cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
