@@ -74,3 +74,15 @@ def test_records_of_steps_after_the_checkpoint_are_written_anew(one_process, tmp
         file.write(json.dumps({"step": 4, "lm loss": 123.0, "grad-norm": 1.0}) + '\n{"step": 5, "lm lo')
     run_ranks(1, train_run, tiny_config(run_dir))
     assert losses(run_dir) == losses(one_process)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_tp2_sp_pp2_in_bf16_with_recompute_goes_on_as_one_process_in_bf16(recompute, tmp_path):
+    one = tiny_config(tmp_path / "one", train__precision="bf16")
+    run_ranks(1, train_run, one)
+    run_dir = fork_at_step_3(Path(one.run_dir), tmp_path / "run")
+    layout = {"tp": 2, "sp": True, "pp": 2}
+    run_ranks(4, train_run, tiny_config(run_dir, train__precision="bf16", train__recompute=recompute, parallel=layout))
+    expected, found = losses(Path(one.run_dir))[3:], losses(run_dir)[3:]
+    assert [loss for loss, _ in found] == [pytest.approx(loss, rel=2e-3) for loss, _ in expected]
+    assert [norm for _, norm in found] == [pytest.approx(norm, rel=2e-2) for _, norm in expected]
