@@ -9,7 +9,9 @@ training path. Nothing of torch itself is changed for it. Instead
    TorchFunctionMode that answers for these two methods, and that ends with the call;
 3. the CUDA random-number state that activation recompute keeps is the CPU's;
 4. a pipeline output is sent as a detached alias: the schedule frees an output's storage (`out.data = empty`) after
-   `isend`, and gloo, unlike NCCL, reads it later. Without this the interleaved schedule trains on garbage, silently.
+   `isend`, and gloo, unlike NCCL, reads it later. Without this the interleaved schedule trains on garbage, silently;
+5. a gradient reduction or parameter gather of one rank with itself, in place, is left out: gloo copies the whole buffer
+   onto itself.
 """
 
 from __future__ import annotations
@@ -163,6 +165,18 @@ def _send_detached(function: Callable) -> Callable:
     return call
 
 
+def _not_alone(collective: Callable) -> Callable:
+    """Wrap a collective of param_and_grad_buffer: see 5. in the module's docstring."""
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, input_: torch.Tensor, *, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == input_.data_ptr():
+            return None
+        return collective(output, input_, group=group, **kwargs)
+
+    return call
+
+
 @functools.cache
 def install() -> None:
     """Patch megatron-core, once. The caller has made sure that there is no CUDA device in use."""
@@ -186,3 +200,7 @@ def install() -> None:
 
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication").P2PCommunicator
     p2p._communicate = _send_detached(p2p._communicate)
+
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _not_alone(getattr(buffers, name)))

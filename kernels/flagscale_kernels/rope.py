@@ -49,9 +49,13 @@ def _rotate_torch(t, out, cos, sin, interleaved, sign):
     x1, x2 = _pairs(t, r, interleaved)
     y1, y2 = _pairs(out, r, interleaved)
     # cos is fp32 (or wider), so the products are; x1 is read in full before y1, perhaps the same memory, is written.
-    turned = torch.addcmul(x2 * cos, x1, sin, value=sign)
-    y1.copy_(torch.addcmul(x1 * cos, x2, sin, value=-sign))
-    y2.copy_(turned)
+    if out is not t and t.dtype == cos.dtype:
+        torch.addcmul(x2 * cos, x1, sin, value=sign, out=y2)
+        torch.addcmul(x1 * cos, x2, sin, value=-sign, out=y1)
+    else:
+        turned = torch.addcmul(x2 * cos, x1, sin, value=sign)
+        y1.copy_(torch.addcmul(x1 * cos, x2, sin, value=-sign))
+        y2.copy_(turned)
     if out is not t and r < t.shape[-1]:
         out[..., r:].copy_(t[..., r:])
 

@@ -62,9 +62,10 @@ def _backward_torch(dy, gate, up, weight, dgate, dup):
     if weight is not None:
         dweight = (grad * silu).mul_(up).sum(-1).to(weight.dtype)
         grad = grad * weight.unsqueeze(-1)
-    dup.copy_(grad * silu)
-    # s (1 + g (1 - s)) = s + silu (1 - s)
-    dgate.copy_(silu.mul_(1 - s).add_(s).mul_(grad).mul_(up))
+    torch.mul(grad, silu, out=dup) if dup.dtype == compute else dup.copy_(grad * silu)
+    # s (1 + g (1 - s)) = s + silu - silu s
+    slope = torch.addcmul(s, silu, s, value=-1).add_(silu).mul_(grad)
+    torch.mul(slope, up, out=dgate) if dgate.dtype == compute else dgate.copy_(slope.mul_(up))
     return dweight
 
 
