@@ -41,9 +41,16 @@ def demo(tmp_path_factory):
 
 def test_the_demo_leaves_what_it_says(demo):
     run_dir, printed = demo
-    assert {"config.yaml", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "hf", "data"} == {
-        p.name for p in run_dir.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "tensorboard",
+        "checkpoints",
+        "hf",
+        "data",
+        "resilience.jsonl",
+    } == {p.name for p in run_dir.iterdir()}
     for part in (
         "unigram entropy",
         "completion by transformers",
