@@ -80,13 +80,13 @@ def test_a_taken_port_is_one_line_and_exit_code_15(tmp_path):
 
 
 def test_restarts_that_do_not_help_end_with_the_ranks_own_exit_code(tmp_path):
-    config = tiny_config(tmp_path / "run", checkpoint__load=str(tmp_path / "nowhere"))
-    yaml = write_yaml(config, tmp_path / "run.yaml")
+    data = {"sources": [{"path": "x"}], "tokenizer": str(tmp_path / "nowhere")}
+    yaml = write_yaml(tiny_config(tmp_path / "run", data=data), tmp_path / "run.yaml")
     result = cli("train", str(yaml), "--nproc-per-node", "1", "--max-restarts", "1")
-    assert result.returncode == 12
+    assert result.returncode == 11
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert [line.partition(": ")[2] for line in errors] == [
-        *[f"{tmp_path}/nowhere: no checkpoint there (looked for step_*/manifest.json and checkpoints/)"] * 2,
+        *[f"tokenizer {tmp_path}/nowhere: no such folder"] * 2,
         "given up after 1 restarts (--max-restarts)",
     ]
 
