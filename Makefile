@@ -14,7 +14,7 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on another layout, export it: about 3 minutes on 2 cores
+demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on another layout, export it
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/installed  ## Run the tests that need no GPU
