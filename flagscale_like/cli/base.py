@@ -1,0 +1,58 @@
+"""What the commands share: the application, common arguments, and how a checkpoint or a YAML is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flagscale_like.checkpoint.format import CheckpointReader
+
+app = typer.Typer(
+    name="flagscale-like",
+    help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: train.steps=100", metavar="[KEY=VALUE]...")
+]
+Checkpoint = Annotated[Path, typer.Option(help="A run folder, a checkpoints/ folder, or one step_* folder.")]
+Processes = Annotated[int | None, typer.Option(help="Processes that read; as many as CPUs, if left out.")]
+
+
+def example(text: str) -> str:
+    """The last line of a command's help."""
+    return f"Example: {text}"
+
+
+def model_of_source(values: dict) -> dict | None:
+    """`model` of a YAML that leaves it out: that of the checkpoint or Hugging Face folder that training starts from."""
+    options = values.get("checkpoint")
+    if not isinstance(options, dict):
+        return None
+    if isinstance(options.get("init_from_hf"), str):
+        from flagscale_like.families import read_config
+
+        return read_config(Path(options["init_from_hf"]))[1].model_dump(mode="json")
+    if isinstance(options.get("load"), str):
+        from flagscale_like.checkpoint.format import CheckpointReader
+        from flagscale_like.checkpoint.manifest import find_checkpoint
+
+        return CheckpointReader(find_checkpoint(Path(options["load"]))).arch.model_dump(mode="json")
+    return None
+
+
+def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
+    """The newest checkpoint at a path, and the tokenizer folder that its run used, or that was imported with it."""
+    from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.manifest import find_checkpoint
+
+    reader = CheckpointReader(find_checkpoint(checkpoint))
+    tokenizer = reader.state.get("config", {}).get("data", {}).get("tokenizer") or reader.folder / "tokenizer"
+    return reader, Path(tokenizer) if Path(tokenizer).is_dir() else None

@@ -1,0 +1,116 @@
+"""`bench`: the training loop, timed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flagscale_like.config import RunConfig
+
+
+@app.command(epilog=example("flagscale-like bench examples/aquila2/tiny.yaml --sweep train.micro_batch_size=1,2,4"))
+def bench(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them that are left out.")] = 3,
+    sweep: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE; several make every combination.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run transformers on the same shape; one process.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Save a checkpoint after the last step; report the stall.")
+    ] = False,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; one a GPU, or as many as the layout.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
+    result: Annotated[Path | None, typer.Option(hidden=True, help="Where a rank writes its point.")] = None,
+) -> None:
+    """Time the training loop on synthetic tokens: tokens/s, TFLOP/s, MFU, memory, next to what is planned."""
+    import json
+    import tempfile
+
+    from flagscale_like.config import load_config
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    if is_worker():
+        _bench_here(load_config(config_file, overrides or (), model_of_source), steps, warmup, compare, save, result)
+        return
+    from flagscale_like.planner.report import table
+    from flagscale_like.training.benchmark import plot, rows, sweep_points
+
+    found = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    for point in sweep_points(sweep or ()):
+        name = " ".join(point)
+        changed = [*(overrides or ()), *point]
+        try:
+            config = load_config(config_file, changed, model_of_source)
+            processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+            config.data_parallel_size(processes)
+            if compare and processes > 1:
+                raise ConfigError(f"--compare runs in one process, this layout has {processes}")
+        except ConfigError as error:
+            if not point:
+                raise
+            found.append({"point": name, "error": str(error)})
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "point.json"
+            options = ["--steps", str(steps), "--warmup", str(warmup), "--result", str(file)]
+            options += ["--compare"] * compare + ["--save"] * save
+            code = launch(processes, ["bench", str(config_file), *changed, *options])
+            if not file.is_file():
+                if not point:
+                    raise SystemExit(code or 1)
+                found.append({"point": name, "error": f"failed with exit code {code}"})
+                continue
+            found.append({"point": name, **json.loads(file.read_text(encoding="utf-8"))})
+    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    typer.echo(table(rows(found), right=(2, 4, 5, 6, 7, 8, 9, 10)))
+    good = [entry["measured"] for entry in found if "measured" in entry]
+    if good:
+        first = good[0]
+        typer.echo(
+            f"{first['devices']} x {first['device']}, {first['precision']}; MFU = model FLOPs / (step time x devices x "
+            f"{first['peak_flops'] / 1e12:.4g} TFLOP/s); peak: {first['peak_source']}; model FLOPs without recompute"
+        )
+        plot(found, out / "bench.png")
+    for entry in found:
+        if "compared" in entry:
+            c = entry["compared"]
+            typer.echo(
+                f"{entry['point'] or 'as configured'}: a step of ours {c['ours_s']:.4g} s, of transformers "
+                f"{c['theirs_s']:.4g} s, in turn: ours / transformers in tokens/s {c['ratio']:.2f} "
+                f"(median of {c['rounds']} pairs; {c['note']})"
+            )
+    typer.echo(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if good else ""))
+
+
+def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save: bool, result: Path | None) -> None:
+    """One point, on this rank; rank 0 writes it to `result`."""
+    import contextlib
+    import json
+    from dataclasses import asdict
+
+    from flagscale_like.runtime.parallel import parallel_context
+    from flagscale_like.training.benchmark import compare_with_transformers, measure
+
+    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+        with contextlib.redirect_stdout(sys.stderr):
+            point = measure(config, ctx, steps=steps, warmup=warmup, checkpoint=save)
+            compared = compare_with_transformers(config, ctx, rounds=steps, warmup=warmup) if compare else None
+        if ctx.is_main and result is not None:
+            found = {"measured": asdict(point)} | ({"compared": asdict(compared)} if compared else {})
+            result.write_text(json.dumps(found), encoding="utf-8")

@@ -1,0 +1,137 @@
+"""`ckpt`: list, verify, show, reshard and prune checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flagscale_like.cli.base import Processes, app, example
+
+ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+app.add_typer(ckpt_app, name="ckpt")
+
+
+def _checkpoints_root(run: Path) -> Path:
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+@ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))
+def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder.")]) -> None:
+    """List a run's checkpoints, newest first; reads manifests, not the data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flagscale_like.checkpoint.manifest import TEMPORARY, read_latest, read_manifest, read_state, step_folders
+    from flagscale_like.errors import CheckpointError
+
+    root = _checkpoints_root(run)
+    latest = read_latest(root)
+    table = Table("step", "layout", "MB", "consumed samples", "folder", box=None)
+    for folder in step_folders(root):
+        try:
+            size = sum(record.size_bytes for record in read_manifest(folder)) / 1e6
+            state = read_state(folder)
+            layout = " ".join(f"{name}{degree}" for name, degree in state.get("layout", {}).items())
+            where = f"{folder}{' (latest)' if folder == latest else ''}"
+            table.add_row(str(state.get("step")), layout, f"{size:,.1f}", str(state.get("consumed_samples")), where)
+        except CheckpointError as error:
+            table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", str(error))
+    for folder in sorted(root.glob(f"{TEMPORARY}*")):
+        table.add_row("", "unfinished", "", "", str(folder))
+    if not table.row_count:
+        raise CheckpointError(f"{root}: holds no checkpoints")
+    console = Console()
+    Console(width=console.width if console.is_terminal else 1000).print(table)
+
+
+@ckpt_app.command("verify", epilog=example("flagscale-like ckpt verify runs/demo"))
+def ckpt_verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    processes: Processes = None,
+) -> None:
+    """Compare every file of a checkpoint with its size and checksum in the manifest; the newest one of a run."""
+    from flagscale_like.checkpoint.manifest import find_checkpoint, read_manifest, verify_files
+    from flagscale_like.errors import CheckpointError
+
+    folder = find_checkpoint(checkpoint)
+    began = time.perf_counter()
+    problems = verify_files(folder, processes=processes or os.cpu_count() or 1)
+    seconds, records = time.perf_counter() - began, read_manifest(folder)
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
+    size = sum(record.size_bytes for record in records)
+    typer.echo(f"{folder}: {len(records)} files are whole ({size / 1e6:,.1f} MB, {size / 1e9 / seconds:.2f} GB/s)")
+
+
+@ckpt_app.command("show", epilog=example("flagscale-like ckpt show runs/demo --tensors"))
+def ckpt_show(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    tensors: Annotated[bool, typer.Option(help="Also list every tensor and its shape.")] = False,
+) -> None:
+    """Say what a checkpoint holds: step, model, layout, versions, files, tensors."""
+    import yaml
+
+    from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.manifest import find_checkpoint, read_manifest
+
+    folder = find_checkpoint(checkpoint)
+    reader = CheckpointReader(folder)
+    held = [kind for kind in ("param", "exp_avg", "exp_avg_sq") if reader.has(kind)]
+    shown = {key: value for key, value in reader.state.items() if key != "config"}
+    files = {record.name: record.size_bytes for record in read_manifest(folder)}
+    summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.keys()), "file_bytes": files}
+    typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
+    if tensors:
+        for key, shape in reader.shapes().items():
+            typer.echo(f"{key} {list(shape)} {reader.dtype(key, 'param')}")
+
+
+@ckpt_app.command("reshard", epilog=example("flagscale-like ckpt reshard runs/demo --out moved/demo --files 4"))
+def ckpt_reshard(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
+    files: Annotated[int, typer.Option(min=1, help="Files to write, of equal size.")] = 1,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's moments out.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Also record each file's sha256.")] = False,
+    processes: Processes = None,
+) -> None:
+    """Write a checkpoint anew in another number of files. Not needed to load it on another layout: any layout loads it."""
+    from flagscale_like.checkpoint.manifest import find_checkpoint
+    from flagscale_like.checkpoint.reshard import reshard
+
+    folder = find_checkpoint(checkpoint)
+    records = reshard(
+        folder, out, files=files, weights_only=weights_only, sha256=sha256, processes=processes or os.cpu_count() or 1
+    )
+    typer.echo(f"wrote {out} from {folder}: {len(records)} files, {sum(r.size_bytes for r in records) / 1e6:,.1f} MB")
+
+
+@ckpt_app.command("prune", epilog=example("flagscale-like ckpt prune runs/demo --keep 2 --keep-every 1000"))
+def ckpt_prune(
+    run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder; no training may write to it.")],
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],
+    keep_every: Annotated[int, typer.Option(min=0, help="Also keep multiples of so many steps; 0 for none.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Say what would go, and remove nothing.")] = False,
+    processes: Processes = None,
+) -> None:
+    """Remove old checkpoints and what interrupted saves left. The newest one whose files are whole always stays."""
+    from flagscale_like.checkpoint.manifest import newest_whole, remove, remove_leftovers, to_remove
+    from flagscale_like.errors import CheckpointError
+
+    root = _checkpoints_root(run)
+    good, rejected = newest_whole(root, processes=processes or os.cpu_count() or 1)
+    for reason in rejected:
+        typer.echo(f"damaged: {reason}")
+    if good is None:
+        raise CheckpointError(f"{root}: holds no whole checkpoint; nothing was removed")
+    gone = to_remove(root, keep=keep, keep_every=keep_every, good=good)
+    if not dry_run:
+        remove(gone)
+        remove_leftovers(root)
+    for folder in gone:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
+    typer.echo(f"{len(gone)} checkpoints {'would go' if dry_run else 'removed'}; {good} is whole")

@@ -1,0 +1,81 @@
+"""The plan of a configured layout, as `train --dry-run` prints it, and the cluster that a user names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from flagscale_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flagscale_like.cluster import ClusterSpec
+    from flagscale_like.config import RunConfig
+    from flagscale_like.planner.throughput import Efficiency
+
+
+def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
+    """The plan of the configured layout; times where the cluster is given, or the ranks are this machine's."""
+    from flagscale_like.planner.report import describe_memory, describe_time
+    from flagscale_like.planner.search import Goal, configured_layout, evaluate
+
+    par, train, model = config.parallel, config.train, config.model
+    cluster, eff = find_cluster(cluster_text, config, ranks) if cluster_text or local else (None, None)
+    cuda = eff is None  # a measured CPU has efficiencies of its own
+    goal = Goal.of(config)
+    layout = configured_layout(config, ranks, goal, cluster.device if cluster and cuda else None)
+    tokens = train.total_samples() * train.seq_length
+    padded = model.parameter_count(model.padded_vocab_size(par.tp))
+    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    typer.echo(
+        f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
+    )
+    typer.echo(
+        f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
+        f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; bubble {layout.bubble:.1%}"
+    )
+    typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
+    if config.data.sources:
+        from flagscale_like.data.pretrain import check_sources
+
+        check_sources(config)
+        typer.echo(f"data         {len(config.data.sources)} sources found")
+    plan = evaluate(goal, layout, cluster or _nominal(ranks), eff, overhead=cuda)
+    typer.echo(f"memory       planned peak of a rank of each stage\n{describe_memory(plan.memory)}")
+    if cluster is None:
+        typer.echo("time         give --cluster, 64x8xH100 say, for the expected tokens/s")
+    else:
+        typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
+        if plan.peak_bytes > cluster.device.hbm_bytes:
+            raise ConfigError(
+                f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
+                f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
+            )
+    typer.echo("the configuration is valid")
+
+
+def _nominal(ranks: int) -> ClusterSpec:
+    """A cluster for plans whose time is not shown."""
+    from flagscale_like.cluster import parse_cluster
+
+    return parse_cluster(f"{ranks}xH100")
+
+
+def find_cluster(text: str | None, config: RunConfig, ranks: int) -> tuple[ClusterSpec, Efficiency | None]:
+    """The cluster a user named, or this machine, measured; and its efficiencies where it is a measured CPU."""
+    from dataclasses import replace
+
+    from flagscale_like.cluster import ClusterSpec, parse_cluster
+    from flagscale_like.planner.throughput import MEASURED
+    from flagscale_like.runtime.platform import get_platform
+    from flagscale_like.runtime.roofline import measure_device
+
+    if text is not None and not text.lower().endswith("xthis"):
+        return parse_cluster(text), None
+    platform = get_platform()
+    count = parse_cluster(text.lower().replace("xthis", "xH100")).devices if text else ranks
+    device = measure_device(platform, config.train.precision, processes=1 if platform.is_cuda else count)
+    cluster = ClusterSpec(nodes=1, devices_per_node=count, device=device, network_gb_per_s=device.link_gb_per_s)
+    if text:
+        cluster = replace(parse_cluster(text, this_device=device), network_gb_per_s=device.link_gb_per_s)
+    return cluster, None if platform.is_cuda else MEASURED

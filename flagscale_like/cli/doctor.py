@@ -1,0 +1,27 @@
+"""`doctor`: what is installed."""
+
+from __future__ import annotations
+
+import typer
+
+from flagscale_like.cli.base import app, example
+from flagscale_like.errors import PlatformError
+
+
+@app.command(epilog=example("flagscale-like doctor"))
+def doctor() -> None:
+    """Say what is installed, and what each missing piece costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flagscale_like.runtime.doctor import examine
+
+    findings = examine()
+    table = Table("", "", "", box=None, show_header=False)
+    for finding in findings:
+        table.add_row(finding.name, finding.status, finding.detail)
+    Console(soft_wrap=True, highlight=False).print(table)
+    broken = [f.name for f in findings if f.status == "broken"]
+    if broken:
+        raise PlatformError(f"missing and required: {', '.join(broken)}")
+    typer.echo("training works here")

@@ -1,0 +1,53 @@
+"""`plan`: the best layouts of a model on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.cli.describe import find_cluster
+from flagscale_like.errors import ConfigError
+
+
+@app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
+def plan(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="NODESxDEVICESxNAME, 64x8xH100 say; NAME `this` is the machine at hand, measured.")
+    ] = "1x8xH100",
+    network_gb_per_s: Annotated[float | None, typer.Option(help="A device's share of the network, one way.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 10,
+    max_vpp: Annotated[int | None, typer.Option(min=1, help="Most model chunks a stage; 1: no interleaving.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Try activation offload where a layout is too big.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the YAML of the best layout here.")] = None,
+) -> None:
+    """Rank the layouts of a model on a cluster by tokens a second, and say why the others lost."""
+    from dataclasses import replace
+
+    from flagscale_like.config import load_config
+    from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
+    from flagscale_like.planner.search import Goal, rank_layouts
+
+    config = load_config(config_file, overrides or (), model_of_source)
+    place, eff = find_cluster(cluster, config, 1)
+    if network_gb_per_s is not None:
+        if network_gb_per_s <= 0:
+            raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
+        place = replace(place, network_gb_per_s=network_gb_per_s)
+    goal = Goal.of(config)
+    ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp, eff=eff)
+    best = ranking.plans[0]
+    typer.echo(describe_ranking(ranking, place, top=top))
+    typer.echo(f"\nthe first: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    if write is not None:
+        try:
+            write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--write {write}: cannot be written: {error.strerror}") from None
+        typer.echo(f"wrote {write}")

@@ -1,0 +1,79 @@
+"""`train`: the run that a YAML file describes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.cli.describe import describe
+from flagscale_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flagscale_like.config import RunConfig
+    from flagscale_like.runtime.parallel import ParallelContext
+
+
+@app.command(epilog=example("flagscale-like train examples/aquila2/tiny.yaml train.steps=50 parallel.pp=2"))
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Ranks to start here; one a GPU, or tp*pp*cp on CPU.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Restarts of all ranks after one fails; they resume by themselves.")
+    ] = 0,
+    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, and stop.")] = False,
+    world_size: Annotated[int | None, typer.Option(help="Ranks to check the layout for, with --dry-run.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="What to plan time and memory for, with --dry-run.")] = None,
+) -> None:
+    """Train, or go on with, the run that a YAML file describes; under torchrun, or starting the ranks itself."""
+    from flagscale_like.config import load_config
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
+    config = load_config(config_file, overrides or (), model_of_source)
+    if print_config:
+        typer.echo(config.to_yaml(), nl=False)
+        return
+    if is_worker():
+        _train_here(config)
+        return
+    if nproc_per_node is not None and nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node ({nproc_per_node}) must be 1 or more")
+    processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+    ranks = (world_size if dry_run else None) or processes
+    dp = config.data_parallel_size(ranks)
+    if dry_run:
+        describe(config, ranks, dp, cluster, local=ranks == processes)
+        return
+    if processes == 1 and max_restarts == 0:
+        _train_here(config)
+        return
+    arguments = ["train", str(config_file), *(overrides or ())]
+    raise SystemExit(launch(processes, arguments, max_restarts=max_restarts))
+
+
+def _train_here(config: RunConfig) -> None:
+    from flagscale_like.data.pretrain import prepare_once
+    from flagscale_like.runtime.parallel import parallel_context, world_size_from_env
+    from flagscale_like.training.loop import agree, train
+
+    config.data_parallel_size(world_size_from_env())
+    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+        _make_run_folder(config, ctx)
+        # Rank 0 makes the files; a failure there is every rank's error.
+        agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
+        train(prepare_once(config), ctx)
+
+
+def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:
+    try:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {config.run_dir}: cannot be made: {error.strerror}") from None
+    ctx.barrier()

@@ -1,0 +1,114 @@
+"""Reading a YAML file and its overrides; errors name the file, the line and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flagscale_like.config.run import RunConfig
+from flagscale_like.errors import ConfigError
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    read_model: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` overrides, validate.
+
+    Args:
+        read_model: finds `model` from the other values (the checkpoint or folder that training starts from); what the YAML
+            gives of it wins.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or a value is wrong; one line an error, all at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    found = read_model(values) if read_model else None
+    if found is not None and isinstance(values.get("model", {}), dict):
+        values["model"] = found | values.get("model", {})
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, node, item) for item in error.errors())) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as key.path=value, for example train.micro_batch_size=2")
+    *parents, leaf = key.split(".")
+    here = values
+    for parent in parents:
+        if here.get(parent) is None:
+            here[parent] = {}
+        here = here[parent]
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a group of keys")
+    try:
+        here[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a YAML value: {error}") from None
+
+
+def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
+    """The line of a key path in the composed YAML, or None where an override made the key."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == part), None)
+            if pair is None:
+                return line if line is not None else None
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Names that are valid in the group `location` points into."""
+    group: Any = RunConfig
+    for part in location:
+        if isinstance(part, int) or group is None:
+            continue
+        annotation = group.model_fields[part].annotation if part in group.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        group = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return [field.alias or name for name, field in group.model_fields.items()] if group is not None else []
+
+
+def _explain(path: Path, node: yaml.Node | None, item: Any) -> str:
+    location = item["loc"]
+    line = _line(node, location)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(str(part) for part in location)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _fields_at(location[:-1]), n=1, cutoff=0.5)
+        known = ", ".join(_fields_at(location[:-1]))
+        message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known keys: {known}")
+    elif item["type"] == "missing":
+        message = "required, but not given"
+    elif item["type"] != "value_error":
+        message += f" (got {item['input']!r})"
+    return f"{where}: {name}: {message}" if name else f"{where}: {message}"

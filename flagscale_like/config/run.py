@@ -1,0 +1,169 @@
+"""RunConfig: the groups together, and what must agree between them."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from flagscale_like.arch import Frozen, ModelArch
+from flagscale_like.config.groups import (
+    Checkpoint,
+    Data,
+    Kernels,
+    Monitors,
+    Offload,
+    Optimizer,
+    Parallel,
+    Resilience,
+    Train,
+)
+from flagscale_like.errors import ConfigError
+
+
+class RunConfig(Frozen):
+    """A run, wholly described. `run_dir` receives config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png."""
+
+    run_dir: str
+    model: ModelArch
+    parallel: Parallel = Parallel()
+    train: Train
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    kernels: Kernels = Kernels()
+    monitors: Monitors = Monitors()
+    resilience: Resilience = Resilience()
+    offload: Offload | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        model, par, train = self.model, self.parallel, self.train
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            if getattr(model, name) % par.tp:
+                raise ValueError(f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp})")
+        if par.sp and train.seq_length % par.tp:
+            raise ValueError(
+                f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp"
+            )
+        self._check_stages()
+        if self.offload and isinstance(self.offload.share, list) and len(self.offload.share) != par.pp:
+            raise ValueError(
+                f"offload.share lists {len(self.offload.share)} stages, parallel.pp is {par.pp}: give one share a stage"
+            )
+        if model.max_position_embeddings and train.seq_length > model.max_position_embeddings:
+            raise ValueError(
+                f"train.seq_length ({train.seq_length}) exceeds model.max_position_embeddings "
+                f"({model.max_position_embeddings})"
+            )
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
+                f"train.micro_batch_size ({train.micro_batch_size})"
+            )
+        if self.optimizer.warmup_steps >= train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than train.steps ({train.steps})"
+            )
+        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps is None:
+            raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
+        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps > train.steps:
+            raise ValueError(
+                f"optimizer.decay_steps ({self.optimizer.decay_steps}) exceeds train.steps ({train.steps})"
+            )
+        return self
+
+    def _check_stages(self) -> None:
+        layers, par = self.model.num_layers, self.parallel
+        first, last = par.first_stage_layers, par.last_stage_layers
+        rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
+        if not (first or last):
+            if layers % (par.pp * par.vpp):
+                raise ValueError(f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp})")
+        elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
+            raise ValueError(
+                f"model.num_layers ({layers}) less first_stage_layers ({first or 0}) and last_stage_layers ({last or 0}) "
+                f"must be divisible by the other stages ({stages})"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """The data-parallel degree on `world_size` ranks.
+
+        Raises:
+            ConfigError: world size, batch sizes or ramp-up do not fit the layout.
+        """
+        par, train = self.parallel, self.train
+        if world_size % par.model_parallel_size:
+            raise ConfigError(
+                f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
+                f"start a multiple of {par.model_parallel_size} processes, or change parallel.*"
+            )
+        dp = world_size // par.model_parallel_size
+        per_pass = train.micro_batch_size * dp
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        if train.ramp_up:
+            sizes |= {"train.ramp_up.start": train.ramp_up.start, "train.ramp_up.increment": train.ramp_up.increment}
+        for name, size in sizes.items():
+            if size % per_pass:
+                raise ConfigError(
+                    f"{name} ({size}) must be divisible by micro_batch_size*dp ({train.micro_batch_size}*{dp})"
+                )
+            if par.vpp > 1 and (size // per_pass) % par.pp:
+                raise ConfigError(
+                    f"{name} ({size}) gives {size // per_pass} micro-batches, which must be a multiple of pp ({par.pp}) "
+                    f"with vpp ({par.vpp})"
+                )
+        if train.ramp_up:
+            if train.ramp_up.start > train.global_batch_size:
+                raise ConfigError(
+                    f"train.ramp_up.start ({train.ramp_up.start}) exceeds train.global_batch_size "
+                    f"({train.global_batch_size})"
+                )
+            if (train.global_batch_size - train.ramp_up.start) % train.ramp_up.increment:
+                raise ConfigError(
+                    f"train.global_batch_size ({train.global_batch_size}) less train.ramp_up.start "
+                    f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
+                )
+        return dp
+
+    @classmethod
+    def for_inference(
+        cls,
+        model: ModelArch,
+        *,
+        precision: str = "fp32",
+        parallel: Parallel | None = None,
+        seq_length: int | None = None,
+        micro_batch_size: int = 1,
+        global_batch_size: int | None = None,
+    ) -> RunConfig:
+        """A run that trains nothing and writes nothing: what building and running a model forward needs.
+
+        Raises:
+            ConfigError: the model cannot be laid out so.
+        """
+        length = seq_length or model.max_position_embeddings or 2048
+        batch = global_batch_size or micro_batch_size
+        train = {"micro_batch_size": micro_batch_size, "global_batch_size": batch, "seq_length": length}
+        try:
+            return cls(
+                run_dir="",
+                model=model,
+                parallel=parallel or Parallel(),
+                train=Train(steps=1, precision=precision, **train),
+                optimizer=Optimizer(lr=1.0),
+                data=Data(synthetic=True),
+            )
+        except ValidationError as error:
+            raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+    def planned_samples(self) -> int:
+        """Samples that the run may read: those of its steps, and a reserve for the steps made again after going back."""
+        monitors, reserve = self.monitors, 0
+        if monitors.may_rewind:
+            steps_again = min(monitors.rewind_steps + self.checkpoint.interval, self.train.steps)
+            reserve = monitors.max_rewinds * steps_again * self.train.global_batch_size
+        return self.train.total_samples() + reserve
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
