@@ -11,7 +11,9 @@ training path. Nothing of torch itself is changed for it. Instead
 4. a pipeline output is sent as a detached alias: the schedule frees an output's storage (`out.data = empty`) after
    `isend`, and gloo, unlike NCCL, reads it later. Without this the interleaved schedule trains on garbage, silently;
 5. a gradient reduction or parameter gather of one rank with itself, in place, is left out: gloo copies the whole buffer
-   onto itself.
+   onto itself;
+6. `fused_weight_gradient_mlp_cuda`, apex's product that accumulates into main_grad, is torch's addmm: the linear layers then
+   write a micro-batch's weight gradient where it belongs, without a temporary and a second pass over memory.
 """
 
 from __future__ import annotations
@@ -177,6 +179,20 @@ def _not_alone(collective: Callable) -> Callable:
     return call
 
 
+class _WeightGradient:
+    """Stands for apex's fused_weight_gradient_mlp_cuda: see 6. in the module's docstring."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """main_grad [out, in] += grad_output^T [out, tokens] total_input [tokens, in]."""
+        if grad_output.dtype == main_grad.dtype:
+            main_grad.addmm_(grad_output.t(), total_input)
+        else:
+            main_grad.add_(grad_output.t().mm(total_input))
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 @functools.cache
 def install() -> None:
     """Patch megatron-core, once. The caller has made sure that there is no CUDA device in use."""
@@ -200,6 +216,10 @@ def install() -> None:
 
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication").P2PCommunicator
     p2p._communicate = _send_detached(p2p._communicate)
+
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradient
+    layers._grad_accum_fusion_available = True
 
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):

@@ -33,8 +33,8 @@ class Platform:
 
     @property
     def can_fuse_gradient_accumulation(self) -> bool:
-        """Whether apex's GEMM that accumulates into main_grad is there (megatron-core needs it for that fusion)."""
-        return self.is_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        """Whether there is a GEMM that accumulates into main_grad: apex's on CUDA, torch's on CPU (cpu_shim, 6)."""
+        return not self.is_cuda or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
     def describe(self) -> str:
         """The device in words, for logs and checkpoints."""

@@ -124,6 +124,36 @@ def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
     assert int(report["tokens"]) == 6
 
 
+def gradients_of_two_micro_batches(fused: bool, dtype: torch.dtype) -> tuple[list, bool]:
+    """(main_grad after two backward passes of a linear layer, whether the layer itself has added to it)."""
+    cpu_shim.install()
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator).to(dtype))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(5, 7), False
+    for _ in range(2):
+        x = torch.randn(3, 2, 7, generator=generator).to(dtype).requires_grad_()
+        output = layers.linear_with_grad_accumulation_and_async_allreduce(
+            x, weight, None, gradient_accumulation_fusion=fused, allreduce_dgrad=False, sequence_parallel=False
+        )
+        output.backward(torch.randn(3, 2, 5, generator=generator).to(dtype))
+        if not fused:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+    return weight.main_grad.tolist(), weight.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_adds_its_weight_gradient_to_main_grad_itself(dtype):
+    ((fused, by_itself),) = run_ranks(1, gradients_of_two_micro_batches, True, dtype)
+    ((plain, by_hand),) = run_ranks(1, gradients_of_two_micro_batches, False, dtype)
+    assert by_itself
+    assert not by_hand
+    fused, plain = torch.tensor(fused), torch.tensor(plain)
+    torch.testing.assert_close(fused, plain)
+    assert fused.abs().max() > 1
+
+
 @pytest.mark.parametrize("value", ["tpu", "CPU"])
 def test_an_unknown_device_is_refused(monkeypatch, value):
     from flagscale_like.errors import PlatformError
