@@ -26,8 +26,8 @@ WRONG = {
     "negative number": (["train.micro_batch_size=-1"], "greater than 0 (got -1)"),
     "zero": (["parallel.tp=0"], "greater than 0 (got 0)"),
     "missing": (["train=null"], "train"),
-    "heads % tp": (["parallel.tp=3"], "num_attention_heads (4) must be divisible by parallel.tp (3)"),
-    "groups % tp": (["parallel.tp=4"], "num_query_groups (2) must be divisible by parallel.tp (4)"),
+    "heads % tp": (["parallel.tp=3"], "num_attention_heads (4) must be divisible by parallel.tp (3): tp 2 would do"),
+    "groups % tp": (["parallel.tp=4"], "num_query_groups (2) must be divisible by parallel.tp (4): tp 2 would do"),
     "ffn % tp": (["parallel.tp=2", "model.ffn_hidden_size=97"], "ffn_hidden_size (97) must be divisible"),
     "heads % groups": (
         ["model.num_query_groups=3"],
@@ -37,8 +37,11 @@ WRONG = {
         ["model.num_attention_heads=6", "model.head_dim=0"],
         "hidden_size (64) must be divisible by num_attention_heads (6)",
     ),
-    "layers % pp": (["parallel.pp=3"], "num_layers (4) must be divisible by pp*vpp (3*1)"),
-    "layers % pp*vpp": (["parallel.pp=4", "parallel.vpp=2"], "num_layers (4) must be divisible by pp*vpp (4*2)"),
+    "layers % pp": (["parallel.pp=3"], "num_layers (4) must be divisible by pp*vpp (3*1): pp 2 or 4 would do"),
+    "layers % pp*vpp": (
+        ["parallel.pp=4", "parallel.vpp=2"],
+        "num_layers (4) must be divisible by pp*vpp (4*2): pp 2 would do",
+    ),
     "uneven stages": (
         ["parallel.pp=4", "parallel.first_stage_layers=2"],
         "less first_stage_layers (2) and last_stage_layers (0) must be divisible by the other stages (3)",
@@ -48,7 +51,7 @@ WRONG = {
     "vpp without pp": (["parallel.vpp=2"], "vpp (2) needs pp > 1"),
     "batch % micro": (
         ["train.micro_batch_size=3"],
-        "global_batch_size (8) must be divisible by train.micro_batch_size (3)",
+        "(8) must be divisible by train.micro_batch_size (3): micro_batch_size 2 or 4 would do",
     ),
     "warm-up too long": (["optimizer.warmup_steps=6"], "warmup_steps (6) must be less than train.steps (6)"),
     "min_lr over lr": (["optimizer.min_lr=1"], "min_lr (1.0) must not exceed lr (0.01)"),
@@ -99,8 +102,8 @@ def test_all_errors_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("world", "changes", "part"),
     [
-        (3, {"parallel__tp": 2}, "world size (3) must be divisible by tp*pp*cp (2*1*1)"),
-        (3, {}, "global_batch_size (8) must be divisible by micro_batch_size*dp (1*3)"),
+        (3, {"parallel__tp": 2}, "world size (3) must be divisible by tp*pp*cp (2*1*1): start 2 or 4 processes"),
+        (3, {}, "global_batch_size (8) must be divisible by micro_batch_size*dp (1*3): 6 or 9 would do"),
         (4, {"parallel": {"pp": 4, "vpp": 1}, "train__global_batch_size": 7}, None),
         (
             2,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import yaml
 from pydantic import ValidationError, model_validator
 
@@ -18,6 +21,13 @@ from flagscale_like.config.groups import (
     Train,
 )
 from flagscale_like.errors import ConfigError
+
+
+def _near(value: int, fits: Callable[[int], bool]) -> str:
+    """The nearest fitting numbers below and above `value`, "2 or 4" say; empty where there is none."""
+    below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, 2 * value + 1) if fits(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
 class RunConfig(Frozen):
@@ -38,12 +48,17 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         model, par, train = self.model, self.parallel, self.train
+        shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             if getattr(model, name) % par.tp:
-                raise ValueError(f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp})")
+                raise ValueError(
+                    f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
+                    f"tp {_near(par.tp, lambda tp: shared % tp == 0)} would do"
+                )
         if par.sp and train.seq_length % par.tp:
             raise ValueError(
-                f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp"
+                f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
+                f"seq_length {_near(train.seq_length, lambda s: s % par.tp == 0)} would do"
             )
         self._check_stages()
         if self.offload and isinstance(self.offload.share, list) and len(self.offload.share) != par.pp:
@@ -58,7 +73,8 @@ class RunConfig(Frozen):
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
-                f"train.micro_batch_size ({train.micro_batch_size})"
+                f"train.micro_batch_size ({train.micro_batch_size}): micro_batch_size "
+                f"{_near(train.micro_batch_size, lambda b: train.global_batch_size % b == 0)} would do"
             )
         if self.optimizer.warmup_steps >= train.steps:
             raise ValueError(
@@ -78,7 +94,11 @@ class RunConfig(Frozen):
         rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
         if not (first or last):
             if layers % (par.pp * par.vpp):
-                raise ValueError(f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp})")
+                near = _near(par.pp, lambda pp: layers % (pp * par.vpp) == 0)
+                way_out = f"pp {near} would do" if near else f"vpp {_near(par.vpp, lambda v: layers % v == 0)} may do"
+                raise ValueError(
+                    f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp}): {way_out}"
+                )
         elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
             raise ValueError(
                 f"model.num_layers ({layers}) less first_stage_layers ({first or 0}) and last_stage_layers ({last or 0}) "
@@ -95,7 +115,7 @@ class RunConfig(Frozen):
         if world_size % par.model_parallel_size:
             raise ConfigError(
                 f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
-                f"start a multiple of {par.model_parallel_size} processes, or change parallel.*"
+                f"start {_near(world_size, lambda n: n % par.model_parallel_size == 0)} processes, or change parallel.*"
             )
         dp = world_size // par.model_parallel_size
         per_pass = train.micro_batch_size * dp
@@ -105,12 +125,13 @@ class RunConfig(Frozen):
         for name, size in sizes.items():
             if size % per_pass:
                 raise ConfigError(
-                    f"{name} ({size}) must be divisible by micro_batch_size*dp ({train.micro_batch_size}*{dp})"
+                    f"{name} ({size}) must be divisible by micro_batch_size*dp ({train.micro_batch_size}*{dp}): "
+                    f"{_near(size, lambda n: n % per_pass == 0)} would do"
                 )
             if par.vpp > 1 and (size // per_pass) % par.pp:
                 raise ConfigError(
                     f"{name} ({size}) gives {size // per_pass} micro-batches, which must be a multiple of pp ({par.pp}) "
-                    f"with vpp ({par.vpp})"
+                    f"with vpp ({par.vpp}): {_near(size, lambda n: n % (per_pass * par.pp) == 0)} would do"
                 )
         if train.ramp_up:
             if train.ramp_up.start > train.global_batch_size:

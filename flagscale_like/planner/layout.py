@@ -23,6 +23,7 @@ class Shape:
         dropout: GPT's three dropouts a layer, each of which saves a mask of one byte an element.
         window: keys a query sees; all before it where it is None.
         qk_norm, alibi, norm_head: as in ModelArch; they save tensors of their own.
+        far_rotations: of NLPE's second q and k, how many are rotated (Position.far): 1 is q alone, 2 both.
     """
 
     layers: int
@@ -39,9 +40,11 @@ class Shape:
     qk_norm: bool = False
     alibi: bool = False
     norm_head: bool = False
+    far_rotations: Literal[0, 1, 2] = 0
 
     @classmethod
     def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
+        position = arch.position
         return cls(
             layers=arch.num_layers,
             hidden=arch.hidden_size,
@@ -52,8 +55,9 @@ class Shape:
             vocab=arch.padded_vocab_size(tp),
             window=arch.sliding_window,
             qk_norm=arch.qk_norm,
-            alibi=arch.position.kind == "alibi",
+            alibi=position.kind == "alibi",
             norm_head=arch.norm_head,
+            far_rotations=0 if position.kind != "nlpe" else 1 if position.far == "clipped" else 2,
         )
 
     @classmethod

@@ -69,6 +69,10 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
         saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not shape.alibi))
     if not shape.alibi:
         saves.append(Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True))
+    if shape.far_rotations:
+        saves.append(Saved(name="second q, rotated for far keys", bytes=rows * n * d * e, in_core_attention=True))
+    if shape.far_rotations == 2:
+        saves.append(Saved(name="second k, rotated for far queries", bytes=rows * g * d * e, in_core_attention=True))
     if shape.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
     saves += [

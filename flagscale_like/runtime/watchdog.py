@@ -36,7 +36,7 @@ class Watchdog:
         grace_s: time from SIGTERM or SIGINT to the end of the block.
 
     Attributes:
-        asked_to_stop: whether SIGTERM or SIGINT came.
+        asked_to_stop: whether SIGTERM or SIGINT came, or torchrun's agent died, which leaves its ranks running.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Watchdog:
         self._stop_by: float | None = None
         self._ended = threading.Event()
         self._since = time.time()
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Watchdog:
         if self.rank == 0 and self.folder.is_dir():  # the reports of an earlier start
@@ -93,6 +94,9 @@ class Watchdog:
                     self._stop_by = time.monotonic() + self.grace_s
             if self._ended.is_set():
                 return
+            if self._agent not in (None, os.getppid()):
+                print(f"rank {self.rank}: the launcher has died: saving and stopping", file=sys.stderr, flush=True)
+                self._agent, self.asked_to_stop, self._stop_by = None, True, time.monotonic() + self.grace_s
             now, (last, step, phase, limit_s) = time.monotonic(), self._beat
             if self._stop_by is not None and now > self._stop_by:
                 self._report()

@@ -69,7 +69,10 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
             for layer in unwrap(chunk).decoder.layers:
                 tables = layer.self_attention.core_attention.tables
                 if tables is not None:
-                    made = tables.tables(config.train.seq_length, ctx.platform.device)
+                    length, device = config.train.seq_length, ctx.platform.device
+                    made = [*tables.tables(length, device)]
+                    if config.model.position.kind == "nlpe":
+                        made += [t for t in tables.far_angles(config.model.position, length, device) if t is not None]
                     skip |= {t.untyped_storage().data_ptr() for t in made}
         meter = Meter(skip)
         count = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
@@ -119,6 +122,9 @@ FEATURES = {
     "alibi": {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4},
     "norm_head": {"model__norm_head": True},
     "qkv_bias": {"model__qkv_bias": True},
+    "sliding window": {"model__sliding_window": 5},
+    "nlpe, clipped": {"model__position": {"kind": "nlpe", "threshold": 7}},
+    "nlpe, compressed": {"model__position": {"kind": "nlpe", "threshold": 7, "far": "compressed", "far_factor": 4.0}},
 }
 
 

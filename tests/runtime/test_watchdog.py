@@ -97,6 +97,34 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path):
     assert "rank 0: 1 s in: saving, last step done 7; rank 1: no answer" in err
 
 
+AGENT = """
+import os, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+print(rank.pid, flush=True)
+rank.wait()
+"""
+
+
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_a_rank_stops_when_torchruns_agent_has_died_and_outlives_a_shell(under_torchrun, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT, WATCH, str(tmp_path / "hang"), "1", "0", "3", "obey"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment | ({"TORCHELASTIC_RUN_ID": "1"} if under_torchrun else {}),
+    )
+    assert int(agent.stdout.readline())
+    assert agent.stdout.readline() == "ready\n"
+    agent.kill()
+    # The rank holds the pipes' other ends: this waits for it.
+    out, err = agent.communicate(timeout=20)
+    assert out == f"done {under_torchrun}\n"
+    assert ("the launcher has died" in err) == under_torchrun
+
+
 def test_a_watchdog_without_limits_lets_go_cleanly(tmp_path):
     process = watch(tmp_path / "hang", 1, 0, 0.2)
     out, err = process.communicate(timeout=20)
