@@ -1,7 +1,9 @@
 """flagscale_like: 3D-parallel pretraining of language models on megatron-core."""
 
 import logging
+import sys
 import warnings
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -17,3 +19,10 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+# megatron-core decorates its fusions with torch.compile while it loads, which loads inductor: seconds of every start. No
+# configuration of ours runs one of these fusions (model/build.py turns them off), so the decorator does nothing here.
+if "megatron.core.jit" not in sys.modules:
+    _jit = ModuleType("megatron.core.jit")
+    _jit.jit_fuser = _jit.noop_decorator = lambda function: function
+    sys.modules["megatron.core.jit"] = _jit

@@ -2,23 +2,11 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
 
-from tests.harness import REPOSITORY, cli, tiny_config, write_yaml
-
-
-def test_help_answers_at_once():
-    fastest = min(_timed("--help") for _ in range(3))
-    assert fastest < 1.0, f"{fastest:.2f} s"
-
-
-def _timed(*arguments: str) -> float:
-    began = time.perf_counter()
-    assert cli(*arguments).returncode == 0
-    return time.perf_counter() - began
+from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
 
 def test_help_imports_nothing_heavy():
@@ -26,6 +14,17 @@ def test_help_imports_nothing_heavy():
     code = f"import flagscale_like.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def loaded_modules() -> list[str]:
+    return sorted(sys.modules)
+
+
+def test_a_rank_loads_megatron_core_without_the_compiler():
+    """megatron-core asks for torch.compile while it loads; see flagscale_like/__init__.py."""
+    (modules,) = run_ranks(1, loaded_modules)
+    assert "megatron.core.transformer.attention" in modules
+    assert "torch._inductor.compile_fx" not in modules
 
 
 @pytest.mark.parametrize(
