@@ -64,10 +64,12 @@ def _backward_torch(dy, x, weight, rstd, hf, dz):
     scale = rstd.unsqueeze(-1)
     normed = x * scale
     saved = normed.to(x.dtype) if hf else normed  # what the forward multiplied by the weight
-    compute = rstd.dtype
-    dw = (dy.to(compute) * saved).reshape(-1, h).sum(0).to(weight.dtype)
-    dx = dy.to(compute) * weight.to(compute)
-    dx.sub_(normed.mul_((dx * normed).sum(-1, keepdim=True).div_(h))).mul_(scale)
+    dy, w = dy.to(rstd.dtype), weight.to(rstd.dtype)
+    product = (dy * saved).reshape(-1, h)
+    dw = product.sum(0).to(weight.dtype)
+    # sum of dy w normed over a row; `saved` would carry its rounding into dx.
+    inner = (product if saved is normed else (dy * normed).reshape(-1, h)).mv(w).view_as(scale)
+    dx = (dy * w).addcmul_(normed, inner.div_(-h)).mul_(scale)
     if dz is not None:
         dx.add_(dz)
     return dx.to(x.dtype), dw

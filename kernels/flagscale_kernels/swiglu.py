@@ -44,8 +44,7 @@ def swiglu_reference(gate: Tensor, up: Tensor | None = None, weight: Tensor | No
 
 def _forward_torch(gate, up, weight):
     compute = torch.promote_types(gate.dtype, torch.float32)
-    wide = torch.sigmoid(gate.to(compute))
-    wide.mul_(gate).mul_(up)
+    wide = torch.nn.functional.silu(gate.to(compute)).mul_(up)
     if weight is not None:
         wide.mul_(weight.unsqueeze(-1))
     return wide.to(gate.dtype)
@@ -55,17 +54,18 @@ def _backward_torch(dy, gate, up, weight, dgate, dup):
     """Writes dgate and dup; returns the weight's gradient, or None."""
     compute = torch.promote_types(gate.dtype, torch.float32)
     g = gate.to(compute)
-    s = torch.sigmoid(g)
-    silu = g * s
+    silu = torch.nn.functional.silu(g)
     grad = dy.to(compute)
     dweight = None
     if weight is not None:
         dweight = (grad * silu).mul_(up).sum(-1).to(weight.dtype)
         grad = grad * weight.unsqueeze(-1)
-    torch.mul(grad, silu, out=dup) if dup.dtype == compute else dup.copy_(grad * silu)
-    # s (1 + g (1 - s)) = s + silu - silu s
-    slope = torch.addcmul(s, silu, s, value=-1).add_(silu).mul_(grad)
-    torch.mul(slope, up, out=dgate) if dgate.dtype == compute else dgate.copy_(slope.mul_(up))
+    if dup.dtype == compute:
+        torch.mul(grad, silu, out=dup)
+        torch.ops.aten.silu_backward.grad_input(grad * up, g, grad_input=dgate)
+    else:
+        dup.copy_(silu.mul_(grad))
+        dgate.copy_(torch.ops.aten.silu_backward(grad * up, g))
     return dweight
 
 
