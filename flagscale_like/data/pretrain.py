@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flagscale_like.config import RunConfig, Source
-from flagscale_like.data.preprocess import find_inputs, preprocess, read_documents
+from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
@@ -105,31 +105,6 @@ def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
                 f"documents for {name}: give it a larger share"
                 + (", or set train.eval_interval to 0" if name == "validation" else "")
             )
-
-
-def read_lengths(prefix: str) -> np.ndarray:
-    """Tokens of each document of an index, after comparing the sizes of .idx and .bin with what its header says.
-
-    Raises:
-        DataError: another file, a cut one, or no documents.
-    """
-    index = Path(prefix + ".idx").read_bytes()
-    header = _INDEX_HEADER + struct.pack("<Q", 1)
-    fixed = len(header) + struct.calcsize("<BQQ")
-    if len(index) < fixed or not index.startswith(header):
-        raise DataError(f"data source {prefix}: {prefix}.idx is not a megatron index")
-    code, sequences, documents = struct.unpack_from("<BQQ", index, len(header))
-    wanted = fixed + sequences * (4 + 8) + documents * 8  # lengths, pointers, documents
-    if len(index) != wanted:
-        raise DataError(f"data source {prefix}: .idx has {len(index)} bytes, its header describes {wanted}: cut short?")
-    lengths = np.frombuffer(index, dtype=np.int32, count=sequences, offset=fixed)
-    tokens = int(lengths.sum(dtype=np.int64))
-    if documents < 2 or tokens == 0:
-        raise DataError(f"data source {prefix}: holds no documents")
-    size, wanted = Path(prefix + ".bin").stat().st_size, tokens * DType.size(code)
-    if size != wanted:
-        raise DataError(f"data source {prefix}: .bin has {size} bytes, its .idx describes {wanted}: cut short?")
-    return lengths
 
 
 def build_datasets(
