@@ -225,6 +225,8 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
                 report.add(own)
                 first += len(counts)
         if not report.documents:
+            for shard in shards:
+                shard.remove()
             raise DataError(
                 f"{prefix}: no document is left of {len(places.files)} files: {report.why_nothing_is_left()}"
             )

@@ -144,7 +144,7 @@ class PieceReader:
                 try:
                     yield from self._read(stream)
                 except (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamaged) as error:
-                    yield self._bad(self.lines + 1, f"the compressed file is damaged or cut short here ({error})")
+                    yield self._bad(self.lines + 1, f"the compressed file is damaged or cut short about here ({error})")
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read: {error.strerror or error}") from None
 
