@@ -13,6 +13,7 @@ from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
     from flagscale_like.data.filters import Cleaning
+    from flagscale_like.data.provenance import Segment
     from flagscale_like.data.report import Report
 
 data_app = typer.Typer(help="Look at training data, and at the data of a training step.", no_args_is_help=True)
@@ -146,6 +147,80 @@ def inspect(
     from flagscale_like.data.inspect import describe_index
 
     typer.echo(describe_index(Path(str(prefix).removesuffix(".idx").removesuffix(".bin")), tokenizer, samples=samples))
+
+
+@data_app.command("locate", epilog=example("flagscale-like data locate --run runs/demo --step 1200 --top 5"))
+def locate(
+    run: Annotated[Path, typer.Option(help="The run's folder, or a checkpoint of it.")],
+    step: Annotated[int, typer.Option(min=1, help="The training step.")],
+    rank: Annotated[int | None, typer.Option(help="Only what this rank read.")] = None,
+    attempt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a step made several times, because the run went back: which; else the last."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Samples to show, the worst loss first; 0 for all.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample, with the whole text.")] = False,
+) -> None:
+    """Show which documents a training step was made of: source file, line and text, the worst first."""
+    import json
+    from dataclasses import asdict
+
+    from flagscale_like.config import RunConfig
+    from flagscale_like.data.inspect import excerpt
+    from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
+    from flagscale_like.data.tokenizer import Tokenizer
+
+    run_dir, segments = _segments(run)
+    readings = readings_of(segments, step)
+    if attempt is not None and attempt > len(readings):
+        raise ConfigError(f"--attempt ({attempt}): step {step} was made {len(readings)} times")
+    reading = readings[(attempt or len(readings)) - 1]
+    segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    provenance = Provenance(open_order(segment), config.data.source_names)
+    dp_rank = dp_rank_of(segment, rank) if rank is not None else None
+    found = locate(run_dir, reading, provenance, dp_rank=dp_rank)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    shown = found[: top or None]
+    if as_json:
+        for sample in shown:
+            texts = [tokenizer.decode(provenance.tokens(part).tolist()) for part in sample.parts]
+            parts = [asdict(part) | {"text": text} for part, text in zip(sample.parts, texts, strict=True)]
+            typer.echo(json.dumps({"step": step, **asdict(sample), "parts": parts}, ensure_ascii=False))
+        return
+    again = f"; attempt {readings.index(reading) + 1} of {len(readings)}" if len(readings) > 1 else ""
+    order = "the worst loss first" if any(s.loss is not None for s in found) else "no losses were noted at this step"
+    typer.echo(
+        f"step {step} read samples {reading.first:,} to {reading.first + reading.count - 1:,}{again}; "
+        f"{len(shown)} of {len(found)} shown, {order}"
+    )
+    for sample in shown:
+        loss = f"loss {sample.loss:.4f}, " if sample.loss is not None else ""
+        typer.echo(f"sample {sample.position}: {loss}dp rank {sample.dp_rank}, micro-batch {sample.micro_batch}")
+        for part in sample.parts:
+            text = excerpt(tokenizer.decode(provenance.tokens(part).tolist()), 120)
+            typer.echo(f"  {part} ({part.source}, document {part.document}, tokens {part.start}-{part.end}) {text}")
+
+
+def _segments(run: Path) -> tuple[Path, list[Segment]]:
+    """The run's folder, and what it, or its checkpoints, say about the order of its data."""
+    from flagscale_like.checkpoint.manifest import read_state, step_folders
+    from flagscale_like.data.provenance import read_journal, segments_of_states
+    from flagscale_like.errors import CheckpointError, DataError
+
+    is_checkpoint = run.name.startswith("step_") and not (run / "checkpoints").is_dir()
+    run_dir = run.parent.parent if is_checkpoint else run.parent if run.name == "checkpoints" else run
+    segments = [] if is_checkpoint else read_journal(run_dir)
+    if segments:
+        return run_dir, segments
+    states = []
+    for folder in [run] if is_checkpoint else step_folders(run_dir / "checkpoints"):
+        try:
+            states.append(read_state(folder))
+        except CheckpointError:
+            continue  # a damaged one says nothing; others may
+    if not states:
+        raise DataError(f"{run}: holds neither samples.jsonl, which training with sources writes, nor a checkpoint")
+    return run_dir, segments_of_states(states)
 
 
 app.add_typer(data_app, name="data")

@@ -35,21 +35,21 @@ def byte_level(pattern: str | None, normalizer=None, **changes) -> Tokenizer:
 
 
 KINDS = {"gpt2": byte_level(None), "llama3": byte_level(LLAMA3, normalizers.NFC())}
+MEMOS = {name: WordMemo.of(tokenizer) for name, tokenizer in KINDS.items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(st.characters(max_codepoint=127), max_size=80) | st.text(" \n\r\t'sStTlL1a.(<|", max_size=60))
 def test_ascii_is_encoded_as_by_the_tokenizer(name, text):
-    tokenizer = KINDS[name]
-    memo = WordMemo.of(tokenizer)
+    tokenizer, memo = KINDS[name], MEMOS[name]
     assert memo is not None
     if memo.handles(text):
         assert memo.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_other_text_is_left_to_the_tokenizer():
-    memo = WordMemo.of(KINDS["gpt2"])
+    memo = MEMOS["gpt2"]
     assert memo.handles("plain")
     assert not memo.handles("na\u00efve")
     assert not memo.handles("a <|end|> in the text")
