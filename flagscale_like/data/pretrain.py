@@ -163,7 +163,7 @@ def micro_batches(
     )
     for batch in loader:
         fields = {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}
-        yield fields | ({"source": batch[SOURCE]} if SOURCE in batch else {})
+        yield fields | ({"source": batch[SOURCE].long()} if SOURCE in batch else {})
     raise DataError(
         f"the data is used up: all {len(dataset):,} samples that were planned are read; a larger train.steps plans more"
     )
