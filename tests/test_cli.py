@@ -30,7 +30,16 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["preprocess"], ["convert", "export"], ["generate"], ["ckpt", "list"], ["ckpt", "verify"], ["doctor"]],
+    [
+        ["train"],
+        ["preprocess"],
+        ["convert", "export"],
+        ["generate"],
+        ["ckpt", "list"],
+        ["ckpt", "verify"],
+        ["doctor"],
+        ["data", "locate"],
+    ],
     ids=" ".join,
 )
 def test_every_help_ends_with_an_example(command):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.inspect import describe_index
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.shards import ShardMaker
@@ -291,3 +293,20 @@ def test_two_runs_do_not_write_to_one_prefix(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(ShardMaker, "make", meanwhile)
     assert preprocess([tmp_path / "x.txt"], tokenizer, tmp_path / "text").documents == 1
+
+
+def test_inspect_shows_counts_lengths_and_documents_with_their_places(tmp_path, tokenizer):
+    path = corpus_of(tmp_path / "in", documents=90)
+    report = preprocess([path], tokenizer, tmp_path / "text", shard_bytes=5000)
+    shown = describe_index(tmp_path / "text", None, samples=3)
+    assert f"90 documents, {report.tokens:,} tokens" in shown
+    counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) documents, [\d.]+% of tokens", shown)]
+    assert sum(counts) == 90
+    last = json.loads(path.read_text().splitlines()[-1])["text"]
+    assert f"document 89, {path}:90, " in shown
+    assert json.dumps(last)[1:100] in shown
+    (tmp_path / "text.documents.parquet").unlink()
+    (tmp_path / "text.report.json").unlink()
+    assert "document 0, " in describe_index(tmp_path / "text", None, samples=1)
+    with pytest.raises(DataError, match="is missing; `preprocess` writes it"):
+        describe_index(tmp_path / "nothing", None, samples=1)

@@ -47,7 +47,7 @@ def poisoned_config(run_dir, corpus, **changes):
 
 
 def train_run(config, nan_at: int = 0) -> list[str]:
-    """Train, and return what the run said; the loss of one call of the schedule is NaN on the last stage of data-parallel rank 1."""
+    """Train, and return what the run said; one call of the schedule has a NaN in its losses on rank 3, the last stage."""
     original, calls = step._run_schedule, [0]
 
     def schedule(*args, **kwargs):
