@@ -29,7 +29,16 @@ def test_a_rank_loads_megatron_core_without_the_compiler():
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["preprocess"], ["convert", "export"], ["generate"], ["ckpt", "list"], ["ckpt", "verify"], ["doctor"]],
+    [
+        ["train"],
+        ["preprocess"],
+        ["convert", "export"],
+        ["generate"],
+        ["ckpt", "list"],
+        ["ckpt", "verify"],
+        ["doctor"],
+        ["data", "locate"],
+    ],
     ids=" ".join,
 )
 def test_every_help_ends_with_an_example(command):

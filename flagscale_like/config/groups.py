@@ -151,10 +151,15 @@ class Optimizer(Frozen):
 
 
 class Source(Frozen):
-    """One source of a blend: a prefix of .bin/.idx files and its weight."""
+    """One source of a blend: a prefix of .bin/.idx files and its weight.
+
+    Attributes:
+        name: what reports call it; the prefix's last part, if left out.
+    """
 
     path: str
     weight: float = Field(default=1.0, gt=0)
+    name: str | None = None
 
 
 class Prepare(Frozen):
@@ -173,7 +178,8 @@ class Data(Frozen):
     """What to train on: prepared sources, or raw text to prepare; `synthetic: true` needs neither.
 
     Attributes:
-        split: shares of documents for training, validation and test.
+        split: shares of documents for training, validation and test. Where evaluations are on and there is a test share,
+            its loss is reported once, after the last step.
         num_workers: loader processes a rank; 0 loads in the training process.
         cache_dir: the sample index is kept here; the run folder where it is left out.
     """
@@ -185,6 +191,17 @@ class Data(Frozen):
     split: str = "98,2,0"
     num_workers: int = Field(default=0, ge=0)
     cache_dir: str | None = None
+
+    @property
+    def tests(self) -> bool:
+        """Whether documents are set aside for a test."""
+        return float(self.split.split(",")[2]) > 0
+
+    @property
+    def source_names(self) -> list[str]:
+        """What reports call the sources; the whole prefix where two would share a name."""
+        names = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in self.sources]
+        return [s.path if names.count(n) > 1 else n for n, s in zip(names, self.sources, strict=True)]
 
     @model_validator(mode="after")
     def _check(self) -> Data:

@@ -1,176 +1,40 @@
-"""jsonl, text and parquet -> megatron-core's .bin/.idx, and a table that leads from a document back to its source line."""
+"""A corpus -> megatron-core's .bin/.idx, and a table that leads from a document back to its source line.
+
+The inputs are divided into shards. Processes make them, each reading, cleaning and tokenizing its own, and what a kill
+leaves is kept: shards whose report is there are whole, anything else is made again. Then the shards are joined in order,
+without the duplicates, which are found over the whole corpus. No step holds a corpus, or a document's tokens, in memory
+for longer than a batch; 20 bytes a document are.
+"""
 
 from __future__ import annotations
 
-import glob
+import fcntl
 import json
 import multiprocessing
 import os
-import sysconfig
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from flagscale_like.data.tokenizer import Tokenizer
+from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates, near_duplicates
+from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.index_file import write_index
+from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
+from flagscale_like.data.report import EXAMPLES, Report, said, write_json
+from flagscale_like.data.shards import Shard, ShardMaker, ShardOptions, fingerprint, plan_shards, read_row_lengths
 from flagscale_like.errors import DataError
 
-PYTHON_STDLIB = "python-stdlib"
-BATCH_CHARACTERS = 1 << 18
-
-TextUnit = Literal["file", "line", "paragraph"]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from. `line` counts from 1: of the text's first line, or the parquet row."""
-
-    source: str
-    line: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a preprocessing run did."""
-
-    documents: int
-    tokens: int
-    empty: int
-
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of files, folders (searched for .jsonl, .txt, .parquet, .md and .py) and globs, sorted.
-
-    `python-stdlib` stands for the running Python's own source, without its tests.
-
-    Raises:
-        DataError: a pattern matches nothing.
-    """
-    files: list[Path] = []
-    for pattern in patterns:
-        if pattern == PYTHON_STDLIB:
-            root = Path(sysconfig.get_path("stdlib"))
-            skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-            found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-        elif Path(pattern).is_dir():
-            suffixes = {".jsonl", ".txt", ".parquet", ".md", ".py"}
-            found = [p for p in Path(pattern).rglob("*") if p.suffix in suffixes]
-        else:
-            found = [Path(p) for p in glob.glob(pattern, recursive=True)]
-        if not found:
-            raise DataError(f"input {pattern!r}: matches no file")
-        files += sorted(p for p in found if p.is_file())
-    return files
-
-
-def read_documents(files: Sequence[Path], *, key: str = "text", unit: TextUnit = "file") -> Iterator[Document]:
-    """The documents of the files, in order.
-
-    Args:
-        key: the field of a jsonl line or the column of a parquet file that holds the text.
-        unit: what a document is in a plain text file.
-
-    Raises:
-        DataError: a line is no JSON, has no text, or is no UTF-8; the message names file and line.
-    """
-    for path in files:
-        source = str(path)
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, key)
-        elif path.suffix == ".jsonl":
-            for line, raw in enumerate(_lines(path), start=1):
-                if not raw.strip():
-                    continue
-                try:
-                    text = json.loads(raw)[key]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}:{line}: no JSON object with a {key!r} field ({error})") from None
-                if not isinstance(text, str):
-                    raise DataError(f"{path}:{line}: {key!r} is {type(text).__name__}, not text")
-                yield Document(source, line, text)
-        elif unit == "file":
-            yield Document(source, 1, "".join(_lines(path)))
-        elif unit == "line":
-            for line, text in enumerate(_lines(path), start=1):
-                if text.strip():
-                    yield Document(source, line, text.rstrip("\n"))
-        else:
-            yield from _paragraphs(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with open(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                try:
-                    yield raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the line") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _paragraphs(path: Path) -> Iterator[Document]:
-    held: list[str] = []
-    start = 1
-    for line, text in enumerate(_lines(path), start=1):
-        if text.strip():
-            start = start if held else line
-            held.append(text)
-        elif held:
-            yield Document(str(path), start, "".join(held))
-            held = []
-    if held:
-        yield Document(str(path), start, "".join(held))
-
-
-def _read_parquet(path: Path, key: str) -> Iterator[Document]:
+if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-        if key not in file.schema_arrow.names:
-            raise DataError(f"{path}: has no column {key!r}; its columns: {', '.join(file.schema_arrow.names)}")
-        row = 0
-        for batch in file.iter_batches(columns=[key]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text is not None:
-                    yield Document(str(path), row, text)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(folder: str) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = Tokenizer(folder)
-
-
-def _encode(batch: list[Document]) -> list[tuple[str, int, np.ndarray]]:
-    assert _worker_tokenizer is not None
-    ids = _worker_tokenizer.encode_batch([document.text for document in batch])
-    return [(d.source, d.line, np.array(i, dtype=np.int32)) for d, i in zip(batch, ids, strict=True)]
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+LARGEST_SHARD_BYTES, SMALLEST_SHARD_BYTES = 64 << 20, 1 << 20
+OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: without it there is no dataset
 
 
 def preprocess(
@@ -181,65 +45,275 @@ def preprocess(
     key: str = "text",
     unit: TextUnit = "file",
     workers: int = 1,
-    progress: Callable[[int], None] = lambda characters: None,
-) -> Summary:
-    """Tokenize files into PREFIX.bin, PREFIX.idx and PREFIX.documents.parquet, which appear when all is done.
+    bad_lines: BadLines = "stop",
+    cleaning: Cleaning | None = None,
+    max_document_bytes: int = 64 << 20,
+    shard_bytes: int | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Report:
+    """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json, which appear when all is done.
 
     Row i of the table is document i of the index: `source` and `line`. Each document ends with the tokenizer's
-    end-of-text token; empty ones are dropped and counted. The result does not depend on `workers`.
+    end-of-text token; empty ones are left out and counted. The result does not depend on `workers` or `shard_bytes`.
+    After an interruption, the same call goes on with the shards in PREFIX.shards.
 
     Args:
-        workers: processes that tokenize; 1 works in this process.
-        progress: called with the characters of each batch that is done.
+        key, unit, max_document_bytes: see `readers.ReadOptions`.
+        workers: processes; 1 works in this process.
+        bad_lines: stop at a line that holds no document, or skip and count it.
+        cleaning: what to mend and to drop; nothing, if left out.
+        shard_bytes: input a shard takes; chosen by size and workers, if left out.
+        progress: called with the input bytes of each shard that is done.
 
     Raises:
-        DataError: bad input, or no document in it.
+        DataError: bad input, an output that cannot be written, a killed worker, shards of other options, or no document.
     """
+    options = ShardOptions(
+        str(tokenizer_folder),
+        ReadOptions(key=key, unit=unit, max_document_bytes=max_document_bytes),
+        cleaning or Cleaning(),
+        bad_lines,
+    )
+    maker = ShardMaker(options)
+    work = Path(f"{prefix}.shards")
+    shards: list[Shard] = []
+    try:
+        with _locked(work):
+            pieces = _plan(work, files, options, shard_bytes, workers)
+            shards = [Shard(work, number) for number in range(len(pieces))]
+            try:
+                _make_missing(shards, pieces, maker, workers, progress)
+                report = _join(shards, pieces, maker, Path(prefix))
+            except DataError:
+                if not any(shard.is_done() for shard in shards):
+                    shutil.rmtree(work)  # nothing that a repeated command could go on from
+                raise
+            shutil.rmtree(work)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or prefix}: {error.strerror or error}; what is finished stays in {work}: mend it, and repeat "
+            "the command"
+        ) from None
+    return report
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """The work folder, for this process alone; a process that is killed lets go of it."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{work}: another process is at work in it; wait for it, or choose another prefix"
+            ) from None
+        yield
+
+
+def _plan(
+    work: Path, files: Sequence[Path], options: ShardOptions, shard_bytes: int | None, workers: int
+) -> list[list[Piece]]:
+    """The shards' pieces: those of the interrupted run, if there was one of the same options."""
+    path, wanted = work / "plan.json", fingerprint(options, files)
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            shard_bytes = found.pop("shard_bytes")
+        except (ValueError, KeyError):
+            raise DataError(f"{path}: cannot be read; remove {work} to begin anew") from None
+        different = [name for name in wanted if found.get(name) != json.loads(json.dumps(wanted[name]))]
+        if different:
+            raise DataError(
+                f"{work}: holds shards of an interrupted run that differs in {', '.join(different)}; repeat that command, "
+                "or remove the folder to begin anew"
+            )
+    else:
+        total = sum(path.stat().st_size for path in files)
+        share = total // (4 * workers)  # a few for each worker, that they end at about the same time
+        shard_bytes = shard_bytes or max(SMALLEST_SHARD_BYTES, min(LARGEST_SHARD_BYTES, share))
+        write_json(path, {**wanted, "shard_bytes": shard_bytes})
+    return plan_shards(files, options.read, shard_bytes)
+
+
+def _make_missing(
+    shards: Sequence[Shard],
+    pieces: Sequence[Sequence[Piece]],
+    maker: ShardMaker,
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    missing = []
+    for shard, parts in zip(shards, pieces, strict=True):
+        if shard.is_done():
+            progress(_input_bytes(parts))
+        else:
+            missing.append((shard, parts))
+    if workers == 1 or len(missing) <= 1:
+        for shard, parts in missing:
+            maker.make(shard, parts)
+            progress(_input_bytes(parts))
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)), multiprocessing.get_context("spawn"), _start_worker, (maker.options,)
+    )
+    try:
+        futures: dict[Future, Sequence[Piece]] = {pool.submit(_make, *task): task[1] for task in missing}
+        for future in as_completed(futures):
+            future.result()
+            progress(_input_bytes(futures[future]))
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenizing process was killed (out of memory?); finished shards are kept: repeat the command, with fewer "
+            "--workers or a smaller --max-document-mb if memory was short"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _input_bytes(pieces: Sequence[Piece]) -> int:
+    return sum((Path(p.path).stat().st_size if p.end is None else p.end) - p.start for p in pieces)
+
+
+_maker: ShardMaker | None = None
+
+
+def _start_worker(options: ShardOptions) -> None:
+    global _maker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core: threads would only compete
+    _maker = ShardMaker(options)
+
+
+def _make(shard: Shard, pieces: Sequence[Piece]) -> None:
+    assert _maker is not None
+    _maker.make(shard, pieces)
+
+
+def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: ShardMaker, prefix: Path) -> Report:
+    """Write the outputs from whole shards."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    tokenizer = Tokenizer(tokenizer_folder)
-    prefix = Path(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    targets = {suffix: Path(f"{prefix}{suffix}") for suffix in (".bin", ".documents.parquet", ".idx")}
-    partial = {suffix: Path(f"{path}.partial") for suffix, path in targets.items()}
-    builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    sources: dict[str, int] = {}
-    source_ids: list[int] = []
-    lines: list[int] = []
-    tokens = empty = 0
-
-    batches = _batches(read_documents(files, key=key, unit=unit))
-    pool = None
+    report, lengths = Report(), []
+    partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in OUTPUTS}
+    originals = _find_duplicates(shards, maker.options.cleaning, shards[0].rows.parent if shards else prefix)
+    places = _Places(shards, pieces)
     try:
-        if workers > 1:
-            pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(tokenizer_folder),))
-            encoded = pool.imap(_encode, batches)
-        else:
-            _start_worker(str(tokenizer_folder))
-            encoded = map(_encode, batches)
-        for batch in encoded:
-            for source, line, ids in batch:
-                if len(ids) == 0:
-                    empty += 1
-                    continue
-                builder.add_document(torch.from_numpy(np.append(ids, np.int32(tokenizer.eod))), [len(ids) + 1])
-                source_ids.append(sources.setdefault(source, len(sources)))
-                lines.append(line)
-                tokens += len(ids) + 1
-            progress(sum(len(ids) for _, _, ids in batch))
-        if not lines:
-            raise DataError(f"no document with text in {len(files)} files")
-        builder.finalize(str(partial[".idx"]))
-        names = pa.DictionaryArray.from_arrays(pa.array(source_ids, pa.int32()), pa.array(list(sources)))
-        pq.write_table(pa.table({"source": names, "line": pa.array(lines, pa.int64())}), partial[".documents.parquet"])
-        for suffix, path in targets.items():  # .idx last: without it there is no dataset
-            os.replace(partial[suffix], path)
+        names = pa.dictionary(pa.int32(), pa.string())
+        schema = pa.schema([("source", names), ("line", pa.int64())])
+        with open(partial[".bin"], "wb") as tokens, pq.ParquetWriter(partial[".documents.parquet"], schema) as table:
+            first = 0
+            for number, shard in enumerate(shards):
+                own = Report.read_from(shard.report)
+                own.shift(places.offset(number))
+                rows = places.rows(number)
+                counts = read_row_lengths(shard)
+                keep = np.ones(len(counts), dtype=bool)
+                if originals is not None:
+                    here = originals[first : first + len(counts)]
+                    keep = here == np.arange(first, first + len(counts))
+                    characters = pq.read_table(shard.rows, columns=["characters"]).column(0).to_numpy()
+                    gone = np.flatnonzero(~keep)
+                    examples = [
+                        (*places.of(first + int(row)), f"as {said((*places.of(int(here[row])), ''))}")
+                        for row in gone[:EXAMPLES]
+                    ]
+                    own.take_out("duplicate", len(gone), int(counts[gone].sum()), int(characters[gone].sum()), examples)
+                _copy(shard.tokens, tokens, counts, keep, maker.dtype.itemsize)
+                table.write_table(rows.filter(pa.array(keep)).cast(schema))
+                lengths.append(counts[keep])
+                report.add(own)
+                first += len(counts)
+        if not report.documents:
+            for shard in shards:
+                shard.remove()
+            raise DataError(
+                f"{prefix}: no document is left of {len(places.files)} files: {report.why_nothing_is_left()}"
+            )
+        write_index(partial[".idx"], lengths, maker.dtype)
+        settings = {
+            "tokenizer": str(maker.tokenizer.folder),
+            "cleaning": maker.options.cleaning.model_dump(mode="json"),
+        }
+        report.write_for_people(partial[".report.json"], **settings)
+        Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older one does not go with the new .bin
+        for suffix in OUTPUTS:
+            os.replace(partial[suffix], f"{prefix}{suffix}")
     finally:
-        if pool is not None:
-            pool.terminate()
         for path in partial.values():
             path.unlink(missing_ok=True)
-    return Summary(len(lines), tokens, empty)
+    return report
+
+
+class _Places:
+    """Where the documents of each shard come from, with lines counted from the beginning of their files."""
+
+    def __init__(self, shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]]) -> None:
+        self._shards, self._offsets, before = shards, [], {}
+        for shard, parts in zip(shards, pieces, strict=True):
+            self._offsets.append(before.get(parts[0].path, 0) if parts[0].start else 0)
+            for path, lines in shard.lines().items():
+                before[path] = before.get(path, 0) + lines
+        self.files = set(before)
+        self._firsts: np.ndarray | None = None
+
+    def offset(self, number: int) -> int:
+        """Lines before the shard in its file; a shard that starts inside a file has no other."""
+        return self._offsets[number]
+
+    def rows(self, number: int) -> pa.Table:
+        """A shard's `source` and `line`."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(self._shards[number].rows, columns=["source", "line"])
+        return table.set_column(1, "line", pc.add(table["line"], self._offsets[number]))
+
+    def of(self, document: int) -> tuple[str, int]:
+        """File and line of a document, counted over all shards."""
+        if self._firsts is None:
+            self._firsts = np.cumsum([0, *(len(read_row_lengths(shard)) for shard in self._shards)])
+        number = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        row = self.rows(number).slice(document - int(self._firsts[number]), 1).to_pylist()[0]
+        return row["source"], row["line"]
+
+
+def _find_duplicates(shards: Sequence[Shard], cleaning: Cleaning, work: Path) -> np.ndarray | None:
+    """For each document of all shards, the one it repeats; None where duplicates are kept."""
+    import pyarrow.parquet as pq
+
+    if cleaning.duplicates == "keep" or not shards:
+        return None
+    parts = [digests_of(pq.read_table(s.rows, columns=["digest"]).column(0).to_pylist(), 16) for s in shards]
+    digests = np.concatenate(parts)
+    originals = exact_duplicates(digests)
+    if cleaning.duplicates == "near" and len(digests):
+        path = work / "signatures.bin"
+        with open(path, "wb") as file:
+            for shard in shards:
+                for batch in pq.ParquetFile(shard.rows).iter_batches(columns=["signature"]):
+                    file.write(b"".join(batch.column(0).to_pylist()))
+        signatures = np.memmap(path, dtype=np.uint32, mode="r", shape=(len(digests), PERMUTATIONS))
+        originals = near_duplicates(signatures, cleaning.near_threshold)[originals]
+        del signatures
+        path.unlink()
+    return originals
+
+
+def _copy(source: Path, target: BinaryIO, counts: np.ndarray, keep: np.ndarray, item_bytes: int) -> None:
+    """Append the kept documents' bytes, a stretch at a time."""
+    ends = np.cumsum(counts, dtype=np.int64) * item_bytes
+    with open(source, "rb") as file:
+        for first, last in _stretches(keep):
+            start, end = (int(ends[first - 1]) if first else 0), int(ends[last - 1])
+            file.seek(start)
+            while start < end:
+                chunk = file.read(min(end - start, 1 << 22))
+                target.write(chunk)
+                start += len(chunk)
+
+
+def _stretches(keep: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[first, last) of each run of true values."""
+    edges = np.flatnonzero(np.diff(np.r_[False, keep, False]))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

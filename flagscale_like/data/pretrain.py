@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import struct
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flagscale_like.config import RunConfig, Source
-from flagscale_like.data.preprocess import find_inputs, preprocess, read_documents
+from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
+from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
-from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.parallel import ParallelContext, agree
 
 FIELDS = ("tokens", "labels", "loss_mask")
+SOURCE = "dataset_id"  # megatron-core's name for a sample's source in the blend
 
 
 class SyntheticDataset(Dataset):
@@ -94,7 +95,8 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
 def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
     """megatron-core looks for a split's first sample for ever where the split has no token."""
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
-    wanted = {"training": True, "validation": config.train.eval_interval > 0}
+    evaluates = config.train.eval_interval > 0
+    wanted = {"training": True, "validation": evaluates, "test": evaluates and config.data.tests}
     for (name, needed), share in zip(wanted.items(), shares, strict=False):
         if not needed:
             continue
@@ -103,68 +105,39 @@ def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
             raise DataError(
                 f"data source {prefix}: data.split {config.data.split} leaves {last - first} of its {len(lengths)} "
                 f"documents for {name}: give it a larger share"
-                + (", or set train.eval_interval to 0" if name == "validation" else "")
+                + (", or set train.eval_interval to 0" if name != "training" else "")
             )
-
-
-def read_lengths(prefix: str) -> np.ndarray:
-    """Tokens of each document of an index, after comparing the sizes of .idx and .bin with what its header says.
-
-    Raises:
-        DataError: another file, a cut one, or no documents.
-    """
-    index = Path(prefix + ".idx").read_bytes()
-    header = _INDEX_HEADER + struct.pack("<Q", 1)
-    fixed = len(header) + struct.calcsize("<BQQ")
-    if len(index) < fixed or not index.startswith(header):
-        raise DataError(f"data source {prefix}: {prefix}.idx is not a megatron index")
-    code, sequences, documents = struct.unpack_from("<BQQ", index, len(header))
-    wanted = fixed + sequences * (4 + 8) + documents * 8  # lengths, pointers, documents
-    if len(index) != wanted:
-        raise DataError(f"data source {prefix}: .idx has {len(index)} bytes, its header describes {wanted}: cut short?")
-    lengths = np.frombuffer(index, dtype=np.int32, count=sequences, offset=fixed)
-    tokens = int(lengths.sum(dtype=np.int64))
-    if documents < 2 or tokens == 0:
-        raise DataError(f"data source {prefix}: holds no documents")
-    size, wanted = Path(prefix + ".bin").stat().st_size, tokens * DType.size(code)
-    if size != wanted:
-        raise DataError(f"data source {prefix}: .bin has {size} bytes, its .idx describes {wanted}: cut short?")
-    return lengths
 
 
 def build_datasets(
     config: RunConfig, ctx: ParallelContext, *, train_samples: int, valid_samples: int
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data. All ranks call it; the sample index is built by one and read by all.
+    """Training and validation data. All ranks call it; the sample index is built by one a node and read by all.
 
     Args:
         train_samples: samples that the whole run needs. The order depends on it: resume with the number it began with.
         valid_samples: samples of one evaluation; 0 for none.
+
+    Raises:
+        DataError: on every rank, where any could not build or read.
     """
-    train = config.train
+    train = build_dataset(config, ctx, "train", train_samples)
+    return train, build_dataset(config, ctx, "valid", valid_samples) if valid_samples else None
+
+
+def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
+    """`samples` samples of one split; see `build_datasets`."""
     if config.data.synthetic:
-        vocab = config.model.vocab_size
-        valid = SyntheticDataset(vocab, train.seq_length, valid_samples, train.seed + 1) if valid_samples else None
-        return SyntheticDataset(vocab, train.seq_length, train_samples, train.seed), valid
-    tokenizer = check_sources(config)
-    sources = config.data.sources
-    dataset_config = GPTDatasetConfig(
-        random_seed=train.seed,
-        sequence_length=train.seq_length,
-        blend=([s.path for s in sources], [s.weight for s in sources] if len(sources) > 1 else None),
-        split=config.data.split,
-        path_to_cache=config.data.cache_dir or str(Path(config.run_dir) / "data" / "index"),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=0.005,
-    )
-    datasets = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, valid_samples, 0], lambda: True, dataset_config
-    ).build()
-    return datasets[0], datasets[1] if valid_samples else None
+        offset = ("train", "valid", "test").index(split)
+        return SyntheticDataset(config.model.vocab_size, config.train.seq_length, samples, config.train.seed + offset)
+    tokenizer = agree(ctx, lambda: check_sources(config))
+    cache = IndexCache(index_folder(config), may_build=ctx.is_node_main)
+    build = functools.cache(lambda: build_split(config, tokenizer, split, samples, cache))
+    # One rank builds. Then the first of each node, which has nothing to do where it sees what the one wrote: that is how
+    # shared storage is told from the other kind. Then all the others read.
+    agree(ctx, lambda: build() if ctx.is_main else None)
+    agree(ctx, lambda: build() if ctx.is_node_main else None)
+    return agree(ctx, build)
 
 
 def micro_batches(
@@ -172,7 +145,11 @@ def micro_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches from `consumed` samples on: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
 
-    Only the first and the last pipeline stage read; the ranks of one tensor-parallel group read the same.
+    Of a blend, also `source` [b] int64 on the host: the number of each sample's source. Only the first and the last
+    pipeline stage read; the ranks of one tensor-parallel group read the same.
+
+    Raises:
+        DataError: the samples are used up.
     """
     sampler = MicroBatchSampler(len(dataset), consumed, config.train.micro_batch_size, ctx.dp_rank, ctx.dp)
     workers = config.data.num_workers
@@ -185,4 +162,8 @@ def micro_batches(
         generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
     )
     for batch in loader:
-        yield {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}
+        fields = {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}
+        yield fields | ({"source": batch[SOURCE].long()} if SOURCE in batch else {})
+    raise DataError(
+        f"the data is used up: all {len(dataset):,} samples that were planned are read; a larger train.steps plans more"
+    )

@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from flagscale_like.data.preprocess import find_inputs, read_documents
+from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from flagscale_like.data.word_memo import WordMemo
 from flagscale_like.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -33,9 +35,13 @@ class Tokenizer:
         if not self.folder.is_dir():
             raise DataError(f"tokenizer {folder}: no such folder")
         self._fast: FastTokenizer | None = None
+        self._memo: WordMemo | None = None
+        self._memo_tried = False
         try:
             if (self.folder / "tokenizer.json").is_file():
                 self._fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
+                self._fast.no_truncation()  # a folder saved for fine-tuning may cut every text short
+                self._fast.no_padding()
                 self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
                 eos = self._special_token("eos_token")
                 self.eod = self._fast.token_to_id(eos) if eos else None
@@ -72,8 +78,21 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         if self._fast is not None:
-            return [e.ids for e in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+            return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
         return self._slow(list(texts), add_special_tokens=False)["input_ids"]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode_batch` gives, as int32 arrays, for the many texts of a corpus; see data.word_memo."""
+        if self._memo is None and self._fast is not None and not self._memo_tried:
+            self._memo, self._memo_tried = WordMemo.of(self._fast), True
+        found: list[np.ndarray | None] = [None] * len(texts)
+        if self._memo is not None:
+            found = [self._memo.encode(text) if self._memo.handles(text) else None for text in texts]
+        rest = [i for i, ids in enumerate(found) if ids is None]
+        if rest:
+            for i, ids in zip(rest, self.encode_batch([texts[i] for i in rest]), strict=True):
+                found[i] = np.array(ids, dtype=np.int32)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
-from flagscale_like.errors import ConfigError, PeerLostError, PlatformError
+from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError
 from flagscale_like.runtime import cpu_shim
 from flagscale_like.runtime.platform import Platform, get_platform
+
+T = TypeVar("T")
 
 # What gloo and NCCL say of a rank that is gone.
 PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited")
@@ -72,6 +75,11 @@ class ParallelContext:
         """The one rank that writes logs and shared files."""
         return self.rank == 0
 
+    @property
+    def is_node_main(self) -> bool:
+        """The one rank of each node that prepares what the node's ranks share."""
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -92,6 +100,26 @@ class ParallelContext:
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
+    """Run something on every rank; if it fails on one, all raise its error, and none is left waiting in a collective.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        DataError: on every rank, where `work` raised it, or an OSError, on any.
+    """
+    problem, result = None, None
+    try:
+        result = work()
+    except (DataError, OSError) as error:
+        problem = str(error)
+    found = [p for p in ctx.gather(problem) if p]
+    if found:
+        raise DataError(found[0])
+    return result
 
 
 @contextmanager

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.config import RunConfig
-from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.data.pretrain import build_dataset, build_datasets, micro_batches
 from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.watchdog import Watchdog
@@ -21,6 +22,7 @@ from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
 from flagscale_like.training.run import Progress, Run, agree, start
 from flagscale_like.training.step import Batches, StepResult, Verdict, evaluate, train_step
+from flagscale_like.training.trail import DataTrail
 
 __all__ = ["Progress", "Run", "agree", "start", "train"]
 
@@ -44,6 +46,8 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
         config, ctx, train_samples=progress.train_samples, valid_samples=valid_samples
     )
     batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
+    trail = DataTrail(run, train_data, reporter)
+    trail.begin()
     guard = Guard(config.monitors, rewinds=progress.rewinds)
     first, since, steps_since, stop = True, time.perf_counter(), 0, False
     with _watchdog(config, ctx) as watchdog, StepProfiler(config, ctx) as profiler:
@@ -71,7 +75,9 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             run.scheduler.step(increment=1)
             steps_since += 1
             reporter.timed(time.perf_counter() - began)
-            if progress.step % options.log_interval == 0 or first or progress.step == last:
+            logged = progress.step % options.log_interval == 0 or first or progress.step == last
+            trail.record(progress.consumed - batch_size, result, logged=logged)
+            if logged:
                 reporter.step(
                     progress.step,
                     loss=result.loss,
@@ -94,6 +100,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             if result.verdict in (Verdict.REWIND, Verdict.STOP):
                 watchdog.beat(progress.step, "going back", slow=True)
                 _go_back(run, reporter, result, guard.reason)
+                trail.went_back()
                 since, steps_since = time.perf_counter(), 0
                 continue
             if (
@@ -101,16 +108,16 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 and options.eval_interval
                 and (progress.step % options.eval_interval == 0 or progress.step == last)
             ):
-                fresh = micro_batches(valid_data, config, ctx)
-                beat = functools.partial(watchdog.beat, progress.step, "evaluation")
-                loss = evaluate(run.chunks, config, ctx, fresh, options.eval_steps, on_step=beat)
-                reporter.evaluation(progress.step, loss)
+                _evaluate(run, reporter, watchdog, valid_data, "validation")
                 since = time.perf_counter()
             final = stop or progress.step == last
             if config.checkpoint.interval and (final or progress.step % config.checkpoint.interval == 0):
                 watchdog.beat(progress.step, "saving", slow=True)
                 _save(run, reporter, final=final)
                 since = time.perf_counter()
+        if progress.step == options.steps and valid_data and config.data.tests:
+            _evaluate(run, reporter, watchdog, build_dataset(config, ctx, "test", valid_samples), "test")
+    trail.end()
     if progress.step < last:
         reporter.say(f"stopped at step {progress.step}; the same command goes on from the newest checkpoint")
     elif config.checkpoint.export_hf:
@@ -132,6 +139,14 @@ def export_run(run: Run) -> Path:
     tokenizer = Path(data.tokenizer) if data.tokenizer else None
     export_on_ranks(reader, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out
+
+
+def _evaluate(run: Run, reporter: Reporter, watchdog: Watchdog, dataset: Dataset, split: str) -> None:
+    config, step = run.config, run.progress.step
+    beat = functools.partial(watchdog.beat, step, "evaluation")
+    fresh = micro_batches(dataset, config, run.ctx)
+    loss, by_source = evaluate(run.chunks, config, run.ctx, fresh, config.train.eval_steps, on_step=beat)
+    reporter.evaluation(step, loss, by_source, split=split)
 
 
 def _save(run: Run, reporter: Reporter, *, final: bool) -> None:

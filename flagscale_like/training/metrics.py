@@ -9,6 +9,7 @@ import os
 import statistics
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from flagscale_like.checkpoint.store import Saved
 from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
+from flagscale_like.data.blend import SourceUse
 from flagscale_like.runtime.parallel import ParallelContext
 
 RECENT_STEPS = 20
@@ -105,10 +107,19 @@ class Reporter:
         ]
         self.say(" | ".join(parts))
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Report a validation loss."""
-        self._write({"step": step, "lm loss validation": loss})
-        self.say(f"step {step} | validation loss {loss:.4f}")
+    def evaluation(self, step: int, loss: float, by_source: dict[str, float], *, split: str = "validation") -> None:
+        """Report the loss on a split, and those of the sources of a blend."""
+        name = f"lm loss {split}"
+        self._write({"step": step, name: loss, **{f"{name}/{source}": value for source, value in by_source.items()}})
+        parts = "".join(f" | {source} {value:.4f}" for source, value in by_source.items())
+        self.say(f"step {step} | {split} loss {loss:.4f}{parts}")
+
+    def epochs(self, step: int, used: Sequence[SourceUse]) -> None:
+        """Report how often the training data was read."""
+        if used:
+            self._write({"step": step, **{f"data/epochs/{use.name}": use.epochs for use in used}})
+        for use in used:
+            self.say(f"data source {use}")
 
     def offload(self, step: int, counts: dict[str, float]) -> None:
         """Report rank 0's activation offload since the last report."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import platform as host
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +26,11 @@ from flagscale_like.checkpoint.store import (
 )
 from flagscale_like.config import Checkpoint, RunConfig
 from flagscale_like.data.pretrain import check_sources
-from flagscale_like.errors import CheckpointError, DataError, DivergedError
+from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.families import find_family
 from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
 from flagscale_like.model.offload import ActivationOffload, attach_offload
-from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -213,22 +212,6 @@ def check_model(config: RunConfig, source: WeightSource) -> None:
     ]
     if different:
         raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
-
-
-def agree(ctx: ParallelContext, check: Callable[[], object]) -> None:
-    """Run a check on every rank; if one fails, all raise its error, and none is left waiting in a collective.
-
-    Raises:
-        DataError: on every rank, where the check raised it, or an OSError, on any.
-    """
-    problem = None
-    try:
-        check()
-    except (DataError, OSError) as error:
-        problem = str(error)
-    found = [p for p in ctx.gather(problem) if p]
-    if found:
-        raise DataError(found[0])
 
 
 @functools.cache

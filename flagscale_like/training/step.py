@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -51,6 +51,7 @@ class StepResult:
         tokens: tokens that counted for the loss.
         verdict: whether the update was made; if not, what is to be done.
         flags: sums over all ranks of what each gave as `flags`.
+        sample_losses: on the last stage, each sample's mean loss a token, in the order in which this rank read them.
     """
 
     loss: float
@@ -58,28 +59,33 @@ class StepResult:
     tokens: int
     verdict: Verdict
     flags: list[float]
+    sample_losses: list[float] = field(default_factory=list)
 
     @property
     def updated(self) -> bool:
         return self.verdict is Verdict.UPDATE
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(loss_mask: Tensor, source: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over the micro-batch and its token count; megatron-core divides the gradients by the count of the whole batch.
 
     Args:
         losses: [b, s], each token's cross-entropy.
+        source: [b], the number of each sample's source in the blend.
     """
-    total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum().to(torch.int)
+    masked = losses.float() * loss_mask  # [b, s]
+    total, tokens = masked.sum(), loss_mask.sum().to(torch.int)
     # The schedules scale the first value in place after this returns: what is reported must be a copy.
-    return total, tokens, {"sum": total.detach().clone(), "tokens": tokens.clone()}
+    report = {"sum": total.detach().clone(), "tokens": tokens.clone()}
+    report |= {"sample sums": masked.detach().sum(-1), "sample tokens": loss_mask.sum(-1)}  # [b]
+    return total, tokens, report | ({"source": source} if source is not None else {})
 
 
 def _forward(batches: Batches | None, chunk: MegatronModule) -> tuple[Tensor, functools.partial]:
     model = unwrap(chunk)
     batch = next(batches) if (model.pre_process or model.post_process) else {}
     output = chunk(input_ids=batch.get("tokens"), position_ids=None, attention_mask=None, labels=batch.get("labels"))
-    return output, functools.partial(_loss, batch.get("loss_mask"))
+    return output, functools.partial(_loss, batch.get("loss_mask"), batch.get("source"))
 
 
 def _run_schedule(
@@ -103,6 +109,22 @@ def _sum_losses(losses: list[dict[str, Tensor]], ctx: ParallelContext, *extra: f
     counts = ctx.is_last_stage and ctx.tp_rank == 0
     local = [float(sum(item[name] for item in losses)) if counts and losses else 0.0 for name in ("sum", "tokens")]
     return ctx.sum([*local, *extra])
+
+
+def _sample_losses(losses: list[dict[str, Tensor]]) -> list[float]:
+    """Mean loss a token of each sample of the micro-batches; one copy from the device for all."""
+    if not losses:
+        return []
+    sums, tokens = (torch.cat([item[name] for item in losses]) for name in ("sample sums", "sample tokens"))
+    return (sums / tokens).tolist()
+
+
+def _add_by_source(totals: Tensor, losses: list[dict[str, Tensor]]) -> None:
+    """Add the samples' losses and tokens to `totals`, [2, sources] float64 on the host, where the samples have a source."""
+    for item in losses:
+        if "source" in item:
+            values = torch.stack((item["sample sums"], item["sample tokens"])).double().cpu()  # [2, b]
+            totals.index_add_(1, item["source"], values)
 
 
 def train_step(
@@ -143,7 +165,7 @@ def train_step(
             for part in optimizer.chained_optimizers:
                 mcore_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, int(tokens), verdict, summed)
+    return StepResult(loss, grad_norm, int(tokens), verdict, summed, _sample_losses(losses))
 
 
 @torch.no_grad()
@@ -164,22 +186,32 @@ def evaluate(
     steps: int,
     *,
     on_step: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean loss, in nats a token, over `steps` global batches; `on_step` is called before each."""
+) -> tuple[float, dict[str, float]]:
+    """Mean loss, in nats a token, over `steps` global batches, and of the samples of each source of a blend that were read.
+
+    Args:
+        on_step: called before each global batch.
+    """
     gathers = chunks[0].ddp_config.overlap_param_gather
     for chunk in chunks:
         if gathers:
             chunk.disable_forward_pre_hook()
         chunk.eval()
     num_microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
-    total = tokens = 0.0
+    names = config.data.source_names
+    overall, by_source = torch.zeros(2, dtype=torch.float64), torch.zeros(2, len(names), dtype=torch.float64)
     for _ in range(steps):
         on_step()
         part = itertools.islice(batches, num_microbatches)
-        sums = forward_losses(chunks, config, ctx, part, num_microbatches)
-        total, tokens = total + sums[0], tokens + sums[1]
+        losses = _run_schedule(chunks, config, part, num_microbatches, forward_only=True)
+        overall += torch.tensor(_sum_losses(losses, ctx), dtype=torch.float64)
+        if ctx.is_last_stage and ctx.tp_rank == 0:
+            _add_by_source(by_source, losses)
     for chunk in chunks:
         chunk.train()
         if gathers:
             chunk.enable_forward_pre_hook()
-    return total / tokens if tokens else math.nan
+    sums = ctx.sum(by_source.flatten().tolist()) if names else []
+    pairs = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
+    read = {name: loss / tokens for name, loss, tokens in pairs if tokens}
+    return (overall[0] / overall[1]).item() if overall[1] else math.nan, read

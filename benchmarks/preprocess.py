@@ -1,0 +1,117 @@
+"""Tokens/s of `preprocess` next to a plain loop: a process a core, each document read, encoded and sent back by itself.
+
+The plain loop is what pretraining repositories ship: a pool of processes that maps over the lines of the corpus, loads the
+JSON, calls the tokenizer on one document, and hands the ids to the parent, which appends them to the .bin/.idx with
+megatron-core's builder. It is timed with transformers' tokenizer, and with the bare `tokenizers` one, in turn with ours, on
+the same corpus: this Python's own source, cut into documents of about 2,000 characters. Both results must be equal.
+
+    python benchmarks/preprocess.py [--megabytes 20] [--rounds 3] [--processes 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.readers import find_inputs, read_documents
+from flagscale_like.data.tokenizer import Tokenizer, train_bpe
+
+_encode = None
+
+
+def _start(kind: str, folder: str) -> None:
+    global _encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if kind == "transformers":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        _encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    else:
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_file(f"{folder}/tokenizer.json")
+        _encode = lambda text: fast.encode(text, add_special_tokens=False).ids  # noqa: E731
+
+
+def _one(line: str) -> list[int]:
+    return _encode(json.loads(line)["text"])
+
+
+def plain_loop(kind: str, corpus: Path, folder: Path, prefix: Path, processes: int) -> float:
+    """Seconds from the first line to the finished index; the start of the processes is not counted."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    words = Tokenizer(folder)
+    with multiprocessing.get_context("spawn").Pool(processes, _start, (kind, str(folder))) as pool:
+        pool.map(_one, ['{"text": "warm"}'] * processes * 4)
+        began = time.perf_counter()
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(words.vocab_size))
+        with open(corpus, encoding="utf-8") as lines:
+            for ids in pool.imap(_one, lines, chunksize=32):
+                builder.add_document(torch.tensor([*ids, words.eod]), [len(ids) + 1])
+        builder.finalize(f"{prefix}.idx")
+        return time.perf_counter() - began
+
+
+def ours(corpus: Path, folder: Path, prefix: Path, processes: int) -> tuple[float, int]:
+    """Seconds, the start of the processes included, and tokens."""
+    began = time.perf_counter()
+    report = preprocess([corpus], folder, prefix, workers=processes)
+    return time.perf_counter() - began, report.tokens
+
+
+def write_corpus(path: Path, megabytes: float, characters: int = 2000) -> None:
+    """This Python's source, repeated until it is large enough, every time in other pieces."""
+    size, turn = 0, 0
+    with open(path, "w", encoding="utf-8") as file:
+        while True:
+            for document in read_documents(find_inputs(["python-stdlib"]), bad_lines="skip"):
+                for start in range(turn * 37, len(document.text), characters):
+                    text = document.text[start : start + characters]
+                    size += file.write(json.dumps({"text": text}) + "\n")
+                    if size >= megabytes * 1e6:
+                        return
+            turn += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vocab-size", type=int, default=16_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        corpus, folder = root / "corpus.jsonl", root / "tokenizer"
+        write_corpus(corpus, options.megabytes)
+        train_bpe((d.text for d, _ in zip(read_documents([corpus]), range(2000))), options.vocab_size, folder)
+        seconds: dict[str, list[float]] = {"ours": [], "tokenizers": [], "transformers": []}
+        for _ in range(options.rounds):
+            spent, tokens = ours(corpus, folder, root / "ours", options.processes)
+            seconds["ours"].append(spent)
+            for kind in ("tokenizers", "transformers"):
+                seconds[kind].append(plain_loop(kind, corpus, folder, root / kind, options.processes))
+                for suffix in (".bin", ".idx"):
+                    same = (root / f"ours{suffix}").read_bytes() == (root / f"{kind}{suffix}").read_bytes()
+                    assert same, f"{kind}{suffix} differs from ours"
+        print(f"{corpus.stat().st_size / 1e6:.1f} MB, {tokens:,} tokens, {options.processes} processes")
+        for kind, times in seconds.items():
+            ratios = [theirs / mine for theirs, mine in zip(times, seconds["ours"], strict=True)]
+            print(
+                f"{kind:>12}: {tokens / statistics.median(times):,.0f} tokens/s (median of {options.rounds}); "
+                f"time / ours, in turn: median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""One shard of a corpus: its inputs read, cleaned and tokenized into files that count once their report is there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flagscale_like.data.dedup import minhash_signature, text_digest
+from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.index_file import token_dtype
+from flagscale_like.data.readers import BadLine, BadLines, Document, Piece, PieceReader, ReadOptions, can_split
+from flagscale_like.data.report import Report
+from flagscale_like.data.tokenizer import Tokenizer
+from flagscale_like.errors import DataError
+
+BATCH_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What a shard's content depends on, beside its pieces."""
+
+    tokenizer_folder: str
+    read: ReadOptions
+    cleaning: Cleaning
+    bad_lines: BadLines
+
+
+def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
+    """Pieces in the order of the files: large files of lines are divided, small files share a shard.
+
+    A compressed file or a parquet file is read from its beginning only, so it is one piece, however large.
+    """
+    shards: list[list[Piece]] = []
+    held: list[Piece] = []
+    held_bytes = 0
+    for path in files:
+        size = path.stat().st_size
+        if size > shard_bytes and can_split(path, read.unit):
+            shards += [held] if held else []
+            held, held_bytes = [], 0
+            count = -(-size // shard_bytes)
+            edges = [size * i // count for i in range(count + 1)]
+            shards += [[Piece(str(path), a, b)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            continue
+        held.append(Piece(str(path)))
+        held_bytes += size
+        if held_bytes >= shard_bytes:
+            shards.append(held)
+            held, held_bytes = [], 0
+    return shards + ([held] if held else [])
+
+
+class Shard:
+    """The files of a shard in the work folder: N.bin, N.parquet (a row a document), N.json (its report), written last."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.tokens, self.rows, self.report = (
+            folder / f"{number:06d}{suffix}" for suffix in (".bin", ".parquet", ".json")
+        )
+
+    def is_done(self) -> bool:
+        """Whether all of it was written; the sizes are looked at, too."""
+        try:
+            sizes = json.loads(self.report.read_text(encoding="utf-8"))["sizes"]
+            return sizes == [self.tokens.stat().st_size, self.rows.stat().st_size]
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def remove(self) -> None:
+        for path in (self.report, self.tokens, self.rows):
+            path.unlink(missing_ok=True)
+
+    def lines(self) -> dict[str, int]:
+        """Lines begun in each input file."""
+        return json.loads(self.report.read_text(encoding="utf-8"))["lines"]
+
+
+class ShardMaker:
+    """Makes shards; holds the tokenizer, once a process."""
+
+    def __init__(self, options: ShardOptions) -> None:
+        self.options = options
+        self.tokenizer = Tokenizer(options.tokenizer_folder)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+
+    def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
+        """Write a shard.
+
+        Raises:
+            DataError: a bad line, where they stop; an input that cannot be read; an output that cannot be written.
+        """
+        report, lines = Report(), {}
+        documents = self._documents(pieces, report, lines)
+        try:
+            shard.remove()
+            with open(shard.tokens, "wb") as tokens, _RowWriter(shard.rows, self.options.cleaning) as rows:
+                for batch in _batches(documents):
+                    for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
+                        if not len(ids):
+                            report.empty += 1
+                            continue
+                        tokens.write(ids.astype(self.dtype).tobytes() + self.dtype.type(self.tokenizer.eod).tobytes())
+                        rows.add(document, len(ids) + 1)
+                        report.documents += 1
+                        report.tokens += len(ids) + 1
+                        report.characters += len(document.text)
+                tokens.flush()
+                os.fsync(tokens.fileno())
+            sizes = [shard.tokens.stat().st_size, shard.rows.stat().st_size]
+            report.write(shard.report, sizes=sizes, lines=lines)
+        except DataError:
+            shard.remove()
+            raise
+        except OSError as error:
+            shard.remove()
+            raise DataError(
+                f"{error.filename or shard.tokens}: cannot be written: {error.strerror or error}; finished shards are kept: "
+                "mend it, and repeat the command"
+            ) from None
+        return report
+
+    def _documents(self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]) -> Iterator[Document]:
+        """The documents to keep; counts the others."""
+        for piece in pieces:
+            reader = PieceReader(piece, self.options.read)
+            for found in reader:
+                if isinstance(found, BadLine):
+                    if self.options.bad_lines == "stop":
+                        raise DataError(f"{_in_file(found, piece)} (--bad-lines skip goes on without it)")
+                    report.bad((found.source, found.line, found.reason))
+                    continue
+                report.read += 1
+                text, objection = self.options.cleaning.apply(found.text)
+                if objection:
+                    report.drop(objection, len(text), (found.source, found.line, ""))
+                else:
+                    yield Document(found.source, found.line, text)
+            lines[piece.path] = reader.lines
+
+
+def _in_file(bad: BadLine, piece: Piece) -> BadLine:
+    """A bad line of a piece that starts inside its file, with its number in the file."""
+    if not piece.start:
+        return bad
+    before, left = 0, piece.start
+    with open(piece.path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            before += part.count(b"\n")
+            left -= len(part)
+    # The line that crosses into the piece belongs to the one before, and ends with a line feed that was not counted.
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start - 1)
+        before += file.read(1) != b"\n"
+    return BadLine(bad.source, before + bad.line, bad.reason)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _RowWriter:
+    """A shard's table: source, line, tokens, and the digest or signature that duplicates are found by."""
+
+    ROWS = 4096
+
+    def __init__(self, path: Path, cleaning: Cleaning) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._pa, self._duplicates = pa, cleaning.duplicates
+        names = pa.dictionary(pa.int32(), pa.string())
+        fields = [("source", names), ("line", pa.int64()), ("tokens", pa.int32()), ("characters", pa.int64())]
+        fields += [("digest", pa.binary(16))] if self._duplicates != "keep" else []
+        fields += [("signature", pa.binary())] if self._duplicates == "near" else []
+        self._schema = pa.schema(fields)
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._writer = pq.ParquetWriter(self._file, self._schema)
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add(self, document: Document, tokens: int) -> None:
+        row = [document.source, document.line, tokens, len(document.text)]
+        row += [text_digest(document.text)] if self._duplicates != "keep" else []
+        row += [minhash_signature(document.text)] if self._duplicates == "near" else []
+        self._rows.append(tuple(row))
+        if len(self._rows) >= self.ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True) if self._rows else [[]] * len(self._schema)
+        arrays = [self._pa.array(list(c), f.type) for c, f in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(self._pa.Table.from_arrays(arrays, schema=self._schema))
+        self._rows = []
+
+    def __enter__(self) -> _RowWriter:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        try:
+            if failed is None:
+                self._flush()
+            with contextlib.suppress(*([OSError] if failed else [])):  # else the disk's first word would be lost
+                self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
+    """All that the shards depend on: a resumed run must find it unchanged."""
+    tokenizer = {
+        path.name: xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in sorted(Path(options.tokenizer_folder).iterdir())
+        if path.is_file() and path.suffix in (".json", ".model", ".txt")
+    }
+    stats = [(str(path), path.stat()) for path in files]
+    return {
+        "tokenizer": tokenizer,
+        "read": asdict(options.read),
+        "cleaning": options.cleaning.model_dump(mode="json"),
+        "bad_lines": options.bad_lines,
+        "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
+
+
+def read_row_lengths(shard: Shard) -> np.ndarray:
+    """Tokens of each document of a shard, int32."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)

@@ -1,0 +1,75 @@
+"""What a run leaves behind about the data that it reads, and what it says of it; see data.provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from flagscale_like.data.blend import source_use
+from flagscale_like.data.provenance import Provenance, Segment, badness, write_losses
+from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.training.metrics import Reporter
+from flagscale_like.training.run import Run
+from flagscale_like.training.step import StepResult
+
+NAMED_SAMPLES = 3
+
+
+class DataTrail:
+    """Journal, sample losses and epochs of a run with sources; of one without, nothing."""
+
+    def __init__(self, run: Run, dataset: Dataset, reporter: Reporter) -> None:
+        self.run, self.dataset, self.reporter = run, dataset, reporter
+        self.run_dir, self.names = Path(run.config.run_dir), run.config.data.source_names
+        self.provenance = Provenance(dataset, self.names) if self.names else None
+
+    def begin(self) -> None:
+        """Note where the order goes on, and warn of sources that the plan reads more than once."""
+        self._note("start")
+        if self.run.ctx.is_main:
+            for use in source_use(self.dataset, self.names, self.run.config.train.total_samples()):
+                if use.epochs > 1:
+                    self.reporter.say(f"warning: the plan repeats data source {use}")
+
+    def went_back(self) -> None:
+        """Note that the run went back, and leaves samples out."""
+        self._note("rewind")
+
+    def record(self, first: int, result: StepResult, *, logged: bool) -> None:
+        """Note the losses of a step that read from sample `first` on, where it is logged or was not made.
+
+        All ranks call it: of a step that was not made, the log names the worst samples.
+        """
+        if self.provenance is None or (result.updated and not logged):
+            return
+        ctx, step = self.run.ctx, self.run.progress.step
+        counts = ctx.is_last_stage and ctx.tp_rank == 0
+        if counts:
+            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp), result.sample_losses)
+        if result.updated:
+            return
+        size = self.run.config.train.micro_batch_size
+        turns = MicroBatchSampler(len(self.dataset), first, size, ctx.dp_rank, ctx.dp)
+        read = (position for micro_batch in turns for position in micro_batch)
+        mine = list(zip(result.sample_losses, read, strict=False)) if counts else []
+        worst = _worst([pair for pairs in ctx.gather(_worst(mine)) for pair in pairs])
+        if ctx.is_main:
+            for loss, position in worst:
+                self.reporter.say(f"step {step} | {self.provenance.describe(position, loss)}")
+
+    def end(self) -> None:
+        """Say how often each source was read."""
+        if self.run.ctx.is_main:
+            used = source_use(self.dataset, self.names, self.run.progress.consumed)
+            self.reporter.epochs(self.run.progress.step, used)
+
+    def _note(self, event: str) -> None:
+        progress, config = self.run.progress, self.run.config
+        if self.run.ctx.is_main and self.provenance is not None:
+            place = (progress.step, progress.consumed, progress.train_samples)
+            Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json")).append_to(self.run_dir)
+
+
+def _worst(losses: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    return sorted(losses, key=lambda pair: (badness(pair[0]), pair[1]))[:NAMED_SAMPLES]
