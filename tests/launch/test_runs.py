@@ -95,7 +95,9 @@ def test_a_killed_rank_under_torchrun_sh_goes_on_from_the_newest_good_checkpoint
 
 def two_nodes(tmp_path, fake_ssh, hosts, **settings):
     """Start a run of two nodes with a rank each, kill the second's, stop the run; by ssh_hostfile.sh alone."""
-    config = tiny_config(tmp_path / "run", train__steps=STEPS, checkpoint={"interval": 5, "keep": 3}, parallel={"tp": 2})
+    config = tiny_config(
+        tmp_path / "run", train__steps=STEPS, checkpoint={"interval": 5, "keep": 3}, parallel={"tp": 2}
+    )
     file = write_yaml(config, tmp_path / "run.yaml")
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
     (tmp_path / "bin").mkdir()
