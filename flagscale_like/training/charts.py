@@ -65,11 +65,15 @@ def powers_of_ten(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number as an axis shows it: 1.2M, 45k, 0.003, 2e-05."""
+    """A number as an axis shows it: 1.2M, 45k, 2,000, 0.003, 2e-05."""
     size = abs(value)
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if size >= unit:
-            return f"{value / min(unit, 1e3 if name == 'k' else unit):.4g}{name}"
+            return f"{value / unit:.4g}{name}"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    if size >= 1e3:
+        return f"{value:,.0f}"
     return f"{value:.3g}" if size >= 1e-3 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
@@ -139,7 +143,7 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
     """
     stages, boxes = len(chunks), min(tp, 8)
     box, gap, row, left, top = 76, 8, 58, 132, 42
-    width = left + boxes * (box + gap) + 150
+    width = max(left + boxes * (box + gap) + 170, left + 350)
     height = top + stages * row + 26
     out = [f'<svg class="layout" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img">']
     out.append(f'<text class="title" x="{left}" y="18">one copy of the model: {tp * stages} ranks</text>')
@@ -172,14 +176,14 @@ def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
     """A bar a row, of (component, bytes) parts; the bars share one scale."""
     most = max((sum(size for _, size in parts) for _, parts in rows), default=0.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, size in parts if size))
-    left, row, width = 150, 34, 760
+    left, row, width = 130, 32, 600
     out = [f'<svg class="bars" viewBox="0 0 {width} {len(rows) * row + 30}" role="img">']
     for n, (label, parts) in enumerate(rows):
         at, place = 4 + n * row, float(left)
         out.append(f'<text x="0" y="{at + 16}">{html.escape(label)}</text>')
         for name, size in parts:
             if size:
-                long = (width - left - 90) * size / most
+                long = (width - left - 80) * size / most
                 title = f"<title>{html.escape(name)}: {readable(size)}</title>"
                 shape = f'x="{place:.1f}" y="{at}" width="{max(long - 1, 0.5):.1f}" height="22" rx="2"'
                 out.append(f'<rect class="part p{names.index(name)}" {shape}>{title}</rect>')

@@ -132,7 +132,9 @@ def _alarm(event: dict[str, Any]) -> Mark:
     action = str(event.get("action") or "")
     kind = next((known for known in ("rewind", "skip") if known in action), "spike")
     words = event.get("message") or f"{event.get('value')} beside a limit of {event.get('limit')}"
-    text = f"step {event['step']}: {event.get('kind', 'event')}: {words}" + (f" ({action})" if action else "")
+    text = f"step {event['step']}: {event.get('kind', 'event')}: {words}" + (
+        f" ({action})" if action not in ("", "none") else ""
+    )
     return Mark(step=event["step"], kind=kind, text=text)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -164,14 +165,22 @@ def namespaces():
     for n in (1, 2):
         steps += [f"ip -n {prefix}-{n} addr add 10.213.0.{n}/24 dev eth0"]
         steps += [f"ip -n {prefix}-{n} link set {device} up" for device in ("lo", "eth0")]
+    folders = [Path(f"/etc/netns/{prefix}-{n}") for n in (1, 2)]
     try:
+        for n, folder in enumerate(folders, 1):  # what `ip netns exec` puts over /etc: nobody answers DNS in there
+            folder.mkdir(parents=True)
+            (folder / "nsswitch.conf").write_text("hosts: files\n")
+            (folder / "hosts").write_text(
+                f"127.0.0.1 localhost\n10.213.0.{n} {socket.gethostname()}\n10.213.0.{3 - n} other\n"
+            )
         for step in steps:
             done = subprocess.run(step.split(), capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
         yield prefix
     finally:
-        for n in (1, 2):
+        for n, folder in enumerate(folders, 1):
+            shutil.rmtree(folder, ignore_errors=True)
             subprocess.run(["ip", "netns", "del", f"{prefix}-{n}"], capture_output=True)
 
 
