@@ -195,19 +195,19 @@ def _cell(text: str | None) -> str:
 def exit_codes() -> str:
     """The table of flagscale_like/errors.py."""
     rows = [line.strip() for line in (errors.__doc__ or "").splitlines() if line.strip().startswith("|")]
-    signals = "128 + n is a rank, or the launcher, that signal n ended: 137 is SIGKILL, as the kernel does when memory runs out."
     lines = [
         "# Exit codes",
         "",
-        "What a user can mend ends with one line, `error: cause, and the way out`, and a code of its own. A traceback and code",
-        "1 are a bug of ours.",
+        "What a user can mend ends with one line, `error: cause, and the way out`, and a code of its own. A traceback and",
+        "code 1 are a bug of ours.",
         "",
         *rows,
         "",
-        f"0 is success, and also a run that SIGTERM or SIGINT stopped in order. {signals}",
+        "0 is success, and also a run that SIGTERM or SIGINT stopped in order. 128 + n: signal n ended a rank, or the",
+        "launcher; 137 is SIGKILL, as the kernel sends it when memory runs out.",
         "",
-        "`flagscale-like train` ends with the code of the rank that failed first. Under `torchrun`, and so under the scripts in",
-        "`launch/`, the code is torchrun's own, 1; the line in the log is the rank's.",
+        "`flagscale-like train` ends with the code of the rank that failed first. Under `torchrun`, and so under the scripts",
+        "in `launch/`, the code is torchrun's own, 1; the line in the log is the rank's.",
     ]
     return "\n".join(lines) + "\n"
 

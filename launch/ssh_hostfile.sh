@@ -76,7 +76,7 @@ remote() {
       printf 'if %s; then echo already running >&2; exit 1; fi; ' "$alive"
       printf 'mkdir -p %s&& { %s>>%s2>&1 </dev/null & echo $! >%s; }' "$(quote "$logs")" "$(quote env \
         NNODES="${#hosts[@]}" NPROC_PER_NODE="$slots" RDZV_ENDPOINT="${hosts[0]#*@}:$port" RDZV_ID="$job" \
-        RDZV_IS_HOST="$([[ $host == "${hosts[0]}" ]] && echo 1 || echo 0)" "${passed[@]}" \
+        RDZV_IS_HOST="$([[ $host == "${hosts[0]}" ]] && echo 1 || echo 0)" LOCAL_ADDR="${host#*@}" "${passed[@]}" \
         setsid launch/torchrun.sh "$@")" "$log" "$pid"
       ;;
     status) printf 'if %s; then echo running; tail -n 1 %s; else echo stopped; fi' "$alive" "$log" ;;

@@ -9,6 +9,7 @@
 #   NNODES          nodes                                                          [1]
 #   RDZV_ENDPOINT   HOST:PORT, the same on every node; needed where NNODES > 1
 #   RDZV_IS_HOST    1 on HOST and 0 elsewhere; torchrun compares host names         [left to torchrun]
+#   LOCAL_ADDR      a name or address of this node that the others can reach         [its host name]
 #   RDZV_ID         the job's name, the same on every node                         [flagscale-like]
 #   MAX_RESTARTS    restarts of all ranks                                          [3]
 #   PYTHON          the interpreter that has flagscale_like                        [python3]
@@ -38,6 +39,7 @@ if [[ $nodes == 1 ]]; then endpoint=${endpoint:-localhost:0}; fi # any free port
 command=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks")
 command+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-${PET_RDZV_ID:-flagscale-like}}")
 [[ -z ${RDZV_IS_HOST-} ]] || command+=(--rdzv-conf "is_host=$RDZV_IS_HOST")
+[[ -z ${LOCAL_ADDR-} ]] || command+=(--local-addr "$LOCAL_ADDR")
 command+=(--max-restarts "$restarts")
 command+=(-m flagscale_like train "$@")
 

@@ -17,7 +17,17 @@ from tests.harness import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ("torchrun.sh", "ssh_hostfile.sh", "slurm.sbatch")
-SETTINGS = ("NNODES", "NPROC_PER_NODE", "RDZV_ENDPOINT", "RDZV_ID", "RDZV_IS_HOST", "MAX_RESTARTS", "JOB", "PYTHON")
+SETTINGS = (
+    "NNODES",
+    "NPROC_PER_NODE",
+    "RDZV_ENDPOINT",
+    "RDZV_ID",
+    "RDZV_IS_HOST",
+    "LOCAL_ADDR",
+    "MAX_RESTARTS",
+    "JOB",
+    "PYTHON",
+)
 
 
 def script(name, *arguments, **environment):
