@@ -59,13 +59,13 @@ def configuration() -> str:
 
 
 def _section(name: str, group: type[BaseModel], *, optional: bool) -> list[str]:
-    summary = _summary(group)
+    level = "#" * (2 + name.count("."))
     off = " Off where it is left out." if optional else ""
-    lines = ["", f"## {name}", "", f"{summary}{off}", "", *_table(group, group.model_fields)]
+    lines = ["", f"{level} {name}", "", f"{_summary(group)}{off}", "", *_table(group, group.model_fields)]
     for key, info in group.model_fields.items():
         inner = _group(info.annotation)
         if inner is not None:
-            lines += ["", f"### {name}.{key}", "", _summary(inner), "", *_table(inner, inner.model_fields)]
+            lines += _section(f"{name}.{key}", inner, optional=_is_optional(info.annotation))
     return lines
 
 
