@@ -6,6 +6,7 @@ its layout has, the others on one. What would take minutes is made smaller where
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ def invoke(lines: list[list[str]], folder: str) -> list[tuple[int, str, str]]:
     from flagscale_like.cli import app
 
     warnings.simplefilter("ignore")
+    multiprocessing.current_process()._config["daemon"] = False  # the harness's ranks are; some commands start workers
     os.chdir(folder)
     found = []
     for words in lines:
