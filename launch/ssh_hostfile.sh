@@ -68,7 +68,7 @@ remote() {
   local host=$1 pid log alive
   shift
   log=$(quote "$logs/$host.log") pid=$(quote "$logs/$host.pid")
-  alive="pid=\$(cat $pid 2>/dev/null) && tr '\\0' '\\n' <\"/proc/\$pid/cmdline\" 2>/dev/null | grep -qxF $(quote "$job")"
+  alive="pid=\$(cat $pid 2>/dev/null) && cat \"/proc/\$pid/cmdline\" 2>/dev/null | tr '\\0' '\\n' | grep -qxF $(quote "$job")"
   printf 'cd %s&& ' "$(quote "$PWD")"
   # shellcheck disable=SC2016 # $pid and $! are the remote shell's
   case $verb in

@@ -198,6 +198,17 @@ def test_arguments_arrive_as_they_were_written_and_run_nothing(tmp_path, ssh):
     assert not (tmp_path / "PWNED").exists()
 
 
+def test_status_and_stop_find_no_process_where_none_runs(tmp_path, ssh):
+    (tmp_path / "hosts").write_text("n1 slots=2\n")
+    folder = tmp_path / "logs" / "x"
+    folder.mkdir(parents=True)
+    for pid in ("", "999999999", str(os.getpid())):  # never started; ended; another program's by now
+        (folder / "n1.pid").write_text(pid)
+        for verb in ("status", "stop"):
+            found = script("ssh_hostfile.sh", verb, tmp_path / "hosts", "x.yaml", LOGS=str(tmp_path / "logs"), **ssh)
+            assert (found.stdout, found.stderr) == ("n1: stopped\n", ""), pid
+
+
 def test_an_unreachable_node_is_named(tmp_path, ssh):
     (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\necho 'no route to host' >&2\nexit 255\n")
     (tmp_path / "hosts").write_text("n1 slots=2\n")
