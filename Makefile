@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench example-smollm2 help
+.PHONY: demo test soak lint bench docs example-smollm2 help
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,3 +33,7 @@ lint: $(VENV)/installed  ## Check style and format
 
 bench: $(VENV)/installed  ## Compare a CPU training step with transformers'
 	$(BIN)/python benchmarks/cpu_step.py
+
+docs: $(VENV)/installed  ## Build the documentation as a site in site/
+	$(BIN)/python docs/drawings.py
+	$(BIN)/python -m mkdocs build --strict

@@ -17,7 +17,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["flagscale_like", "flagscale_like.*"]), "flagscale_kernels"],
     package_dir={"flagscale_kernels": "kernels/flagscale_kernels"},
-    package_data={"flagscale_like": ["py.typed"], "flagscale_kernels": ["py.typed", "README.md"]},
+    package_data={
+        "flagscale_like": ["py.typed", "training/report.html"],
+        "flagscale_kernels": ["py.typed", "README.md"],
+    },
     # Lower bounds are what the code needs; upper bounds stop at what has been tested. The exact set is constraints.txt.
     install_requires=[
         "torch>=2.10,<2.14",
@@ -49,6 +52,7 @@ setup(
             "ruff>=0.9",
             "gguf>=0.17",
             "compressed-tensors>=0.15",
+            "mkdocs-material>=9.5,<10",
         ],
         "gpu": ["nvidia-ml-py>=12"],
     },

@@ -10,9 +10,16 @@ import typer
 if TYPE_CHECKING:
     from flagscale_like.checkpoint.format import CheckpointReader
 
+
+def example(text: str) -> str:
+    """The last line of a command's help."""
+    return f"Example: {text}"
+
+
 app = typer.Typer(
     name="flagscale-like",
     help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
+    epilog=example("flagscale-like init first-run, and then cd first-run; flagscale-like train run.yaml"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -24,11 +31,6 @@ Overrides = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Option(help="A run folder, a checkpoints/ folder, or one step_* folder.")]
 Processes = Annotated[int | None, typer.Option(help="Processes that read; as many as CPUs, if left out.")]
-
-
-def example(text: str) -> str:
-    """The last line of a command's help."""
-    return f"Example: {text}"
 
 
 def model_of_source(values: dict) -> dict | None:

@@ -11,7 +11,9 @@ import typer
 
 from flagscale_like.cli.base import Processes, app, example
 
-ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+ckpt_app = typer.Typer(
+    help="Look at checkpoints.", epilog=example("flagscale-like ckpt list runs/demo"), no_args_is_help=True
+)
 app.add_typer(ckpt_app, name="ckpt")
 
 

@@ -10,7 +10,11 @@ import typer
 
 from flagscale_like.cli.base import Checkpoint, app, example, open_checkpoint
 
-convert_app = typer.Typer(help="Convert from and to Hugging Face.", no_args_is_help=True)
+convert_app = typer.Typer(
+    help="Convert from and to Hugging Face.",
+    epilog=example("flagscale-like convert export --checkpoint runs/demo --out hf"),
+    no_args_is_help=True,
+)
 app.add_typer(convert_app, name="convert")
 
 

@@ -35,11 +35,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; bubble {layout.bubble:.1%}"
     )
     typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
-    if config.data.sources:
-        from flagscale_like.data.pretrain import check_sources
-
-        check_sources(config)
-        typer.echo(f"data         {len(config.data.sources)} sources found")
+    if not config.data.synthetic:
+        typer.echo(f"data         {_describe_data(config, local=local)}")
     plan = evaluate(goal, layout, cluster or _nominal(ranks), eff, overhead=cuda)
     typer.echo(f"memory       planned peak of a rank of each stage\n{describe_memory(plan.memory)}")
     if cluster is None:
@@ -52,6 +49,23 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
                 f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
             )
     typer.echo("the configuration is valid")
+
+
+def _describe_data(config: RunConfig, *, local: bool) -> str:
+    """What is known of the sources. A plan for other machines' ranks does not need the data that lies there."""
+    from flagscale_like.data.preprocess import find_inputs
+    from flagscale_like.data.pretrain import check_sources
+    from flagscale_like.errors import DataError
+
+    try:
+        if config.data.prepare:
+            return f"{len(find_inputs(config.data.prepare.input))} files to prepare before the first step"
+        check_sources(config)
+    except DataError as error:
+        if local:
+            raise
+        return f"not checked: {error}"
+    return f"{len(config.data.sources)} sources found"
 
 
 def _nominal(ranks: int) -> ClusterSpec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +124,35 @@ def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
     return result
 
 
+def _name_of_this_start(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name for this start of the ranks, which rank 0 makes up and each other rank has confirmed.
+
+    torchrun keeps one store over restarts, in which a start would find the dead ranks' addresses. Its restart count is no
+    name: each node's agent counts for itself, and not the restarts that another node asked for. What dead ranks left in the
+    store does no harm here: they are answered too, and confirm nothing.
+
+    Raises:
+        PlatformError: a rank did not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"meet/{rank}", mine)
+        name = store.get(f"meet/{mine}").decode()  # waits for rank 0
+        store.set(f"meet/{name}/{rank}", "here")
+        return name
+    missing, give_up = set(range(1, world)), time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"meet/{other}"]):
+                store.set(f"meet/{store.get(f'meet/{other}').decode()}", mine)
+                if store.check([f"meet/{mine}/{other}"]):
+                    missing.discard(other)
+        if missing and time.monotonic() > give_up:
+            raise PlatformError(f"ranks {sorted(missing)} of {world} did not come within {timeout_s:.0f} s")
+        time.sleep(0.01)
+    return mine
+
+
 @contextmanager
 def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0) -> Iterator[ParallelContext]:
     """Start torch.distributed and the model-parallel groups, and stop them at the end.
@@ -151,8 +182,7 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         try:
             store, rank, world = next(rendezvous("env://", timeout=timeout))
-            # torchrun keeps one store over restarts: without a name of its own, a start finds the dead ranks' addresses.
-            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = dist.PrefixStore(_name_of_this_start(store, rank, world, timeout_s), store)
             dist.init_process_group(
                 platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
             )

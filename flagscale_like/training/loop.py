@@ -53,7 +53,6 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
     with _watchdog(config, ctx) as watchdog, StepProfiler(config, ctx) as profiler:
         while progress.step < last and not stop:
             profiler.begin(progress.step + 1)
-            began = time.perf_counter()
             batch_size = options.batch_size_at(progress.consumed)
             watchdog.beat(progress.step, "training step", slow=first)
             result = train_step(
@@ -74,7 +73,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
             learning_rate = run.optimizer.param_groups[0]["lr"]
             run.scheduler.step(increment=1)
             steps_since += 1
-            reporter.timed(time.perf_counter() - began)
+            reporter.timed(progress.consumed)
             logged = progress.step % options.log_interval == 0 or first or progress.step == last
             trail.record(progress.consumed - batch_size, result, logged=logged)
             if logged:

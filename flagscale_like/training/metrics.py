@@ -6,8 +6,8 @@ import datetime
 import json
 import math
 import os
-import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import SourceUse
 from flagscale_like.runtime.parallel import ParallelContext
 
-RECENT_STEPS = 20
+RECENT_STEPS = 100
 
 
 class Reporter:
@@ -34,7 +34,7 @@ class Reporter:
     def __init__(self, config: RunConfig, ctx: ParallelContext, resumed_from: int) -> None:
         self.config, self.ctx = config, ctx
         self.run_dir = Path(config.run_dir)
-        self.step_times: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._done: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
         self.console = Console(highlight=False, soft_wrap=True) if ctx.is_main else None
         spec = find_device(ctx.platform.describe())
         self.peak_flops = spec.bf16_flops if spec else None
@@ -52,9 +52,22 @@ class Reporter:
         if self.console:
             self.console.print(text, markup=False)
 
-    def timed(self, seconds: float) -> None:
-        """Note a step's duration, for the ETA."""
-        self.step_times.append(seconds)
+    def timed(self, consumed: int) -> None:
+        """Note that a step is done and how many samples the run has consumed, for the ETA."""
+        self._done.append((time.perf_counter(), consumed))
+
+    def seconds_left(self, step: int) -> float:
+        """Wall time that the steps after `step` will take at the pace of the last ones.
+
+        The pace is wall time a sample, so that evaluations and saves between steps count, and a batch ramp-up does not
+        mislead. The first step of a start, which builds and compiles, is where the clock begins.
+        """
+        train = self.config.train
+        (since, before), (now, consumed) = self._done[0], self._done[-1]
+        if consumed == before:
+            return 0.0
+        left = train.total_samples() - consumed if train.ramp_up else (train.steps - step) * train.global_batch_size
+        return (now - since) / (consumed - before) * max(0, left)
 
     def step(
         self,
@@ -74,7 +87,7 @@ class Reporter:
         tokens_per_s = batch_size * train.seq_length / seconds
         flops = self.config.model.flops_per_token(train.seq_length) * tokens_per_s / self.ctx.world_size
         memory = self.ctx.platform.peak_memory_bytes()
-        eta = statistics.median(self.step_times) * (train.steps - step) if self.step_times else 0.0
+        eta = self.seconds_left(step) if len(self._done) > 1 else (train.steps - step) * seconds
         record: dict[str, Any] = {
             "step": step,
             "lm loss": loss,

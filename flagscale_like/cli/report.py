@@ -1,0 +1,24 @@
+"""`report`: a run's page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flagscale_like.cli.base import app, example
+
+
+@app.command(epilog=example("flagscale-like report runs/demo"))
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder: what run_dir of the YAML says.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html, if left out.")] = None,
+) -> None:
+    """Write one HTML file of a run: curves, what happened, configuration, layout, memory planned and measured."""
+    from flagscale_like.training.report import write_report
+
+    target = out or run / "report.html"
+    story = write_report(run, target)
+    alarms = sum(mark.kind != "checkpoint" for mark in story.happened)
+    typer.echo(f"wrote {target}: {len(story.kept)} steps on record, {alarms} events; open it in a browser")

@@ -1,0 +1,269 @@
+"""A run's page: one HTML file with its curves, what happened, its configuration, its layout, and memory planned and used."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flagscale_like.config import RunConfig, load_config
+from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.planner.layout import Layout
+from flagscale_like.planner.memory import RankMemory, rank_memory
+from flagscale_like.planner.search import Goal, configured_layout
+from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
+from flagscale_like.training.metrics import read_metrics, read_records
+from flagscale_like.training.recovery import LEDGER, effective_time_ratio
+
+TEMPLATE = Path(__file__).with_name("report.html")
+EVENTS = "events.jsonl"
+
+# What is marked on the curves, in the order of the legend.
+KINDS = {
+    "spike": "spike or alarm",
+    "skip": "skipped step",
+    "rewind": "went back",
+    "restart": "restart",
+    "checkpoint": "checkpoint",
+}
+CHARTS = (
+    ("lm loss", "loss, nats/token"),
+    ("tokens-per-second", "tokens/s"),
+    ("learning-rate", "learning rate"),
+    ("grad-norm", "gradient norm"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """What a run's files say.
+
+    Attributes:
+        kept: step records of the branch that the run is on, one a step.
+        given_up: stretches of step records that a rewind threw away.
+        validation: (step, loss).
+        happened: in the order of the steps.
+        ettr: effective training time ratio, or None where the run kept no ledger.
+    """
+
+    config: RunConfig
+    kept: list[dict[str, Any]]
+    given_up: list[list[dict[str, Any]]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    happened: list[Mark] = field(default_factory=list)
+    ettr: float | None = None
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.kept[-1]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the last step: what all did over what each did."""
+        flops = self.config.model.flops_per_token(self.config.train.seq_length) * self.last["tokens-per-second"]
+        each = self.last["throughput/tflops/device"] * 1e12
+        return max(1, round(flops / each)) if each else 1
+
+
+def read_story(run_dir: Path) -> Story:
+    """Read a run folder: config.yaml, metrics.jsonl, resilience.jsonl, events.jsonl.
+
+    Raises:
+        ConfigError: it is no run folder.
+        DataError: it has no step on record.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: no run folder: it has no config.yaml; give the run_dir of a training")
+    config = load_config(run_dir / "config.yaml")
+    records = read_metrics(run_dir)
+    kept: list[dict[str, Any]] = []
+    given_up, validation, happened = [], {}, []
+    for record in records:
+        step = record["step"]
+        if "lm loss validation" in record:
+            validation[step] = record["lm loss validation"]
+        if "checkpoint/stall_s" in record:
+            text = f"step {step}: checkpoint; waited {record['checkpoint/stall_s']:.2f} s"
+            happened.append(Mark(step=step, kind="checkpoint", text=text))
+        if "resilience/restarts" in record:
+            lost, took = record["resilience/lost-steps"], record["resilience/recovery_s"]
+            text = f"step {step}: restart {record['resilience/restarts']:.0f}, {lost:.0f} steps lost, back after {took:.1f} s"
+            happened.append(Mark(step=step, kind="restart", text=text))
+        if "lm loss" not in record:
+            continue
+        if kept and step <= kept[-1]["step"]:
+            lost_steps = [r for r in kept if r["step"] >= step]
+            kept = [r for r in kept if r["step"] < step]
+            given_up.append(lost_steps)
+            validation = {s: loss for s, loss in validation.items() if s < step}
+            text = f"step {lost_steps[-1]['step']}: went back to before step {step}"
+            happened.append(Mark(step=step, kind="rewind", text=text))
+        before = kept[-1].get("skipped-steps", 0) if kept else 0
+        if record.get("skipped-steps", 0) > before:
+            count = record["skipped-steps"] - before
+            text = f"step {step}: {count} skipped since the record before"
+            happened.append(Mark(step=step, kind="skip", text=text))
+        kept.append(record)
+    if not kept:
+        raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet; nothing to draw")
+    happened += [_alarm(event) for event in read_records(run_dir / EVENTS) if "step" in event]
+    now = max(e["time"] for e in read_records(run_dir / LEDGER)) if (run_dir / LEDGER).is_file() else None
+    seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
+    return Story(
+        config=config,
+        kept=kept,
+        given_up=given_up,
+        validation=[(s, loss) for s, loss in sorted(validation.items()) if loss is not None],
+        happened=sorted(happened, key=lambda mark: mark.step),
+        ettr=effective_time_ratio(run_dir, max(now, seen)) if now is not None else None,
+    )
+
+
+def _alarm(event: dict[str, Any]) -> Mark:
+    """A line of events.jsonl: step, kind, value, limit, action, message."""
+    action = str(event.get("action") or "")
+    kind = next((known for known in ("rewind", "skip") if known in action), "spike")
+    words = event.get("message") or f"{event.get('value')} beside a limit of {event.get('limit')}"
+    text = f"step {event['step']}: {event.get('kind', 'event')}: {words}" + (
+        f" ({action})" if action not in ("", "none") else ""
+    )
+    return Mark(step=event["step"], kind=kind, text=text)
+
+
+def planned_memory(config: RunConfig, world_size: int) -> tuple[Layout, Sequence[RankMemory]]:
+    """The layout of the run and what the planner says of each stage's memory, without a device's own overhead.
+
+    Raises:
+        ConfigError: the configuration does not fit the ranks (it was changed since).
+    """
+    goal = Goal.of(config)
+    layout = configured_layout(config, world_size, goal, None)
+    return layout, [
+        rank_memory(
+            goal.arch,
+            layout,
+            stage,
+            seq_length=goal.seq_length,
+            precision=goal.precision,
+            ops=goal.ops,
+            overhead=False,
+        )
+        for stage in range(layout.pp)
+    ]
+
+
+def write_report(run_dir: Path, out: Path) -> Story:
+    """Write the page of a run: one file that asks for nothing else, and opens without a server.
+
+    Raises:
+        ConfigError, DataError: see `read_story`; `out` cannot be written.
+    """
+    story = read_story(run_dir)
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for name, text in _parts(story, Path(run_dir)).items():
+        page = page.replace("{{" + name + "}}", text)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    return story
+
+
+def _parts(story: Story, run_dir: Path) -> dict[str, str]:
+    config, last = story.config, story.last
+    layout, memory = planned_memory(config, story.world_size)
+    layers = config.model.num_layers
+    chunks = [layout.chunk_layers(layers, stage) for stage in range(layout.pp)]
+    alarms = [mark for mark in story.happened if mark.kind != "checkpoint"]
+    saves = len(story.happened) - len(alarms)
+    rows = "".join(
+        f'<tr><td><span class="key {m.kind}"></span>{KINDS[m.kind]}</td><td>{html.escape(m.text)}</td></tr>'
+        for m in alarms[:200]
+    )
+    none = '<tr><td colspan="2" class="quiet">No spike, skip, restart or rewind is on record.</td></tr>'
+    return {
+        "title": html.escape(run_dir.resolve().name),
+        "subtitle": html.escape(
+            f"{config.model.parameter_count():,} parameters, {layout.describe()}, {config.train.precision}; "
+            f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
+        ),
+        "tiles": _tiles(story),
+        "charts": "\n".join(_chart(story, name, title) for name, title in CHARTS),
+        "legend": "".join(
+            f'<span><span class="key {kind}"></span>{words}</span>'
+            for kind, words in KINDS.items()
+            if any(m.kind == kind for m in story.happened)
+        ),
+        "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saves} checkpoints saved</td></tr>'),
+        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
+        "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
+        "config": html.escape(config.to_yaml()),
+        "data": _script_data(story),
+    }
+
+
+def _tiles(story: Story) -> str:
+    """The figures at the top."""
+    kept, last = story.kept, story.last
+    speed = statistics.median(r["tokens-per-second"] for r in kept)
+    losses = [r["lm loss"] for r in kept if r["lm loss"] is not None]
+    tiles = [("loss", f"{losses[-1]:.4f}" if losses else "not finite")]
+    tiles += [("validation loss", f"{story.validation[-1][1]:.4f}")] if story.validation else []
+    tiles += [("tokens/s, median", f"{speed:,.0f}")]
+    tiles += (
+        [("MFU, median", f"{statistics.median(r['mfu'] for r in kept if 'mfu' in r):.1%}")] if "mfu" in last else []
+    )
+    tiles += [("tokens", f"{last['consumed-samples'] * story.config.train.seq_length:,}")]
+    tiles += [("skipped steps", f"{last.get('skipped-steps', 0)}")]
+    tiles += [("restarts", str(sum(m.kind == "restart" for m in story.happened)))]
+    tiles += [("effective time (ETTR)", f"{story.ettr:.1%}")] if story.ettr is not None else []
+    return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
+
+
+def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[name]) for r in records if r.get(name) is not None and math.isfinite(r[name])]
+
+
+def _chart(story: Story, name: str, title: str) -> str:
+    curves = [Curve(name="given up", points=_points(part, name), style="given-up") for part in story.given_up]
+    curves.append(Curve(name="training", points=_points(story.kept, name)))
+    if name == "lm loss":
+        curves.append(Curve(name="validation", points=story.validation, style="second", dots=True))
+    return chart(name, title, curves, story.happened, last_step=story.last["step"])
+
+
+def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "offload_buffers")
+    rows = [
+        (f"planned, stage {stage}", [(name.replace("_", " "), getattr(m, name)) for name in parts])
+        for stage, m in enumerate(memory[:16])
+    ]
+    rows.append(("measured, rank 0", [("measured", measured)]))
+    what = (
+        "On a CPU what is measured is the most memory the process of rank 0 had: Python and its packages, some hundred MiB, "
+        "are in it, and the plan counts them not."
+        if on_cpu
+        else "Measured is the most that the allocator of rank 0 held; the plan leaves the driver's own memory out."
+    )
+    share = f"The plan of stage 0 is {memory[0].total / measured:.0%} of it." if measured else ""
+    return memory_bars(rows) + f'<p class="quiet">{what} {share}</p>'
+
+
+def _script_data(story: Story) -> str:
+    """What the script shows under the pointer: a row a step, thinned by the loss."""
+    points = {step for step, _ in thinned(_points(story.kept, "lm loss"), 2000)}
+    names = [name for name, _ in CHARTS]
+    rows = [[r["step"], *(r.get(name) for name in names)] for r in story.kept if r["step"] in points]
+    text = json.dumps({"names": names, "rows": rows, "last": story.last["step"]}, allow_nan=False)
+    return text.replace("<", "\\u003c")

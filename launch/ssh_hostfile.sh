@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Starts, watches and stops a run on the nodes of a hostfile, over ssh.
+#
+#   launch/ssh_hostfile.sh [--dry-run] start|status|stop HOSTFILE X.yaml [KEY=VALUE]...
+#
+# HOSTFILE: a line a node, `host slots=8`; all nodes the same slots; # begins a comment. The nodes meet at the first one.
+# Every node needs this folder at the same path, and ssh without a password. `start` returns when all agents run; they live
+# on without this terminal. `stop` lets the ranks finish the step, save and end. Give all three the same HOSTFILE and YAML.
+#
+# Environment, beside that of torchrun.sh (PYTHON and MAX_RESTARTS are passed on, as are NCCL_*, GLOO_*, FLAGSCALE_*,
+# CUDA_*, OMP_NUM_THREADS and PYTHONPATH):
+#   JOB    names the run; logs are LOGS/JOB/HOST.log, on each node   [the YAML's name]
+#   LOGS   the folder of the logs                                    [runs/logs]
+#   PORT   of the first node                                         [29400]
+#
+# No shell injection: host names are checked, and every word goes through the remote shell in single quotes.
+# Example: launch/ssh_hostfile.sh start hosts.txt examples/aquila2/34b.yaml
+set -euo pipefail
+
+fail() { echo "error: $*" >&2; exit 10; }
+
+# Words for the remote shell, whichever it is: inside single quotes POSIX shells read nothing but the closing quote.
+quote() {
+  local word
+  for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
+}
+
+dry_run=
+if [[ ${1-} == --dry-run ]]; then dry_run=1; shift; fi
+(($# >= 3)) || fail "usage: launch/ssh_hostfile.sh [--dry-run] start|status|stop HOSTFILE X.yaml [KEY=VALUE]..."
+verb=$1 hostfile=$2 config=$3
+shift 2
+[[ $verb =~ ^(start|status|stop)$ ]] || fail "$verb: say start, status or stop"
+[[ -r $hostfile ]] || fail "hostfile $hostfile: cannot be read"
+
+hosts=() slots=
+number=0
+while IFS= read -r line || [[ -n $line ]]; do
+  number=$((number + 1))
+  line=${line%%#*}
+  [[ $line =~ [^[:space:]] ]] || continue
+  # no leading dash: ssh would take the name for an option
+  [[ $line =~ ^[[:space:]]*([A-Za-z0-9_][A-Za-z0-9_.@-]*)([[:space:]]+slots[[:space:]]*=[[:space:]]*([1-9][0-9]*))?[[:space:]]*$ ]] ||
+    fail "hostfile $hostfile:$number: '$line': write it as \`name slots=8\`"
+  hosts+=("${BASH_REMATCH[1]}")
+  here=${BASH_REMATCH[3]:-1}
+  [[ -z $slots || $slots == "$here" ]] ||
+    fail "hostfile $hostfile:$number: ${BASH_REMATCH[1]} has $here slots, the others $slots: every node must offer the same"
+  slots=$here
+done <"$hostfile"
+((${#hosts[@]})) || fail "hostfile $hostfile: names no host"
+
+job=${JOB:-$(basename "$config" .yaml)}
+[[ $job =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || fail "JOB ($job) must be letters, digits, dots, dashes: it names files"
+port=${PORT:-29400}
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT ($port) must be a number"
+logs=${LOGS:-runs/logs}/$job
+
+passed=()
+while IFS= read -r name; do
+  case $name in PYTHON | PYTHONPATH | MAX_RESTARTS | OMP_NUM_THREADS | NCCL_* | GLOO_* | FLAGSCALE_* | CUDA_*)
+    passed+=("$name=${!name}") ;;
+  esac
+done < <(compgen -e)
+
+# The command of one node. A pid file says which process to stop; the job's name in its command line, that it still is it.
+remote() {
+  local host=$1 pid log alive
+  shift
+  log=$(quote "$logs/$host.log") pid=$(quote "$logs/$host.pid")
+  alive="pid=\$(cat $pid 2>/dev/null) && cat \"/proc/\$pid/cmdline\" 2>/dev/null | tr '\\0' '\\n' | grep -qxF $(quote "$job")"
+  printf 'cd %s&& ' "$(quote "$PWD")"
+  # shellcheck disable=SC2016 # $pid and $! are the remote shell's
+  case $verb in
+    start)
+      printf 'if %s; then echo already running >&2; exit 1; fi; ' "$alive"
+      printf 'mkdir -p %s&& { %s>>%s2>&1 </dev/null & echo $! >%s; }' "$(quote "$logs")" "$(quote env \
+        NNODES="${#hosts[@]}" NPROC_PER_NODE="$slots" RDZV_ENDPOINT="${hosts[0]#*@}:$port" RDZV_ID="$job" \
+        RDZV_IS_HOST="$([[ $host == "${hosts[0]}" ]] && echo 1 || echo 0)" LOCAL_ADDR="${host#*@}" "${passed[@]}" \
+        setsid launch/torchrun.sh "$@")" "$log" "$pid"
+      ;;
+    status) printf 'if %s; then echo running; tail -n 1 %s; else echo stopped; fi' "$alive" "$log" ;;
+    stop) printf 'if %s; then kill -TERM "$pid"; echo stopping; else echo stopped; fi' "$alive" ;;
+  esac
+}
+
+code=0
+for host in "${hosts[@]}"; do
+  command=(ssh -n -o BatchMode=yes -o ConnectTimeout=10 -- "$host" "$(remote "$host" "$@")")
+  if [[ -n $dry_run ]]; then
+    printf '%s ' "${command[@]:0:${#command[@]}-1}"
+    printf '\n    %s\n' "${command[-1]}"
+  elif said=$("${command[@]}" 2>&1); then
+    echo "$host: ${said:-started, log $logs/$host.log}"
+  else
+    echo "$host: failed: $said" >&2
+    code=15
+  fi
+done
+exit "$code"
