@@ -10,13 +10,13 @@ from flagscale_like.config.groups import (
     Checkpoint,
     Data,
     Kernels,
-    Monitors,
     Offload,
     Optimizer,
     Parallel,
     Resilience,
     Train,
 )
+from flagscale_like.config.health import Init, Monitors
 from flagscale_like.errors import ConfigError
 
 
@@ -34,6 +34,7 @@ class RunConfig(Frozen):
     monitors: Monitors = Monitors()
     resilience: Resilience = Resilience()
     offload: Offload | None = None
+    init: Init = Init()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -59,6 +60,10 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
                 f"train.micro_batch_size ({train.micro_batch_size})"
+            )
+        if self.init.mup and model.tie_embeddings:
+            raise ValueError(
+                "init.mup needs model.tie_embeddings false: embedding and output layer are scaled differently"
             )
         if self.optimizer.warmup_steps >= train.steps:
             raise ValueError(

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from flagscale_like.config import RunConfig, Source
 from flagscale_like.data.preprocess import find_inputs, preprocess, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext
 
-FIELDS = ("tokens", "labels", "loss_mask")
+FIELDS = ("tokens", "labels", "loss_mask", "source")  # source: with dynamic selection only
 
 
 class SyntheticDataset(Dataset):
@@ -148,9 +149,33 @@ def build_datasets(
         return SyntheticDataset(vocab, train.seq_length, train_samples, train.seed), valid
     tokenizer = check_sources(config)
     sources = config.data.sources
+    if config.data.selection is None:
+        return _build_split(config, sources, tokenizer, train_samples, valid_samples)
+    # Any source may be asked for all samples. Evaluation stays on the given weights.
+    train_data = [_build_split(config, [source], tokenizer, train_samples, 0)[0] for source in sources]
+    _, valid = _build_split(config, sources, tokenizer, 1, valid_samples) if valid_samples else (None, None)
+    return SourcesDataset(train_data), valid
+
+
+def build_target(config: RunConfig, samples: int) -> Dataset:
+    """`samples` samples of the held-out set that `data.selection.target` names. All ranks call it.
+
+    Raises:
+        DataError: it is missing, foreign or empty.
+    """
+    prefix = config.data.selection.target
+    read_lengths(prefix)
+    data = config.data.model_copy(update={"split": "1,0,0"})
+    config = config.model_copy(update={"data": data})
+    return _build_split(config, [Source(path=prefix)], check_sources(config), samples, 0)[0]
+
+
+def _build_split(
+    config: RunConfig, sources: list[Source], tokenizer: Tokenizer | None, train_samples: int, valid_samples: int
+) -> tuple[Dataset, Dataset | None]:
     dataset_config = GPTDatasetConfig(
-        random_seed=train.seed,
-        sequence_length=train.seq_length,
+        random_seed=config.train.seed,
+        sequence_length=config.train.seq_length,
         blend=([s.path for s in sources], [s.weight for s in sources] if len(sources) > 1 else None),
         split=config.data.split,
         path_to_cache=config.data.cache_dir or str(Path(config.run_dir) / "data" / "index"),
@@ -168,13 +193,20 @@ def build_datasets(
 
 
 def micro_batches(
-    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0
+    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches from `consumed` samples on: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
 
     Only the first and the last pipeline stage read; the ranks of one tensor-parallel group read the same.
+
+    Args:
+        mixture: chooses the samples of a SourcesDataset, in place of their order.
     """
-    sampler = MicroBatchSampler(len(dataset), consumed, config.train.micro_batch_size, ctx.dp_rank, ctx.dp)
+    size = config.train.micro_batch_size
+    if mixture is not None:
+        sampler = MixtureSampler(mixture, size, ctx.dp_rank, ctx.dp)
+    else:
+        sampler = MicroBatchSampler(len(dataset), consumed, size, ctx.dp_rank, ctx.dp)
     workers = config.data.num_workers
     loader = DataLoader(
         dataset,
@@ -185,4 +217,4 @@ def micro_batches(
         generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
     )
     for batch in loader:
-        yield {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}
+        yield {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS if name in batch}
