@@ -106,13 +106,13 @@ class Salience(Frozen):
     """Salience-consistent initialisation, by a calibration before step 0; see `training.salience` for the definition.
 
     Attributes:
-        batches: micro-batches of the training data a data-parallel rank reads for one estimate.
+        samples: of the training data, read for each estimate; rounded up to whole micro-batches of all ranks.
         rounds: estimates; in round r the first r / rounds of the layers take part, the deeper ones are still silent.
         settle: estimates after that, with all layers.
         max_scale: a branch is scaled up or down by no more than this.
     """
 
-    batches: int = Field(default=4, gt=0)
+    samples: int = Field(default=32, gt=0)
     rounds: int = Field(default=4, gt=0)
     settle: int = Field(default=4, gt=0)
     max_scale: float = Field(default=8.0, gt=1)
@@ -144,7 +144,8 @@ class Selection(Frozen):
         floor: the smallest weight that a source can have, as a share of an even one.
         rate: how fast the weights follow: of the exponentiated gradient.
         memory: share of the past that an average keeps from one change to the next.
-        probe_samples: of the rule `target`: samples a data-parallel rank reads of each source and of the target.
+        probe_samples: of the rule `target`: samples read of each source and of the target, each time; rounded up to whole
+            micro-batches of all ranks.
     """
 
     rule: Literal["progress", "loss", "target"] = "progress"

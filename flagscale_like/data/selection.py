@@ -110,9 +110,9 @@ class Mixture:
         return losses
 
     def state(self) -> dict[str, Any]:
-        """What later draws depend on, JSON-able."""
-        names = ("log_weights", "credits", "drawn", "losses", "scores", "_sums", "_tokens", "_steps")
-        return {name.strip("_"): getattr(self, name) for name in names}
+        """What later draws depend on, JSON-able; a copy, because it is written while training goes on."""
+        names = ("log_weights", "credits", "drawn", "losses", "scores", "_sums", "_tokens")
+        return {**{name.strip("_"): list(getattr(self, name)) for name in names}, "steps": self._steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what state() returned.

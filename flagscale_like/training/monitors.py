@@ -333,7 +333,7 @@ class StepMonitors:
         """What later verdicts depend on, JSON-able."""
         state: dict[str, Any] = {name: list(spike.window) for name, spike in self.spikes.items()}
         if self.ranks:
-            state["highest"], state["low"] = self.ranks.highest, sorted(self.ranks.low)
+            state["highest"], state["low"] = dict(self.ranks.highest), sorted(self.ranks.low)
         return state
 
     def load(self, state: dict[str, Any]) -> None:

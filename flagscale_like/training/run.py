@@ -49,7 +49,10 @@ class Progress:
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps beside model and optimizer: small, JSON-able, the same on every rank."""
+    """What a checkpoint keeps beside model and optimizer: small, JSON-able, the same on every rank.
+
+    `state` returns a copy: it is written while training goes on.
+    """
 
     def state(self) -> dict[str, Any]: ...
 

@@ -37,7 +37,7 @@ from flagscale_like.data.selection import Mixture
 from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.monitors import OwnedShard, owned_shards
-from flagscale_like.training.step import make_gradients
+from flagscale_like.training.step import make_gradients, micro_batch_count
 
 BRANCH = re.compile(r"decoder\.layers\.(\d+)\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")
 
@@ -91,8 +91,7 @@ class SalienceCalibration:
             for shard in owned_shards(models, optimizer, ctx)
             if (branch := branch_of(shard.name)) is not None
         ]
-        stages = config.parallel.pp if config.parallel.vpp > 1 else 1
-        self.batches = -(-self.options.batches // stages) * stages  # the interleaved schedule wants whole rounds
+        self.batches = micro_batch_count(config, ctx, self.options.samples)
 
     def run(self, train_samples: int) -> str:
         """See `calibrate`."""

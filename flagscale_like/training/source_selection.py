@@ -14,7 +14,7 @@ from flagscale_like.data.pretrain import build_target
 from flagscale_like.data.selection import Mixture, SourceLosses, SourcesDataset
 from flagscale_like.training.monitors import owned_shards
 from flagscale_like.training.run import Run
-from flagscale_like.training.step import Watch, make_gradients
+from flagscale_like.training.step import Watch, make_gradients, micro_batch_count
 
 
 class SourceSelection:
@@ -77,10 +77,8 @@ class TargetAlignment:
     def __init__(self, run: Run, train_data: SourcesDataset) -> None:
         self.run, self.data = run, train_data
         config, ctx = run.config, run.ctx
-        size, stages = config.train.micro_batch_size, config.parallel.pp if config.parallel.vpp > 1 else 1
-        count = -(-config.data.selection.probe_samples // size)
-        self.count = -(-count // stages) * stages  # micro-batches a rank; the interleaved schedule wants whole rounds
-        self.target = build_target(config, self.count * size * ctx.dp)
+        self.count = micro_batch_count(config, ctx, config.data.selection.probe_samples)
+        self.target = build_target(config, self.count * config.train.micro_batch_size * ctx.dp)
         self.shards = [s for s in owned_shards(run.models, run.optimizer, ctx) if s.counts]
 
     def measure(self, drawn: Sequence[int]) -> list[float]:

@@ -156,6 +156,13 @@ def train_step(
     return StepResult(loss, grad_norm, int(tokens), verdict, summed)
 
 
+def micro_batch_count(config: RunConfig, ctx: ParallelContext, samples: int) -> int:
+    """Micro-batches a data-parallel rank that hold `samples` or a few more; the interleaved schedule wants whole rounds."""
+    round_ = config.parallel.pp if config.parallel.vpp > 1 else 1
+    count = -(-samples // (config.train.micro_batch_size * ctx.dp))
+    return -(-count // round_) * round_
+
+
 def make_gradients(
     chunks: list[MegatronModule],
     optimizer: MegatronOptimizer,
