@@ -1,6 +1,6 @@
 """A blend of code and noise: fixed weights beside weights that follow the model, by the held-out loss at equal tokens.
 
-    python benchmarks/data_selection.py --steps 300 --out data_selection.json
+    python -m benchmarks.data_selection --steps 300 --out data_selection.json
 
 Half of the blend is code of the Python standard library, half is letters at random. Every rule trains the same model from the
 same seed on as many tokens; the loss is measured on packages that are in no training source. Prints a table and draws the
@@ -63,12 +63,12 @@ def one_run(folder: Path, rule: str, seed: int, tokenizer: str, prefixes: dict, 
             data["selection"]["target"] = prefixes["target"]
     config = tiny_run(
         folder / "run",
-        layers=4,
+        layers=2,
         hidden=64,
         steps=options.steps,
         lr=3e-3,
         data=data,
-        train={"seed": seed},
+        train={"seed": seed, "micro_batch_size": 16, "global_batch_size": 16},
         checkpoint={"interval": options.steps // 5, "keep": 9},
     )
     records, _, _ = run(config)

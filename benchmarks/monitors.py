@@ -1,6 +1,6 @@
 """What the monitors cost: the time inside them, as a share of the run they are part of.
 
-    python benchmarks/monitors.py --steps 110 --out monitors.json
+    python -m benchmarks.monitors --steps 110 --out monitors.json
 
 One run with every monitor on at its default interval; each call of a monitor is timed inside it (with the device waited
 for), so that the figure does not depend on how two runs compare on a busy machine.
