@@ -1,9 +1,10 @@
 """What the monitors cost: the time inside them, as a share of the run they are part of.
 
-    python -m benchmarks.monitors --steps 110 --out monitors.json
+    python -m benchmarks.monitors --out monitors.json
 
-One run with every monitor on at its default interval; each call of a monitor is timed inside it (with the device waited
-for), so that the figure does not depend on how two runs compare on a busy machine.
+One run with every monitor on; each call of a monitor is timed inside it (with the device waited for), so that the figure does
+not depend on how two runs compare on a busy machine. Layers and effective rank are measured every few steps, to have some
+measurements soon; the share is that of their default interval.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flagscale_like.config import RunConfig
+from flagscale_like.config import EffectiveRank, RunConfig
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training import loop
 from flagscale_like.training.monitors import StepMonitors
@@ -76,7 +77,7 @@ def configuration(run_dir: str, options: argparse.Namespace) -> RunConfig:
             "optimizer": {"lr": 3e-4, "warmup_steps": 10},
             "data": {"synthetic": True},
             "checkpoint": {"interval": 0},
-            "monitors": {"layers": {}, "effective_rank": {}},
+            "monitors": {name: {"interval": options.measure_every} for name in ("layers", "effective_rank")},
         }
     )
 
@@ -84,7 +85,8 @@ def configuration(run_dir: str, options: argparse.Namespace) -> RunConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("steps", 110),
+        ("steps", 14),
+        ("measure-every", 4),
         ("layers", 8),
         ("hidden", 512),
         ("seq-length", 256),
@@ -101,12 +103,12 @@ def main() -> None:
         with parallel_context(config.parallel) as ctx:
             device = ctx.platform.describe()
             loop.train(config, ctx)
-    interval = config.monitors.effective_rank.interval
+    interval = EffectiveRank().interval
     ended, seconds = TimedMonitors.ended, TimedMonitors.seconds
     steps = [later - earlier - cost for earlier, later, cost in zip(ended, ended[1:], seconds[1:], strict=False)]
     step_s = statistics.median(steps)
-    measured = [cost for step, cost in enumerate(seconds, 1) if step % interval == 0]
-    other = [cost for step, cost in enumerate(seconds, 1) if step % interval]
+    measured = [cost for step, cost in enumerate(seconds, 1) if step % options.measure_every == 0]
+    other = [cost for step, cost in enumerate(seconds, 1) if step % options.measure_every]
     cost_s = statistics.fmean(measured)
     share = (cost_s + statistics.fmean(other) * (interval - 1)) / (interval * step_s)
     result = {

@@ -36,7 +36,7 @@ from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.data.selection import Mixture
 from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.training.monitors import OwnedShard, owned_shards
+from flagscale_like.training.shards import OwnedShard, owned_shards
 from flagscale_like.training.step import make_gradients, micro_batch_count
 
 BRANCH = re.compile(r"decoder\.layers\.(\d+)\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, default_collate
 
 from flagscale_like.data.pretrain import build_target
 from flagscale_like.data.selection import Mixture, SourceLosses, SourcesDataset
-from flagscale_like.training.monitors import owned_shards
 from flagscale_like.training.run import Run
+from flagscale_like.training.shards import owned_shards
 from flagscale_like.training.step import Watch, make_gradients, micro_batch_count
 
 

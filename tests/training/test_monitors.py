@@ -102,8 +102,11 @@ def test_all_parts_of_the_model_are_measured(on_one_process):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(4, {"tp": 2, "sp": True, "pp": 2}), (2, {"tp": 2}), (4, {"pp": 2, "vpp": 2})],
-    ids=["tp2 sp pp2", "tp2", "pp2 vpp2 dp2"],
+    [
+        pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, id="tp2 sp pp2"),
+        pytest.param(4, {"pp": 2, "vpp": 2}, id="pp2 vpp2 dp2"),
+        pytest.param(2, {"tp": 2}, id="tp2", marks=pytest.mark.soak),
+    ],
 )
 def test_layouts_measure_what_one_process_measures(ranks, layout, on_one_process, tmp_path):
     config = tiny_config(tmp_path / "run", train__steps=3, monitors=EVERYTHING, parallel=layout)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flagscale_like.data import pretrain
 from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.selection import SourcesDataset
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.source_selection import unique_names
@@ -96,6 +98,35 @@ def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corp
     what = "alignment" if rule == "target" else "loss"
     for here, expected in zip(selected(tmp_path / "run", what), selected(whole.run_dir, what), strict=True):
         assert here == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+class PoisonedSources(SourcesDataset):
+    """Two samples of the first source cannot be learned from."""
+
+    def __getitem__(self, key):
+        sample = super().__getitem__(key)
+        return {**sample, "loss_mask": sample["loss_mask"] * float("nan")} if key in {(0, 17), (0, 40)} else sample
+
+
+def train_on_poison(config):
+    pretrain.SourcesDataset = PoisonedSources
+    faults.train_run(config)
+
+
+def test_a_run_that_goes_back_keeps_its_draw_and_resumes_bit_for_bit(corpus, tmp_path):
+    monitors = {"non_finite": "rewind", "rewind_steps": 2, "layers": {"interval": 2}}
+    changes = {"monitors": monitors, "checkpoint": {"interval": 1, "keep": 99}}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run_ranks(1, train_on_poison, selecting(whole, corpus, **changes))
+    run_ranks(1, train_on_poison, selecting(parted, corpus, train__exit_at_step=7, **changes))
+    run_ranks(1, train_on_poison, selecting(parted, corpus, **changes))
+    final = "checkpoints/step_00000012"
+    states = [json.loads((folder / final / "state.json").read_text()) for folder in (whole, parted)]
+    assert states[0]["rewinds"] == 2
+    assert sum(states[0]["selection"]["drawn"]) == states[0]["consumed_samples"] == (12 + 2 * 2) * 8
+    for key in ("selection", "monitors", "guard", "rewinds", "consumed_samples"):
+        assert states[0][key] == states[1][key]
+    assert faults.rank_files(parted / final) == faults.rank_files(whole / final)
 
 
 def test_sources_of_one_name_are_told_apart():
