@@ -1,6 +1,6 @@
 """A blend of code and noise: fixed weights beside weights that follow the model, by the held-out loss at equal tokens.
 
-    python -m benchmarks.data_selection --steps 300 --out data_selection.json
+    python -m benchmarks.data_selection --steps 800 --out data_selection.json
 
 Half of the blend is code of the Python standard library, half is letters at random. Every rule trains the same model from the
 same seed on as many tokens; the loss is measured on packages that are in no training source. Prints a table and draws the
@@ -118,7 +118,7 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--out", type=Path, default=Path("data_selection.json"))

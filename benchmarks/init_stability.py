@@ -97,7 +97,7 @@ def plot(results: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
     (panels[0] if len(rates) > 1 else panels).set_ylabel("training loss (nats/token)")
     (panels[0] if len(rates) > 1 else panels).legend(fontsize=7)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
 
 
 def main() -> None:

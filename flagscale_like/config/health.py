@@ -47,6 +47,8 @@ class EffectiveRank(Frozen):
         exact_up_to: matrices whose smaller side is larger are sketched.
         tokens: of the residual stream, so many tokens a data-parallel rank.
         drop: an effective rank below this share of the highest that the matrix had is an event.
+        after: steps whose ranks are reported and not judged: those of the residual stream and of gradients fall far from a
+            random model's while training begins.
         action: what is done with the step that shows it.
     """
 
@@ -54,10 +56,11 @@ class EffectiveRank(Frozen):
     of: list[Literal["weights", "gradients", "activations"]] = Field(
         default=["weights", "gradients", "activations"], min_length=1
     )
-    layers: int = Field(default=8, gt=0)
+    layers: int = Field(default=4, gt=0)
     exact_up_to: int = Field(default=256, gt=0)
     tokens: int = Field(default=256, gt=0)
     drop: float = Field(default=0.5, gt=0, lt=1)
+    after: int = Field(default=0, ge=0)
     action: Action = "log"
 
 

@@ -263,7 +263,8 @@ class StepMonitors:
         if self.ranks and finite and self._step % self.ranks.options.interval == 0:
             ranks = self.ranks.measure()
             self._readings |= {f"effective-rank/{name}": value for name, value in ranks.items()}
-            found += self.ranks.events(ranks)
+            if self._step > self.ranks.options.after:
+                found += self.ranks.events(ranks)
         return found
 
     def end(self, *, updated: bool) -> tuple[dict[str, float], list[Event]]:

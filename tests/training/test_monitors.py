@@ -214,14 +214,23 @@ def collapse(config):
 
 
 def test_a_collapse_in_rank_stops_the_run_on_every_rank(tmp_path):
-    monitors = {"effective_rank": {"interval": 1, "action": "stop"}}
+    # Of gradients and the residual stream a random model's rank is no measure.
+    monitors = {"effective_rank": {"interval": 1, "of": ["weights"], "action": "stop"}}
     config = tiny_config(tmp_path / "run", monitors=monitors, parallel={"pp": 2})
     for _, error in run_ranks(2, collapse, config):
         assert error.startswith("DivergedError: step 3: loss ")
         assert "effective rank of weights/layers.2.mlp.linear_fc1 fell to " in error
     events = events_of(config.run_dir)
-    assert {"effective-rank/weights/layers.2.mlp.linear_fc1"} <= {event["kind"] for event in events}
-    assert {event["step"] for event in events} == {3}
+    assert [(event["step"], event["kind"]) for event in events] == [
+        (3, "effective-rank/weights/layers.2.mlp.linear_fc1")
+    ]
+
+
+def test_ranks_of_the_first_steps_are_not_judged(tmp_path):
+    monitors = {"effective_rank": {"interval": 1, "of": ["weights"], "action": "stop", "after": 3}}
+    ((_, error),) = run_ranks(1, collapse, tiny_config(tmp_path / "run", monitors=monitors))
+    assert error is None
+    assert events_of(tmp_path / "run") == []
 
 
 # Stability of the loop
