@@ -61,6 +61,34 @@ WRONG = {
     "bad split": (["data.split='90'"], "split must be three shares"),
     "bad override": (["train.steps"], "write it as key.path=value"),
     "override of a value as a group": (["train.steps.x=1"], "steps is not a group"),
+    "selection of one source": (
+        ["data.synthetic=false", "data.sources=[{path: x}]", "data.tokenizer=x", "data.selection={}"],
+        "selection needs two or more sources to choose from (1 given)",
+    ),
+    "selection with workers": (
+        [
+            "data.synthetic=false",
+            "data.sources=[{path: x}, {path: y}]",
+            "data.tokenizer=x",
+            "data.selection={}",
+            "data.num_workers=2",
+        ],
+        "selection needs num_workers 0 (2 given)",
+    ),
+    "a target without its rule": (
+        [
+            "data.synthetic=false",
+            "data.sources=[{path: x}, {path: y}]",
+            "data.tokenizer=x",
+            "data.selection={target: z}",
+        ],
+        "selection.target belongs to selection.rule target (rule progress, target z)",
+    ),
+    "mup of tied embeddings": (
+        ["model.tie_embeddings=true", "init.mup={base_hidden_size: 16}"],
+        "init.mup needs model.tie_embeddings false",
+    ),
+    "an unknown action": (["monitors.loss={action: panic}"], "monitors.loss.action"),
     "longer than positions": (["model.max_position_embeddings=16"], "seq_length (32) exceeds"),
 }
 

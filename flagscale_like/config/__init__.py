@@ -5,7 +5,6 @@ from flagscale_like.config.groups import (
     Data,
     KernelChoice,
     Kernels,
-    Monitors,
     Offload,
     Optimizer,
     Parallel,
@@ -16,15 +15,29 @@ from flagscale_like.config.groups import (
     Source,
     Train,
 )
+from flagscale_like.config.health import (
+    EffectiveRank,
+    Init,
+    LayerNorms,
+    Monitors,
+    MuP,
+    Salience,
+    Selection,
+    Spike,
+)
 from flagscale_like.config.load import load_config
 from flagscale_like.config.run import RunConfig
 
 __all__ = [
     "Checkpoint",
     "Data",
+    "EffectiveRank",
+    "Init",
     "KernelChoice",
     "Kernels",
+    "LayerNorms",
     "Monitors",
+    "MuP",
     "Offload",
     "Optimizer",
     "Parallel",
@@ -33,7 +46,10 @@ __all__ = [
     "RampUp",
     "Resilience",
     "RunConfig",
+    "Salience",
+    "Selection",
     "Source",
+    "Spike",
     "Train",
     "load_config",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from flagscale_like.arch import Frozen
+from flagscale_like.config.health import Selection
 
 KernelChoice = Literal["auto", "triton", "torch"]
 
@@ -182,6 +183,7 @@ class Data(Frozen):
             its loss is reported once, after the last step.
         num_workers: loader processes a rank; 0 loads in the training process.
         cache_dir: the sample index is kept here; the run folder where it is left out.
+        selection: let the sources' weights follow the model; off where it is left out.
     """
 
     sources: list[Source] = Field(default_factory=list)
@@ -191,6 +193,7 @@ class Data(Frozen):
     split: str = "98,2,0"
     num_workers: int = Field(default=0, ge=0)
     cache_dir: str | None = None
+    selection: Selection | None = None
 
     @property
     def tests(self) -> bool:
@@ -218,6 +221,12 @@ class Data(Frozen):
             shares = []
         if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"split must be three shares like 98,2,0 (got {self.split!r})")
+        if self.selection and len(self.sources) < 2:
+            raise ValueError(f"selection needs two or more sources to choose from ({len(self.sources)} given)")
+        if self.selection and self.num_workers:
+            raise ValueError(
+                f"selection needs num_workers 0 ({self.num_workers} given): workers read ahead of the weights' changes"
+            )
         return self
 
 
@@ -314,26 +323,3 @@ class Kernels(Frozen):
     rms_norm: KernelChoice = "auto"
     swiglu: KernelChoice = "auto"
     cross_entropy: KernelChoice = "auto"
-
-
-class Monitors(Frozen):
-    """What to do when training goes wrong.
-
-    Attributes:
-        non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, makes the run go back,
-            or stops it.
-        max_consecutive_skips: more skipped steps than this in a row do what `on_max_skips` says.
-        rewind_steps: to go back is to load the newest checkpoint that is at least so many steps old, and to go on from
-            it with the data that follows: what was read in between is skipped (Chowdhery et al. 2022, PaLM).
-        max_rewinds: going back once more than this stops the run.
-    """
-
-    non_finite: Literal["skip", "rewind", "stop"] = "skip"
-    max_consecutive_skips: int = Field(default=10, ge=0)
-    on_max_skips: Literal["rewind", "stop"] = "stop"
-    rewind_steps: int = Field(default=100, gt=0)
-    max_rewinds: int = Field(default=3, gt=0)
-
-    @property
-    def may_rewind(self) -> bool:
-        return "rewind" in (self.non_finite, self.on_max_skips)

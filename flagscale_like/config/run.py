@@ -13,13 +13,13 @@ from flagscale_like.config.groups import (
     Checkpoint,
     Data,
     Kernels,
-    Monitors,
     Offload,
     Optimizer,
     Parallel,
     Resilience,
     Train,
 )
+from flagscale_like.config.health import Init, Monitors
 from flagscale_like.errors import ConfigError
 
 
@@ -44,6 +44,7 @@ class RunConfig(Frozen):
     monitors: Monitors = Monitors()
     resilience: Resilience = Resilience()
     offload: Offload | None = None
+    init: Init = Init()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -75,6 +76,10 @@ class RunConfig(Frozen):
                 f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
                 f"train.micro_batch_size ({train.micro_batch_size}): micro_batch_size "
                 f"{_near(train.micro_batch_size, lambda b: train.global_batch_size % b == 0)} would do"
+            )
+        if self.init.mup and model.tie_embeddings:
+            raise ValueError(
+                "init.mup needs model.tie_embeddings false: embedding and output layer are scaled differently"
             )
         if self.optimizer.warmup_steps >= train.steps:
             raise ValueError(

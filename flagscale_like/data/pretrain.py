@@ -21,6 +21,7 @@ from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext, agree
@@ -130,6 +131,29 @@ def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, sam
     if config.data.synthetic:
         offset = ("train", "valid", "test").index(split)
         return SyntheticDataset(config.model.vocab_size, config.train.seq_length, samples, config.train.seed + offset)
+    if split == "train" and config.data.selection is not None:
+        # Any source may be asked for all samples. Evaluation stays on the given weights.
+        alone = (_with_data(config, sources=[source]) for source in config.data.sources)
+        return SourcesDataset([_built_once(one, ctx, split, samples) for one in alone])
+    return _built_once(config, ctx, split, samples)
+
+
+def build_target(config: RunConfig, ctx: ParallelContext, samples: int) -> Dataset:
+    """`samples` samples of the held-out set that `data.selection.target` names. All ranks call it.
+
+    Raises:
+        DataError: on every rank; it is missing, foreign or empty.
+    """
+    config = _with_data(config, sources=[Source(path=config.data.selection.target)], split="1,0,0")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"eval_interval": 0})})
+    return _built_once(config, ctx, "train", samples)
+
+
+def _with_data(config: RunConfig, **changes: object) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
     tokenizer = agree(ctx, lambda: check_sources(config))
     cache = IndexCache(index_folder(config), may_build=ctx.is_node_main)
     build = functools.cache(lambda: build_split(config, tokenizer, split, samples, cache))
@@ -141,17 +165,24 @@ def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, sam
 
 
 def micro_batches(
-    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0
+    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches from `consumed` samples on: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
 
-    Of a blend, also `source` [b] int64 on the host: the number of each sample's source. Only the first and the last
+    Of several sources, also `source` [b] int64 on the host: the number of each sample's source. Only the first and the last
     pipeline stage read; the ranks of one tensor-parallel group read the same.
+
+    Args:
+        mixture: chooses the samples of a SourcesDataset, in place of their order.
 
     Raises:
         DataError: the samples are used up.
     """
-    sampler = MicroBatchSampler(len(dataset), consumed, config.train.micro_batch_size, ctx.dp_rank, ctx.dp)
+    size = config.train.micro_batch_size
+    if mixture is not None:
+        sampler = MixtureSampler(mixture, size, ctx.dp_rank, ctx.dp)
+    else:
+        sampler = MicroBatchSampler(len(dataset), consumed, size, ctx.dp_rank, ctx.dp)
     workers = config.data.num_workers
     loader = DataLoader(
         dataset,

@@ -184,6 +184,8 @@ def open_order(segment: Segment) -> SourceDataset | Blend:
     config = RunConfig.model_validate(segment.config)
     if not config.data.sources:
         raise DataError("the run has no sources: synthetic samples come from no document")
+    if config.data.selection is not None:
+        raise DataError("data.selection chose the samples as training went on: there is no order to look them up in")
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():

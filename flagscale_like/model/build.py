@@ -199,16 +199,35 @@ def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
     return {global_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
+def matrix_std(name: str, config: RunConfig) -> float:
+    """Standard deviation that a matrix is drawn with.
+
+    init_std; for the two that write to the residual stream output_init_std, or, depth-scaled, init_std / sqrt(2 * num_layers)
+    (Radford et al. 2019). muP (Yang et al. 2022, table 8) divides by sqrt(m) where both sides grow with the width,
+    m = hidden_size / base_hidden_size, and by m in the output layer. The table's output multiplier 1 / m is that second
+    factor: with Adam, a multiplier can be moved into the standard deviation and the learning rate.
+
+    Args:
+        name: from `named_shards`.
+    """
+    arch, init = config.model, config.init
+    std, scaled = arch.init_std, init.scheme == "depth_scaled"
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std = arch.output_init_std or (std / (2 * arch.num_layers) ** 0.5 if scaled else std)
+    if init.mup and "word_embeddings" not in name:
+        width = arch.hidden_size / init.mup.base_hidden_size
+        std /= width if name.endswith("output_layer.weight") else width**0.5
+    return std
+
+
 @torch.no_grad()
 def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelContext) -> None:
     """Fill the weights from (seed, parameter name), so that one seed gives one model on every layout.
 
-    Each rank draws the full matrix and keeps its own part. Normal with init_std; the matrices that write to the residual
-    stream with output_init_std (Radford et al. 2019: init_std / sqrt(2 * num_layers)); norms are norm_init, q's and k's own
+    Each rank draws the full matrix and keeps its own part. Normal, with `matrix_std`; norms are norm_init, q's and k's own
     norms 1. Biases and the rows of the padded vocabulary are zero.
     """
     arch, tp, rank = config.model, config.parallel.tp, ctx.tp_rank
-    output_std = arch.output_init_std or arch.init_std / (2 * arch.num_layers) ** 0.5
     for chunk in chunks:
         for name, parameter in named_shards(chunk).items():
             if parameter.dim() == 1:
@@ -229,7 +248,7 @@ def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: Para
             digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
             generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
             full = torch.empty(shape, device=ctx.platform.device, dtype=torch.float32)
-            full.normal_(0.0, output_std if to_residual else arch.init_std, generator=generator)
+            full.normal_(0.0, matrix_std(name, config), generator=generator)
             if vocabulary:
                 full = F.pad(full, (0, 0, 0, padded - arch.vocab_size))
             if name.endswith("linear_fc1.weight"):  # each rank holds [its gate; its up]

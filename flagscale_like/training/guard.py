@@ -1,4 +1,4 @@
-"""Decides what becomes of a step whose loss or gradient looks wrong: skip it, go back, or stop; with caps.
+"""Decides what becomes of a step that looks wrong: go on, skip it, go back, or stop; with caps.
 
 Monitors plug in as judges. A judge sees what the ranks have already reduced, so that all come to the same verdict without
 another word.
@@ -8,13 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from flagscale_like.config import Monitors
 from flagscale_like.training.step import Verdict
 
-# (loss, gradient norm) of the step at hand -> a verdict, and the reason for it in a few words.
-Judge = Callable[[float, float], tuple[Verdict, str]]
-SEVERITY = (Verdict.UPDATE, Verdict.SKIP, Verdict.REWIND, Verdict.STOP)
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a monitor found.
+
+    Attributes:
+        kind: which monitor, and on which part of the model where it has one: `loss`, `effective_rank/weights/...`.
+        value, limit: what was measured, and what it crossed.
+        action: what it asks for: log, skip, rewind or stop.
+        message: for people.
+    """
+
+    kind: str
+    value: float
+    limit: float | None
+    action: str
+    message: str
+
+
+# (loss, gradient norm) of the step at hand -> what is wrong with it; nothing, most of the time.
+Judge = Callable[[float, float], Sequence[Event]]
+SEVERITY = ("log", "skip", "rewind", "stop")
+VERDICT = {"log": Verdict.UPDATE, "skip": Verdict.SKIP, "rewind": Verdict.REWIND, "stop": Verdict.STOP}
 
 
 class Guard:
@@ -33,6 +55,7 @@ class Guard:
         self.options, self.rewinds = options, rewinds
         self.judges = (self._not_finite, *judges)
         self.reason, self.skips = "", 0
+        self._events: list[Event] = []
 
     def __call__(self, loss: float, grad_norm: float, overflow: bool) -> Verdict:
         """The verdict on a step; see `training.step.Decide`."""
@@ -41,25 +64,46 @@ class Guard:
                 "the fp16 loss scale was too large"  # the scaler lowers it: no sign of trouble, and not counted
             )
             return Verdict.SKIP
-        opinions = [judge(loss, grad_norm) for judge in self.judges]
-        verdict, self.reason = max(opinions, key=lambda opinion: SEVERITY.index(opinion[0]))
-        if verdict is Verdict.UPDATE:
+        found = [event for judge in self.judges for event in judge(loss, grad_norm)]
+        self._events += found
+        gravest = max(found, key=lambda event: SEVERITY.index(event.action), default=None)
+        action, self.reason = (gravest.action, gravest.message) if gravest else ("log", "")
+        if action == "log":
             self.skips = 0
-        if verdict is Verdict.SKIP:
+        if action == "skip":
             self.skips += 1
-            if self.skips > self.options.max_consecutive_skips:
-                verdict = Verdict(self.options.on_max_skips)
-                self.reason += f"; {self.skips} steps in a row (monitors.max_consecutive_skips)"
-        if verdict is Verdict.REWIND:
+            most = self.options.max_consecutive_skips
+            if self.skips > most:
+                action = self.options.on_max_skips
+                self._escalate("max_consecutive_skips", self.skips, most, action, f"{self.skips} steps in a row")
+        if action == "rewind":
             self.skips = 0
             self.rewinds += 1
-            if self.rewinds > self.options.max_rewinds:
-                verdict = Verdict.STOP
-                self.reason += f"; the run went back {self.options.max_rewinds} times before (monitors.max_rewinds)"
-        return verdict
+            most = self.options.max_rewinds
+            if self.rewinds > most:
+                action = "stop"
+                self._escalate("max_rewinds", self.rewinds, most, action, f"the run went back {most} times before")
+        return VERDICT[action]
 
-    def _not_finite(self, loss: float, grad_norm: float) -> tuple[Verdict, str]:
+    def take_events(self) -> list[Event]:
+        """What was found since the last call."""
+        taken, self._events = self._events, []
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """What the next verdict depends on, JSON-able."""
+        return {"skips": self.skips}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what state() returned."""
+        self.skips = int(state["skips"])
+
+    def _escalate(self, setting: str, value: float, limit: float, action: str, words: str) -> None:
+        self.reason += f"; {words} (monitors.{setting})"
+        self._events.append(Event(setting, value, limit, action, self.reason))
+
+    def _not_finite(self, loss: float, grad_norm: float) -> list[Event]:
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            return Verdict.UPDATE, ""
-        policy = self.options.non_finite
-        return Verdict(policy), f"not finite; monitors.non_finite is {policy}"
+            return []
+        policy, value = self.options.non_finite, grad_norm if math.isfinite(loss) else loss
+        return [Event("non_finite", value, None, policy, f"not finite; monitors.non_finite is {policy}")]

@@ -18,9 +18,11 @@ from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import Reporter
+from flagscale_like.training.monitors import StepMonitors
 from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
 from flagscale_like.training.run import Progress, Run, agree, start
+from flagscale_like.training.source_selection import SourceSelection
 from flagscale_like.training.step import Batches, StepResult, Verdict, evaluate, train_step
 from flagscale_like.training.trail import DataTrail
 
@@ -38,23 +40,31 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
     run, notes = start(config, ctx)
     progress, options, store = run.progress, config.train, run.store
     ledger = Ledger(Path(config.run_dir), progress.step) if ctx.is_main else None
-    reporter = Reporter(config, ctx, progress.step)
+    reporter = Reporter(config, ctx, progress.step, progress.consumed)
     _announce(reporter, run, notes)
     last = min(options.steps, options.exit_at_step or options.steps)
     valid_samples = options.eval_steps * options.global_batch_size if options.eval_interval else 0
     train_data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=valid_samples
     )
-    batches = TimedBatches(micro_batches(train_data, config, ctx, consumed=progress.consumed))
     trail = DataTrail(run, train_data, reporter)
     trail.begin()
-    guard = Guard(config.monitors, rewinds=progress.rewinds)
+    selection = SourceSelection(run, train_data)
+    batches = TimedBatches(
+        micro_batches(train_data, config, ctx, consumed=progress.consumed, mixture=selection.mixture)
+    )
+    monitors = StepMonitors(run.models, run.optimizer, config, ctx)
+    guard = Guard(config.monitors, rewinds=progress.rewinds, judges=[monitors.judge])
+    run.keep("monitors", monitors, goes_back=True)
+    run.keep("guard", guard, goes_back=False)
     first, since, steps_since, stop = True, time.perf_counter(), 0, False
     with _watchdog(config, ctx) as watchdog, StepProfiler(config, ctx) as profiler:
         while progress.step < last and not stop:
             profiler.begin(progress.step + 1)
             batch_size = options.batch_size_at(progress.consumed)
             watchdog.beat(progress.step, "training step", slow=first)
+            monitors.begin(progress.step + 1)
+            selection.begin(batch_size)
             result = train_step(
                 run.chunks,
                 run.optimizer,
@@ -63,10 +73,13 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 batches,
                 batch_size // (options.micro_batch_size * ctx.dp),
                 decide=guard,
-                flags=lambda: [float(watchdog.asked_to_stop), *store.pulse()],
+                watch=selection.watch,
+                flags=lambda: [float(watchdog.asked_to_stop), *store.pulse(), *selection.flags()],
                 before_update=store.before_update,
             )
             progress.step += 1
+            readings, events = monitors.end(updated=result.updated)
+            readings |= selection.end(result.flags[3:])
             profiler.end(progress.step)
             progress.consumed += batch_size
             progress.skipped += not result.updated
@@ -91,10 +104,11 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
                 if run.offload is not None:
                     reporter.offload(progress.step, run.offload.report())
                 since, steps_since = time.perf_counter(), 0
+            reporter.health(progress.step, readings, guard.take_events() + events, progress.consumed)
             if first and ledger:
                 reporter.resilience(progress.step, ledger.recovered())
             first, stop = False, result.flags[0] > 0
-            store.advance(*result.flags[1:])
+            store.advance(*result.flags[1:3])
             _report_saves(run, reporter)
             if result.verdict in (Verdict.REWIND, Verdict.STOP):
                 watchdog.beat(progress.step, "going back", slow=True)

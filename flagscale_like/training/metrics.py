@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import math
@@ -11,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -20,8 +21,10 @@ from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import SourceUse
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.guard import Event
 
 RECENT_STEPS = 100
+EVENTS = "events.jsonl"
 
 
 class Reporter:
@@ -29,22 +32,26 @@ class Reporter:
 
     Args:
         resumed_from: step that the run goes on from; later records of an interrupted run are dropped.
+        consumed: samples that it goes on from; events found in later ones are dropped. They do not go by the step: what made
+            a run go back to an earlier step has to stay.
     """
 
-    def __init__(self, config: RunConfig, ctx: ParallelContext, resumed_from: int) -> None:
+    def __init__(self, config: RunConfig, ctx: ParallelContext, resumed_from: int, consumed: int = 0) -> None:
         self.config, self.ctx = config, ctx
         self.run_dir = Path(config.run_dir)
         self._done: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
         self.console = Console(highlight=False, soft_wrap=True) if ctx.is_main else None
         spec = find_device(ctx.platform.describe())
         self.peak_flops = spec.bf16_flops if spec else None
-        self._file = self._board = None
+        self._file = self._events = self._board = None
         if ctx.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
             path = self.run_dir / "metrics.jsonl"
-            _keep_until(path, resumed_from)
+            _keep_until(path, "step", resumed_from)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            _keep_until(self.run_dir / EVENTS, "consumed-samples", consumed)
+            self._events = open(self.run_dir / EVENTS, "a", encoding="utf-8")  # noqa: SIM115
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resumed_from + 1)
 
     def say(self, text: str) -> None:
@@ -159,13 +166,20 @@ class Reporter:
             f"ETTR {record['resilience/ettr']:.1%}"
         )
 
+    def health(self, step: int, readings: dict[str, float], events: Sequence[Event], consumed: int) -> None:
+        """Report what the monitors measured, and what they found: to the log, to events.jsonl and to TensorBoard."""
+        if readings:
+            self._write({"step": step, **readings})
+        for event in events:
+            self.say(f"step {step} | {event.message}")
+            if self._events is not None:
+                _append(self._events, {"step": step, "consumed-samples": consumed, **dataclasses.asdict(event)})
+                self._board.add_scalar(f"event/{event.kind}", event.value, step)
+
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
             return
-        # NaN is no JSON
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps({**record, "time": datetime.datetime.now(datetime.UTC).isoformat()}) + "\n")
-        self._file.flush()
+        record = _append(self._file, record)
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, record["step"])
@@ -174,8 +188,17 @@ class Reporter:
         """Flush, and draw loss.png."""
         if self._file is not None:
             self._file.close()
+            self._events.close()
             self._board.close()
             plot_losses(self.run_dir)
+
+
+def _append(file: IO[str], record: dict[str, Any]) -> dict[str, Any]:
+    """Write a line with the time; returns the record as it was written: NaN is no JSON, and becomes null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    file.write(json.dumps({**record, "time": datetime.datetime.now(datetime.UTC).isoformat()}) + "\n")
+    file.flush()
+    return record
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -196,11 +219,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step`: the run that goes on from there writes them anew."""
+def _keep_until(path: Path, key: str, last: int) -> None:
+    """Drop the records whose `key` is after `last`: the run that goes on from there writes them anew."""
     if not path.is_file():
         return
-    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    kept = [record for record in read_records(path) if record[key] <= last]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
 from flagscale_like.config import RunConfig
@@ -16,26 +23,24 @@ def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> Megatron
     Rajbhandari et al. 2020). apex's or Transformer Engine's fused Adam where installed, else torch's fused AdamW.
     """
     options, precision = config.optimizer, config.train.precision
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.beta1,
-            adam_beta2=options.beta2,
-            adam_eps=options.eps,
-            clip_grad=options.clip_grad,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            initial_loss_scale=options.initial_loss_scale,
-            params_dtype=DTYPES[precision],
-            use_distributed_optimizer=True,
-            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip_grad,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        initial_loss_scale=options.initial_loss_scale,
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=True,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
+    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(config)}
+    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
@@ -43,6 +48,22 @@ def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> Megatron
     # The schedule multiplies the loss by the fp16 loss scale just before the backward pass.
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _mup_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """muP's learning rates for Adam (Yang et al. 2022, table 8): lr / m for every matrix but the embedding.
+
+    The embedding keeps `lr`, and so do the norms and biases; weight decay is not touched.
+    """
+    if config.init.mup is None:
+        return {}
+    m = config.model.hidden_size / config.init.mup.base_hidden_size
+
+    def grows_with_width(parameter: torch.nn.Parameter, name: str) -> bool:
+        return parameter.dim() == 2 and "word_embeddings" not in name
+
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="grows with the width", fn=grows_with_width))
+    return {key: ParamGroupOverride(max_lr=config.optimizer.lr / m, min_lr=config.optimizer.min_lr / m)}
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:

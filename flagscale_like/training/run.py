@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import platform as host
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,6 +33,7 @@ from flagscale_like.model.build import LanguageModel, build_chunks, initialize_w
 from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.training.optimizer import build_optimizer, build_scheduler
+from flagscale_like.training.salience import calibrate
 
 
 @dataclass
@@ -45,9 +47,25 @@ class Progress:
     train_samples: int = 0
 
 
+class Stateful(Protocol):
+    """What a checkpoint keeps beside model and optimizer: small, JSON-able, the same on every rank.
+
+    `state` returns a copy: it is written while training goes on.
+    """
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass
 class Run:
-    """The parts of a run on this rank."""
+    """The parts of a run on this rank.
+
+    Attributes:
+        saved: state.json of the checkpoint that the run goes on from.
+        kept: what else is saved, by its key in state.json; see `keep`.
+    """
 
     config: RunConfig
     ctx: ParallelContext
@@ -58,6 +76,21 @@ class Run:
     store: CheckpointStore
     progress: Progress
     offload: ActivationOffload | None = None
+    saved: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Stateful] = field(default_factory=dict)
+    goes_back: set[str] = field(default_factory=set)
+
+    def keep(self, name: str, part: Stateful, *, goes_back: bool) -> None:
+        """Save `part` with every checkpoint; put back now what the run's checkpoint has of it.
+
+        Args:
+            goes_back: whether it goes back with the weights, or on with the data, when the run is taken back.
+        """
+        self.kept[name] = part
+        if goes_back:
+            self.goes_back.add(name)
+        if name in self.saved:
+            part.load(self.saved[name])
 
     def save(self) -> None:
         """Begin a checkpoint of everything that the run needs to go on; how it ends is in `store.outcomes`."""
@@ -73,6 +106,7 @@ class Run:
             "model": config.model.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
             "versions": versions(),
+            **{name: part.state() for name, part in self.kept.items()},
         }
         self.store.save(progress.step, self.models, self.optimizer, state)
 
@@ -98,6 +132,8 @@ class Run:
         left, self.progress.step = self.progress.step, int(reader.state["step"])
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=int(reader.state["learning_rate_steps"]))
+        for name in self.goes_back & reader.state.keys():
+            self.kept[name].load(reader.state[name])
         self.progress.rewinds += 1
         self.save()
         self.store.finish()
@@ -153,9 +189,12 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
         notes += _restore_progress(reader, progress, scheduler, same_layout)
     elif not (config.checkpoint.load or config.checkpoint.init_from_hf):
         notes.append("starting from new weights")
+        if config.init.salience:
+            notes.append(calibrate(models, chunks, optimizer, config, ctx, progress.train_samples))
     if config.checkpoint.interval:
         store.reserve(models, optimizer)
-    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload), notes
+    saved = reader.state if reader is not None else {}
+    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload, saved), notes
 
 
 def _restore_progress(

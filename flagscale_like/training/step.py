@@ -66,13 +66,20 @@ class StepResult:
         return self.verdict is Verdict.UPDATE
 
 
-def _loss(loss_mask: Tensor, source: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+# (a micro-batch, its tokens' losses [b, s]): called where losses are computed, which is on the last stage.
+Watch = Callable[[dict[str, Tensor], Tensor], None]
+
+
+def _loss(batch: dict[str, Tensor], watch: Watch | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over the micro-batch and its token count; megatron-core divides the gradients by the count of the whole batch.
 
     Args:
+        batch: with several sources it holds each sample's, `source` [b].
         losses: [b, s], each token's cross-entropy.
-        source: [b], the number of each sample's source in the blend.
     """
+    if watch is not None:
+        watch(batch, losses)
+    loss_mask, source = batch["loss_mask"], batch.get("source")
     masked = losses.float() * loss_mask  # [b, s]
     total, tokens = masked.sum(), loss_mask.sum().to(torch.int)
     # The schedules scale the first value in place after this returns: what is reported must be a copy.
@@ -81,20 +88,28 @@ def _loss(loss_mask: Tensor, source: Tensor | None, losses: Tensor) -> tuple[Ten
     return total, tokens, report | ({"source": source} if source is not None else {})
 
 
-def _forward(batches: Batches | None, chunk: MegatronModule) -> tuple[Tensor, functools.partial]:
+def _forward(
+    batches: Batches | None, chunk: MegatronModule, *, watch: Watch | None = None
+) -> tuple[Tensor, functools.partial]:
     model = unwrap(chunk)
     batch = next(batches) if (model.pre_process or model.post_process) else {}
     output = chunk(input_ids=batch.get("tokens"), position_ids=None, attention_mask=None, labels=batch.get("labels"))
-    return output, functools.partial(_loss, batch.get("loss_mask"), batch.get("source"))
+    return output, functools.partial(_loss, batch, watch)
 
 
 def _run_schedule(
-    chunks: list[MegatronModule], config: RunConfig, batches: Batches, num_microbatches: int, *, forward_only: bool
+    chunks: list[MegatronModule],
+    config: RunConfig,
+    batches: Batches,
+    num_microbatches: int,
+    *,
+    forward_only: bool,
+    watch: Watch | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run the schedule on all chunks; returns the losses of the last stage's micro-batches."""
     iterators = itertools.tee(batches, len(chunks))
     return get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=functools.partial(_forward, watch=watch),
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
@@ -136,24 +151,19 @@ def train_step(
     num_microbatches: int,
     *,
     decide: Decide = update_if_finite,
+    watch: Watch | None = None,
     flags: Callable[[], Sequence[float]] = tuple,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward over `num_microbatches`, then the update, if `decide` says so.
 
     Args:
+        watch: sees each micro-batch's losses; rank-local.
         flags: what this rank has to tell the others (that it was asked to stop, say), asked for at the end of the step and
             added up over the ranks in the reduction of the loss.
         before_update: called when parameters are about to change.
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    # The schedule asks for exactly num_microbatches from each chunk's iterator.
-    losses = _run_schedule(
-        chunks, config, itertools.islice(batches, num_microbatches), num_microbatches, forward_only=False
-    )
-    overflow = optimizer.prepare_grads()
+    losses, overflow = make_gradients(chunks, optimizer, config, batches, num_microbatches, watch=watch)
     grad_norm = float(optimizer.get_grad_norm())
     total, tokens, *summed = _sum_losses(losses, ctx, *flags())
     loss = total / tokens if tokens else math.nan
@@ -166,6 +176,36 @@ def train_step(
                 mcore_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
         optimizer.step_with_ready_grads()
     return StepResult(loss, grad_norm, int(tokens), verdict, summed, _sample_losses(losses))
+
+
+def micro_batch_count(config: RunConfig, ctx: ParallelContext, samples: int) -> int:
+    """Micro-batches a data-parallel rank that hold `samples` or a few more; the interleaved schedule wants whole rounds."""
+    round_ = config.parallel.pp if config.parallel.vpp > 1 else 1
+    count = -(-samples // (config.train.micro_batch_size * ctx.dp))
+    return -(-count // round_) * round_
+
+
+def make_gradients(
+    chunks: list[MegatronModule],
+    optimizer: MegatronOptimizer,
+    config: RunConfig,
+    batches: Batches,
+    num_microbatches: int,
+    *,
+    watch: Watch | None = None,
+) -> tuple[list[dict[str, Tensor]], bool]:
+    """Forward and backward: the reduced gradients lie with the optimizer's fp32 weights, and no parameter changes.
+
+    Returns:
+        The losses of this rank's micro-batches, and whether the fp16 gradients overflowed.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    # The schedule asks for exactly num_microbatches from each chunk's iterator.
+    part = itertools.islice(batches, num_microbatches)
+    losses = _run_schedule(chunks, config, part, num_microbatches, forward_only=False, watch=watch)
+    return losses, optimizer.prepare_grads()
 
 
 @torch.no_grad()

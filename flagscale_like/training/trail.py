@@ -22,7 +22,8 @@ class DataTrail:
     def __init__(self, run: Run, dataset: Dataset, reporter: Reporter) -> None:
         self.run, self.dataset, self.reporter = run, dataset, reporter
         self.run_dir, self.names = Path(run.config.run_dir), run.config.data.source_names
-        self.provenance = Provenance(dataset, self.names) if self.names else None
+        fixed = self.names and run.config.data.selection is None  # dynamic selection has no order to go by
+        self.provenance = Provenance(dataset, self.names) if fixed else None
 
     def begin(self) -> None:
         """Note where the order goes on, and warn of sources that the plan reads more than once."""

@@ -16,7 +16,7 @@ from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.config import Monitors
 from flagscale_like.errors import PeerLostError
 from flagscale_like.training import step
-from flagscale_like.training.guard import Guard
+from flagscale_like.training.guard import Event, Guard
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.recovery import Ledger, effective_time_ratio
 from flagscale_like.training.step import Verdict
@@ -218,7 +218,7 @@ def test_caps_end_a_run_that_does_not_get_better(tmp_path):
 
 
 def test_the_guard_takes_the_gravest_verdict_and_counts():
-    spikes = lambda loss, norm: (Verdict.REWIND, "a spike") if loss > 10 else (Verdict.UPDATE, "")  # noqa: E731
+    spikes = lambda loss, norm: [Event("loss", loss, 10.0, "rewind", "a spike")] if loss > 10 else []  # noqa: E731
     guard = Guard(Monitors(max_consecutive_skips=2, on_max_skips="rewind", max_rewinds=2), judges=[spikes])
     nan = float("nan")
     assert guard(1.0, 1.0, False) is Verdict.UPDATE
@@ -229,6 +229,15 @@ def test_the_guard_takes_the_gravest_verdict_and_counts():
     assert guard.reason == "a spike"
     assert guard(12.0, 1.0, False) is Verdict.STOP
     assert "monitors.max_rewinds" in guard.reason
+    kinds = [(event.kind, event.action) for event in guard.take_events()]
+    assert kinds == [
+        *[("non_finite", "skip")] * 3,
+        ("max_consecutive_skips", "rewind"),
+        ("loss", "rewind"),
+        ("loss", "rewind"),
+        ("max_rewinds", "stop"),
+    ]
+    assert guard.take_events() == []
     assert Guard(Monitors(non_finite="stop"))(float("inf"), 1.0, False) is Verdict.STOP
 
 

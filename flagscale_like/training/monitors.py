@@ -1,0 +1,290 @@
+"""Monitors: spikes of loss and gradient norm, layers' gradients and updates, effective rank. See docs/monitors.md.
+
+Every number that an event rests on is reduced over all ranks first, so that pipeline stages and data-parallel ranks find the
+same events. What monitors remember (windows, highest ranks) is a part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from flagscale_like.config import EffectiveRank, LayerNorms, RunConfig, Spike
+from flagscale_like.model.build import LanguageModel, named_shards
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.guard import Event
+from flagscale_like.training.shards import OwnedShard, adam_update, owned_shards
+from flagscale_like.training.spectrum import SplitMatrix, effective_rank
+
+LEAST_RISE = 0.01  # of the mean: what is no spike, however little the window varies
+MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+class SpikeMonitor:
+    """Finds steps whose value leaps; see `config.Spike`.
+
+    A value above the limit enters the window as the limit: one spike does not hide the next by raising the deviation, and a
+    level that stays up is accepted with time instead of being judged a spike for ever.
+    """
+
+    def __init__(self, name: str, options: Spike) -> None:
+        self.name, self.options = name, options
+        self.window: deque[float] = deque(maxlen=options.window)
+
+    def judge(self, value: float) -> list[Event]:
+        """The event that this step's value is, if any; the value is remembered."""
+        if not math.isfinite(value):
+            return []
+        options, limit, why = self.options, math.inf, ""
+        if len(self.window) >= options.window // 4:
+            mean, sigma = statistics.fmean(self.window), statistics.pstdev(self.window)
+            limit = mean + max(options.sigma * sigma, LEAST_RISE * abs(mean))
+            why = f"mean {mean:.4g} + {options.sigma:g} sigma of the last {len(self.window)} steps"
+        if options.limit is not None and options.limit < limit:
+            limit, why = options.limit, f"monitors.{self.name}.limit"
+        self.window.append(min(value, limit))
+        if value <= limit:
+            return []
+        words = f"{self.name} {value:.4g} is above {limit:.4g} ({why}); monitors.{self.name}.action is {options.action}"
+        return [Event(self.name, value, limit, options.action, words)]
+
+
+def unit_of(name: str) -> str:
+    """The layer, or the part outside the layers, that a parameter belongs to: `layers.3`, `embedding`, ..."""
+    layer = re.search(r"decoder\.layers\.(\d+)\.", name)
+    return f"layers.{layer[1]}" if layer else name.removeprefix("decoder.").partition(".")[0]
+
+
+class LayerMonitor:
+    """Gradient norm and update-to-weight ratio of every layer, the embedding, the final norm and the output layer.
+
+    The ratio is |w' - w| / |w'|, with L2 norms over all weights of the layer.
+    """
+
+    def __init__(self, options: LayerNorms, shards: list[OwnedShard], num_layers: int, ctx: ParallelContext) -> None:
+        self.options, self.shards, self.ctx = options, shards, ctx
+        units = [*(f"layers.{i}" for i in range(num_layers)), "embedding", "final_layernorm", "output_layer"]
+        self.units = {unit: column for column, unit in enumerate(units)}
+        self._squares: Tensor | None = None
+
+    def note_gradients(self) -> None:
+        """Take the gradients' squares, before they are clipped."""
+        self._squares = self._sums(lambda shard: shard.main.grad)
+
+    @torch.no_grad()
+    def measure(self, *, updated: bool) -> dict[str, float]:
+        """Readings by name, once the step is done; all ranks call it."""
+        if self._squares is None:  # an fp16 overflow: no judge was asked
+            return {}
+        parts = [self._squares, self._sums(lambda shard: shard.main)]
+        parts += [self._sums(adam_update)] if updated else []
+        self._squares = None
+        squares = self.ctx.sum(torch.cat(parts).tolist())
+        columns = len(self.units)
+        found = {}
+        for column, unit in enumerate(self.units):
+            grad, weight, *update = squares[column::columns]
+            if weight:  # a tied output layer is the embedding, and counts there
+                found[f"layer-grad-norm/{unit}"] = math.sqrt(grad)
+                if update:
+                    found[f"layer-update-to-weight/{unit}"] = math.sqrt(update[0] / weight)
+        return found
+
+    @torch.no_grad()
+    def _sums(self, tensor_of: Callable[[OwnedShard], Tensor]) -> Tensor:
+        """[units] float64: this rank's part of the sum of squares."""
+        sums = torch.zeros(len(self.units), dtype=torch.float64, device=self.ctx.platform.device)
+        for shard in self.shards:
+            if shard.counts:
+                sums[self.units[unit_of(shard.name)]] += tensor_of(shard).detach().float().norm().double() ** 2
+        return sums
+
+    def events(self, readings: dict[str, float]) -> list[Event]:
+        """Layers whose update was larger than `update_limit`."""
+        limit = self.options.update_limit
+        return [
+            Event(name, value, limit, "log", f"{name} {value:.3g} is above monitors.layers.update_limit ({limit:g})")
+            for name, value in readings.items()
+            if limit is not None and name.startswith("layer-update-to-weight/") and value > limit
+        ]
+
+
+class RankMonitor:
+    """Effective rank of weight matrices, their gradients and the residual stream; see `training.spectrum`.
+
+    The matrices are dealt out over the data-parallel ranks. A tensor-parallel shard stays where it is: the ranks of a group
+    add up Gram matrices or products. A gradient, of which each data-parallel rank owns a range, is put together on the rank
+    that measures it, one tensor-parallel shard at a time.
+    """
+
+    def __init__(
+        self,
+        options: EffectiveRank,
+        chunks: list[LanguageModel],
+        shards: list[OwnedShard],
+        config: RunConfig,
+        ctx: ParallelContext,
+    ) -> None:
+        self.options, self.ctx, self.shards = options, ctx, shards
+        self.layers = evenly_spaced(config.model.num_layers, options.layers)
+        self.sequence_parallel = config.parallel.sp
+        self.highest: dict[str, float] = {}
+        self.low: set[str] = set()
+        self._rows: dict[int, Tensor] = {}
+        self._listening = False
+        self.parameters: dict[tuple[int, str], nn.Parameter] = {}
+        for chunk in chunks:
+            for name, parameter in named_shards(chunk).items():
+                found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", name)
+                if found and int(found[1]) in self.layers and found[2] in MATRICES:
+                    self.parameters[int(found[1]), found[2]] = parameter
+        if "activations" in options.of:
+            for chunk in chunks:
+                for layer in chunk.decoder.layers:
+                    if layer.layer_number - 1 in self.layers:
+                        layer.register_forward_hook(self._remember)
+
+    def names(self) -> list[str]:
+        """What is measured, in the order of the reduced vector; the same on every rank."""
+        kinds = [kind for kind in ("weights", "gradients") if kind in self.options.of]
+        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i in self.layers for matrix in MATRICES]
+        return names + [f"activations/layers.{i}" for i in self.layers if "activations" in self.options.of]
+
+    def listen(self) -> None:
+        """Keep some tokens of the residual stream of the next forward pass."""
+        self._rows, self._listening = {}, "activations" in self.options.of
+
+    def _remember(self, layer: nn.Module, _: Any, output: tuple[Tensor, ...]) -> None:
+        index = layer.layer_number - 1
+        if self._listening and layer.training and index not in self._rows:
+            rows = output[0].detach().flatten(0, 1)  # [s, b, h] -> [s * b, h]; s is s/tp under sequence parallelism
+            count = max(1, self.options.tokens // (self.ctx.layout.tp if self.sequence_parallel else 1))
+            every = max(1, len(rows) // count)
+            self._rows[index] = rows[::every][:count].clone()  # the pipeline empties its outputs
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Effective rank by name, between prepare_grads() and the update; all ranks call it."""
+        ctx, names = self.ctx, self.names()
+        local = dict.fromkeys(names, 0.0)
+        dp_group, tp_group = ctx.groups.dp, ctx.groups.tp
+        for order, ((layer, matrix), parameter) in enumerate(self.parameters.items()):
+            owner = order % ctx.dp
+            for kind in ("weights", "gradients"):
+                if kind not in self.options.of:
+                    continue
+                whole = parameter.detach() if kind == "weights" else self._gradient(parameter, owner, dp_group)
+                if ctx.dp_rank == owner:
+                    rows = whole if parameter.partition_dim == 0 else whole.t()
+                    rank = effective_rank(SplitMatrix(rows, [tp_group]), exact_up_to=self.options.exact_up_to)
+                    local[f"{kind}/layers.{layer}.{matrix}"] = rank if ctx.tp_rank == 0 else 0.0
+        groups = [tp_group, dp_group] if self.sequence_parallel else [dp_group]
+        for layer, rows in sorted(self._rows.items()):
+            rank = effective_rank(SplitMatrix(rows, groups), exact_up_to=self.options.exact_up_to)
+            local[f"activations/layers.{layer}"] = rank if ctx.tp_rank == 0 and ctx.dp_rank == 0 else 0.0
+        self._rows, self._listening = {}, False
+        return dict(zip(names, ctx.sum([local[name] for name in names]), strict=True))
+
+    def _gradient(self, parameter: nn.Parameter, owner: int, group: dist.ProcessGroup) -> Tensor:
+        """This tensor-parallel rank's gradient of a matrix, whole on the data-parallel rank `owner`."""
+        flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for shard in self.shards:
+            if shard.parameter is parameter:
+                flat[shard.start : shard.start + shard.main.numel()] = shard.main.grad.view(-1)
+        if group.size() > 1:
+            dist.reduce(flat, dist.get_global_rank(group, owner), group=group)
+        return flat.view_as(parameter)
+
+    def events(self, ranks: dict[str, float]) -> list[Event]:
+        """Matrices that fell below `drop` times the highest rank they had; each once, until it is back."""
+        found, options = [], self.options
+        for name, value in ranks.items():
+            self.highest[name] = max(value, self.highest.get(name, 0.0))
+            limit = options.drop * self.highest[name]
+            if value >= limit:
+                self.low.discard(name)
+            elif name not in self.low:
+                self.low.add(name)
+                words = (
+                    f"effective rank of {name} fell to {value:.1f}, below {options.drop:g} of the highest "
+                    f"({self.highest[name]:.1f}); monitors.effective_rank.action is {options.action}"
+                )
+                found.append(Event(f"effective-rank/{name}", value, limit, options.action, words))
+        return found
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Up to `count` of the indices 0 ... total - 1, the first and the last among them."""
+    count = min(total, count)
+    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
+
+
+class StepMonitors:
+    """The monitors of a run, called by the loop at three moments of a step: before it, to judge it, after it."""
+
+    def __init__(
+        self, chunks: list[LanguageModel], optimizer: MegatronOptimizer, config: RunConfig, ctx: ParallelContext
+    ) -> None:
+        options = config.monitors
+        shards = list(owned_shards(chunks, optimizer, ctx)) if options.layers or options.effective_rank else []
+        given = {"loss": options.loss, "grad_norm": options.grad_norm}
+        self.spikes = {name: SpikeMonitor(name, spike) for name, spike in given.items() if spike is not None}
+        self.layers = LayerMonitor(options.layers, shards, config.model.num_layers, ctx) if options.layers else None
+        self.ranks = (
+            RankMonitor(options.effective_rank, chunks, shards, config, ctx) if options.effective_rank else None
+        )
+        self._step = 0
+        self._readings: dict[str, float] = {}
+
+    def begin(self, step: int) -> None:
+        """Before a step."""
+        self._step, self._readings = step, {}
+        if self.ranks and step % self.ranks.options.interval == 0:
+            self.ranks.listen()
+
+    def judge(self, loss: float, grad_norm: float) -> list[Event]:
+        """Events of a step whose gradients are ready and whose update is not made; see `training.guard.Judge`."""
+        found = []
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            if name in self.spikes:
+                found += self.spikes[name].judge(value)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if self.layers and self._step % self.layers.options.interval == 0:
+            self.layers.note_gradients()
+        if self.ranks and finite and self._step % self.ranks.options.interval == 0:
+            ranks = self.ranks.measure()
+            self._readings |= {f"effective-rank/{name}": value for name, value in ranks.items()}
+            if self._step > self.ranks.options.after:
+                found += self.ranks.events(ranks)
+        return found
+
+    def end(self, *, updated: bool) -> tuple[dict[str, float], list[Event]]:
+        """After a step: what was measured in it, and what no verdict depends on."""
+        if self.layers and self._step % self.layers.options.interval == 0:
+            readings = self.layers.measure(updated=updated)
+            self._readings |= readings
+            return self._readings, self.layers.events(readings)
+        return self._readings, []
+
+    def state(self) -> dict[str, Any]:
+        """What later verdicts depend on, JSON-able."""
+        state: dict[str, Any] = {name: list(spike.window) for name, spike in self.spikes.items()}
+        if self.ranks:
+            state["highest"], state["low"] = dict(self.ranks.highest), sorted(self.ranks.low)
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what state() returned; a monitor that was not on then begins anew."""
+        for name, spike in self.spikes.items():
+            spike.window = deque(state.get(name, []), maxlen=spike.options.window)
+        if self.ranks:
+            self.ranks.highest, self.ranks.low = dict(state.get("highest", {})), set(state.get("low", []))

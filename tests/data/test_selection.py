@@ -1,0 +1,102 @@
+"""Dynamic data selection: shares kept exactly, weights that follow the scores, and nothing that depends on the layout."""
+
+import pytest
+
+from flagscale_like.config import Selection
+from flagscale_like.data.selection import Mixture, MixtureSampler
+from flagscale_like.errors import DataError
+
+
+def shares(mixture, samples):
+    mixture.draw(samples)
+    return [sum(source == s for source, _ in mixture.plan) / samples for s in range(len(mixture.prior))]
+
+
+def after(options, rounds, scores=None, losses=None):
+    """A mixture of two sources, after so many changes."""
+    mixture = Mixture(options, [1, 1])
+    for turn in range(rounds):
+        for _ in range(options.interval):
+            mixture.draw(8)
+            found = losses(turn) if losses else (1.0, 1.0)
+            due = mixture.note([loss * 100 for loss in found], [100, 100])
+        assert due
+        mixture.change(scores(turn) if scores else None)
+    return mixture
+
+
+def test_samples_are_drawn_by_weight_in_turn_and_each_source_in_its_order():
+    mixture = Mixture(Selection(floor=1e-9), [3, 1])
+    assert shares(mixture, 400) == [0.75, 0.25]
+    assert [index for source, index in mixture.plan if source == 1] == list(range(100))
+    for end in range(1, 400):  # never more than a sample off
+        assert abs(sum(source == 0 for source, _ in mixture.plan[:end]) - 0.75 * end) <= 1
+    mixture.draw(1)
+    assert mixture.plan[0][1] == mixture.drawn[mixture.plan[0][0]] - 1 >= 100
+
+
+def test_the_source_that_makes_progress_is_preferred_to_the_one_that_does_not():
+    mixture = after(Selection(), 20, losses=lambda turn: (5.0 * 0.95**turn, 6.0 + 0.01 * (-1) ** turn))
+    useful, noise = mixture.weights
+    assert useful > 0.9
+    assert noise == pytest.approx(1 - useful)
+    assert noise > 0.1 / 2  # bounded away from zero
+
+
+def test_the_rule_of_the_loss_itself_prefers_what_is_hard():
+    mixture = after(Selection(rule="loss"), 20, losses=lambda turn: (2.0, 6.0))
+    assert mixture.weights[1] > 0.8
+
+
+def test_the_rule_of_the_target_follows_the_scores_it_is_given_and_comes_back():
+    options = Selection(rule="target", target="x", floor=0.2)
+    mixture = after(options, 30, scores=lambda turn: [0.5, -0.1])
+    assert mixture.weights == [pytest.approx(0.9, abs=0.01), pytest.approx(0.1, abs=0.01)]
+    assert mixture.weights[1] >= 0.1
+    for _ in range(30):
+        mixture.change([-0.1, 0.5])
+    assert mixture.weights[1] > 0.85
+
+
+def test_a_step_whose_loss_is_not_finite_is_not_counted():
+    mixture = Mixture(Selection(interval=2), [1, 1])
+    assert not mixture.note([float("nan"), 10.0], [10, 10])
+    assert mixture.note([20.0, 10.0], [10, 10])
+    assert mixture.change() == {0: 2.0, 1: 1.0}
+
+
+def test_a_restored_mixture_goes_on_as_the_saved_one():
+    import json
+
+    options = Selection(interval=3)
+    one, two = (after(options, 5, losses=lambda turn: (3 / (turn + 1), 4.0)) for _ in range(2))
+    one.draw(5)
+    one.note([7.0, 9.0], [3, 2])
+    other = Mixture(options, [1, 1])
+    other.load(json.loads(json.dumps(one.state())))
+    for mixture in (one, other):
+        mixture.draw(7)
+        mixture.note([5.0, 5.0], [3, 2])
+        mixture.note([5.0, 4.0], [3, 2])
+        mixture.change()
+        mixture.draw(50)
+    assert one.plan == other.plan
+    assert one.state() == other.state() != two.state()
+
+
+def test_another_number_of_sources_is_refused_by_name():
+    with pytest.raises(DataError, match="is of 2 sources, data.sources lists 3"):
+        Mixture(Selection(), [1, 1, 1]).load(Mixture(Selection(), [1, 1]).state())
+
+
+@pytest.mark.parametrize(("micro", "dp"), [(1, 1), (2, 2), (1, 4)])
+def test_every_data_parallel_size_reads_the_plan(micro, dp):
+    mixture = Mixture(Selection(), [2, 1])
+    samplers = [iter(MixtureSampler(mixture, micro, rank, dp)) for rank in range(dp)]
+    for _ in range(3):
+        mixture.draw(8)
+        found = []
+        for _ in range(8 // (micro * dp)):
+            for sampler in samplers:
+                found += next(sampler)
+        assert found == mixture.plan

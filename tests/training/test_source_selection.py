@@ -1,0 +1,128 @@
+"""Dynamic data selection in training: noise is dropped, alike on every layout, and resumed bit for bit."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flagscale_like.data import pretrain
+from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.selection import SourcesDataset
+from flagscale_like.data.tokenizer import train_bpe
+from flagscale_like.training.metrics import read_metrics
+from tests import faults
+from tests.harness import run_ranks, tiny_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Three sources: sentences from a few words, letters at random, and more of the sentences, held out."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog"]
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    texts = {
+        "useful": lambda: " ".join(rng.choice(words) for _ in range(60)),
+        "noise": lambda: "".join(rng.choice(letters) for _ in range(240)),
+        "target": lambda: " ".join(rng.choice(words) for _ in range(60)),
+    }
+    for name, make in texts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": make()}) + "\n" for _ in range(150)))
+    tokenizer = train_bpe((folder / "useful.jsonl").read_text().splitlines(), 270, folder / "tokenizer")
+    for name in texts:
+        preprocess([folder / f"{name}.jsonl"], tokenizer.folder, folder / name)
+    return folder
+
+
+def selecting(run_dir, corpus, *, rule="progress", **changes):
+    selection = {"rule": rule, "interval": 2, **({"target": str(corpus / "target")} if rule == "target" else {})}
+    data = {
+        "sources": [{"path": str(corpus / name)} for name in ("useful", "noise")],
+        "tokenizer": str(corpus / "tokenizer"),
+        "selection": selection,
+    }
+    fixed = {"model__vocab_size": 384, "train__steps": 12, "checkpoint": {"interval": 5, "keep": 9}}
+    return tiny_config(run_dir, data=data, **{**fixed, **changes})
+
+
+def selected(run_dir, what):
+    """[useful, noise] at every change."""
+    records = [r for r in read_metrics(Path(run_dir)) if "selection/weight/noise" in r]
+    return [[r[f"selection/{what}/{name}"] for name in ("useful", "noise")] for r in records]
+
+
+@pytest.fixture(scope="module", params=["progress", "target"])
+def one_process(request, corpus, tmp_path_factory):
+    config = selecting(tmp_path_factory.mktemp("one") / "run", corpus, rule=request.param)
+    run_ranks(1, faults.train_run, config)
+    return request.param, config
+
+
+def test_the_weight_of_noise_falls(one_process):
+    _, config = one_process
+    weights = selected(config.run_dir, "weight")
+    assert len(weights) == 6
+    assert all(sum(pair) == pytest.approx(1) for pair in weights)
+    assert weights[-1][1] < 0.4 < 0.6 < weights[-1][0]
+    drawn = selected(config.run_dir, "samples")
+    assert sum(drawn[-1]) == 12 * 8
+    assert drawn[-1][0] > drawn[-1][1] + 8
+
+
+def test_a_resumed_run_draws_and_trains_bit_for_bit(one_process, corpus, tmp_path):
+    rule, whole = one_process
+    shutil.copytree(whole.run_dir, tmp_path / "run")
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step:08d}")
+    run_ranks(1, faults.train_run, selecting(tmp_path / "run", corpus, rule=rule))
+    assert faults.resumed_from(tmp_path / "run") == 5
+    assert faults.losses(tmp_path / "run") == faults.losses(whole.run_dir)
+    assert selected(tmp_path / "run", "weight") == selected(whole.run_dir, "weight")
+    final = "checkpoints/step_00000012"
+    assert faults.rank_files(tmp_path / "run" / final) == faults.rank_files(Path(whole.run_dir) / final)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(4, {"tp": 2, "sp": True, "pp": 2}), (4, {"pp": 2, "vpp": 2})],
+    ids=["tp2 sp pp2", "pp2 vpp2 dp2"],
+)
+def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corpus, tmp_path):
+    rule, whole = one_process
+    run_ranks(ranks, faults.train_run, selecting(tmp_path / "run", corpus, rule=rule, parallel=layout))
+    assert selected(tmp_path / "run", "samples") == selected(whole.run_dir, "samples")
+    for here, expected in zip(selected(tmp_path / "run", "weight"), selected(whole.run_dir, "weight"), strict=True):
+        assert here == pytest.approx(expected, rel=2e-2)
+    what = "alignment" if rule == "target" else "loss"
+    for here, expected in zip(selected(tmp_path / "run", what), selected(whole.run_dir, what), strict=True):
+        assert here == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+class PoisonedSources(SourcesDataset):
+    """Two samples of the first source cannot be learned from."""
+
+    def __getitem__(self, key):
+        sample = super().__getitem__(key)
+        return {**sample, "loss_mask": sample["loss_mask"] * float("nan")} if key in {(0, 17), (0, 40)} else sample
+
+
+def train_on_poison(config):
+    pretrain.SourcesDataset = PoisonedSources
+    faults.train_run(config)
+
+
+def test_a_run_that_goes_back_keeps_its_draw_and_resumes_bit_for_bit(corpus, tmp_path):
+    monitors = {"non_finite": "rewind", "rewind_steps": 2, "layers": {"interval": 2}}
+    changes = {"monitors": monitors, "checkpoint": {"interval": 1, "keep": 99}}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run_ranks(1, train_on_poison, selecting(whole, corpus, **changes))
+    run_ranks(1, train_on_poison, selecting(parted, corpus, train__exit_at_step=7, **changes))
+    run_ranks(1, train_on_poison, selecting(parted, corpus, **changes))
+    final = "checkpoints/step_00000012"
+    states = [json.loads((folder / final / "state.json").read_text()) for folder in (whole, parted)]
+    assert states[0]["rewinds"] == 2
+    assert sum(states[0]["selection"]["drawn"]) == states[0]["consumed_samples"] == (12 + 2 * 2) * 8
+    for key in ("selection", "monitors", "guard", "rewinds", "consumed_samples"):
+        assert states[0][key] == states[1][key]
+    assert faults.rank_files(parted / final) == faults.rank_files(whole / final)
