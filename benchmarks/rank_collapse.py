@@ -123,7 +123,7 @@ def plot(results: list[dict], path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     top.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=66)
 
 
 def main() -> None:
