@@ -85,8 +85,11 @@ def test_a_resumed_run_draws_and_trains_bit_for_bit(one_process, corpus, tmp_pat
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(4, {"tp": 2, "sp": True, "pp": 2}), (4, {"pp": 2, "vpp": 2})],
-    ids=["tp2 sp pp2", "pp2 vpp2 dp2"],
+    [
+        pytest.param(2, {"tp": 2, "sp": True}, id="tp2 sp"),
+        pytest.param(4, {"pp": 2, "vpp": 2}, id="pp2 vpp2 dp2"),
+        pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, id="tp2 sp pp2", marks=pytest.mark.soak),
+    ],
 )
 def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corpus, tmp_path):
     rule, whole = one_process
