@@ -90,8 +90,8 @@ def place(tmp_path_factory):
     for name in ("examples", "launch"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "text").mkdir()
-    for n in range(12):
-        (folder / "text" / f"{n}.txt").write_text(TEXT * (n + 8))
+    for n in range(60):  # enough for the two hundredths that are for validation
+        (folder / "text" / f"{n}.txt").write_text(TEXT * (n % 12 + 8))
     (folder / "heldout.txt").write_text(TEXT * 20)
     (folder / "hosts.txt").write_text("node1 slots=8\nnode2 slots=8    # comments are allowed\n")
     tiny = "examples/aquila2/tiny.yaml"
