@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from flagscale_like.cli import app
 from flagscale_like.config import load_config
-from flagscale_like.data.preprocess import find_inputs
+from flagscale_like.data.readers import find_inputs
 from flagscale_like.errors import ConfigError
 
 

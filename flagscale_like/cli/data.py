@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from flagscale_like.data.provenance import Segment
     from flagscale_like.data.report import Report
 
-data_app = typer.Typer(help="Look at training data, and at the data of a training step.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at training data, and at the data of a training step.",
+    epilog=example("flagscale-like data inspect data/corpus"),
+    no_args_is_help=True,
+)
 
 
 @app.command(

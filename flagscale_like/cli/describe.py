@@ -53,8 +53,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
 
 def _describe_data(config: RunConfig, *, local: bool) -> str:
     """What is known of the sources. A plan for other machines' ranks does not need the data that lies there."""
-    from flagscale_like.data.preprocess import find_inputs
     from flagscale_like.data.pretrain import check_sources
+    from flagscale_like.data.readers import find_inputs
     from flagscale_like.errors import DataError
 
     try:

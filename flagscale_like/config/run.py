@@ -26,7 +26,7 @@ from flagscale_like.errors import ConfigError
 def _near(value: int, fits: Callable[[int], bool]) -> str:
     """The nearest fitting numbers below and above `value`, "2 or 4" say; empty where there is none."""
     below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
-    above = next((n for n in range(value + 1, 2 * value + 1) if fits(n)), None)
+    above = next((n for n in range(value + 1, 2 * value + 4096) if fits(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None)
 
 

@@ -101,6 +101,7 @@ class Reporter:
             "grad-norm": grad_norm,
             "learning-rate": learning_rate,
             "batch-size": batch_size,
+            "world-size": self.ctx.world_size,
             "consumed-samples": consumed,
             "iteration-time": seconds,
             "tokens-per-second": tokens_per_s,

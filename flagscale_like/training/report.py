@@ -66,10 +66,9 @@ class Story:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the last step: what all did over what each did."""
-        flops = self.config.model.flops_per_token(self.config.train.seq_length) * self.last["tokens-per-second"]
-        each = self.last["throughput/tflops/device"] * 1e12
-        return max(1, round(flops / each)) if each else 1
+        """Ranks of the last step; of one copy of the model, where another layout is configured since and has made none."""
+        ranks, copy = int(self.last["world-size"]), self.config.parallel.model_parallel_size
+        return copy if ranks % copy else ranks
 
 
 def read_story(run_dir: Path) -> Story:

@@ -159,7 +159,8 @@ def corpus_of(folder, documents=600):
     folder.mkdir(exist_ok=True)
     path = folder / "corpus.jsonl"
     lines = [json.dumps({"text": f"document {i} " + "word " * (i * 7 % 90)}) for i in range(documents)]
-    lines[100], lines[350] = "", "{broken"
+    if documents > 350:
+        lines[100], lines[350] = "", "{broken"
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -26,6 +26,7 @@ def step_record(config, step, loss, *, skipped=0, minute=0):
         "grad-norm": 1.0 + math.sin(step),
         "learning-rate": 1e-3 * step / STEPS,
         "batch-size": 8,
+        "world-size": WORLD,
         "consumed-samples": 8 * step,
         "iteration-time": 0.2,
         "tokens-per-second": tokens_per_s,
