@@ -103,6 +103,7 @@ def test_a_run_leaves_what_scripts_rely_on(tmp_path):
         "checkpoints",
         "loss.png",
         "resilience.jsonl",
+        "events.jsonl",
     }
     records = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = records[0]

@@ -50,6 +50,9 @@ def test_the_demo_leaves_what_it_says(demo):
         "hf",
         "data",
         "resilience.jsonl",
+        "events.jsonl",
+        "samples.jsonl",
+        "sample_losses",
     } == {p.name for p in run_dir.iterdir()}
     for part in (
         "unigram entropy",

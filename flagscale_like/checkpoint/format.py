@@ -149,8 +149,12 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {target.key} {kind}: {copied} of {wanted} elements were saved")
 
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
-        """A whole global tensor on the host, in the dtype it was saved in or the one given."""
+        """A whole global tensor on the host, in the dtype it was saved in or the one given; mapped, if it is one piece."""
         shape = self.global_shape(key)
+        pieces = self._fragments[key]
+        if len(pieces) == 1 and pieces[0][0].numel == prod(shape) and dtype in (None, self.dtype(key, kind)):
+            _, name, index = pieces[0]
+            return self._files[name].get_tensor(f"{index}.{kind}", whole=True).view(shape)
         out = torch.empty(shape, dtype=dtype or self.dtype(key, kind))
         self.read(kind, Fragment(key, shape, (0,) * len(shape), shape, 0, out.numel()), out.view(-1))
         return out

@@ -107,7 +107,7 @@ class HfFolder:
 
     def hf_tensor(self, name: str) -> Tensor:
         """A tensor under its Hugging Face name, mapped from its file."""
-        return self._files[name].get_tensor(name)
+        return self._files[name].get_tensor(name, whole=True)
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor that carries weights, under its Hugging Face name."""

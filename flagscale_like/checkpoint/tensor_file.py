@@ -10,8 +10,9 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRITE_BACK_BYTES = 128 << 20
 LARGEST_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 
 
@@ -93,8 +95,11 @@ class TensorFile:
         """Names of the tensors, in the order of the file."""
         return list(self.specs)
 
-    def get_tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str, *, whole: bool = False) -> Tensor:
         """A tensor on the host. Its pages are read when touched; writing to it does not reach the file.
+
+        Args:
+            whole: all of it will be read: the disk may begin.
 
         Raises:
             KeyError: there is none of this name.
@@ -105,7 +110,9 @@ class TensorFile:
         begin = self._begins[name]
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         view = mmap.mmap(self._file.fileno(), begin - page + spec.nbytes, access=mmap.ACCESS_COPY, offset=page)
-        if hasattr(mmap, "MADV_SEQUENTIAL"):
+        if whole and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), begin, spec.nbytes, os.POSIX_FADV_WILLNEED)
+        elif hasattr(mmap, "MADV_SEQUENTIAL"):
             view.madvise(mmap.MADV_SEQUENTIAL)
         flat = torch.frombuffer(view, dtype=torch.uint8, count=spec.nbytes, offset=begin - page)
         if begin % spec.dtype.itemsize:  # the format does not promise alignment
@@ -115,6 +122,32 @@ class TensorFile:
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
         self._file.close()
+
+
+@contextmanager
+def _write_back(handle: int) -> Iterator[Callable[[int], None]]:
+    """Sends what is written to the disk while the rest is prepared, where the kernel would wait for gigabytes of it.
+
+    The system reports an error of the disk once for a file: that of the thread's fsync is raised here.
+
+    Yields:
+        To be called with the bytes of each write.
+    """
+    fresh = 0
+    with ThreadPoolExecutor(1) as thread:
+        pending = None
+
+        def written(count: int) -> None:
+            nonlocal fresh, pending
+            fresh += count
+            if fresh >= WRITE_BACK_BYTES and (pending is None or pending.done()):
+                if pending is not None:
+                    pending.result()
+                fresh, pending = 0, thread.submit(os.fsync, handle)
+
+        yield written
+        if pending is not None:
+            pending.result()
 
 
 def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -158,12 +191,14 @@ def write_tensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     checksum = Checksum(sha256=sha256)
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0) as file, _write_back(file.fileno()) as written:
 
         def put(data: memoryview) -> None:
             checksum.update(data)
             while data:  # one write moves at most 2 GiB on Linux
-                data = data[file.write(data) :]
+                count = file.write(data)
+                written(count)
+                data = data[count:]
 
         put(memoryview(struct.pack("<Q", len(encoded)) + encoded))
         for spec, tensor in zip(specs, tensors, strict=True):

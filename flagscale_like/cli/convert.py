@@ -54,10 +54,6 @@ def export(
     import shutil
 
     from flagscale_like.checkpoint.hf import export
-    from flagscale_like.checkpoint.hf_check import compare_logits, transformers_ships
-    from flagscale_like.config import Parallel
-    from flagscale_like.errors import ConversionError
-    from flagscale_like.runtime.parallel import parallel_context
 
     reader, found_tokenizer = open_checkpoint(checkpoint)
     plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer or found_tokenizer, workers=workers)
@@ -65,6 +61,13 @@ def export(
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
+
+    # Only now: a conversion by itself needs none of megatron-core.
+    from flagscale_like.checkpoint.hf_check import compare_logits, transformers_ships
+    from flagscale_like.config import Parallel
+    from flagscale_like.errors import ConversionError
+    from flagscale_like.runtime.parallel import parallel_context
+
     with parallel_context(Parallel()) as ctx:
         try:
             difference = compare_logits(reader, plan, out, ctx)

@@ -208,11 +208,11 @@ def test_an_interrupted_conversion_leaves_no_folder(tmp_path, monkeypatch):
     import_folder(source, tmp_path / "native")
     read, calls = TensorFile.get_tensor, []
 
-    def fail_at_the_seventh(self, name):
+    def fail_at_the_seventh(self, name, **options):
         calls.append(name)
         if len(calls) > 6:
             raise OSError(28, "No space left on device")
-        return read(self, name)
+        return read(self, name, **options)
 
     monkeypatch.setattr(TensorFile, "get_tensor", fail_at_the_seventh)
     for convert in (
@@ -235,11 +235,11 @@ from flagscale_like.checkpoint.tensor_file import TensorFile
 
 read, calls = TensorFile.get_tensor, []
 
-def get_tensor(self, name):
+def get_tensor(self, name, **options):
     calls.append(name)
     if len(calls) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, name)
+    return read(self, name, **options)
 
 TensorFile.get_tensor = get_tensor
 import_folder(Path(sys.argv[1]), Path(sys.argv[2]))

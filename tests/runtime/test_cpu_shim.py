@@ -117,7 +117,7 @@ def test_adam_counts_one_step_an_update_after_a_restore(tmp_path):
 
 def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
     """Silent error 3: the schedules divide the loss in place after the loss function has returned it."""
-    total, tokens, report = _loss(torch.ones(2, 3), torch.full((2, 3), 2.0, requires_grad=True))
+    total, tokens, report = _loss({"loss_mask": torch.ones(2, 3)}, None, torch.full((2, 3), 2.0, requires_grad=True))
     total.data.div_(8)
     tokens.mul_(2)
     assert float(report["sum"]) == 12.0
