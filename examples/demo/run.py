@@ -1,7 +1,7 @@
 """The whole way in a few minutes on a laptop: text -> tokenizer -> 3D-parallel training -> stop -> resume on another layout
 -> Hugging Face folder -> transformers. Every step is a command that you can type yourself; the script prints each one.
 
-    python examples/demo/run.py [--run-dir runs/demo] [--steps 120]
+    python examples/demo/run.py [--run-dir runs/demo] [--steps 160]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def complete(folder: Path, prompt: str, new_tokens: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="made anew")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps, half on each layout")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps, half on each layout")
     parser.add_argument("--input", default="python-stdlib", help="text to train on")
     args = parser.parse_args()
     began, run_dir, half = time.perf_counter(), args.run_dir, args.steps // 2
