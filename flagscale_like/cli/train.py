@@ -60,8 +60,8 @@ def train(
 
 def _train_here(config: RunConfig) -> None:
     from flagscale_like.data.pretrain import prepare_once
-    from flagscale_like.runtime.parallel import parallel_context, world_size_from_env
-    from flagscale_like.training.loop import agree, train
+    from flagscale_like.runtime.parallel import agree, parallel_context, world_size_from_env
+    from flagscale_like.training.loop import train
 
     config.data_parallel_size(world_size_from_env())
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:

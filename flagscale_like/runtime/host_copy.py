@@ -28,7 +28,7 @@ class HostCopies:
         """Start a round. The copies see what the compute that is enqueued so far leaves."""
         self.wait()
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._platform.device))
+            self._stream.wait_stream(self._platform.compute_stream())
 
     def copy(self, name: str, source: Tensor) -> Tensor:
         """The host buffer of this name, which receives `source`; made anew where shape or dtype changed."""
@@ -52,4 +52,4 @@ class HostCopies:
     def hold_compute(self) -> None:
         """Let what is enqueued next start only after the copies."""
         if self._event is not None:
-            torch.cuda.current_stream(self._platform.device).wait_event(self._event)
+            self._platform.compute_stream().wait_event(self._event)

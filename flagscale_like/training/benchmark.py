@@ -32,8 +32,9 @@ from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.planner.throughput import MEASURED, Efficiency
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.roofline import gemm_flops, measure_device
-from flagscale_like.training.loop import start, train
+from flagscale_like.training.loop import train
 from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.run import start
 from flagscale_like.training.step import train_step
 
 

@@ -21,12 +21,10 @@ from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.monitors import StepMonitors
 from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
-from flagscale_like.training.run import Progress, Run, agree, start
+from flagscale_like.training.run import Progress, Run, start
 from flagscale_like.training.source_selection import SourceSelection
 from flagscale_like.training.step import Batches, StepResult, Verdict, evaluate, train_step
 from flagscale_like.training.trail import DataTrail
-
-__all__ = ["Progress", "Run", "agree", "start", "train"]
 
 
 def train(config: RunConfig, ctx: ParallelContext) -> Progress:

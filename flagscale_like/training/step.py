@@ -51,7 +51,7 @@ class StepResult:
         tokens: tokens that counted for the loss.
         verdict: whether the update was made; if not, what is to be done.
         flags: sums over all ranks of what each gave as `flags`.
-        sample_losses: on the last stage, each sample's mean loss a token, in the order in which this rank read them.
+        micro_batch_losses: on the last stage, what `_loss` reported of this rank's micro-batches; still on the device.
     """
 
     loss: float
@@ -59,11 +59,20 @@ class StepResult:
     tokens: int
     verdict: Verdict
     flags: list[float]
-    sample_losses: list[float] = field(default_factory=list)
+    micro_batch_losses: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
     def updated(self) -> bool:
         return self.verdict is Verdict.UPDATE
+
+    def sample_losses(self) -> list[float]:
+        """On the last stage, each sample's mean loss a token, as this rank read them; waits for the device."""
+        if not self.micro_batch_losses:
+            return []
+        sums, tokens = (
+            torch.cat([item[name] for item in self.micro_batch_losses]) for name in ("sample sums", "sample tokens")
+        )
+        return (sums / tokens).tolist()
 
 
 # (a micro-batch, its tokens' losses [b, s]): called where losses are computed, which is on the last stage.
@@ -126,14 +135,6 @@ def _sum_losses(losses: list[dict[str, Tensor]], ctx: ParallelContext, *extra: f
     return ctx.sum([*local, *extra])
 
 
-def _sample_losses(losses: list[dict[str, Tensor]]) -> list[float]:
-    """Mean loss a token of each sample of the micro-batches; one copy from the device for all."""
-    if not losses:
-        return []
-    sums, tokens = (torch.cat([item[name] for item in losses]) for name in ("sample sums", "sample tokens"))
-    return (sums / tokens).tolist()
-
-
 def _add_by_source(totals: Tensor, losses: list[dict[str, Tensor]]) -> None:
     """Add the samples' losses and tokens to `totals`, [2, sources] float64 on the host, where the samples have a source."""
     for item in losses:
@@ -175,7 +176,7 @@ def train_step(
             for part in optimizer.chained_optimizers:
                 mcore_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, int(tokens), verdict, summed, _sample_losses(losses))
+    return StepResult(loss, grad_norm, int(tokens), verdict, summed, losses)
 
 
 def micro_batch_count(config: RunConfig, ctx: ParallelContext, samples: int) -> int:

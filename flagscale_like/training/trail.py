@@ -46,14 +46,15 @@ class DataTrail:
             return
         ctx, step = self.run.ctx, self.run.progress.step
         counts = ctx.is_last_stage and ctx.tp_rank == 0
+        losses = result.sample_losses() if counts else []
         if counts:
-            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp), result.sample_losses)
+            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp), losses)
         if result.updated:
             return
         size = self.run.config.train.micro_batch_size
         turns = MicroBatchSampler(len(self.dataset), first, size, ctx.dp_rank, ctx.dp)
         read = (position for micro_batch in turns for position in micro_batch)
-        mine = list(zip(result.sample_losses, read, strict=False)) if counts else []
+        mine = list(zip(losses, read, strict=False))
         worst = _worst([pair for pairs in ctx.gather(_worst(mine)) for pair in pairs])
         if ctx.is_main:
             for loss, position in worst:

@@ -8,23 +8,10 @@ import pytest
 
 from flagscale_like.data import blend
 from flagscale_like.data.blend import IndexCache, build_split, index_folder, source_use
-from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
-from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import run_ranks, tiny_config
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blend")
-    for name, word in (("a", "alpha beta gamma "), ("b", "delta epsilon ")):
-        (folder / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i} {word * 20}"}}\n' for i in range(60)))
-    tokenizer = train_bpe((p.read_text() for p in folder.glob("*.jsonl")), 280, folder / "tokenizer")
-    for name in "ab":
-        preprocess([folder / f"{name}.jsonl"], tokenizer.folder, folder / name)
-    return folder
 
 
 def blend_config(run_dir, corpus, **changes):

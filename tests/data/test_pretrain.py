@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches, prepare_once
 from flagscale_like.data.sampler import MicroBatchSampler
-from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import cli, run_ranks, tiny_config, write_yaml
@@ -34,17 +32,6 @@ def test_the_sampler_stops_before_an_incomplete_turn():
     sampler = MicroBatchSampler(10, 0, 2, 1, 2)
     assert len(sampler) == 2
     assert [list(b) for b in sampler] == [[2, 3], [6, 7]]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for name, word in (("a", "alpha beta gamma "), ("b", "delta epsilon ")):
-        (folder / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i} {word * 20}"}}\n' for i in range(60)))
-    tokenizer = train_bpe((p.read_text() for p in folder.glob("*.jsonl")), 280, folder / "tokenizer")
-    for name in "ab":
-        preprocess([folder / f"{name}.jsonl"], tokenizer.folder, folder / name)
-    return folder
 
 
 def corpus_config(run_dir, corpus, **changes):
