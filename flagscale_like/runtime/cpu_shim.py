@@ -51,7 +51,6 @@ MODULES = {
 # (module, class or None, function) -> what it asks of a tensor
 SCOPED = {
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "__init__"): "param.type()",
-    ("megatron.core.optimizer.optimizer", None, "clip_grad_by_total_norm_fp32"): "param.grad.type()",
     ("megatron.core.optimizer.grad_scaler", "DynamicGradScaler", "load_state_dict"): "state_dict['scale'].cuda()",
     (
         "megatron.core.models.common.language_module.language_module",
