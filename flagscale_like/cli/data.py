@@ -12,6 +12,7 @@ from flagscale_like.cli.base import app, example
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flagscale_like.data.draws import DrawState
     from flagscale_like.data.filters import Cleaning
     from flagscale_like.data.provenance import Segment
     from flagscale_like.data.report import Report
@@ -174,13 +175,13 @@ def locate(
     from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
     from flagscale_like.data.tokenizer import Tokenizer
 
-    run_dir, segments = _segments(run)
+    run_dir, segments, draws = _order_records(run)
     readings = readings_of(segments, step)
     if attempt is not None and attempt > len(readings):
         raise ConfigError(f"--attempt ({attempt}): step {step} was made {len(readings)} times")
     reading = readings[(attempt or len(readings)) - 1]
     segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
-    provenance = Provenance(open_order(segment), config.data.source_names)
+    provenance = Provenance(open_order(segment, draws), config.data.source_names)
     dp_rank = dp_rank_of(segment, rank) if rank is not None else None
     found = locate(run_dir, reading, provenance, dp_rank=dp_rank)
     tokenizer = Tokenizer(config.data.tokenizer)
@@ -205,17 +206,18 @@ def locate(
             typer.echo(f"  {part} ({part.source}, document {part.document}, tokens {part.start}-{part.end}) {text}")
 
 
-def _segments(run: Path) -> tuple[Path, list[Segment]]:
+def _order_records(run: Path) -> tuple[Path, list[Segment], list[DrawState]]:
     """The run's folder, and what it, or its checkpoints, say about the order of its data."""
     from flagscale_like.checkpoint.manifest import read_state, step_folders
-    from flagscale_like.data.provenance import read_journal, segments_of_states
+    from flagscale_like.data.draws import read_draws
+    from flagscale_like.data.provenance import draws_of_states, read_journal, segments_of_states
     from flagscale_like.errors import CheckpointError, DataError
 
     is_checkpoint = run.name.startswith("step_") and not (run / "checkpoints").is_dir()
     run_dir = run.parent.parent if is_checkpoint else run.parent if run.name == "checkpoints" else run
     segments = [] if is_checkpoint else read_journal(run_dir)
     if segments:
-        return run_dir, segments
+        return run_dir, segments, read_draws(run_dir)
     states = []
     for folder in [run] if is_checkpoint else step_folders(run_dir / "checkpoints"):
         try:
@@ -224,7 +226,7 @@ def _segments(run: Path) -> tuple[Path, list[Segment]]:
             continue  # a damaged one says nothing; others may
     if not states:
         raise DataError(f"{run}: holds neither samples.jsonl, which training with sources writes, nor a checkpoint")
-    return run_dir, segments_of_states(states)
+    return run_dir, segments_of_states(states), draws_of_states(states)
 
 
 app.add_typer(data_app, name="data")

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xxhash
@@ -91,6 +91,19 @@ class SourceDataset(GPTDataset):
         build = super()._build_document_sample_shuffle_indices
         return self.config.index_cache.fetch(key, ("document", "sample", "shuffle"), build)
 
+    @property
+    def parts(self) -> list[SourceDataset]:
+        """The sources' own datasets."""
+        return [self]
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(source, index in the source) of a sample.
+
+        Raises:
+            DataError: there is no such sample.
+        """
+        return 0, _within(position, self)
+
 
 class Blend(BlendedDataset):
     """Samples of several sources, in a fixed order in which each has its share at any point."""
@@ -99,6 +112,26 @@ class Blend(BlendedDataset):
         marks = xxhash.xxh64_hexdigest("".join(self.config.source_marks.values()).encode())
         key = f"{self.unique_description_hash}-{marks}-blend-{self.split.name}"
         return self.config.index_cache.fetch(key, ("source", "sample"), super()._build_indices)
+
+    @property
+    def parts(self) -> list[SourceDataset]:
+        """The sources' own datasets."""
+        return self.datasets
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(source, index in the source) of a sample.
+
+        Raises:
+            DataError: there is no such sample.
+        """
+        _within(position, self)
+        return int(self.dataset_index[position]), int(self.dataset_sample_index[position])
+
+
+def _within(position: int, dataset: SourceDataset | Blend) -> int:
+    if not 0 <= position < len(dataset):
+        raise DataError(f"sample {position}: the order has {len(dataset)} samples")
+    return position
 
 
 def index_folder(config: RunConfig) -> Path:
@@ -162,11 +195,6 @@ def _mark(prefix: str) -> str:
     return xxhash.xxh64_hexdigest(head + f"{index.stat().st_size} {tokens.stat().st_size}".encode())[:8]
 
 
-def parts_of(dataset: SourceDataset | Blend) -> list[SourceDataset]:
-    """The sources' own datasets."""
-    return dataset.datasets if isinstance(dataset, Blend) else [dataset]
-
-
 @dataclass(frozen=True)
 class SourceUse:
     """How much of a source a stretch of training reads.
@@ -190,14 +218,15 @@ class SourceUse:
         return f"{self.name}: {self.tokens:,} of {self.epoch_tokens:,} tokens, read {self.epochs:.2f} times"
 
 
-def source_use(dataset: Any, names: Sequence[str], samples: int) -> list[SourceUse]:
-    """How much of each source the first `samples` samples read; nothing of a dataset without sources."""
-    if not isinstance(dataset, SourceDataset | Blend):
-        return []
-    parts = parts_of(dataset)
-    counts = [samples]
+def counts_of(dataset: SourceDataset | Blend, samples: int) -> list[int]:
+    """How many of the first `samples` samples are of each source."""
     if isinstance(dataset, Blend):
-        counts = np.bincount(dataset.dataset_index[:samples], minlength=len(parts)).tolist()
+        return np.bincount(dataset.dataset_index[:samples], minlength=len(dataset.parts)).tolist()
+    return [samples]
+
+
+def source_use(parts: Sequence[SourceDataset], names: Sequence[str], counts: Sequence[int]) -> list[SourceUse]:
+    """How much of each source is read in `counts` samples of them."""
     length = parts[0].config.sequence_length
     epochs = [int(part.dataset.sequence_lengths[part.indices].sum(dtype=np.int64)) for part in parts]
     return [

@@ -133,9 +133,13 @@ def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, sam
         return SyntheticDataset(config.model.vocab_size, config.train.seq_length, samples, config.train.seed + offset)
     if split == "train" and config.data.selection is not None:
         # Any source may be asked for all samples. Evaluation stays on the given weights.
-        alone = (_with_data(config, sources=[source]) for source in config.data.sources)
-        return SourcesDataset([_built_once(one, ctx, split, samples) for one in alone])
+        return SourcesDataset([_built_once(one, ctx, split, samples) for one in each_source(config)])
     return _built_once(config, ctx, split, samples)
+
+
+def each_source(config: RunConfig) -> list[RunConfig]:
+    """The configuration with one source at a time, as dynamic selection reads them."""
+    return [_with_data(config, sources=[source]) for source in config.data.sources]
 
 
 def build_target(config: RunConfig, ctx: ParallelContext, samples: int) -> Dataset:

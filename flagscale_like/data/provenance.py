@@ -12,15 +12,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder, parts_of
+from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder
+from flagscale_like.data.draws import DrawnOrder, DrawState
+from flagscale_like.data.pretrain import each_source
 from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.data.selection import Mixture
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
@@ -175,8 +178,26 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
     return found
 
 
-def open_order(segment: Segment) -> SourceDataset | Blend:
+def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
+    """What the state.json of checkpoints say of dynamic selection: each holds until the weights changed next."""
+    found = []
+    for state in sorted(states, key=lambda state: int(state.get("consumed_samples", 0))):
+        config = RunConfig.model_validate(state["config"])
+        if config.data.selection is not None and "selection" in state:
+            mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
+            mixture.load(state["selection"])
+            until = int(state["consumed_samples"])
+            for _ in range(mixture.steps_left):
+                until += config.train.batch_size_at(until)
+            found.append(replace(mixture.draw_state(), until=until))
+    return found
+
+
+def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> SourceDataset | Blend | DrawnOrder:
     """The training samples in a segment's order: from the run's index, or, where that is gone, made again in memory.
+
+    Args:
+        draws: of a run with dynamic selection, what it drew by.
 
     Raises:
         DataError: the sources or the tokenizer are gone, or changed.
@@ -184,30 +205,35 @@ def open_order(segment: Segment) -> SourceDataset | Blend:
     config = RunConfig.model_validate(segment.config)
     if not config.data.sources:
         raise DataError("the run has no sources: synthetic samples come from no document")
-    if config.data.selection is not None:
-        raise DataError("data.selection chose the samples as training went on: there is no order to look them up in")
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
                 raise DataError(
                     f"data source {source.path}: {source.path}{suffix} is missing; look from the run's folder"
                 )
-    tokenizer, folder = Tokenizer(config.data.tokenizer), index_folder(config)
+    if config.data.selection is None:
+        return _open_split(config, segment.train_samples)
+    parts = [part for one in each_source(config) for part in _open_split(one, segment.train_samples).parts]
+    return DrawnOrder(parts, draws)
+
+
+def _open_split(config: RunConfig, samples: int) -> SourceDataset | Blend:
+    tokenizer = Tokenizer(config.data.tokenizer)
     try:
-        return build_split(config, tokenizer, "train", segment.train_samples, IndexCache(folder, may_build=False))
+        return build_split(config, tokenizer, "train", samples, IndexCache(index_folder(config), may_build=False))
     except DataError:
-        return build_split(config, tokenizer, "train", segment.train_samples, IndexCache(None, may_build=True))
+        return build_split(config, tokenizer, "train", samples, IndexCache(None, may_build=True))
 
 
 class Provenance:
-    """Looks up samples of an order; live, on the dataset at hand, or on one that `open_order` made.
+    """Looks up samples of an order; live, on the one at hand, or on one that `open_order` made.
 
     Args:
         names: what reports call the sources.
     """
 
-    def __init__(self, dataset: SourceDataset | Blend, names: Sequence[str]) -> None:
-        self.dataset, self.names, self._parts = dataset, names, parts_of(dataset)
+    def __init__(self, order: SourceDataset | Blend | DrawnOrder, names: Sequence[str]) -> None:
+        self.order, self.names, self._parts = order, names, order.parts
         self._tables = [DocumentTable(part.dataset_path) for part in self._parts]
 
     def parts(self, position: int) -> list[Part]:
@@ -216,11 +242,7 @@ class Provenance:
         Raises:
             DataError: the order has no such sample.
         """
-        if not 0 <= position < len(self.dataset):
-            raise DataError(f"sample {position}: the order has {len(self.dataset)} samples")
-        number, index = 0, position
-        if isinstance(self.dataset, Blend):
-            number, index = int(self.dataset.dataset_index[position]), int(self.dataset.dataset_sample_index[position])
+        number, index = self.order.place(position)
         source, table = self._parts[number], self._tables[number]
         row = source.shuffle_index[index]
         (begin, begin_offset), (end, end_offset) = source.sample_index[row], source.sample_index[row + 1]

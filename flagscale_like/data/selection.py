@@ -6,6 +6,7 @@ hold the same mixture, and one that is restored from a checkpoint draws what the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flagscale_like.config import Selection
+from flagscale_like.data.draws import DrawState, draw
 from flagscale_like.errors import DataError
 
+KEPT = ("log_weights", "credits", "drawn", "losses", "scores", "errors")
 MOST_BEHIND = 5.0  # of a log-weight: a source that was bad for long can come back in reasonable time
 
 
@@ -33,7 +36,8 @@ class Mixture:
         progress_i = (average of past losses_i - loss_i) / weight_i        loss_i = loss_i
 
     The division is EXP3's: what is seldom drawn has little occasion to get better. Scores of the rule `target` are given to
-    `change`. All are averaged over time and divided by the largest.
+    `change`. All are averaged over time and divided by the largest; of progress, no more counts than what exceeds the
+    standard error of an interval's loss: once no source makes any, chance would decide.
 
     Args:
         prior: weights to begin with; they need not add up to 1.
@@ -48,7 +52,8 @@ class Mixture:
         self.drawn = [0] * count
         self.losses: list[float | None] = [None] * count  # averages of past intervals
         self.scores: list[float | None] = [None] * count
-        self._sums, self._tokens, self._steps = [0.0] * count, [0.0] * count, 0
+        self.errors: list[float | None] = [None] * count  # of the scores
+        self._totals, self._steps = _no_totals(count), 0
         self.plan: list[tuple[int, int]] = []
 
     @property
@@ -63,24 +68,27 @@ class Mixture:
 
         Each sample goes to the source that is furthest behind its weight, so that shares are kept within one sample.
         """
-        weights, self.plan = self.weights, []
-        for _ in range(samples):
-            self.credits = [credit + weight for credit, weight in zip(self.credits, weights, strict=True)]
-            source = max(range(len(weights)), key=self.credits.__getitem__)
-            self.credits[source] -= 1.0
-            self.plan.append((source, self.drawn[source]))
-            self.drawn[source] += 1
+        self.plan = list(itertools.islice(draw(self.weights, self.credits, self.drawn), samples))
 
-    def note(self, sums: Sequence[float], tokens: Sequence[float]) -> bool:
+    def draw_state(self) -> DrawState:
+        """What the samples after this moment are drawn by, until the weights change."""
+        return DrawState(self.weights, list(self.credits), list(self.drawn))
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the weights change."""
+        return self.options.interval - self._steps
+
+    def note(self, totals: Sequence[Sequence[float]]) -> bool:
         """Take a step's losses; says whether the weights are due to change.
 
         Args:
-            sums, tokens: for each source the sum of its tokens' losses, and their number, over all ranks.
+            totals: [3, sources], over all ranks: the sum of the samples' losses, of their squares, and the number of samples.
         """
-        for source, (total, count) in enumerate(zip(sums, tokens, strict=True)):
-            if math.isfinite(total):
-                self._sums[source] += total
-                self._tokens[source] += count
+        for source, values in enumerate(zip(*totals, strict=True)):
+            if all(map(math.isfinite, values)):
+                for row, value in zip(self._totals, values, strict=True):
+                    row[source] += value
         self._steps += 1
         return self._steps >= self.options.interval
 
@@ -90,29 +98,33 @@ class Mixture:
         Args:
             scores: of the rule `target`.
         """
-        weights, keep = self.weights, self.options.memory
-        losses = {i: s / t for i, (s, t) in enumerate(zip(self._sums, self._tokens, strict=True)) if t}
-        for source in range(len(weights)):
-            past, loss = self.losses[source], losses.get(source)
+        options, weights, keep = self.options, self.weights, self.options.memory
+        losses: dict[int, float] = {}
+        for source, (total, square, count) in enumerate(zip(*self._totals, strict=True)):
+            past, loss, error = self.losses[source], None, None
             score = scores[source] if scores is not None else None
-            if scores is None and loss is not None:
-                if self.options.rule == "loss":
+            if count:
+                loss = losses[source] = total / count
+                if options.rule == "loss":
                     score = loss
-                elif past is not None:
+                elif options.rule == "progress" and past is not None:
                     score = (past - loss) / weights[source]
+                    error = math.sqrt(max(0.0, square / count - loss**2) / count) / weights[source]
             self.scores[source] = _average(self.scores[source], score, keep)
+            self.errors[source] = _average(self.errors[source], error, keep)
             self.losses[source] = _average(past, loss, keep)
         largest = max((abs(score) for score in self.scores if score is not None), default=0.0)
         if largest > 0:
-            raised = [g + self.options.rate * (s or 0.0) / largest for g, s in zip(self.log_weights, self.scores)]
+            steps = (_beyond(s or 0.0, e or 0.0) / largest for s, e in zip(self.scores, self.errors, strict=True))
+            raised = [g + options.rate * step for g, step in zip(self.log_weights, steps, strict=True)]
             self.log_weights = [max(g - max(raised), -MOST_BEHIND) for g in raised]
-        self._sums, self._tokens, self._steps = [0.0] * len(weights), [0.0] * len(weights), 0
+        self._totals, self._steps = _no_totals(len(weights)), 0
         return losses
 
     def state(self) -> dict[str, Any]:
         """What later draws depend on, JSON-able; a copy, because it is written while training goes on."""
-        names = ("log_weights", "credits", "drawn", "losses", "scores", "_sums", "_tokens")
-        return {**{name.strip("_"): list(getattr(self, name)) for name in names}, "steps": self._steps}
+        totals = [list(row) for row in self._totals]
+        return {**{name: list(getattr(self, name)) for name in KEPT}, "totals": totals, "steps": self._steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what state() returned.
@@ -126,9 +138,18 @@ class Mixture:
                 f"the checkpoint's selection is of {len(state['drawn'])} sources, data.sources lists {count}: "
                 "go on with the same ones, or begin anew with checkpoint.load"
             )
-        for name in ("log_weights", "credits", "drawn", "losses", "scores"):
+        for name in KEPT:
             setattr(self, name, list(state[name]))
-        self._sums, self._tokens, self._steps = list(state["sums"]), list(state["tokens"]), int(state["steps"])
+        self._totals, self._steps = [list(row) for row in state["totals"]], int(state["steps"])
+
+
+def _no_totals(sources: int) -> list[list[float]]:
+    return [[0.0] * sources for _ in range(3)]
+
+
+def _beyond(score: float, error: float) -> float:
+    """What of a score exceeds its error, with its sign."""
+    return math.copysign(max(0.0, abs(score) - error), score)
 
 
 def _average(past: float | None, new: float | None, keep: float) -> float | None:
@@ -163,21 +184,23 @@ class MixtureSampler:
 
 
 class SourceLosses:
-    """Adds up the losses of a step by source, on the rank that computes them."""
+    """Adds up the losses of a step's samples by source, on the rank that computes them."""
 
     def __init__(self, sources: int) -> None:
         self.sources = sources
-        self._sums: Tensor | None = None
+        self._totals: Tensor | None = None
 
     def watch(self, batch: dict[str, Tensor], losses: Tensor) -> None:
         """Take a micro-batch. batch["source"]: [b]; losses: [b, s]."""
         mask = batch["loss_mask"]
-        rows = torch.stack([(losses.detach().float() * mask).sum(dim=1), mask.sum(dim=1)]).double()  # [2, b]
-        if self._sums is None:
-            self._sums = torch.zeros(2, self.sources, dtype=torch.float64, device=rows.device)
-        self._sums.index_add_(1, batch["source"].to(rows.device, non_blocking=True), rows)
+        tokens = mask.sum(dim=1)
+        means = (losses.detach().float() * mask).sum(dim=1) / tokens.clamp(min=1)
+        rows = torch.stack([means, means.square(), (tokens != 0).float()]).double()  # [3, b]
+        if self._totals is None:
+            self._totals = torch.zeros(3, self.sources, dtype=torch.float64, device=rows.device)
+        self._totals.index_add_(1, batch["source"].to(rows.device, non_blocking=True), rows)
 
     def take(self, *, counts: bool) -> list[float]:
-        """[sum of each source, tokens of each source] since the last call; zeros where another rank counts them."""
-        sums, self._sums = self._sums, None
-        return sums.flatten().tolist() if counts and sums is not None else [0.0] * (2 * self.sources)
+        """[3 * sources], as `Mixture.note` takes them, since the last call; zeros where another rank counts them."""
+        totals, self._totals = self._totals, None
+        return totals.flatten().tolist() if counts and totals is not None else [0.0] * (3 * self.sources)

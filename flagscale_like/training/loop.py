@@ -45,9 +45,9 @@ def train(config: RunConfig, ctx: ParallelContext) -> Progress:
     train_data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=valid_samples
     )
-    trail = DataTrail(run, train_data, reporter)
-    trail.begin()
     selection = SourceSelection(run, train_data)
+    trail = DataTrail(run, train_data, selection.mixture, reporter)
+    trail.begin()
     batches = TimedBatches(
         micro_batches(train_data, config, ctx, consumed=progress.consumed, mixture=selection.mixture)
     )

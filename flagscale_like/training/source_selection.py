@@ -52,7 +52,10 @@ class SourceSelection:
     def end(self, summed: Sequence[float]) -> dict[str, float]:
         """Take the ranks' `flags`, added up; returns what to report, which is something whenever the weights change."""
         mixture = self.mixture
-        if mixture is None or not mixture.note(summed[: len(self.names)], summed[len(self.names) :]):
+        if mixture is None:
+            return {}
+        count = len(self.names)
+        if not mixture.note([summed[row * count : (row + 1) * count] for row in range(3)]):
             return {}
         scores = self._target.measure(mixture.drawn) if self._target else None
         losses = mixture.change(scores)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
-from flagscale_like.data.blend import source_use
+from flagscale_like.data.blend import counts_of, source_use
+from flagscale_like.data.draws import DrawnOrder
 from flagscale_like.data.provenance import Provenance, Segment, badness, write_losses
 from flagscale_like.data.sampler import MicroBatchSampler
+from flagscale_like.data.selection import Mixture, SourcesDataset
 from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.run import Run
 from flagscale_like.training.step import StepResult
@@ -19,17 +22,19 @@ NAMED_SAMPLES = 3
 class DataTrail:
     """Journal, sample losses and epochs of a run with sources; of one without, nothing."""
 
-    def __init__(self, run: Run, dataset: Dataset, reporter: Reporter) -> None:
-        self.run, self.dataset, self.reporter = run, dataset, reporter
+    def __init__(self, run: Run, dataset: Dataset, mixture: Mixture | None, reporter: Reporter) -> None:
+        self.run, self.mixture, self.reporter = run, mixture, reporter
         self.run_dir, self.names = Path(run.config.run_dir), run.config.data.source_names
-        fixed = self.names and run.config.data.selection is None  # dynamic selection has no order to go by
-        self.provenance = Provenance(dataset, self.names) if fixed else None
+        self.order: Any = DrawnOrder(dataset.datasets) if isinstance(dataset, SourcesDataset) else dataset
+        self.provenance = Provenance(self.order, self.names) if self.names else None
 
     def begin(self) -> None:
         """Note where the order goes on, and warn of sources that the plan reads more than once."""
         self._note("start")
-        if self.run.ctx.is_main:
-            for use in source_use(self.dataset, self.names, self.run.config.train.total_samples()):
+        self._note_draw()
+        if self.run.ctx.is_main and self.names and self.mixture is None:
+            counts = counts_of(self.order, self.run.config.train.total_samples())
+            for use in source_use(self.order.parts, self.names, counts):
                 if use.epochs > 1:
                     self.reporter.say(f"warning: the plan repeats data source {use}")
 
@@ -42,7 +47,10 @@ class DataTrail:
 
         All ranks call it: of a step that was not made, the log names the worst samples.
         """
-        if self.provenance is None or (result.updated and not logged):
+        if self.provenance is None:
+            return
+        self._note_draw()
+        if result.updated and not logged:
             return
         ctx, step = self.run.ctx, self.run.progress.step
         counts = ctx.is_last_stage and ctx.tp_rank == 0
@@ -52,7 +60,7 @@ class DataTrail:
         if result.updated:
             return
         size = self.run.config.train.micro_batch_size
-        turns = MicroBatchSampler(len(self.dataset), first, size, ctx.dp_rank, ctx.dp)
+        turns = MicroBatchSampler(self.run.progress.consumed, first, size, ctx.dp_rank, ctx.dp)
         read = (position for micro_batch in turns for position in micro_batch)
         mine = list(zip(losses, read, strict=False))
         worst = _worst([pair for pairs in ctx.gather(_worst(mine)) for pair in pairs])
@@ -62,15 +70,24 @@ class DataTrail:
 
     def end(self) -> None:
         """Say how often each source was read."""
-        if self.run.ctx.is_main:
-            used = source_use(self.dataset, self.names, self.run.progress.consumed)
-            self.reporter.epochs(self.run.progress.step, used)
+        if self.run.ctx.is_main and self.names:
+            counts = self.mixture.drawn if self.mixture else counts_of(self.order, self.run.progress.consumed)
+            self.reporter.epochs(self.run.progress.step, source_use(self.order.parts, self.names, counts))
 
     def _note(self, event: str) -> None:
         progress, config = self.run.progress, self.run.config
         if self.run.ctx.is_main and self.provenance is not None:
             place = (progress.step, progress.consumed, progress.train_samples)
             Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json")).append_to(self.run_dir)
+
+    def _note_draw(self) -> None:
+        """Note what dynamic selection draws by, where that is new."""
+        if self.mixture is None or (self.order.states and self.order.states[-1].weights == self.mixture.weights):
+            return
+        state = self.mixture.draw_state()
+        self.order.note(state)
+        if self.run.ctx.is_main:
+            state.append_to(self.run_dir)
 
 
 def _worst(losses: list[tuple[float, int]]) -> list[tuple[float, int]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flagscale_like.data import blend
-from flagscale_like.data.blend import IndexCache, build_split, index_folder, source_use
+from flagscale_like.data.blend import IndexCache, build_split, counts_of, index_folder, source_use
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import parallel_context
@@ -93,7 +93,7 @@ def test_a_blend_holds_its_weights_at_any_point_and_counts_epochs(tmp_path, corp
     config = blend_config(tmp_path, corpus)
     data = in_memory(config, samples=400)
     for samples in (40, 100, 400):
-        a, b = source_use(data, config.data.source_names, samples)
+        a, b = source_use(data.parts, config.data.source_names, counts_of(data, samples))
         assert (a.name, b.name) == ("a", "bee")
         assert a.samples + b.samples == samples
         assert abs(a.samples - 0.75 * samples) <= 1

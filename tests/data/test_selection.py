@@ -1,10 +1,21 @@
 """Dynamic data selection: shares kept exactly, weights that follow the scores, and nothing that depends on the layout."""
 
+import random
+
 import pytest
 
 from flagscale_like.config import Selection
 from flagscale_like.data.selection import Mixture, MixtureSampler
 from flagscale_like.errors import DataError
+
+
+def totals(*losses, deviation=0.0, samples=4):
+    """Of a step in which each source gave so many samples, with this mean and deviation of their losses."""
+    return [
+        [loss * samples for loss in losses],
+        [(loss**2 + deviation**2) * samples for loss in losses],
+        [samples] * len(losses),
+    ]
 
 
 def shares(mixture, samples):
@@ -18,8 +29,7 @@ def after(options, rounds, scores=None, losses=None):
     for turn in range(rounds):
         for _ in range(options.interval):
             mixture.draw(8)
-            found = losses(turn) if losses else (1.0, 1.0)
-            due = mixture.note([loss * 100 for loss in found], [100, 100])
+            due = mixture.note(totals(*(losses(turn) if losses else (1.0, 1.0))))
         assert due
         mixture.change(scores(turn) if scores else None)
     return mixture
@@ -43,6 +53,15 @@ def test_the_source_that_makes_progress_is_preferred_to_the_one_that_does_not():
     assert noise > 0.1 / 2  # bounded away from zero
 
 
+def test_once_no_source_makes_progress_chance_moves_nothing():
+    mixture = after(Selection(), 20, losses=lambda turn: (5.0 * 0.95**turn, 6.0))
+    found, chance = mixture.weights, random.Random(0)
+    for _ in range(60 * mixture.options.interval):
+        if mixture.note(totals(chance.gauss(1.9, 0.1), chance.gauss(6.0, 0.1), deviation=0.6)):
+            mixture.change()
+    assert mixture.weights == pytest.approx(found, abs=0.1)
+
+
 def test_the_rule_of_the_loss_itself_prefers_what_is_hard():
     mixture = after(Selection(rule="loss"), 20, losses=lambda turn: (2.0, 6.0))
     assert mixture.weights[1] > 0.8
@@ -60,8 +79,8 @@ def test_the_rule_of_the_target_follows_the_scores_it_is_given_and_comes_back():
 
 def test_a_step_whose_loss_is_not_finite_is_not_counted():
     mixture = Mixture(Selection(interval=2), [1, 1])
-    assert not mixture.note([float("nan"), 10.0], [10, 10])
-    assert mixture.note([20.0, 10.0], [10, 10])
+    assert not mixture.note(totals(float("nan"), 1.0))
+    assert mixture.note(totals(2.0, 1.0))
     assert mixture.change() == {0: 2.0, 1: 1.0}
 
 
@@ -71,13 +90,13 @@ def test_a_restored_mixture_goes_on_as_the_saved_one():
     options = Selection(interval=3)
     one, two = (after(options, 5, losses=lambda turn: (3 / (turn + 1), 4.0)) for _ in range(2))
     one.draw(5)
-    one.note([7.0, 9.0], [3, 2])
+    one.note(totals(2.3, 4.5))
     other = Mixture(options, [1, 1])
     other.load(json.loads(json.dumps(one.state())))
     for mixture in (one, other):
         mixture.draw(7)
-        mixture.note([5.0, 5.0], [3, 2])
-        mixture.note([5.0, 4.0], [3, 2])
+        mixture.note(totals(1.7, 2.5))
+        mixture.note(totals(1.7, 2.0))
         mixture.change()
         mixture.draw(50)
     assert one.plan == other.plan

@@ -2,18 +2,23 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from flagscale_like.data import pretrain
+from flagscale_like.data.draws import read_draws
 from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.provenance import Provenance, draws_of_states, locate, open_order, read_journal, readings_of
 from flagscale_like.data.selection import SourcesDataset
 from flagscale_like.data.tokenizer import train_bpe
+from flagscale_like.errors import DataError
+from flagscale_like.training import trail
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
-from tests.harness import run_ranks, tiny_config
+from tests.harness import cli, run_ranks, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +108,20 @@ def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corp
 
 
 class PoisonedSources(SourcesDataset):
-    """Two samples of the first source cannot be learned from."""
+    """Two samples of the first source cannot be learned from; what is read is written down."""
+
+    log: Path
 
     def __getitem__(self, key):
+        with open(self.log, "a") as file:
+            file.write(json.dumps(key) + "\n")
         sample = super().__getitem__(key)
         return {**sample, "loss_mask": sample["loss_mask"] * float("nan")} if key in {(0, 17), (0, 40)} else sample
 
 
 def train_on_poison(config):
-    pretrain.SourcesDataset = PoisonedSources
+    PoisonedSources.log = Path(f"{config.run_dir}.read")
+    trail.SourcesDataset = pretrain.SourcesDataset = PoisonedSources
     faults.train_run(config)
 
 
@@ -129,3 +139,24 @@ def test_a_run_that_goes_back_keeps_its_draw_and_resumes_bit_for_bit(corpus, tmp
     for key in ("selection", "monitors", "guard", "rewinds", "consumed_samples"):
         assert states[0][key] == states[1][key]
     assert faults.rank_files(parted / final) == faults.rank_files(whole / final)
+    for run in (whole, parted):
+        order = open_order(read_journal(run)[0], read_draws(run))
+        read = [tuple(json.loads(line)) for line in Path(f"{run}.read").read_text().splitlines()]
+        length = len(order.parts[0])
+        assert [order.place(i) for i in range(len(read))] == [(source, index % length) for source, index in read]
+
+
+def test_the_documents_of_a_step_are_named_from_the_journal_or_a_checkpoint(one_process):
+    run = Path(one_process[1].run_dir)
+    (reading,) = readings_of(read_journal(run), 6)
+    order = open_order(reading.segment, read_draws(run))
+    named = [
+        str(part) for sample in locate(run, reading, Provenance(order, ["useful", "noise"])) for part in sample.parts
+    ]
+    checkpoint = run / "checkpoints" / "step_00000005"  # the weights change after every second step
+    alone = cli("data", "locate", "--run", str(checkpoint), "--step", "6", "--top", "0")
+    assert alone.returncode == 0, alone.stderr
+    assert re.findall(r"  (\S+\.jsonl:\d+) ", alone.stdout) == named
+    state = json.loads((checkpoint / "state.json").read_text())
+    with pytest.raises(DataError, match=r"is known from the run's draws\.jsonl only"):
+        open_order(reading.segment, draws_of_states([state])).place(48)

@@ -1,0 +1,114 @@
+"""Which samples dynamic selection drew: a function of the weights, kept in RUN_DIR/draws.jsonl whenever they change."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flagscale_like.errors import DataError
+
+if TYPE_CHECKING:
+    from flagscale_like.data.blend import SourceDataset
+
+DRAWS = "draws.jsonl"
+
+
+def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> Iterator[tuple[int, int]]:
+    """(source, index in the source) of samples without end: each is of the source that is furthest behind its weight.
+
+    Args:
+        credits, drawn: how far each source is behind, and how many samples it gave; both go on with each sample.
+    """
+    while True:
+        for source, weight in enumerate(weights):
+            credits[source] += weight
+        source = max(range(len(credits)), key=credits.__getitem__)
+        credits[source] -= 1.0
+        drawn[source] += 1
+        yield source, drawn[source] - 1
+
+
+@dataclass(frozen=True)
+class DrawState:
+    """Where the draw stood when the weights became what they are; the sources' samples drawn until then add up to `start`.
+
+    Attributes:
+        weights: they add up to 1.
+        credits: how far each source is behind its weight, in samples.
+        drawn: samples taken of each source.
+        until: the first position that it says nothing of; None where the next state begins.
+    """
+
+    weights: list[float]
+    credits: list[float]
+    drawn: list[int]
+    until: int | None = None
+
+    @property
+    def start(self) -> int:
+        """The position, in the order of the run, of the first sample that it draws."""
+        return sum(self.drawn)
+
+    def samples(self) -> Iterator[tuple[int, int]]:
+        """(source, index in the source), from `start` on."""
+        return draw(self.weights, list(self.credits), list(self.drawn))
+
+    def append_to(self, run_dir: Path) -> None:
+        """Note it in the run's journal."""
+        with open(run_dir / DRAWS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"weights": self.weights, "credits": self.credits, "drawn": self.drawn}) + "\n")
+
+
+def read_draws(run_dir: Path) -> list[DrawState]:
+    """The journal in the order of positions; what a killed run drew and drew again after it was resumed counts once."""
+    path, states = run_dir / DRAWS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            state = DrawState(**json.loads(line))
+        except (ValueError, TypeError):  # the run was killed here
+            continue
+        states = [earlier for earlier in states if earlier.start < state.start] + [state]
+    return states
+
+
+class DrawnOrder:
+    """The samples of a run with dynamic selection by their position; what `Blend` is to fixed weights.
+
+    Args:
+        parts: the sources' datasets.
+        states: in the order of positions; more may be noted.
+    """
+
+    def __init__(self, parts: Sequence[SourceDataset], states: Sequence[DrawState] = ()) -> None:
+        self.parts, self.states = list(parts), list(states)
+        self._plan: list[tuple[int, int]] = []
+        self._of: tuple[DrawState, Iterator[tuple[int, int]]] | None = None
+
+    def note(self, state: DrawState) -> None:
+        """Go on from another state."""
+        self.states.append(state)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(source, index in the source) of a sample.
+
+        Raises:
+            DataError: no state says what was drawn there.
+        """
+        number = bisect.bisect_right(self.states, position, key=lambda state: state.start) - 1
+        state = self.states[number] if number >= 0 else None
+        if state is None or (state.until is not None and position >= state.until):
+            raise DataError(
+                f"sample {position}: which one data.selection drew is known from the run's {DRAWS} only, or shortly after "
+                "a checkpoint"
+            )
+        if self._of is None or self._of[0] is not state:
+            self._of, self._plan = (state, state.samples()), []
+        place = position - state.start
+        self._plan += itertools.islice(self._of[1], max(0, place + 1 - len(self._plan)))
+        source, index = self._plan[place]
+        return source, index % len(self.parts[source])
