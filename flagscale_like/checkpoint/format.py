@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, same_box
 from flagscale_like.checkpoint.manifest import BAD_JSON, STATE, FileRecord, read_manifest, read_state
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec, write_tensors
 from flagscale_like.errors import CheckpointError
@@ -131,7 +131,7 @@ class CheckpointReader:
             )
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
-        """Fill `out`, 1-D, with the elements of `target`; rows beyond the saved vocabulary become zero.
+        """Fill `out`, 1-D in host memory, with the elements of `target`; rows beyond the saved vocabulary become zero.
 
         Raises:
             CheckpointError: the tensor is missing, of another shape, or not all of it was saved.
@@ -143,8 +143,17 @@ class CheckpointReader:
             out.zero_()
         copied = 0
         for fragment, name, index in self._fragments[target.key]:
-            if _may_overlap(fragment, target):
-                copied += copy_overlap(fragment, self._files[name].get_tensor(f"{index}.{kind}"), target, out)
+            file, tensor = self._files[name], f"{index}.{kind}"
+            if same_box(fragment, target) and file.specs[tensor].dtype == out.dtype:
+                low, high = max(fragment.start, target.start), min(fragment.stop, target.stop)
+                if low < high:
+                    try:
+                        file.read_into(tensor, low - fragment.start, out[low - target.start : high - target.start])
+                    except OSError as error:
+                        raise CheckpointError(f"{self.folder}: {name}: cannot be read: {error.strerror}") from None
+                    copied += high - low
+            elif _may_overlap(fragment, target):
+                copied += copy_overlap(fragment, file.get_tensor(tensor), target, out)
         if copied != wanted:
             raise CheckpointError(f"{self.folder}: {target.key} {kind}: {copied} of {wanted} elements were saved")
 

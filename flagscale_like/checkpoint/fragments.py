@@ -76,6 +76,11 @@ def _boxes(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index, 
         yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]), first * row
 
 
+def same_box(a: Fragment, b: Fragment) -> bool:
+    """Whether both are ranges of one box: what they share is then a range of either."""
+    return (a.offset, a.shape) == (b.offset, b.shape)
+
+
 def copy_overlap(source: Fragment, source_flat: Tensor, target: Fragment, target_flat: Tensor) -> int:
     """Copy the elements that both fragments hold; returns how many.
 

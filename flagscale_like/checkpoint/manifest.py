@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -248,9 +249,17 @@ def remove_leftovers(root: Path) -> list[str]:
     return [leftover.name for leftover in leftovers]
 
 
-def remove(folders: Iterable[Path]) -> None:
-    """Remove checkpoints. Each loses its name first, so that a half-removed one is never taken for a whole one."""
-    for folder in folders:
-        doomed = folder.with_name(f"{TEMPORARY}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def remove(folders: Iterable[Path], *, wait: bool = True) -> None:
+    """Remove checkpoints. Each loses its name first, so that a half-removed one is never taken for a whole one.
+
+    Args:
+        wait: else their files go in a thread, which the process waits for at its end: gigabytes take a while.
+    """
+    folders = list(folders)
+    doomed = [folder.with_name(f"{TEMPORARY}removed-{folder.name}-{uuid.uuid4().hex[:8]}") for folder in folders]
+    for folder, name in zip(folders, doomed, strict=True):
+        os.replace(folder, name)
+    thread = threading.Thread(target=lambda: [shutil.rmtree(name, ignore_errors=True) for name in doomed])
+    thread.start()
+    if wait:
+        thread.join()

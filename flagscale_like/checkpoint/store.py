@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +59,8 @@ from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.model.build import LanguageModel, build_chunks
 from flagscale_like.runtime.host_copy import HostCopies
 from flagscale_like.runtime.parallel import ParallelContext
+
+READERS = 4  # threads: while one copies what it read, the disk works for another
 
 
 class WeightSource(Protocol):
@@ -259,7 +262,10 @@ class CheckpointStore:
         records = [*records, write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)]
         write_manifest(save.temporary, records)
         publish(save.temporary, save.final)
-        remove(to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final))
+        remove(
+            to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final),
+            wait=False,
+        )
 
     def newest_good(self, at_most: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file has its size and checksum; and why newer ones were rejected.
@@ -337,13 +343,28 @@ def load_weights(
     problems += [f"{reader.folder}: the model has no {key}" for key in sorted(set(reader.keys()) - wanted)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
-    for parameter, piece in pieces:
-        if piece.box.key in misfits:
-            continue
-        out = torch.empty(piece.box.numel, dtype=parameter.dtype)
-        reader.read("param", piece.box, out)
-        parameter.data.view(-1)[piece.start : piece.start + piece.box.numel].copy_(out)
+    fills = [
+        (p.data.view(-1)[piece.start : piece.start + piece.box.numel], "param", piece.box)
+        for p, piece in pieces
+        if piece.box.key not in misfits
+    ]
+    _fill(fills, reader)
     return problems
+
+
+def _fill(views: list[tuple[Tensor, str, Fragment]], reader: WeightSource) -> None:
+    """Read fragments into contiguous 1-D views, on a device by way of the host; several at a time where that is safe."""
+
+    @torch.no_grad()  # of each thread's own
+    def fill(view: Tensor, kind: str, fragment: Fragment) -> None:
+        out = view if view.device.type == "cpu" else torch.empty(view.shape, dtype=view.dtype)
+        reader.read(kind, fragment, out)
+        if out is not view:
+            view.copy_(out)
+
+    with ThreadPoolExecutor(READERS if isinstance(reader, CheckpointReader) else 1) as pool:
+        for done in [pool.submit(fill, *wanted) for wanted in views]:
+            done.result()
 
 
 @torch.no_grad()
@@ -358,11 +379,17 @@ def load_optimizer(
     if not all(reader.has(kind) for kind in MOMENTS):
         raise CheckpointError(f"{reader.folder}: holds weights only, no optimizer state; use checkpoint.load for it")
     ensure_moments(optimizer)
-    for shard in optimizer_shards(chunks, optimizer, ctx):
-        for kind, view in shard.tensors.items():
-            out = torch.empty(shard.fragment.numel, dtype=view.dtype)
-            reader.read(kind, shard.fragment, out)
-            view.copy_(out)
+    # An fp32 model's weights are its master weights; load_weights has filled them.
+    filled = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
+    _fill(
+        [
+            (view, kind, shard.fragment)
+            for shard in optimizer_shards(chunks, optimizer, ctx)
+            for kind, view in shard.tensors.items()
+            if view.untyped_storage().data_ptr() not in filled
+        ],
+        reader,
+    )
     set_adam_step(optimizer, int(reader.state["adam_step"]))
     set_loss_scaler_state(optimizer, reader.state.get("loss_scaler"))
 

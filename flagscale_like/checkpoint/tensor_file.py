@@ -6,6 +6,7 @@ a tensor is mapped when it is asked for and unmapped with its last reference; a 
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -36,7 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WRITE_BACK_BYTES = 128 << 20
+WRITE_BACK_BYTES = 16 << 20
 LARGEST_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 
 
@@ -118,6 +119,22 @@ class TensorFile:
         if begin % spec.dtype.itemsize:  # the format does not promise alignment
             flat = flat.clone()
         return flat.view(spec.dtype).view(spec.shape)
+
+    def read_into(self, name: str, first: int, out: Tensor) -> None:
+        """Fill `out`, a contiguous host tensor of the same dtype, with elements from `first` on: no page is mapped.
+
+        Raises:
+            OSError: the file ended, or the disk failed.
+        """
+        spec = self.specs[name]
+        assert out.dtype == spec.dtype
+        assert first + out.numel() <= prod(spec.shape)
+        at, data = self._begins[name] + first * spec.dtype.itemsize, memoryview(out.view(torch.uint8).numpy())
+        while data:  # one read moves at most 2 GiB on Linux
+            count = os.preadv(self._file.fileno(), [data], at)
+            if not count:
+                raise OSError(errno.EIO, "the file ended while it was read", str(self.path))
+            at, data = at + count, data[count:]
 
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
