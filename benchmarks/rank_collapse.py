@@ -1,18 +1,20 @@
-"""A fall in rank, seen before the loss shows it: a learning rate that climbs past what the model bears.
+"""A fall in rank, seen before the loss shows it: residual branches that are too loud for the depth of the stack.
 
-    python -m benchmarks.rank_collapse --seeds 1 2 --out rank_collapse.json
+    python -m benchmarks.rank_collapse --seeds 1 2 3 4 --out rank_collapse.json
 
-Each seed trains twice on the same samples: at a learning rate that is right, and at one that climbs through the whole run.
-Prints for the climbing one the step from which on the effective rank of its residual stream (mean of the layers) is below two
-thirds of its healthy twin's at two measurements in a row, and the step at which the loss shows it by any of three rules: a
-6-sigma event of the loss monitor; the smoothed loss 3 % above its own minimum; 3 % above the twin's. Steps before the end of
-the twin's warm-up are left out. Draws loss and rank beside the JSON. Results are added to those that the file already has.
+Each seed trains twice on the same samples, from the same draws: once with the residual branches scaled down by the depth,
+once without (init.scheme standard), where tokens grow alike from layer to layer (Dong et al. 2021, arXiv:2103.03404; Noci et
+al. 2022, arXiv:2206.03126). Prints when each of these saw the second: the effective rank of the residual stream (geometric
+mean of the watched layers) below two thirds of the healthy twin's at two measurements in a row, after the warm-up; the
+monitor's `least`; the smoothed loss 3 % above the twin's; the loss monitor. Ranks are measured every --interval steps, the
+loss in every step. Draws loss and rank beside the JSON. Results are added to those that the file already has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -27,31 +29,47 @@ import matplotlib.pyplot as plt
 SMOOTHING = 0.9
 RISE = 1.03
 SHARE = 2 / 3
+LEAST = 2.0
+WATCHED = 5  # layers
 WARM_UP = 20
+SCHEMES = {"depth_scaled": "healthy", "standard": "collapses"}
 
 
-def one_run(folder: Path, data: dict, seed: int, climbs: bool, options: argparse.Namespace) -> dict:
+def one_run(folder: Path, data: dict, seed: int, scheme: str, options: argparse.Namespace) -> dict:
     """Train once; losses, the residual stream's ranks, and the events of both monitors."""
     config = tiny_run(
         folder,
         layers=options.layers,
         hidden=64,
         steps=options.steps,
-        lr=options.peak_lr if climbs else options.lr,
+        lr=3e-3,
         data=data,
-        train={"seed": seed, "micro_batch_size": 16, "global_batch_size": 16},
-        optimizer={"warmup_steps": options.steps - 1 if climbs else WARM_UP, "schedule": "constant"},
-        monitors={"effective_rank": {"interval": options.interval, "of": ["activations"], "layers": options.layers}},
+        model={"init_std": options.init_std},
+        init={"scheme": scheme},
+        train={"seed": seed},
+        optimizer={"warmup_steps": WARM_UP, "schedule": "constant"},
+        monitors={
+            "effective_rank": {
+                "interval": options.interval,
+                "of": ["activations"],
+                "layers": WATCHED,
+                "after": options.steps,
+                "least": LEAST,
+            }
+        },
     )
     records, events, _ = run(config)
-    name = "effective-rank/activations/layers."
-    ranks = [(r["step"], [r[f"{name}{layer}"] for layer in range(options.layers)]) for r in records if f"{name}0" in r]
+    prefix = "effective-rank/activations/"
+    ranks = [(r["step"], [v for k, v in r.items() if k.startswith(prefix)]) for r in records]
     return {
         "seed": seed,
-        "climbs": climbs,
+        "scheme": scheme,
         "losses": losses_of(records),
-        "ranks": ranks,
-        "loss_events": [e["step"] for e in events if e["kind"] == "loss"],
+        "ranks": [(step, statistics.geometric_mean(found)) for step, found in ranks if found],
+        "events": {
+            "rank": [e["step"] for e in events if e["kind"].startswith(prefix)],
+            "loss": [e["step"] for e in events if e["kind"] == "loss"],
+        },
     }
 
 
@@ -64,62 +82,66 @@ def smoothed(losses: list[tuple[int, float]]) -> list[float]:
     return values
 
 
+def ratios(result: dict, twin: dict) -> list[tuple[int, float]]:
+    """(step, the run's rank over its twin's)."""
+    return [(step, rank / other) for (step, rank), (_, other) in zip(result["ranks"], twin["ranks"], strict=True)]
+
+
 def first_shown(result: dict, twin: dict) -> dict[str, int | None]:
-    """The first step by each of the loss's rules, and by the rank's."""
+    """The first step by each of the rules; those of the rank come first."""
     loss, healthy = smoothed(result["losses"]), smoothed(twin["losses"])
-    low = [
-        step
-        for (step, ranks), (_, wanted) in zip(result["ranks"], twin["ranks"], strict=True)
-        if step > WARM_UP and sum(ranks) < SHARE * sum(wanted)
-    ]
-    later = range(WARM_UP, len(loss))
-    interval = result["ranks"][0][0]
+    pairs = ratios(result, twin)
+    low = [step for (_, before), (step, ratio) in zip(pairs, pairs[1:], strict=False) if max(before, ratio) < SHARE]
     rules = {
-        "rank": [step for step in low if step - interval in low],
-        "loss, 6 sigma": result["loss_events"],
-        "loss, above its minimum": [i + 1 for i in later if loss[i] > RISE * min(loss[WARM_UP : i + 1])],
-        "loss, above the twin": [i + 1 for i in later if loss[i] > RISE * healthy[i]],
+        "rank, twin": [step for step in low if step > WARM_UP],
+        "rank, monitor": result["events"]["rank"],
+        "loss, twin": [i + 1 for i in range(WARM_UP, len(loss)) if loss[i] > RISE * healthy[i]],
+        "loss, monitor": result["events"]["loss"],
     }
     return {rule: min(steps) if steps else None for rule, steps in rules.items()}
 
 
-def rank_ratio(result: dict, twin: dict) -> tuple[float, int]:
-    """The smallest ratio of the two runs' mean ranks after the warm-up, and its step."""
-    pairs = zip(result["ranks"], twin["ranks"], strict=True)
-    return min((sum(r) / sum(t), step) for (step, r), (_, t) in pairs if step > WARM_UP)
+def pairs_of(results: list[dict]) -> list[tuple[dict, dict]]:
+    """(the run that collapses, its healthy twin) of each seed."""
+    by_key = {(r["seed"], r["scheme"]): r for r in results}
+    seeds = sorted({seed for seed, _ in by_key})
+    return [(by_key[seed, "standard"], by_key[seed, "depth_scaled"]) for seed in seeds]
 
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| seed | rank below 2/3 of the twin's | lowest | loss, 6 sigma | 3 % above its minimum | 3 % above the twin's |",
-        "|---|---|---|---|---|---|",
+        "| seed | rank below 2/3 of the twin's | the monitor: below 2 | the same in the twin | loss 3 % above the twin's "
+        "| loss monitor | at the first of these, rank and loss over the twin's |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for result in sorted((r for r in results if r["climbs"]), key=lambda r: r["seed"]):
-        twin = next(r for r in results if r["seed"] == result["seed"] and not r["climbs"])
-        rank, *loss = ("never" if s is None else f"step {s}" for s in first_shown(result, twin).values())
-        ratio, step = rank_ratio(result, twin)
-        lines.append(f"| {result['seed']} | {rank} | {ratio:.2f} at step {step} | {' | '.join(loss)} |")
+    for result, twin in pairs_of(results):
+        shown = first_shown(result, twin)
+        healthy = min(twin["events"]["rank"], default=None)
+        words = ["never" if step is None else f"step {step}" for step in (*shown.values(), healthy)]
+        rank, monitor, loss, loss_monitor, in_twin = words
+        at = min(step for step in shown.values() if step is not None)
+        share = dict(ratios(result, twin)).get(at, float("nan"))
+        rise = smoothed(result["losses"])[at - 1] / smoothed(twin["losses"])[at - 1]
+        cells = (result["seed"], rank, monitor, in_twin, loss, loss_monitor, f"{share:.2f} and {rise:.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def plot(results: list[dict], path: Path) -> None:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
-    for climbs, color, label in ((False, "C0", "right learning rate"), (True, "C3", "climbing learning rate")):
-        for order, result in enumerate(r for r in results if r["climbs"] == climbs):
-            style = {"color": color, "lw": 1, "label": label if order == 0 else None}
+    for number, pair in enumerate(pairs_of(results)):
+        for result, color in zip(pair, ("C3", "C0"), strict=True):
+            style = {"color": color, "lw": 1, "label": SCHEMES[result["scheme"]] if number == 0 else None}
             top.plot([step for step, _ in result["losses"]], smoothed(result["losses"]), **style)
-            bottom.plot(*zip(*((step, sum(r) / len(r)) for step, r in result["ranks"]), strict=True), **style)
-            if climbs:
-                twin = next(r for r in results if r["seed"] == result["seed"] and not r["climbs"])
-                shown = first_shown(result, twin)
-                seen = [step for rule, step in shown.items() if rule != "rank" and step is not None]
-                if shown["rank"]:
-                    bottom.axvline(shown["rank"], color="C3", ls=":", lw=1)
-                if seen:
-                    top.axvline(min(seen), color="C3", ls=":", lw=1)
+            bottom.plot(*zip(*result["ranks"], strict=True), **style)
+        shown = first_shown(*pair)
+        for axes, rule in ((bottom, "rank, twin"), (top, "loss, twin")):
+            if shown[rule]:
+                axes.axvline(shown[rule], color="C3", ls=":", lw=1)
     top.set_ylabel("loss (nats/token, smoothed)")
-    bottom.set_ylabel("effective rank of the\nresidual stream, mean of layers")
-    bottom.set_xlabel("step (dotted: first seen)")
+    bottom.set_ylabel("effective rank of the residual\nstream, mean of layers")
+    bottom.set_yscale("log")
+    bottom.set_xlabel("step (dotted: seen beside the twin)")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     top.legend(fontsize=8)
@@ -128,24 +150,23 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--interval", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--peak-lr", type=float, default=3.2e-2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--init-std", type=float, default=0.05)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("rank_collapse.json"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(options.out.read_text()) if options.out.exists() else []
-    done = {(r["seed"], r["climbs"]) for r in results}
+    done = {(r["seed"], r["scheme"]) for r in results}
     with tempfile.TemporaryDirectory() as folder:
         data = prepared(Path(folder) / "corpus")
         for seed in options.seeds:
-            for climbs in (False, True):
-                if (seed, climbs) not in done:
-                    results.append(one_run(Path(folder) / f"{seed}{climbs}", data, seed, climbs, options))
+            for scheme in SCHEMES:
+                if (seed, scheme) not in done:
+                    results.append(one_run(Path(folder) / f"{seed}{scheme}", data, seed, scheme, options))
                     options.out.write_text(json.dumps(results) + "\n")
     print(table(results))
     plot(results, options.plot or options.out.with_suffix(".png"))

@@ -47,8 +47,9 @@ class EffectiveRank(Frozen):
         exact_up_to: matrices whose smaller side is larger are sketched.
         tokens: of the residual stream, so many tokens a data-parallel rank.
         drop: an effective rank below this share of the highest that the matrix had is an event.
-        after: steps whose ranks are reported and not judged: those of the residual stream and of gradients fall far from a
+        after: steps whose ranks are not judged by `drop`: those of the residual stream and of gradients fall far from a
             random model's while training begins.
+        least: an effective rank below it is an event, from the first step on. Below 2, one direction stands for nearly all.
         action: what is done with the step that shows it.
     """
 
@@ -61,6 +62,7 @@ class EffectiveRank(Frozen):
     tokens: int = Field(default=256, gt=0)
     drop: float = Field(default=0.5, gt=0, lt=1)
     after: int = Field(default=0, ge=0)
+    least: float | None = Field(default=None, ge=1)
     action: Action = "log"
 
 

@@ -204,19 +204,27 @@ class RankMonitor:
             dist.reduce(flat, dist.get_global_rank(group, owner), group=group)
         return flat.view_as(parameter)
 
-    def events(self, ranks: dict[str, float]) -> list[Event]:
-        """Matrices that fell below `drop` times the highest rank they had; each once, until it is back."""
+    def events(self, ranks: dict[str, float], *, settled: bool) -> list[Event]:
+        """Matrices that fell below `least`, or below `drop` times the highest rank they had; each once, until it is back.
+
+        Args:
+            settled: whether `after` has passed, and `drop` judges.
+        """
         found, options = [], self.options
         for name, value in ranks.items():
-            self.highest[name] = max(value, self.highest.get(name, 0.0))
-            limit = options.drop * self.highest[name]
+            limit, why = options.least or 0.0, "monitors.effective_rank.least"
+            if settled:
+                self.highest[name] = max(value, self.highest.get(name, 0.0))
+                if options.drop * self.highest[name] > limit:
+                    limit = options.drop * self.highest[name]
+                    why = f"{options.drop:g} of the highest, {self.highest[name]:.1f}"
             if value >= limit:
                 self.low.discard(name)
             elif name not in self.low:
                 self.low.add(name)
                 words = (
-                    f"effective rank of {name} fell to {value:.1f}, below {options.drop:g} of the highest "
-                    f"({self.highest[name]:.1f}); monitors.effective_rank.action is {options.action}"
+                    f"effective rank of {name} fell to {value:.1f}, below {limit:.1f} ({why}); "
+                    f"monitors.effective_rank.action is {options.action}"
                 )
                 found.append(Event(f"effective-rank/{name}", value, limit, options.action, words))
         return found
@@ -263,8 +271,7 @@ class StepMonitors:
         if self.ranks and finite and self._step % self.ranks.options.interval == 0:
             ranks = self.ranks.measure()
             self._readings |= {f"effective-rank/{name}": value for name, value in ranks.items()}
-            if self._step > self.ranks.options.after:
-                found += self.ranks.events(ranks)
+            found += self.ranks.events(ranks, settled=self._step > self.ranks.options.after)
         return found
 
     def end(self, *, updated: bool) -> tuple[dict[str, float], list[Event]]:

@@ -233,6 +233,15 @@ def test_ranks_of_the_first_steps_are_not_judged(tmp_path):
     assert events_of(tmp_path / "run") == []
 
 
+def test_a_rank_below_the_least_is_an_event_from_the_first_step_on(tmp_path):
+    monitors = {"effective_rank": {"interval": 1, "of": ["weights"], "after": 99, "least": 2.0}}
+    ((_, error),) = run_ranks(1, collapse, tiny_config(tmp_path / "run", monitors=monitors))
+    assert error is None
+    (event,) = events_of(tmp_path / "run")
+    assert event["limit"] == 2.0 > event["value"]
+    assert "below 2.0 (monitors.effective_rank.least)" in event["message"]
+
+
 # Stability of the loop
 
 
