@@ -62,7 +62,7 @@ def _backward_torch(dy, gate, up, weight, dgate, dup):
         grad = grad * weight.unsqueeze(-1)
     if dup.dtype == compute:
         torch.mul(grad, silu, out=dup)
-        torch.ops.aten.silu_backward.grad_input(grad * up, g, grad_input=dgate)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(grad, up, out=silu), g, grad_input=dgate)
     else:
         dup.copy_(silu.mul_(grad))
         dgate.copy_(torch.ops.aten.silu_backward(grad * up, g))
