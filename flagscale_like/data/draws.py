@@ -66,13 +66,16 @@ class DrawState:
 
 def read_draws(run_dir: Path) -> list[DrawState]:
     """The journal in the order of positions; what a killed run drew and drew again after it was resumed counts once."""
-    path, states = run_dir / DRAWS, []
+    path = run_dir / DRAWS
+    states: list[DrawState] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             state = DrawState(**json.loads(line))
         except (ValueError, TypeError):  # the run was killed here
             continue
-        states = [earlier for earlier in states if earlier.start < state.start] + [state]
+        while states and states[-1].start >= state.start:
+            states.pop()
+        states.append(state)
     return states
 
 
