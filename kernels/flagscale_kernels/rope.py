@@ -188,22 +188,8 @@ def _rotate(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign, 
             _rotate_torch(view, view if out is t else _as_bsnd(out, layout), cos, sin, interleaved, sign)
 
 
-def _outputs(q, k, layout, backend):
-    """Buffers for the rotated q and k (k may be None: a custom op returns tensors only, so its buffer is empty then).
-
-    On the CPU a head's tokens lie one after the other, whatever the layout: PyTorch's attention reads them so.
-    """
-
-    def like(t):
-        if t is None:
-            return q.new_empty(0)
-        if backend == "triton" or layout == "tnd":
-            return t.new_empty(t.shape)
-        batch, seq, head = LAYOUTS[layout]
-        order = [batch, head, seq, 3]
-        return t.new_empty([t.shape[i] for i in order]).permute([order.index(i) for i in range(4)])
-
-    return like(q), like(k)
+def _no_k(q):
+    return q.new_empty(0)  # a custom op returns tensors only
 
 
 @torch.library.custom_op("flagscale_kernels::rope", mutates_args=())
@@ -211,7 +197,8 @@ def _rope_op(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     layout: str, interleaved: bool, sign: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q_out, k_out = _outputs(q, k, layout, backend)
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = _no_k(q) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _rotate(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign, backend)
     return q_out, k_out
 
@@ -226,7 +213,7 @@ def _rope_inplace_op(
 
 @_rope_op.register_fake
 def _(q, k, cos, sin, positions, layout, interleaved, sign, backend):
-    return _outputs(q, k, layout, backend)
+    return q.new_empty(q.shape), _no_k(q) if k is None else k.new_empty(k.shape)
 
 
 class _Rope(torch.autograd.Function):
