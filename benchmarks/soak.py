@@ -91,7 +91,7 @@ def last_step(run_dir: Path) -> tuple[int, float]:
 
 
 class Usage:
-    """Resident memory and file descriptors of every rank process, over its life."""
+    """Resident memory and file descriptors of every rank process, from its first new step on."""
 
     def __init__(self) -> None:
         self.samples: dict[int, list[tuple[float, int, int]]] = {}
@@ -105,7 +105,7 @@ class Usage:
             self.samples.setdefault(process.pid, []).append(seen)
 
     def growth(self) -> dict[str, float]:
-        """Of the process that lived longest: the last quarter of its life against the second, when all was allocated."""
+        """Of the process that trained longest: the last quarter of its samples against the second, when all was allocated."""
         life = max(self.samples.values(), key=len)
         quarter = len(life) // 4
         early, late = life[quarter : 2 * quarter], life[-quarter:]
@@ -122,7 +122,7 @@ class Usage:
 
 def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, seed: int) -> dict:
     """Run both; the figures."""
-    chance, usage = random.Random(seed), Usage()
+    chance, usage, pids = random.Random(seed), Usage(), set()
     run_dir, quiet_dir = folder / "killed", folder / "undisturbed"
     config = write_config(folder, "killed", steps, interval)
     began = time.time()
@@ -139,7 +139,9 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
                 seen, moved = now, time.monotonic()
             assert time.monotonic() - moved < STALLED_S, f"no progress for {STALLED_S:.0f} s: see {folder}/killed.log"
             processes = ranks_of(launcher)
-            usage.sample(processes)
+            pids |= {process.pid for process in processes}
+            if seen[0] and killed_at is None:
+                usage.sample(processes)
             if killed_at is not None and restarted(run_dir) > len(recoveries):
                 recoveries.append(time.time() - killed_at)
                 print(f"kill {len(recoveries)}: {recoveries[-1]:.1f} s to the first new step, {seen[0]}", flush=True)
@@ -153,7 +155,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
     finally:
         for process in [*ranks_of(launcher), launcher] if launcher.poll() is None else []:
             process.kill()
-    left = [pid for pid in usage.samples if psutil.pid_exists(pid)]
+    left = [pid for pid in pids if psutil.pid_exists(pid)]
     assert not left, f"processes {left} outlived the launcher"
 
     quiet = launch(write_config(folder, "undisturbed", steps, interval), ranks, 0)
