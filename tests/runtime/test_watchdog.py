@@ -1,6 +1,7 @@
 """A hung rank ends the job with every rank's last step, phase and stack; a rank that cannot stop in time ends itself."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,12 +27,12 @@ def hang(config, rank):
 
 
 def test_a_hung_rank_ends_the_job_with_every_ranks_step_and_stack(tmp_path):
-    limits = {"first_step_timeout_s": 30, "step_timeout_s": 2}
+    limits = {"first_step_timeout_s": 300, "step_timeout_s": 3}
     config = tiny_config(tmp_path / "run", checkpoint__interval=2, resilience=limits)
     began = time.monotonic()
     with pytest.raises(AssertionError, match="died"):
         run_ranks(2, hang, config, 1)
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 150  # the later steps' limit, not the first's
     texts = [(tmp_path / "run" / "hang" / f"rank_{rank:05d}.txt").read_text() for rank in range(2)]
     for rank, text in enumerate(texts):
         assert text.startswith(f"rank {rank}: ")
@@ -77,13 +78,13 @@ def watch(*arguments):
 def test_a_rank_that_is_told_to_stop_has_its_grace_time_and_no_more(number, tmp_path):
     obedient = watch(tmp_path / "hang", 1, 60, 60, "obey")
     obedient.send_signal(number)
-    out, _ = obedient.communicate(timeout=20)
+    out, _ = obedient.communicate(timeout=90)
     assert obedient.returncode == 0
     assert out == "done True\n"
 
     stuck = watch(tmp_path / "hang", 1, 60, 60)
     stuck.send_signal(number)
-    _, err = stuck.communicate(timeout=20)
+    _, err = stuck.communicate(timeout=90)
     assert stuck.returncode == 143
     assert "1 s later (resilience.grace_s) not done: saving, last step done 7" in err
     assert err.count("\n") == 1
@@ -91,10 +92,10 @@ def test_a_rank_that_is_told_to_stop_has_its_grace_time_and_no_more(number, tmp_
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path):
     alone = watch(tmp_path / "hang", 2, 1, 60)
-    _, err = alone.communicate(timeout=30)
+    _, err = alone.communicate(timeout=90)
     assert alone.returncode == 16
     assert "a rank makes no progress" in err
-    assert "rank 0: 1 s in: saving, last step done 7; rank 1: no answer" in err
+    assert re.search(r"rank 0: \d+ s in: saving, last step done 7; rank 1: no answer", err)
 
 
 AGENT = """
@@ -107,9 +108,10 @@ rank.wait()
 
 @pytest.mark.parametrize("under_torchrun", [True, False])
 def test_a_rank_stops_when_torchruns_agent_has_died_and_outlives_a_shell(under_torchrun, tmp_path):
+    seconds = "60" if under_torchrun else "3"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     agent = subprocess.Popen(
-        [sys.executable, "-c", AGENT, WATCH, str(tmp_path / "hang"), "1", "0", "3", "obey"],
+        [sys.executable, "-c", AGENT, WATCH, str(tmp_path / "hang"), "1", "0", seconds, "obey"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,13 +122,13 @@ def test_a_rank_stops_when_torchruns_agent_has_died_and_outlives_a_shell(under_t
     assert agent.stdout.readline() == "ready\n"
     agent.kill()
     # The rank holds the pipes' other ends: this waits for it.
-    out, err = agent.communicate(timeout=20)
+    out, err = agent.communicate(timeout=90)
     assert out == f"done {under_torchrun}\n"
     assert ("the launcher has died" in err) == under_torchrun
 
 
 def test_a_watchdog_without_limits_lets_go_cleanly(tmp_path):
     process = watch(tmp_path / "hang", 1, 0, 0.2)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=90)
     assert (process.returncode, out, err) == (0, "done False\n", "")
     assert list(tmp_path.iterdir()) == []
