@@ -105,6 +105,9 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.tables = tables
         self.position = arch.position
+        # q, k and v are views of what linear_qkv wrote. Where autograd keeps rotated copies of q and k, a view of v would
+        # keep all three alive. (A norm of q and k keeps them anyway, and so does ALiBi, which rotates nothing.)
+        self.frees_qkv = tables is not None and not arch.qk_norm
         self.softmax_scale = softmax_scale
         self.window = arch.sliding_window
         self.rope_backend, self.backend = backend_of(kernels.rope), backend_of(kernels.attention)
@@ -115,6 +118,8 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d]."""
+        if self.frees_qkv:
+            value = value.contiguous()
         if self.position.kind == "nlpe":
             return self._piecewise(query, key, value).flatten(2)
         if self.tables is not None:
@@ -141,7 +146,10 @@ class CoreAttention(nn.Module):
     def _piecewise(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         far_q, far_k = self.tables.far_angles(self.position, query.shape[0], query.device)
         q2 = apply_rope(query, far_q, backend=self.rope_backend)
-        k2 = key if far_k is None else apply_rope(key, far_k, backend=self.rope_backend)
+        if far_k is not None:
+            k2 = apply_rope(key, far_k, backend=self.rope_backend)
+        else:
+            k2 = key.contiguous() if self.frees_qkv else key
         q1, k1 = self._rotate(query, key)
         return piecewise_attention(
             q1,

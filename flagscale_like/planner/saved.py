@@ -63,16 +63,18 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
         Saved(name="attention norm", bytes=norm),
         Saved(name="input of linear_qkv", bytes=rows_sp * h * e),
     ]
-    # v is a view of what linear_qkv wrote, so the whole of it stays; q and k are new storages after the rotation.
-    saves.append(Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e))
+    if shape.alibi or shape.qk_norm:  # k is kept as linear_qkv wrote it, and so v and q with it
+        saves.append(Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e))
+    else:
+        saves.append(Saved(name="v, copied", bytes=rows * g * d * e, in_core_attention=True))
     if not shape.alibi or (n > g > 1):
         saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not shape.alibi))
     if not shape.alibi:
         saves.append(Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True))
     if shape.far_rotations:
         saves.append(Saved(name="second q, rotated for far keys", bytes=rows * n * d * e, in_core_attention=True))
-    if shape.far_rotations == 2:
-        saves.append(Saved(name="second k, rotated for far queries", bytes=rows * g * d * e, in_core_attention=True))
+    if shape.far_rotations == 2 or (shape.far_rotations and not shape.qk_norm):
+        saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
     if shape.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
     saves += [
@@ -131,6 +133,8 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     if shape.dropout:
         return kept
     n, g, d = shape.heads / layout.tp, shape.groups / layout.tp, shape.head_dim
+    if not shape.alibi and not shape.qk_norm:
+        kept += rows * (n + 2 * g) * d * dtype_bytes  # the checkpoint's inputs: views of linear_qkv's output
     if shape.qk_norm:
         kept += rows * (n + g) * d * dtype_bytes
     elif n > g > 1 and not shape.alibi:
