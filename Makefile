@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test soak lint bench docs example-smollm2 help
 
@@ -18,7 +19,7 @@ demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on anothe
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/installed  ## Run the tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 example-smollm2: $(VENV)/installed  ## A real model end to end: SmolLM2-135M imported, evaluated, trained on, exported, quantized
 	$(BIN)/python examples/smollm2/run.py

@@ -1,4 +1,6 @@
+import multiprocessing.forkserver
 import os
+import sys
 
 # Before anything imports triton: the kernel tests run Triton's interpreter on CPU tensors. One thread a process, because
 # the layouts that are compared run up to four processes on a small machine.
@@ -6,3 +8,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("FLAGSCALE_LIKE_DEVICE", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish(session):
+    """Start the server that ranks fork from, before a test runs code that would start it with less loaded."""
+    if "tests.harness" in sys.modules and session.items and not session.config.option.collectonly:
+        multiprocessing.forkserver.ensure_running()

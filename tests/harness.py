@@ -18,9 +18,10 @@ from flagscale_like.config import RunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups.
+# Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups. torch loads
+# torch._dynamo with the first optimizer that is made: a second of every rank.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["flagscale_like.training.loop", "flagscale_like.checkpoint.store"])
+_context.set_forkserver_preload(["flagscale_like.training.loop", "flagscale_like.checkpoint.store", "torch._dynamo"])
 
 
 def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
