@@ -19,7 +19,7 @@ demo: $(VENV)/installed  ## Train a small model 3D-parallel, resume it on anothe
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/installed  ## Run the tests that need no GPU
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 example-smollm2: $(VENV)/installed  ## A real model end to end: SmolLM2-135M imported, evaluated, trained on, exported, quantized
 	$(BIN)/python examples/smollm2/run.py

@@ -48,7 +48,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6",
             "ruff>=0.9",
             "gguf>=0.17",

@@ -23,7 +23,8 @@ def statistics_of_weights(configs):
             (chunk,) = build_chunks(config, ctx)
             initialize_weights([chunk], config, ctx)
             rows = config.model.vocab_size
-            found.append({n: (float(p[:rows].std()), float(p[:rows].mean())) for n, p in named_shards(chunk).items()})
+            values = {n: p.detach()[:rows] for n, p in named_shards(chunk).items()}
+            found.append({n: (float(v.std()), float(v.mean())) for n, v in values.items()})
     return found
 
 
