@@ -35,6 +35,7 @@ class Event:
 
 # (loss, gradient norm) of the step at hand -> what is wrong with it; nothing, most of the time.
 Judge = Callable[[float, float], Sequence[Event]]
+MOST_OVERFLOWS = 100  # in a row: the scaler comes from 2**32 to 1 in fewer
 SEVERITY = ("log", "skip", "rewind", "stop")
 VERDICT = {"log": Verdict.UPDATE, "skip": Verdict.SKIP, "rewind": Verdict.REWIND, "stop": Verdict.STOP}
 
@@ -54,16 +55,19 @@ class Guard:
     def __init__(self, options: Monitors, *, rewinds: int = 0, judges: Sequence[Judge] = ()) -> None:
         self.options, self.rewinds = options, rewinds
         self.judges = (self._not_finite, *judges)
-        self.reason, self.skips = "", 0
+        self.reason, self.skips, self.overflows = "", 0, 0
         self._events: list[Event] = []
 
     def __call__(self, loss: float, grad_norm: float, overflow: bool) -> Verdict:
         """The verdict on a step; see `training.step.Decide`."""
+        self.overflows = self.overflows + 1 if overflow else 0
         if overflow and math.isfinite(loss):
-            self.reason = (
-                "the fp16 loss scale was too large"  # the scaler lowers it: no sign of trouble, and not counted
-            )
-            return Verdict.SKIP
+            if self.overflows <= MOST_OVERFLOWS:
+                self.reason = (
+                    "the fp16 loss scale was too large"  # the scaler lowers it: no sign of trouble, and not counted
+                )
+                return Verdict.SKIP
+            grad_norm = math.nan  # no scale is small enough
         found = [event for judge in self.judges for event in judge(loss, grad_norm)]
         self._events += found
         gravest = max(found, key=lambda event: SEVERITY.index(event.action), default=None)
@@ -92,11 +96,11 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What the next verdict depends on, JSON-able."""
-        return {"skips": self.skips}
+        return {"skips": self.skips, "overflows": self.overflows}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what state() returned."""
-        self.skips = int(state["skips"])
+        self.skips, self.overflows = int(state["skips"]), int(state.get("overflows", 0))
 
     def _escalate(self, setting: str, value: float, limit: float, action: str, words: str) -> None:
         self.reason += f"; {words} (monitors.{setting})"

@@ -241,6 +241,13 @@ def test_the_guard_takes_the_gravest_verdict_and_counts():
     assert Guard(Monitors(non_finite="stop"))(float("inf"), 1.0, False) is Verdict.STOP
 
 
+def test_a_gradient_that_no_loss_scale_makes_finite_is_not_skipped_for_ever():
+    guard = Guard(Monitors(max_consecutive_skips=2))
+    verdicts = [guard(1.0, float("nan"), True) for _ in range(103)]
+    assert verdicts == [Verdict.SKIP] * 102 + [Verdict.STOP]
+    assert "monitors.max_consecutive_skips" in guard.reason
+
+
 def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
     def record(step, seconds, at):
         time_ = f"2026-01-01T00:00:{at:02d}+00:00"
