@@ -9,6 +9,7 @@ latest                       the newest folder's name
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from math import prod
@@ -63,6 +64,11 @@ class CheckpointReader:
             self._files[name] = file
             for index, fragment in enumerate(fragments):
                 self._fragments.setdefault(fragment.key, []).append((fragment, name, index))
+        try:
+            for held in self._fragments.values():
+                _check_cover([fragment for fragment, _, _ in held])
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: is damaged: {error}") from None
         self._names = {name: set(file.keys()) for name, file in self._files.items()}
 
     @property
@@ -114,7 +120,8 @@ class CheckpointReader:
     def rank_tensor(self, rank: int, name: str) -> Tensor | None:
         """A tensor that one rank saved for itself (its random state), or None."""
         file = f"rank_{rank:05d}.safetensors"
-        return self._files[file].get_tensor(name) if name in self._names.get(file, ()) else None
+        # A copy: who keeps a mapped tensor keeps the whole file's blocks on disk, removed or not.
+        return self._files[file].get_tensor(name).clone() if name in self._names.get(file, ()) else None
 
     def check(self, target: Fragment) -> None:
         """Whether `target` can be read: the tensor is there in the model's shape, up to the vocabulary's padding.
@@ -124,7 +131,7 @@ class CheckpointReader:
         """
         saved = self.global_shape(target.key)
         if saved[1:] != target.global_shape[1:] or (
-            saved[0] != target.global_shape[0] and not _is_vocabulary(target.key)
+            saved[0] != target.global_shape[0] and not is_vocabulary(target.key)
         ):
             raise CheckpointError(
                 f"{self.folder}: {target.key} has shape {saved}, the model's has {target.global_shape}"
@@ -173,17 +180,35 @@ def _check_fragments(file: TensorFile, fragments: list[Fragment]) -> None:
     """A header is a claim: hold it against the tensors that are there, before any index arithmetic trusts it."""
     for index, fragment in enumerate(fragments):
         sizes = (*fragment.global_shape, *fragment.offset, *fragment.shape, fragment.start, fragment.stop)
+        if not isinstance(fragment.key, str) or not fragment.global_shape:
+            raise ValueError(f"fragment {index} has no name or no shape")
         if not all(isinstance(size, int) and size >= 0 for size in sizes):
             raise ValueError(f"fragment {index} has an index that is no natural number")
         bounds = zip(fragment.offset, fragment.shape, fragment.global_shape, strict=True)
         inside = all(offset + size <= limit for offset, size, limit in bounds)
         if not inside or not fragment.start < fragment.stop <= prod(fragment.shape):
             raise ValueError(f"fragment {index} ({fragment.key}) leaves its tensor")
-        if file.specs[f"{index}.param"].shape != (fragment.numel,):
-            raise ValueError(f"fragment {index} ({fragment.key}) is not as long as its tensor")
+        kinds = [spec.shape for name, spec in file.specs.items() if name.startswith(f"{index}.")]
+        if f"{index}.param" not in file.specs or any(shape != (fragment.numel,) for shape in kinds):
+            raise ValueError(f"fragment {index} ({fragment.key}) is not as long as its tensors")
 
 
-def _is_vocabulary(key: str) -> bool:
+def _check_cover(fragments: list[Fragment]) -> None:
+    """No element of a tensor is listed twice: else others could be missing, and the count of elements right."""
+    boxes: dict[tuple, list[Fragment]] = {}
+    for fragment in fragments:
+        if fragment.global_shape != fragments[0].global_shape:
+            raise ValueError(f"{fragment.key} has two shapes: {fragments[0].global_shape} and {fragment.global_shape}")
+        boxes.setdefault((fragment.offset, fragment.shape), []).append(fragment)
+    same = (sorted(held, key=lambda f: f.start) for held in boxes.values())
+    twice = any(a.stop > b.start for held in same for a, b in itertools.pairwise(held))
+    firsts = [held[0] for held in boxes.values()]
+    if twice or any(_may_overlap(a, b) for a, b in itertools.combinations(firsts, 2)):
+        raise ValueError(f"elements of {fragments[0].key} are listed twice")
+
+
+def is_vocabulary(key: str) -> bool:
+    """Whether a tensor's rows are the vocabulary's, padded as the layout needs it."""
     return key in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
@@ -158,7 +159,8 @@ class HfFolder:
             ConversionError: it cannot.
         """
         shape = self.global_shape(target.key)
-        if shape[1:] != target.global_shape[1:]:
+        rows_fit = shape[0] == target.global_shape[0] or is_vocabulary(target.key)
+        if shape[1:] != target.global_shape[1:] or not rows_fit:
             raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:

@@ -25,6 +25,7 @@ from flagscale_like.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 TEMPORARY = ".tmp-"  # what starts with it in a checkpoints/ folder is unfinished or given up
+REPLACED = f"{TEMPORARY}replaced-"
 READ_BYTES = 16 << 20
 # json.loads raises RecursionError on nesting that only an attacker writes.
 BAD_JSON = (ValueError, RecursionError)
@@ -94,14 +95,34 @@ def write_manifest(folder: Path, records: Iterable[FileRecord]) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, then move the latest pointer to it; each is durable before the next."""
+    """Give a finished checkpoint its name, then move the latest pointer to it; each is durable before the next.
+
+    A step saved twice (after a rewind): the new one takes the place of the old one, which `restore_replaced` finds where
+    this is interrupted in between.
+    """
     root = final.parent
-    if final.exists():  # a step saved twice (after a rewind): the new one takes the place of the old one
-        os.replace(final, root / f"{TEMPORARY}replaced-{uuid.uuid4().hex[:8]}")
-    os.replace(temporary, final)
+    replaced = root / f"{REPLACED}{final.name}-{uuid.uuid4().hex[:8]}" if final.exists() else None
+    if replaced:
+        os.replace(final, replaced)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if replaced:
+            os.replace(replaced, final)
+        raise
     fsync_folder(root)
     write_json(root / LATEST, final.name)
     fsync_folder(root)
+    if replaced:
+        remove([replaced], wait=False)
+
+
+def restore_replaced(root: Path) -> None:
+    """Give a checkpoint its name back that was to be replaced by another, which did not come."""
+    for replaced in Path(root).glob(f"{REPLACED}step_*"):
+        final = replaced.with_name(replaced.name.removeprefix(REPLACED).rpartition("-")[0])
+        if not final.exists():
+            os.replace(replaced, final)
 
 
 def read_manifest(folder: Path) -> list[FileRecord]:
@@ -243,23 +264,34 @@ def to_remove(root: Path, *, keep: int, keep_every: int, good: Path | None = Non
 
 def remove_leftovers(root: Path) -> list[str]:
     """Remove what interrupted saves left behind; returns their names."""
+    restore_replaced(root)
     leftovers = sorted(Path(root).glob(f"{TEMPORARY}*"))
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
     return [leftover.name for leftover in leftovers]
 
 
-def remove(folders: Iterable[Path], *, wait: bool = True) -> None:
+def remove(folders: Iterable[Path], *, wait: bool = True) -> list[str]:
     """Remove checkpoints. Each loses its name first, so that a half-removed one is never taken for a whole one.
 
     Args:
         wait: else their files go in a thread, which the process waits for at its end: gigabytes take a while.
+
+    Returns:
+        Which could not be removed, and why. One that is gone already is removed.
     """
-    folders = list(folders)
-    doomed = [folder.with_name(f"{TEMPORARY}removed-{folder.name}-{uuid.uuid4().hex[:8]}") for folder in folders]
-    for folder, name in zip(folders, doomed, strict=True):
-        os.replace(folder, name)
+    doomed, problems = [], []
+    for folder in folders:
+        name = folder.with_name(f"{TEMPORARY}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            os.replace(folder, name)
+            doomed.append(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problems.append(f"{folder}: cannot be removed: {error.strerror}")
     thread = threading.Thread(target=lambda: [shutil.rmtree(name, ignore_errors=True) for name in doomed])
     thread.start()
     if wait:
         thread.join()
+    return problems

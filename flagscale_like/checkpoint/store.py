@@ -28,7 +28,12 @@ from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
-from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata, write_safetensors
+from flagscale_like.checkpoint.format import (
+    CheckpointReader,
+    fragment_metadata,
+    is_vocabulary,
+    write_safetensors,
+)
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.layout import (
     MOMENTS,
@@ -94,6 +99,7 @@ class Saved:
         stall_s: how long training waited for it on this rank.
         write_s: how long writing and publishing took on this rank, beside training.
         error: why there is no such checkpoint; None where there is one.
+        notes: what went wrong beside it: older checkpoints that could not be removed. On rank 0.
     """
 
     step: int
@@ -101,6 +107,7 @@ class Saved:
     stall_s: float
     write_s: float
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -115,6 +122,7 @@ class _Save:
     publishing: bool = False
     stall_s: float = 0.0
     write_s: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 class CheckpointStore:
@@ -216,7 +224,7 @@ class CheckpointStore:
     def _end(self, error: str | None) -> None:
         save = self._save
         self._save = None
-        self.outcomes.append(Saved(save.step, save.final, save.stall_s, save.write_s, error))
+        self.outcomes.append(Saved(save.step, save.final, save.stall_s, save.write_s, error, save.notes))
 
     def take_outcomes(self) -> list[Saved]:
         """The saves that ended since the last call."""
@@ -262,10 +270,8 @@ class CheckpointStore:
         records = [*records, write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)]
         write_manifest(save.temporary, records)
         publish(save.temporary, save.final)
-        remove(
-            to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final),
-            wait=False,
-        )
+        old = to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final)
+        save.notes = tuple(remove(old, wait=False))
 
     def newest_good(self, at_most: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file has its size and checksum; and why newer ones were rejected.
@@ -291,8 +297,11 @@ class CheckpointStore:
     def forget_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: the run has gone back, and they are of a branch that was given up."""
         if self.ctx.is_main:
-            remove(folder for folder in step_folders(self.root) if step_of(folder) > step)
-        self.ctx.barrier()
+            problems = remove(folder for folder in step_folders(self.root) if step_of(folder) > step)
+        # A later step's checkpoint that stays would be taken for the newest.
+        problems = self.ctx.broadcast(problems if self.ctx.is_main else None)
+        if problems:
+            raise CheckpointError("; ".join(problems))
 
 
 def _describe(error: Exception | None, rank: int) -> str | None:
@@ -317,12 +326,18 @@ def verify(folder: Path, ctx: ParallelContext) -> list[str]:
 
 @torch.no_grad()
 def load_weights(
-    reader: WeightSource, chunks: list[LanguageModel], ctx: ParallelContext, *, strict: bool = True
+    reader: WeightSource,
+    chunks: list[LanguageModel],
+    ctx: ParallelContext,
+    *,
+    strict: bool = True,
+    vocab_size: int | None = None,
 ) -> list[str]:
     """Fill the model's parameters on this layout, in the model's dtype. All ranks call it.
 
     Args:
         strict: every tensor of the model and of the checkpoint has its counterpart; else what does not fit is left.
+        vocab_size: the model's; tensors of another vocabulary do not fit. Left out: any padding of rows does.
 
     Returns:
         What was left, in words, the same on every rank.
@@ -335,6 +350,11 @@ def load_weights(
     for _, piece in pieces:
         try:
             reader.check(piece.box)
+            if vocab_size not in (None, reader.arch.vocab_size) and is_vocabulary(piece.box.key):
+                misfits[piece.box.key] = (
+                    f"{reader.folder}: {piece.box.key} is of a vocabulary of {reader.arch.vocab_size}, "
+                    f"the model's is of {vocab_size}"
+                )
         except (CheckpointError, ConversionError) as error:
             misfits[piece.box.key] = str(error)
     gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in pieces})))

@@ -132,8 +132,10 @@ def ckpt_prune(
         raise CheckpointError(f"{root}: holds no whole checkpoint; nothing was removed")
     gone = to_remove(root, keep=keep, keep_every=keep_every, good=good)
     if not dry_run:
-        remove(gone)
+        problems = remove(gone)
         remove_leftovers(root)
+        if problems:
+            raise CheckpointError("; ".join(problems))
     for folder in gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
     typer.echo(f"{len(gone)} checkpoints {'would go' if dry_run else 'removed'}; {good} is whole")

@@ -155,6 +155,8 @@ class Reporter:
         self.say(
             f"step {saved.step} | saved {saved.path} (waited {saved.stall_s:.2f} s, written in {saved.write_s:.2f} s)"
         )
+        for note in saved.notes:
+            self.say(f"step {saved.step} | {note}")
 
     def resilience(self, step: int, record: dict[str, float]) -> None:
         """Report what an interruption cost, once the run goes on; see training.recovery."""

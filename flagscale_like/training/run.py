@@ -24,6 +24,7 @@ from flagscale_like.checkpoint.store import (
     load_optimizer,
     load_rng,
     load_weights,
+    verify,
 )
 from flagscale_like.config import Checkpoint, RunConfig
 from flagscale_like.data.pretrain import check_sources
@@ -174,9 +175,11 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
     elif config.checkpoint.load or config.checkpoint.init_from_hf:
         strict = config.checkpoint.load_strict
         source = open_weights(config.checkpoint)
+        if isinstance(source, CheckpointReader) and (problems := verify(source.folder, ctx)):
+            raise CheckpointError(f"{source.folder}: is not whole: {problems[0]}")
         if strict:
             check_model(config, source)
-        left = load_weights(source, models, ctx, strict=strict)
+        left = load_weights(source, models, ctx, strict=strict, vocab_size=config.model.vocab_size)
         notes.append(f"starting from the weights of {source.folder}")
         notes += [f"not loaded: {reason}" for reason in left]
     # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.

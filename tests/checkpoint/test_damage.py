@@ -99,6 +99,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_overwrites_nothing(go
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_does_not_begin_with_damaged_weights(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / good.name)
+    flip_a_bit(folder / SHARD)
+    config = tiny_config(tmp_path / "run", checkpoint__load=str(folder))
+    ((_, error),) = run_ranks(1, faults.train_and_listen, config)
+    assert error.startswith(f"CheckpointError: {folder}: is not whole: {SHARD}: checksum ")
+
+
 class Bomb:
     """Runs a command where it is unpickled."""
 
@@ -138,6 +146,30 @@ def lying_header(folder, name, trace):
     seal(folder)
 
 
+def a_moment_too_short(folder, name, trace):
+    fragment = ["decoder.final_layernorm.weight", [64], [0], [64], 0, 64]
+    tensors = {"0.param": torch.zeros(64), "0.exp_avg": torch.zeros(8), "0.exp_avg_sq": torch.zeros(64)}
+    save_file(tensors, folder / name, metadata={"fragments": json.dumps([fragment])})
+    seal(folder)
+
+
+def listed_twice(folder, name, trace):
+    fragment = ["x", [64], [0], [64], 0, 32]
+    tensors = {f"{i}.param": torch.zeros(32) for i in range(2)}
+    save_file(tensors, folder / name, metadata={"fragments": json.dumps([fragment] * 2)})
+    seal(folder)
+
+
+def no_shape(folder, name, trace):
+    save_file({"0.param": torch.zeros(1)}, folder / name, metadata={"fragments": '[["x", [], [], [], 0, 1]]'})
+    seal(folder)
+
+
+def a_list_for_a_name(folder, name, trace):
+    save_file({"0.param": torch.zeros(1)}, folder / name, metadata={"fragments": "[[[1], [1], [0], [1], 0, 1]]"})
+    seal(folder)
+
+
 def deep_json(folder, name, trace):
     (folder / "state.json").write_text("[" * 200_000)
     seal(folder)
@@ -157,6 +189,10 @@ HOSTILE = {
     "a pickle in place of a shard": (pickled, f"{SHARD} is damaged"),
     "a torch.save file in place of a shard": (torch_saved, f"{SHARD} is damaged"),
     "a header that lies": (lying_header, "is not as long as its tensor"),
+    "a moment shorter than its weight": (a_moment_too_short, "is not as long as its tensors"),
+    "elements listed twice": (listed_twice, "elements of x are listed twice"),
+    "a tensor without a shape": (no_shape, "fragment 0 has no name or no shape"),
+    "a list in place of a name": (a_list_for_a_name, "fragment 0 has no name or no shape"),
     "json without end": (deep_json, "state.json is damaged"),
     "another format version": (another_version, "checkpoint format 99, this version reads 1"),
     "a name outside the folder": (dotted_name, "names a file outside the checkpoint: '../rank_00001"),

@@ -152,6 +152,16 @@ def test_a_strict_load_names_what_does_not_fit_and_a_free_one_takes_what_does(so
     assert np.array_equal(weights[name], reader.full(name).numpy())
 
 
+def test_a_free_load_leaves_what_is_of_another_vocabulary(source, tmp_path):
+    changes = {"model__vocab_size": 300, "checkpoint__interval": 0, "checkpoint__load_strict": False}
+    config = tiny_config(tmp_path / "run", checkpoint__load=str(source), **changes)
+    ((notes, weights, _),) = run_ranks(1, weights_after_start, config)
+    left = [note for note in notes if note.startswith("not loaded: ")]
+    assert len(left) == 2
+    assert all("is of a vocabulary of 250, the model's is of 300" in note for note in left)
+    assert (weights["embedding.word_embeddings.weight"][:300] != 0).any(axis=1).all()
+
+
 def test_reshard_writes_equal_files_that_load_alike(source, tmp_path):
     out = tmp_path / "run" / "checkpoints" / "step_00000002"
     result = CliRunner().invoke(

@@ -3,13 +3,24 @@
 import errno
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from flagscale_like.checkpoint import manifest, store
-from flagscale_like.checkpoint.manifest import read_manifest, step_folders, to_remove, verify_files, write_manifest
+from flagscale_like.checkpoint.manifest import (
+    TEMPORARY,
+    publish,
+    read_manifest,
+    remove,
+    remove_leftovers,
+    step_folders,
+    to_remove,
+    verify_files,
+    write_manifest,
+)
 from flagscale_like.config import Checkpoint
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
@@ -176,6 +187,44 @@ def test_a_run_prunes_as_configured(tmp_path):
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
     records = read_manifest(root / "step_00000006")
     assert [len(record.sha256) for record in records] == [64, 64]
+
+
+def test_a_step_saved_twice_leaves_one_and_an_interrupted_exchange_the_old_one(tmp_path, monkeypatch):
+    at = checkpoints(tmp_path, [3])
+    (at(3) / "old").touch()
+    new = tmp_path / f"{TEMPORARY}step_00000003-x"
+    new.mkdir()
+    rename, renames = os.replace, []
+
+    def killed_after_the_first(source, target):
+        renames.append(source)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        publish(new, at(3))
+    monkeypatch.undo()
+    assert not at(3).exists()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+    assert (at(3) / "old").exists()
+
+    new.mkdir()
+    publish(new, at(3))
+    assert not (at(3) / "old").exists()
+    end = time.monotonic() + 30
+    while list(tmp_path.glob(f"{TEMPORARY}*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
+def test_a_checkpoint_that_somebody_else_removed_is_no_failed_save(tmp_path):
+    at = checkpoints(tmp_path, [1, 2])
+    shutil.rmtree(at(1))
+    assert remove([at(1), at(2)]) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_async_is_the_name_in_yaml():
