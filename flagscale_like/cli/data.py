@@ -181,6 +181,8 @@ def locate(
         raise ConfigError(f"--attempt ({attempt}): step {step} was made {len(readings)} times")
     reading = readings[(attempt or len(readings)) - 1]
     segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    if step > config.train.steps:
+        raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps)")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)
     dp_rank = dp_rank_of(segment, rank) if rank is not None else None
     found = locate(run_dir, reading, provenance, dp_rank=dp_rank)

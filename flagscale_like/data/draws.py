@@ -35,33 +35,31 @@ def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> It
 
 @dataclass(frozen=True)
 class DrawState:
-    """Where the draw stood when the weights became what they are; the sources' samples drawn until then add up to `start`.
+    """Where the draw stood when the weights became what they are.
 
     Attributes:
+        position: in the order of the run, of the first sample that it draws; more than the samples of `drawn` where the run
+            began without selection.
         weights: they add up to 1.
         credits: how far each source is behind its weight, in samples.
         drawn: samples taken of each source.
-        until: the first position that it says nothing of; None where the next state begins.
+        until: the first position that it says nothing of; None, of an old journal: where the next state begins.
     """
 
+    position: int
     weights: list[float]
     credits: list[float]
     drawn: list[int]
     until: int | None = None
 
-    @property
-    def start(self) -> int:
-        """The position, in the order of the run, of the first sample that it draws."""
-        return sum(self.drawn)
-
     def samples(self) -> Iterator[tuple[int, int]]:
-        """(source, index in the source), from `start` on."""
+        """(source, index in the source), from `position` on."""
         return draw(self.weights, list(self.credits), list(self.drawn))
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
         with open(run_dir / DRAWS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"weights": self.weights, "credits": self.credits, "drawn": self.drawn}) + "\n")
+            file.write(json.dumps(vars(self)) + "\n")
 
 
 def read_draws(run_dir: Path) -> list[DrawState]:
@@ -70,10 +68,11 @@ def read_draws(run_dir: Path) -> list[DrawState]:
     states: list[DrawState] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            state = DrawState(**json.loads(line))
-        except (ValueError, TypeError):  # the run was killed here
+            record = json.loads(line)
+            state = DrawState(**{"position": sum(record["drawn"]), **record})  # old journals: selection from the start
+        except (ValueError, TypeError, KeyError):  # the run was killed here
             continue
-        while states and states[-1].start >= state.start:
+        while states and states[-1].position >= state.position:
             states.pop()
         states.append(state)
     return states
@@ -102,16 +101,16 @@ class DrawnOrder:
         Raises:
             DataError: no state says what was drawn there.
         """
-        number = bisect.bisect_right(self.states, position, key=lambda state: state.start) - 1
+        number = bisect.bisect_right(self.states, position, key=lambda state: state.position) - 1
         state = self.states[number] if number >= 0 else None
         if state is None or (state.until is not None and position >= state.until):
             raise DataError(
-                f"sample {position}: which one data.selection drew is known from the run's {DRAWS} only, or shortly after "
-                "a checkpoint"
+                f"sample {position}: which one data.selection drew is known from the run's {DRAWS} only, as far as the run "
+                "came, or shortly after a checkpoint"
             )
         if self._of is None or self._of[0] is not state:
             self._of, self._plan = (state, state.samples()), []
-        place = position - state.start
+        place = position - state.position
         self._plan += itertools.islice(self._of[1], max(0, place + 1 - len(self._plan)))
         source, index = self._plan[place]
         return source, index % len(self.parts[source])

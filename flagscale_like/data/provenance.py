@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,7 @@ def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
         if config.data.selection is not None and "selection" in state:
             mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
             mixture.load(state["selection"])
-            until = int(state["consumed_samples"])
-            for _ in range(mixture.steps_left):
-                until += config.train.batch_size_at(until)
-            found.append(replace(mixture.draw_state(), until=until))
+            found.append(mixture.draw_state(int(state["consumed_samples"]), config.train))
     return found
 
 

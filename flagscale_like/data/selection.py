@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flagscale_like.config import Selection
+from flagscale_like.config import Selection, Train
 from flagscale_like.data.draws import DrawState, draw
 from flagscale_like.errors import DataError
 
@@ -70,9 +70,12 @@ class Mixture:
         """
         self.plan = list(itertools.islice(draw(self.weights, self.credits, self.drawn), samples))
 
-    def draw_state(self) -> DrawState:
-        """What the samples after this moment are drawn by, until the weights change."""
-        return DrawState(self.weights, list(self.credits), list(self.drawn))
+    def draw_state(self, consumed: int, train: Train) -> DrawState:
+        """What the samples from position `consumed` on are drawn by, until the weights are due to change."""
+        until = consumed
+        for _ in range(self.steps_left):
+            until += train.batch_size_at(until)
+        return DrawState(consumed, self.weights, list(self.credits), list(self.drawn), until)
 
     @property
     def steps_left(self) -> int:

@@ -81,10 +81,11 @@ class DataTrail:
             Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json")).append_to(self.run_dir)
 
     def _note_draw(self) -> None:
-        """Note what dynamic selection draws by, where that is new."""
-        if self.mixture is None or (self.order.states and self.order.states[-1].weights == self.mixture.weights):
+        """Note what dynamic selection draws the next samples by, where the noted states do not reach to them."""
+        consumed = self.run.progress.consumed
+        if self.mixture is None or (self.order.states and consumed < self.order.states[-1].until):
             return
-        state = self.mixture.draw_state()
+        state = self.mixture.draw_state(consumed, self.run.config.train)
         self.order.note(state)
         if self.run.ctx.is_main:
             state.append_to(self.run_dir)

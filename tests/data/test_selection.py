@@ -5,8 +5,10 @@ import random
 import pytest
 
 from flagscale_like.config import Selection
+from flagscale_like.data.draws import DrawnOrder, read_draws
 from flagscale_like.data.selection import Mixture, MixtureSampler
 from flagscale_like.errors import DataError
+from tests.harness import tiny_config
 
 
 def totals(*losses, deviation=0.0, samples=4):
@@ -101,6 +103,28 @@ def test_a_restored_mixture_goes_on_as_the_saved_one():
         mixture.draw(50)
     assert one.plan == other.plan
     assert one.state() == other.state() != two.state()
+
+
+def test_the_draw_is_followed_from_where_selection_began_and_no_further_than_the_journal_reaches(tmp_path):
+    mixture, read = Mixture(Selection(interval=2), [3, 1]), []
+    train = tiny_config(tmp_path).train  # 8 samples a step
+    for step in range(5):
+        if step % 2 == 0:
+            mixture.draw_state(800 + 8 * step, train).append_to(tmp_path)
+        mixture.draw(8)
+        read += mixture.plan
+        if mixture.note(totals(3.0 - step, 2.0)):
+            mixture.change()
+    order = DrawnOrder([range(1000)] * 2, read_draws(tmp_path))
+    assert [order.place(800 + i) for i in range(40)] == read
+    for unknown in (799, 800 + 48):
+        with pytest.raises(DataError, match="as far as the run came"):
+            order.place(unknown)
+
+
+def test_an_older_journal_counts_from_the_first_sample(tmp_path):
+    (tmp_path / "draws.jsonl").write_text('{"weights": [0.5, 0.5], "credits": [0.0, 0.0], "drawn": [5, 3]}\n')
+    assert [(state.position, state.until) for state in read_draws(tmp_path)] == [(8, None)]
 
 
 def test_another_number_of_sources_is_refused_by_name():

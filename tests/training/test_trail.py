@@ -115,6 +115,9 @@ def test_the_command_names_them_from_the_run_or_a_checkpoint_alone(poisoned_run,
     assert re.match(r"sample \d+: loss \d", sample)
     places = {re.search(r"(web|books)\.jsonl:(\d+) ", part).groups() for part in parts}
     assert {(name, int(line)) for name, line in places} & POISONED
+    beyond = cli("data", "locate", "--run", str(run_dir), "--step", "41")
+    assert beyond.returncode != 0
+    assert "--step (41): the run has 40 steps (train.steps)" in beyond.stderr
     checkpoint = run_dir / "checkpoints" / "step_00000040"
     found = cli("data", "locate", "--run", str(checkpoint), "--step", str(number), "--rank", "3", "--json")
     assert found.returncode == 0, found.stderr
