@@ -64,7 +64,8 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
     """
     from datasketch import MinHashLSH
 
-    lsh = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    # Above, datasketch has no bands to offer; two halves find all that differ in one value, which is 0.992 alike.
+    lsh = MinHashLSH(threshold=min(threshold, 0.98), num_perm=PERMUTATIONS)
     parents = np.arange(len(signatures))
     for band in range(lsh.b):
         columns = signatures[:, band * lsh.r : (band + 1) * lsh.r]

@@ -69,6 +69,14 @@ def test_near_duplicates_are_found_by_resemblance_and_nothing_else_is():
     assert near_duplicates(signatures, 0.8).tolist() == wanted
 
 
+def test_near_duplicates_can_be_asked_to_be_almost_equal():
+    signatures = np.tile(np.arange(128, dtype=np.uint32), (4, 1))
+    signatures[1, 100] = 0  # 127 of 128 agree
+    signatures[3, [0, 100]] = 7  # 126
+    assert near_duplicates(signatures, 0.99).tolist() == [0, 0, 0, 3]
+    assert near_duplicates(signatures, 1.0).tolist() == [0, 1, 0, 3]
+
+
 def test_a_signature_estimates_the_resemblance():
     words = [f"w{i}" for i in range(1000)]
     a, b = (np.frombuffer(minhash_signature(" ".join(w)), np.uint32) for w in (words[:700], words[300:]))
