@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ class ReadOptions:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of files, folders and globs, sorted. Of folders: .jsonl, .txt, .md and .py, also .gz and .zst, and .parquet.
+    """Files of files, folders and globs, each once. Of folders: .jsonl, .txt, .md, .py, also .gz and .zst, and .parquet.
 
     `python-stdlib` stands for the running Python's own source, without its tests.
 
@@ -91,7 +92,7 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         if not found:
             raise DataError(f"input {pattern!r}: matches no file")
         files += sorted(found)
-    return files
+    return list({os.path.abspath(file): file for file in files}.values())
 
 
 def kind(path: Path) -> str:

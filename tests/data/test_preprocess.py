@@ -136,6 +136,13 @@ def test_an_input_that_matches_nothing_is_refused():
         find_inputs(["/nowhere/*.jsonl"])
 
 
+def test_an_input_that_is_named_twice_is_read_once(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    inputs = [f"{tmp_path}/b.txt", f"{tmp_path}/*.txt", str(tmp_path), f"{tmp_path}/../{tmp_path.name}/c.txt"]
+    assert [file.stem for file in find_inputs(inputs)] == ["b", "a", "c"]
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         Tokenizer(tmp_path / "nothing")
