@@ -95,11 +95,11 @@ class Mixture:
         self._steps += 1
         return self._steps >= self.options.interval
 
-    def change(self, scores: Sequence[float] | None = None) -> dict[int, float]:
+    def change(self, scores: Sequence[float | None] | None = None) -> dict[int, float]:
         """Change the weights after an interval; returns each source's mean loss in it.
 
         Args:
-            scores: of the rule `target`.
+            scores: of the rule `target`; None for a source of which none could be taken.
         """
         options, weights, keep = self.options, self.weights, self.options.memory
         losses: dict[int, float] = {}
@@ -110,9 +110,9 @@ class Mixture:
                 loss = losses[source] = total / count
                 if options.rule == "loss":
                     score = loss
-                elif options.rule == "progress" and past is not None:
+                elif options.rule == "progress" and past is not None and count >= 2:  # one has no standard error
                     score = (past - loss) / weights[source]
-                    error = math.sqrt(max(0.0, square / count - loss**2) / count) / weights[source]
+                    error = math.sqrt(max(0.0, square - total * loss) / (count - 1) / count) / weights[source]
             self.scores[source] = _average(self.scores[source], score, keep)
             self.errors[source] = _average(self.errors[source], error, keep)
             self.losses[source] = _average(past, loss, keep)

@@ -64,6 +64,17 @@ def test_once_no_source_makes_progress_chance_moves_nothing():
     assert mixture.weights == pytest.approx(found, abs=0.1)
 
 
+def test_progress_is_scored_where_it_has_a_standard_error():
+    mixture = Mixture(Selection(interval=1), [1, 1])
+    for losses in ([3.0, 3.0], [1.0, 1.0]):
+        mixture.note([[losses[0], 2 * losses[1]], [losses[0] ** 2, 2 * losses[1] ** 2 + 2 * 0.5**2], [1, 2]])
+        mixture.change()
+    assert mixture.scores == [None, 4.0]
+    assert mixture.losses[0] == pytest.approx(0.7 * 3 + 0.3 * 1)
+    # of losses 0.5 and 1.5: variance 0.5, of the mean 0.25; by the weight of a half
+    assert mixture.errors == [None, pytest.approx(1.0)]
+
+
 def test_the_rule_of_the_loss_itself_prefers_what_is_hard():
     mixture = after(Selection(rule="loss"), 20, losses=lambda turn: (2.0, 6.0))
     assert mixture.weights[1] > 0.8
@@ -77,6 +88,13 @@ def test_the_rule_of_the_target_follows_the_scores_it_is_given_and_comes_back():
     for _ in range(30):
         mixture.change([-0.1, 0.5])
     assert mixture.weights[1] > 0.85
+
+
+def test_a_score_that_could_not_be_taken_changes_nothing_of_its_source():
+    options = Selection(rule="target", target="x")
+    mixture = after(options, 3, scores=lambda turn: [0.5, -0.1] if turn != 1 else [None, -0.1])
+    assert mixture.scores == [pytest.approx(0.5), pytest.approx(-0.1)]
+    assert mixture.weights[0] > 0.5
 
 
 def test_a_step_whose_loss_is_not_finite_is_not_counted():
