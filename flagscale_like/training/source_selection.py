@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from flagscale_like.checkpoint.store import loss_scaler_state, set_loss_scaler_state
 from flagscale_like.data.pretrain import build_target
 from flagscale_like.data.selection import Mixture, SourceLosses, SourcesDataset
 from flagscale_like.training.run import Run
@@ -63,7 +64,9 @@ class SourceSelection:
         readings |= {f"selection/weight/{n}": w for n, w in zip(self.names, mixture.weights, strict=True)}
         readings |= {f"selection/samples/{n}": float(c) for n, c in zip(self.names, mixture.drawn, strict=True)}
         if scores is not None:
-            readings |= {f"selection/alignment/{n}": s for n, s in zip(self.names, scores, strict=True)}
+            readings |= {
+                f"selection/alignment/{n}": s for n, s in zip(self.names, scores, strict=True) if s is not None
+            }
         return readings
 
 
@@ -83,20 +86,23 @@ class TargetAlignment:
         self.target = build_target(config, ctx, self.count * config.train.micro_batch_size * ctx.dp)
         self.shards = [s for s in owned_shards(run.models, run.optimizer, ctx) if s.counts]
 
-    def measure(self, drawn: Sequence[int]) -> list[float]:
-        """The cosine of every source. All ranks call it; parameters and optimizer state stay as they are.
+    def measure(self, drawn: Sequence[int]) -> list[float | None]:
+        """The cosine of every source; None where a gradient is not finite.
+
+        All ranks call it; parameters, optimizer state and the fp16 loss scale stay as they are.
 
         Args:
             drawn: samples that each source has given: the next ones are looked at.
         """
+        scale = loss_scaler_state(self.run.optimizer)
         wanted = [g.clone() for g in self._gradient(self.target, 0)]
         sums = [_dot(wanted, wanted)]
         for source, dataset in enumerate(self.data.datasets):
             found = self._gradient(dataset, drawn[source])
             sums += [_dot(found, wanted), _dot(found, found)]
+        set_loss_scaler_state(self.run.optimizer, scale)
         length, *products = self.run.ctx.sum(sums)
-        pairs = zip(products[::2], products[1::2], strict=True)
-        return [product / math.sqrt(length * own) if length * own > 0 else 0.0 for product, own in pairs]
+        return [_cosine(product, length, own) for product, own in zip(products[::2], products[1::2], strict=True)]
 
     def _gradient(self, dataset: Dataset, first: int) -> list[Tensor]:
         run, config = self.run, self.run.config
@@ -110,6 +116,14 @@ class TargetAlignment:
             rows = [dataset[(start + row) % len(dataset)] for row in range(size)]  # type: ignore[arg-type]
             batch = default_collate([{k: row[k] for k in ("tokens", "labels", "loss_mask")} for row in rows])
             yield {name: value.to(ctx.platform.device) for name, value in batch.items()}
+
+
+def _cosine(product: float, *squares: float) -> float | None:
+    """Of two vectors, from their product and the squares of their lengths."""
+    if not all(map(math.isfinite, (product, *squares))):
+        return None
+    length = math.sqrt(math.prod(squares))
+    return product / length if length > 0 else 0.0
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:

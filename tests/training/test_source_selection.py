@@ -1,6 +1,7 @@
 """Dynamic data selection in training: noise is dropped, alike on every layout, and resumed bit for bit."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ from flagscale_like.data.provenance import Provenance, draws_of_states, locate, 
 from flagscale_like.data.selection import SourcesDataset
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.errors import DataError
-from flagscale_like.training import trail
+from flagscale_like.training import source_selection, trail
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import cli, run_ranks, tiny_config
@@ -105,6 +106,17 @@ def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corp
     what = "alignment" if rule == "target" else "loss"
     for here, expected in zip(selected(tmp_path / "run", what), selected(whole.run_dir, what), strict=True):
         assert here == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+def test_probes_leave_the_loss_scale_alone_and_a_gradient_that_is_not_finite_gives_no_score(corpus, tmp_path):
+    changes = {"train__precision": "fp16", "optimizer__initial_loss_scale": 256.0, "train__steps": 4}
+    config = selecting(tmp_path / "run", corpus, rule="target", checkpoint={"interval": 4}, **changes)
+    run_ranks(1, faults.train_run, config)
+    state = json.loads((tmp_path / "run/checkpoints/step_00000004/state.json").read_text())
+    assert state["loss_scaler"] == {"scale": 256.0, "growth_tracker": 4, "hysteresis_tracker": 2}
+    assert source_selection._cosine(3.0, 4.0, 9.0) == 0.5
+    assert source_selection._cosine(0.0, 0.0, 9.0) == 0.0
+    assert [source_selection._cosine(*three) for three in ((math.nan, 4.0, 9.0), (1.0, math.inf, 9.0))] == [None, None]
 
 
 class PoisonedSources(SourcesDataset):
