@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flagscale_like.errors import DataError
 
@@ -58,8 +59,16 @@ class DrawState:
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
-        with open(run_dir / DRAWS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(self)) + "\n")
+        append_record(run_dir / DRAWS, vars(self))
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a line of JSON; after one that a kill cut short, on a line of its own."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode("utf-8") + b"\n")
 
 
 def read_draws(run_dir: Path) -> list[DrawState]:

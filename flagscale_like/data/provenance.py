@@ -20,7 +20,7 @@ import numpy as np
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder
-from flagscale_like.data.draws import DrawnOrder, DrawState
+from flagscale_like.data.draws import DrawnOrder, DrawState, append_record
 from flagscale_like.data.pretrain import each_source
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture
@@ -49,8 +49,7 @@ class Segment:
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
-        with open(run_dir / JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(self)) + "\n")
+        append_record(run_dir / JOURNAL, vars(self))
 
 
 @dataclass(frozen=True)
@@ -304,8 +303,7 @@ def write_losses(run_dir: Path, rank: int, reading: tuple[int, int, int, int], l
     folder = run_dir / LOSSES
     folder.mkdir(exist_ok=True)
     record = {**dict(zip(("step", "first", "dp_rank", "dp"), reading, strict=True))}
-    with open(folder / f"rank_{rank:05d}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({**record, "losses": [round(loss, 5) for loss in losses]}) + "\n")
+    append_record(folder / f"rank_{rank:05d}.jsonl", {**record, "losses": [round(loss, 5) for loss in losses]})
 
 
 def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:

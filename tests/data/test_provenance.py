@@ -166,4 +166,7 @@ def test_a_journal_cut_short_is_read_to_its_last_whole_line(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text(path.read_text()[:-30])
     assert read_journal(tmp_path) == [first]
+    second = dataclasses.replace(first, step=2)
+    second.append_to(tmp_path)
+    assert read_journal(tmp_path) == [first, second]
     assert read_journal(tmp_path / "nowhere") == []
