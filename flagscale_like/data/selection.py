@@ -142,8 +142,10 @@ class Mixture:
                 "go on with the same ones, or begin anew with checkpoint.load"
             )
         for name in KEPT:
-            setattr(self, name, list(state[name]))
-        self._totals, self._steps = [list(row) for row in state["totals"]], int(state["steps"])
+            if name in state:  # older ones have no errors
+                setattr(self, name, list(state[name]))
+        self._totals = [list(row) for row in state.get("totals", _no_totals(count))]
+        self._steps = int(state.get("steps", 0))
 
 
 def _no_totals(sources: int) -> list[list[float]]:

@@ -123,6 +123,13 @@ def test_a_restored_mixture_goes_on_as_the_saved_one():
     assert one.state() == other.state() != two.state()
 
 
+def test_an_older_state_without_errors_and_totals_is_taken():
+    state = after(Selection(), 3, losses=lambda turn: (3 / (turn + 1), 4.0)).state()
+    mixture = Mixture(Selection(), [1, 1])
+    mixture.load({name: value for name, value in state.items() if name not in ("errors", "totals")})
+    assert mixture.state() == {**state, "errors": [None, None]}
+
+
 def test_the_draw_is_followed_from_where_selection_began_and_no_further_than_the_journal_reaches(tmp_path):
     mixture, read = Mixture(Selection(interval=2), [3, 1]), []
     train = tiny_config(tmp_path).train  # 8 samples a step
