@@ -293,22 +293,22 @@ def badness(loss: float | None) -> float:
     return math.inf if loss is None else -loss if math.isfinite(loss) else -math.inf
 
 
-def write_losses(run_dir: Path, rank: int, reading: tuple[int, int, int, int], losses: Sequence[float]) -> None:
+def write_losses(run_dir: Path, rank: int, reading: tuple[int, ...], losses: Sequence[float]) -> None:
     """Note this rank's losses of a step.
 
     Args:
-        reading: step, first sample, data-parallel rank and size.
+        reading: step, first sample, data-parallel rank and size, micro-batch size.
         losses: one a sample, in the order of reading.
     """
     folder = run_dir / LOSSES
     folder.mkdir(exist_ok=True)
-    record = {**dict(zip(("step", "first", "dp_rank", "dp"), reading, strict=True))}
+    record = dict(zip(("step", "first", "dp_rank", "dp", "micro_batch_size"), reading, strict=True))
     append_record(folder / f"rank_{rank:05d}.jsonl", {**record, "losses": [round(loss, 5) for loss in losses]})
 
 
 def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
     """Loss of each sample of a step, by position, as far as they were noted."""
-    micro_batch_size = RunConfig.model_validate(reading.segment.config).train.micro_batch_size
+    of_segment = RunConfig.model_validate(reading.segment.config).train.micro_batch_size
     found: dict[int, float] = {}
     mark = f'{{"step": {reading.step}, "first": {reading.first}, '
     for path in sorted((run_dir / LOSSES).glob("rank_*.jsonl")):
@@ -321,7 +321,8 @@ def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
                 except ValueError:  # the run was killed here
                     continue
                 total = reading.first + reading.count
-                sampler = MicroBatchSampler(total, reading.first, micro_batch_size, record["dp_rank"], record["dp"])
+                size = record.get("micro_batch_size", of_segment)  # older records do not say
+                sampler = MicroBatchSampler(total, reading.first, size, record["dp_rank"], record["dp"])
                 read = [position for micro_batch in sampler for position in micro_batch]
                 found |= dict(zip(read, record["losses"], strict=False))
     return found

@@ -52,14 +52,13 @@ class DataTrail:
         self._note_draw()
         if result.updated and not logged:
             return
-        ctx, step = self.run.ctx, self.run.progress.step
+        ctx, step, size = self.run.ctx, self.run.progress.step, self.run.config.train.micro_batch_size
         counts = ctx.is_last_stage and ctx.tp_rank == 0
         losses = result.sample_losses() if counts else []
         if counts:
-            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp), losses)
+            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp, size), losses)
         if result.updated:
             return
-        size = self.run.config.train.micro_batch_size
         turns = MicroBatchSampler(self.run.progress.consumed, first, size, ctx.dp_rank, ctx.dp)
         read = (position for micro_batch in turns for position in micro_batch)
         mine = list(zip(losses, read, strict=False))

@@ -136,8 +136,9 @@ def test_losses_come_back_by_position_and_rank_the_samples(blended, tmp_path):
     dp = 4
     for dp_rank in range(dp):
         for wrong in ((2, 16), (3, 8)):
-            write_losses(tmp_path, dp_rank, (*wrong, dp_rank, dp), [9.0, 9.0])
-        write_losses(tmp_path, dp_rank, (2, 8, dp_rank, dp), [dp_rank + 0.5, float("nan") if dp_rank == 1 else 0.0])
+            write_losses(tmp_path, dp_rank, (*wrong, dp_rank, dp, 1), [9.0, 9.0])
+        found = [dp_rank + 0.5, float("nan") if dp_rank == 1 else 0.0]
+        write_losses(tmp_path, dp_rank, (2, 8, dp_rank, dp, 1), found)
     with open(tmp_path / "sample_losses" / "rank_00000.jsonl", "a") as file:
         file.write('{"step": 2, "first": 8, "dp_rank": 0, "los')
     losses = read_losses(tmp_path, reading)
@@ -147,6 +148,15 @@ def test_losses_come_back_by_position_and_rank_the_samples(blended, tmp_path):
     assert [(s.dp_rank, s.micro_batch) for s in found][:2] == [(1, 1), (3, 0)]
     mine = locate(tmp_path, reading, Provenance(samples, config.data.source_names), dp_rank=3)
     assert {sample.position for sample in mine} == {11, 15}
+
+
+def test_losses_are_placed_by_the_micro_batches_that_they_were_noted_of(tmp_path):
+    config = tiny_config("run", data={"sources": [{"path": "x"}], "tokenizer": "t"})
+    (reading,) = readings_of([Segment("start", 0, 0, 300, 1, config.model_dump(mode="json"))], 1)
+    assert config.train.micro_batch_size == 1
+    for dp_rank in range(2):
+        write_losses(tmp_path, dp_rank, (1, 0, dp_rank, 2, 2), [dp_rank + i / 4 for i in range(4)])
+    assert [read_losses(tmp_path, reading)[i] for i in range(8)] == [0.0, 0.25, 1.0, 1.25, 0.5, 0.75, 1.5, 1.75]
 
 
 def test_a_global_rank_reads_what_its_data_parallel_rank_reads():
