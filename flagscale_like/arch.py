@@ -10,9 +10,9 @@ VOCAB_MULTIPLE = 128
 
 
 class Frozen(BaseModel):
-    """A keyword-only, immutable config object; an unknown key is an error."""
+    """A keyword-only, immutable config object; an unknown key, infinity or NaN is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RopeScaling(Frozen):

@@ -59,6 +59,15 @@ WRONG = {
     "no data": (["data.synthetic=false"], "exactly one of sources, prepare and synthetic (0 given)"),
     "data twice": (["data.sources=[{path: x}]"], "exactly one of sources, prepare and synthetic (2 given)"),
     "bad split": (["data.split='90'"], "split must be three shares"),
+    "split of NaN": (["data.split='nan,1,1'"], "split must be three shares"),
+    "endless weight": (
+        ["data.synthetic=false", "data.sources=[{path: x, weight: .inf}]", "data.tokenizer=x"],
+        "should be a finite number",
+    ),
+    "source twice": (
+        ["data.synthetic=false", "data.sources=[{path: x}, {path: y}, {path: x}]", "data.tokenizer=x"],
+        "sources lists x twice: list it once",
+    ),
     "bad override": (["train.steps"], "write it as key.path=value"),
     "override of a value as a group": (["train.steps.x=1"], "steps is not a group"),
     "selection of one source": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -219,8 +220,14 @@ class Data(Frozen):
             shares = [float(x) for x in self.split.split(",")]
         except ValueError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        if len(shares) != 3 or not all(map(math.isfinite, shares)) or min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"split must be three shares like 98,2,0 (got {self.split!r})")
+        names = self.source_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"sources lists {twice} twice: list it once, with the weights added up, or give it two names"
+            )
         if self.selection and len(self.sources) < 2:
             raise ValueError(f"selection needs two or more sources to choose from ({len(self.sources)} given)")
         if self.selection and self.num_workers:
