@@ -158,6 +158,20 @@ def test_a_run_that_goes_back_keeps_its_draw_and_resumes_bit_for_bit(corpus, tmp
         assert [order.place(i) for i in range(len(read))] == [(source, index % length) for source, index in read]
 
 
+def test_selection_that_is_switched_on_at_a_resume_is_followed(corpus, tmp_path):
+    run = tmp_path / "run"
+    with_it = selecting(run, corpus, train__steps=8)
+    without = with_it.model_copy(update={"data": with_it.data.model_copy(update={"selection": None})})
+    without = without.model_copy(update={"train": without.train.model_copy(update={"exit_at_step": 3})})
+    run_ranks(1, train_on_poison, without)
+    run_ranks(1, train_on_poison, with_it)
+    (reading,) = readings_of(read_journal(run), 4)
+    order = open_order(reading.segment, read_draws(run))
+    read = [tuple(json.loads(line)) for line in Path(f"{run}.read").read_text().splitlines()]
+    length = len(order.parts[0])
+    assert [order.place(24 + i) for i in range(40)] == [(source, index % length) for source, index in read]
+
+
 def test_the_documents_of_a_step_are_named_from_the_journal_or_a_checkpoint(one_process):
     run = Path(one_process[1].run_dir)
     (reading,) = readings_of(read_journal(run), 6)
