@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from flagscale_like.checkpoint.store import loss_scaler_state, set_loss_scaler_state
+from flagscale_like.config import Data
 from flagscale_like.data.pretrain import build_target
 from flagscale_like.data.selection import Mixture, SourceLosses, SourcesDataset
+from flagscale_like.errors import DataError
 from flagscale_like.training.run import Run
 from flagscale_like.training.shards import owned_shards
 from flagscale_like.training.step import Watch, make_gradients, micro_batch_count
@@ -37,6 +40,7 @@ class SourceSelection:
         self._losses = SourceLosses(len(sources))
         self.watch = self._losses.watch
         self._target = TargetAlignment(run, train_data) if options.rule == "target" else None
+        _check_sources(run.saved, self.names)
         # What was drawn is drawn: a run that goes back goes on with the data that follows.
         run.keep("selection", self.mixture, goes_back=False)
 
@@ -68,6 +72,22 @@ class SourceSelection:
                 f"selection/alignment/{n}": s for n, s in zip(self.names, scores, strict=True) if s is not None
             }
         return readings
+
+
+def _check_sources(saved: dict[str, Any], names: list[str]) -> None:
+    """What is saved of selection goes by the order of the sources.
+
+    Raises:
+        DataError: the checkpoint's were others, or in another order.
+    """
+    if "selection" not in saved:
+        return
+    before = Data.model_validate(saved["config"]["data"]).source_names
+    if before != names:
+        raise DataError(
+            f"the checkpoint's selection is of the sources {', '.join(before)}; data.sources lists {', '.join(names)}: "
+            "go on with the same ones in the same order, or begin anew with checkpoint.load"
+        )
 
 
 class TargetAlignment:

@@ -172,6 +172,17 @@ def test_selection_that_is_switched_on_at_a_resume_is_followed(corpus, tmp_path)
     assert [order.place(24 + i) for i in range(40)] == [(source, index % length) for source, index in read]
 
 
+def test_sources_in_another_order_are_refused_at_a_resume(one_process, tmp_path):
+    run = shutil.copytree(one_process[1].run_dir, tmp_path / "run")
+    config = one_process[1]
+    data = config.data.model_copy(update={"sources": config.data.sources[::-1]})
+    train = config.train.model_copy(update={"steps": config.train.steps + 1})
+    ((_, error),) = run_ranks(
+        1, faults.train_and_listen, config.model_copy(update={"run_dir": str(run), "data": data, "train": train})
+    )
+    assert "selection is of the sources useful, noise; data.sources lists noise, useful" in error
+
+
 def test_the_documents_of_a_step_are_named_from_the_journal_or_a_checkpoint(one_process):
     run = Path(one_process[1].run_dir)
     (reading,) = readings_of(read_journal(run), 6)
