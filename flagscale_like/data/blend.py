@@ -163,7 +163,7 @@ def build_split(
         create_attention_mask=False,
         mid_level_dataset_surplus=SURPLUS,
         index_cache=cache,
-        source_marks={source.path: _mark(source.path) for source in sources},
+        source_marks={source.path: source_mark(source.path) for source in sources},
     )
     shares = [math.ceil(samples * weight) for weight in weights]
     try:
@@ -187,7 +187,7 @@ def build_split(
         raise DataError(f"the sample index cannot be built: {type(error).__name__}: {reason}") from error
 
 
-def _mark(prefix: str) -> str:
+def source_mark(prefix: str) -> str:
     """Changes with the source's documents, which megatron-core's own key does not: another corpus under an old name."""
     index, tokens = Path(prefix + ".idx"), Path(prefix + ".bin")
     with open(index, "rb") as file:

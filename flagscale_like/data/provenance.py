@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder
+from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder, source_mark
 from flagscale_like.data.draws import DrawnOrder, DrawState, append_record
 from flagscale_like.data.pretrain import each_source
 from flagscale_like.data.sampler import MicroBatchSampler
@@ -38,6 +38,7 @@ class Segment:
     Attributes:
         event: `start`, or `rewind`: from a later step back to `step`, the samples up to `consumed` being read or left out.
         config: the run's, as a mapping.
+        marks: of each source, as `blend.source_mark` gives them; None where they were not noted.
     """
 
     event: str
@@ -46,6 +47,7 @@ class Segment:
     train_samples: int
     world_size: int
     config: dict[str, Any]
+    marks: list[str] | None = None
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
@@ -201,12 +203,14 @@ def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> SourceDatas
     config = RunConfig.model_validate(segment.config)
     if not config.data.sources:
         raise DataError("the run has no sources: synthetic samples come from no document")
-    for source in config.data.sources:
+    for number, source in enumerate(config.data.sources):
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
                 raise DataError(
                     f"data source {source.path}: {source.path}{suffix} is missing; look from the run's folder"
                 )
+        if segment.marks is not None and source_mark(source.path) != segment.marks[number]:
+            raise DataError(f"data source {source.path}: was made anew since the run read it; put back what it was")
     if config.data.selection is None:
         return _open_split(config, segment.train_samples)
     parts = [part for one in each_source(config) for part in _open_split(one, segment.train_samples).parts]

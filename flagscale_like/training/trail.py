@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from flagscale_like.data.blend import counts_of, source_use
+from flagscale_like.data.blend import counts_of, source_mark, source_use
 from flagscale_like.data.draws import DrawnOrder
 from flagscale_like.data.provenance import Provenance, Segment, badness, write_losses
 from flagscale_like.data.sampler import MicroBatchSampler
@@ -77,7 +77,10 @@ class DataTrail:
         progress, config = self.run.progress, self.run.config
         if self.run.ctx.is_main and self.provenance is not None:
             place = (progress.step, progress.consumed, progress.train_samples)
-            Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json")).append_to(self.run_dir)
+            marks = [source_mark(source.path) for source in config.data.sources]
+            Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json"), marks).append_to(
+                self.run_dir
+            )
 
     def _note_draw(self) -> None:
         """Note what dynamic selection draws the next samples by, where the noted states do not reach to them."""

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from flagscale_like.data.blend import IndexCache, build_split
+from flagscale_like.data.blend import IndexCache, build_split, source_mark
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.pretrain import check_sources
 from flagscale_like.data.provenance import (
@@ -14,6 +14,7 @@ from flagscale_like.data.provenance import (
     Segment,
     dp_rank_of,
     locate,
+    open_order,
     positions,
     read_journal,
     read_losses,
@@ -70,6 +71,21 @@ def test_a_source_without_a_table_is_named_by_document(blended, tmp_path):
     part = provenance.parts(0)[0]
     assert part.file is None
     assert str(part) == f"{part.prefix} document {part.document}"
+
+
+def test_a_source_that_was_made_anew_answers_for_no_step(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"alpha {i} " * 9}) + "\n" for i in range(50)))
+    tokenizer = train_bpe(["alpha"], 270, tmp_path / "tokenizer")
+    preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a")
+    data = {"sources": [{"path": str(tmp_path / "a")}], "tokenizer": str(tokenizer.folder)}
+    config = tiny_config(tmp_path / "run", model__vocab_size=384, data=data)
+    marks = [source_mark(str(tmp_path / "a"))]
+    read = Segment("start", 0, 0, 20, 1, config.model_dump(mode="json"), marks)
+    assert len(open_order(read)) >= 20
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"beta {i} " * 5}) + "\n" for i in range(50)))
+    preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a")
+    with pytest.raises(DataError, match="a: was made anew since the run read it"):
+        open_order(read)
 
 
 RAMP = {"start": 4, "increment": 4, "samples": 24}  # 4 until 24 are consumed, then 8
