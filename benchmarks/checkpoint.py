@@ -26,14 +26,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.layout import optimizer_shards
 from flagscale_like.checkpoint.manifest import step_folders, verify_files
-from flagscale_like.checkpoint.store import load_optimizer, load_weights
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.run import Run, start
-from flagscale_like.training.step import train_step
+from flagscale_like.training.run import Start, start
 
 BLOCK = 16 << 20
 
@@ -110,32 +108,28 @@ class CopyingStager(AsyncStager):
 
 
 class Bench:
-    def __init__(self, run: Run, folder: Path, repeats: int) -> None:
-        self.run, self.folder, self.repeats = run, folder, repeats
-        config, ctx = run.config, run.ctx
-        data, _ = build_datasets(config, ctx, train_samples=100_000, valid_samples=0)
-        self.batches = micro_batches(data, config, ctx)
-        shards = optimizer_shards(run.models, run.optimizer, ctx)
+    def __init__(self, config: RunConfig, begun: Start, folder: Path, repeats: int) -> None:
+        self.config, self.begun, self.folder, self.repeats = config, begun, folder, repeats
+        self.engine, self.store = begun.engine, begun.store
+        data, _ = build_datasets(config, self.engine.ctx, train_samples=100_000, valid_samples=0)
+        self.batches = micro_batches(data, config, self.engine.ctx)
+        shards = self.engine.fragments()
         self.state = {f"{i}.{kind}": tensor for i, shard in enumerate(shards) for kind, tensor in shard.tensors.items()}
         self.size = sum(t.numel() * t.element_size() for t in self.state.values())
 
     def step(self) -> float:
-        run = self.run
-
         def one() -> None:
-            count = run.config.train.global_batch_size
-            train_step(
-                run.chunks,
-                run.optimizer,
-                run.config,
-                run.ctx,
-                self.batches,
-                count,
-                before_update=run.store.before_update,
-            )
+            self.engine.forward_backward(self.batches, NextToken(), self.config.train.global_batch_size)
+            self.store.before_update()
+            self.engine.update(clip=0.0, grad_norm=1.0)
 
-        run.progress.step += 1
+        self.begun.progress.step += 1
         return timed(one)
+
+    def save(self) -> None:
+        step = self.begun.progress.step
+        state = {"step": step, "model": self.config.model.model_dump(mode="json"), **self.engine.state()}
+        self.store.save(step, self.engine.fragments, state)
 
     def copies(self) -> list[float]:
         """Copying the state once, tensor by tensor, into memory that is there already; after a step, as a snapshot is."""
@@ -152,19 +146,19 @@ class Bench:
             writes.append(write_like_dd(probe, self.size))
             probe.unlink()
             self.step()
-            saves.append(timed(lambda: (self.run.save(), self.run.store.finish())))
-        self.run.store.take_outcomes()
+            saves.append(timed(lambda: (self.save(), self.store.finish())))
+        self.store.take_outcomes()
         return saves, writes
 
     def asynchronous(self) -> tuple[list[float], list[float], list[float]]:
         """Stalls, times of the steps beside the writer, times from the save to its publication."""
-        store, stalls, steps, writes = self.run.store, [], [], []
+        store, stalls, steps, writes = self.store, [], [], []
         for _ in range(self.repeats):
             self.step()
-            self.run.save()
+            self.save()
             while store.busy:
                 steps.append(self.step())
-                store.advance(*self.run.ctx.sum(store.pulse()))
+                store.advance(*self.engine.ctx.sum(store.pulse()))
             (saved,) = store.take_outcomes()
             assert saved.error is None
             stalls.append(saved.stall_s)
@@ -194,9 +188,7 @@ class Bench:
         """Loading, verifying, and reading the same files like dd; in turn, and each from the disk, not from the cache."""
 
         def load() -> None:
-            reader = CheckpointReader(folder)
-            load_weights(reader, self.run.models, self.run.ctx)
-            load_optimizer(reader, self.run.models, self.run.optimizer, self.run.ctx)
+            self.engine.load(CheckpointReader(folder))
 
         loads, checks, reads = [], [], []
         files = list(folder.iterdir())
@@ -224,8 +216,7 @@ def main() -> None:
     Path(config.run_dir).mkdir()
     try:
         with parallel_context(config.parallel) as ctx:
-            run, _ = start(config, ctx)
-            measured = measure(Bench(run, folder, options.repeats))
+            measured = measure(Bench(config, start(config, ctx), folder, options.repeats))
             measured["device"] = ctx.platform.describe()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -244,7 +235,7 @@ def measure(bench: Bench) -> dict:
     result["sync save_s"], result["disk write_s"] = bench.synchronous()
     result["async stall_s"], result["step beside async_s"], result["async write_s"] = bench.asynchronous()
     result["dcp stall_s"], result["step beside dcp_s"] = bench.torch_dcp()
-    newest = next(itertools.islice(step_folders(Path(bench.run.config.run_dir) / "checkpoints"), 1))
+    newest = next(itertools.islice(step_folders(bench.store.root), 1))
     result["load_s"], result["verify_s"], result["disk read_s"] = bench.read(newest, os.cpu_count() or 1)
     return result
 

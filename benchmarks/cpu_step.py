@@ -26,10 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flagscale_like.config import Parallel, RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.families import find_family
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.recipes.benchmark import our_steps
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import train_step
 
 MODEL = {
     "num_layers": 8,
@@ -43,14 +41,8 @@ MODEL = {
 
 
 def our_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
-    models = build_chunks(config, ctx)
-    initialize_weights(models, config, ctx)
-    chunks = wrap_chunks(models, config, ctx)
-    optimizer = build_optimizer(chunks, config)
-    data, _ = build_datasets(config, ctx, train_samples=config.train.total_samples(), valid_samples=0)
-    batches = micro_batches(data, config, ctx)
-    count = config.train.global_batch_size // config.train.micro_batch_size
-    return lambda: train_step(chunks, optimizer, config, ctx, batches, count).loss
+    steps = our_steps(config, ctx)
+    return lambda: next(steps)
 
 
 def their_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:

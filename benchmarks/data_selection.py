@@ -26,8 +26,8 @@ from flagscale_like.config import Parallel
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.pretrain import prepare_once
 from flagscale_like.data.stream import TokenStream, read_stream
+from flagscale_like.recipes.evaluate import evaluate_stream
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.evaluation import evaluate_stream
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,8 +23,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flagscale_like.training.metrics import read_metrics, read_records
-from flagscale_like.training.recovery import LEDGER, effective_time_ratio
+from flagscale_like.jsonl import read_records
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.recovery import effective_time_ratio
 
 SAMPLE_S = 0.25
 STALLED_S = 180.0
@@ -161,7 +163,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
     quiet = launch(write_config(folder, "undisturbed", steps, interval), ranks, 0)
     assert quiet.wait() == 0, f"see {folder}/undisturbed.log"
     assert losses(run_dir) == losses(quiet_dir), "the losses differ from those of the run that was never stopped"
-    starts = [event for event in read_records(run_dir / LEDGER) if event["event"] == "start"]
+    starts = [event for event in read_records(RunFolder(run_dir).resilience) if event["event"] == "start"]
     return {
         "steps": steps,
         "ranks": ranks,

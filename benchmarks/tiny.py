@@ -11,9 +11,10 @@ from typing import Any
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import prepare_once
 from flagscale_like.errors import DivergedError
+from flagscale_like.jsonl import read_records
+from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.loop import train
-from flagscale_like.training.metrics import read_metrics, read_records
+from flagscale_like.training.metrics import read_metrics
 
 VOCABULARY = 512
 # About 1.5 MB of code by many hands.
@@ -64,7 +65,7 @@ def run(config: RunConfig) -> tuple[list[dict], list[dict], str | None]:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             with parallel_context(config.parallel) as ctx:
-                train(config, ctx)
+                pretrain(config, ctx)
         except DivergedError as error:
             stopped = str(error)
     run_dir = Path(config.run_dir)

@@ -9,16 +9,17 @@ from typing import Any
 
 from flagscale_like.checkpoint import manifest, store
 from flagscale_like.config import RunConfig
+from flagscale_like.engine.engine import Engine, Outputs
+from flagscale_like.jsonl import read_records
+from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime import host_copy
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training import step
-from flagscale_like.training.loop import train
-from flagscale_like.training.metrics import Reporter, read_metrics, read_records
+from flagscale_like.training.metrics import Reporter, read_metrics
 
 
 def train_run(config: RunConfig) -> None:
     with parallel_context(config.parallel) as ctx:
-        train(config, ctx)
+        pretrain(config, ctx)
 
 
 def train_and_listen(config: RunConfig, before: Callable[[], None] = lambda: None) -> tuple[list[str], str | None]:
@@ -80,10 +81,28 @@ def _is_latest(path: Path, *_: Any, **__: Any) -> bool:
     return path.name == manifest.LATEST
 
 
+def poison(steps: set[int], *names: str) -> None:
+    """Let the sums or samples of these names be NaN in what these calls of the engine's forward and backward give."""
+    original, calls = Engine.forward_backward, [0]
+
+    @functools.wraps(original)
+    def forward_backward(*args: Any, **kwargs: Any) -> Outputs:
+        outputs = original(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] in steps:
+            for name in names:
+                found = outputs.sums if name in outputs.sums else outputs.samples
+                if name in found:
+                    found[name] = found[name] * float("nan")
+        return outputs
+
+    Engine.forward_backward = forward_backward
+
+
 # Moments of a run that saves at steps 2, 4 and 6; the faults hit step 5, or the save of step 4.
 # The tensors a snapshot copies are the same each time, and so are the pieces of a file: both count from the first save.
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "in mid-step": lambda pieces: at_call(step, "_run_schedule", 5, after),
+    "in mid-step": lambda pieces: at_call(Engine, "forward_backward", 5, after),
     # One call more than a snapshot has: `reserve` is the first, the save of step 2 the second.
     "during staging": lambda pieces: at_call(host_copy.HostCopies, "copy", 2 * pieces + pieces // 2, before),
     "during a shard's write": lambda pieces: at_call(manifest.Checksum, "update", 1 + pieces + 1 + pieces // 2, before),

@@ -1,5 +1,6 @@
 """Run functions on several gloo ranks, and the command line as a user does."""
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,13 +16,19 @@ import yaml
 from torch.distributed import TCPStore
 
 from flagscale_like.config import RunConfig
+from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.engine.engine import Engine
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.reduction import NamedSum
 
 REPOSITORY = Path(__file__).parents[1]
 
 # Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups. torch loads
 # torch._dynamo with the first optimizer that is made: a second of every rank.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["flagscale_like.training.loop", "flagscale_like.checkpoint.store", "torch._dynamo"])
+_context.set_forkserver_preload(["flagscale_like.recipes.pretrain", "torch._dynamo"])
 
 
 def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
@@ -60,6 +67,26 @@ def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
 def write_yaml(config: RunConfig, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
     return path
+
+
+def train_steps(engine: Engine, config: RunConfig, count: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the first `count` steps of a run, without anything beside them."""
+    ctx, objective, train = engine.ctx, NextToken(), config.train
+    data, _ = build_datasets(config, ctx, train_samples=count * train.global_batch_size, valid_samples=0)
+    batches, found = micro_batches(data, config, ctx), []
+    for _ in range(count):
+        micro = train.global_batch_size // (train.micro_batch_size * ctx.dp)
+        outputs = engine.forward_backward(batches, objective, micro)
+        sums = NamedSum(ctx)({"grad-square": outputs.grad_square, **outputs.sums})
+        norm = math.sqrt(sums["grad-square"])
+        engine.update(clip=config.optimizer.clip_grad, grad_norm=norm)
+        found.append((sums["total"] / sums["count"], norm))
+    return found
+
+
+def build_engine(config: RunConfig, ctx: ParallelContext) -> Engine:
+    """A run's model and optimizer, with new weights."""
+    return Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
 
 
 def free_port() -> int:

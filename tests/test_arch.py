@@ -6,6 +6,7 @@ import yaml
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import load_config
 from flagscale_like.model.build import build_chunks
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import REPOSITORY, run_ranks, tiny_config
 
@@ -29,7 +30,7 @@ BAICHUAN_7B = {
 def count_built(config) -> int:
     """Parameters of this rank, built on the meta device; a tied copy on the last stage counts nothing."""
     with parallel_context(config.parallel) as ctx:
-        chunks = build_chunks(config, ctx, meta=True)
+        chunks = build_chunks(ModelSpec.of(config), ctx, meta=True)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         assert all(p.is_meta for p in parameters)
         return sum(p.numel() for p in parameters)

@@ -113,9 +113,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: holds no {key}")
         return self._fragments[key][0][0].global_shape
 
-    def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds this kind of tensor (param, exp_avg, exp_avg_sq) for every key."""
-        return all(f"{i}.{kind}" in self._names[name] for held in self._fragments.values() for _, name, i in held)
+    def has(self, kind: str, keys: Iterable[str] | None = None) -> bool:
+        """Whether the checkpoint holds this kind of tensor (param, exp_avg, exp_avg_sq) of the keys; of all, if left out."""
+        wanted = self._fragments if keys is None else keys
+        return all(f"{i}.{kind}" in self._names[name] for key in wanted for _, name, i in self._fragments.get(key, ()))
 
     def rank_tensor(self, rank: int, name: str) -> Tensor | None:
         """A tensor that one rank saved for itself (its random state), or None."""

@@ -223,6 +223,11 @@ def step_folders(root: Path) -> Iterator[Path]:
     yield from sorted(found, key=step_of, reverse=True)
 
 
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint folder."""
+    return f"step_{step:08d}"
+
+
 def step_of(folder: Path) -> int:
     """The step that a checkpoint folder's name tells."""
     return int(folder.name[5:])

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata, write_safetensors
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.layout import MOMENTS
 from flagscale_like.checkpoint.manifest import (
     STATE,
     TEMPORARY,
@@ -28,6 +27,7 @@ from flagscale_like.checkpoint.manifest import (
     write_json,
     write_manifest,
 )
+from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.errors import CheckpointError
 
 

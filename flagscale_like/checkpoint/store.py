@@ -16,34 +16,17 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
-from flagscale_like.checkpoint.format import (
-    CheckpointReader,
-    fragment_metadata,
-    is_vocabulary,
-    write_safetensors,
-)
+from flagscale_like.checkpoint.format import fragment_metadata, write_safetensors
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.layout import (
-    MOMENTS,
-    OptimizerShard,
-    adam_step,
-    ensure_moments,
-    optimizer_shards,
-    parameter_pieces,
-    set_adam_step,
-)
 from flagscale_like.checkpoint.manifest import (
     STATE,
     TEMPORARY,
@@ -54,18 +37,18 @@ from flagscale_like.checkpoint.manifest import (
     remove,
     remove_leftovers,
     step_folders,
+    step_name,
     step_of,
     to_remove,
     write_json,
     write_manifest,
 )
-from flagscale_like.config import Checkpoint, RunConfig
-from flagscale_like.errors import CheckpointError, ConversionError
-from flagscale_like.model.build import LanguageModel, build_chunks
+from flagscale_like.checkpoint.shard import Shard
+from flagscale_like.config import Checkpoint
+from flagscale_like.errors import CheckpointError
 from flagscale_like.runtime.host_copy import HostCopies
 from flagscale_like.runtime.parallel import ParallelContext
-
-READERS = 4  # threads: while one copies what it read, the disk works for another
+from flagscale_like.runtime.random_state import random_states
 
 
 class WeightSource(Protocol):
@@ -140,7 +123,7 @@ class CheckpointStore:
         self.root, self.ctx, self.options = Path(root), ctx, options
         self.outcomes: list[Saved] = []
         self._copies = HostCopies(ctx.platform)
-        self._shards: list[OptimizerShard] = []
+        self._shards: list[Shard] = []
         self._save: _Save | None = None
         problem = None
         if ctx.is_main:
@@ -159,19 +142,19 @@ class CheckpointStore:
         """Whether a save is under way."""
         return self._save is not None
 
-    def save(self, step: int, chunks: list[LanguageModel], optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    def save(self, step: int, shards: Callable[[], Iterable[Shard]], state: dict[str, Any]) -> None:
         """Begin a save. Where one is under way, wait for that first: there is one set of host buffers.
 
         How it ended is found in `outcomes` later; `finish` waits for it.
 
         Args:
+            shards: what this rank holds of every model; asked for once, at the first save.
             state: JSON-able: what the loop needs to go on.
         """
         self.finish()
         began = time.perf_counter()
-        snapshot = self._snapshot(chunks, optimizer)
-        state = {**state, "adam_step": adam_step(optimizer), "loss_scaler": loss_scaler_state(optimizer)}
-        name = f"step_{step:08d}"
+        snapshot = self._snapshot(shards)
+        name = step_name(step)
         temporary = self.root / f"{TEMPORARY}{name}-{self._launch}"
         work = Background(lambda: self._write(temporary, snapshot), name=f"write {name}")
         self._save = _Save(step, state, temporary, self.root / name, work)
@@ -231,28 +214,26 @@ class CheckpointStore:
         taken, self.outcomes = self.outcomes, []
         return taken
 
-    def reserve(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> None:
-        """Make the host buffers now: the first save would wait for page faults and pinning else."""
-        self._snapshot(chunks, optimizer)
+    def reserve(self, shards: Callable[[], Iterable[Shard]]) -> None:
+        """Make the host buffers now. Otherwise the first save waits for page faults and pinning."""
+        self._snapshot(shards)
 
     def before_update(self) -> None:
         """Call before parameters change: on CUDA a snapshot may still be on its way to the host."""
         self._copies.hold_compute()
 
-    def _snapshot(self, chunks: list[LanguageModel], optimizer: MegatronOptimizer) -> Snapshot:
+    def _snapshot(self, shards: Callable[[], Iterable[Shard]]) -> Snapshot:
         """Copy this rank's fragments into reused host buffers."""
         if not self._shards:
-            ensure_moments(optimizer)
-            # Views of what the optimizer updates in place, for the whole run; to find them takes longer than to copy them.
-            found = optimizer_shards(chunks, optimizer, self.ctx)
-            self._shards = [shard for shard in found if shard.primary]
+            # Views of what the optimizer updates in place, for the whole run: finding them takes longer than copying them.
+            self._shards = [shard for shard in shards() if shard.primary]
         tensors: list[tuple[str, Tensor]] = []
         self._copies.begin()
         for index, shard in enumerate(self._shards):
             for kind, source in shard.tensors.items():
                 name = f"{index}.{kind}"
                 tensors.append((name, self._copies.copy(name, source)))
-        for name, rng in _rng_states(self.ctx).items():
+        for name, rng in random_states(self.ctx.platform).items():
             tensors.append((name, self._copies.copy(name, rng)))
         self._copies.end()
         return Snapshot([shard.fragment for shard in self._shards], tensors)
@@ -324,149 +305,7 @@ def verify(folder: Path, ctx: ParallelContext) -> list[str]:
     return sorted({problem for found in ctx.gather(problems) for problem in found})
 
 
-@torch.no_grad()
-def load_weights(
-    reader: WeightSource,
-    chunks: list[LanguageModel],
-    ctx: ParallelContext,
-    *,
-    strict: bool = True,
-    vocab_size: int | None = None,
-) -> list[str]:
-    """Fill the model's parameters on this layout, in the model's dtype. All ranks call it.
-
-    Args:
-        strict: every tensor of the model and of the checkpoint has its counterpart; else what does not fit is left.
-        vocab_size: the model's; tensors of another vocabulary do not fit. Left out: any padding of rows does.
-
-    Returns:
-        What was left, in words, the same on every rank.
-
-    Raises:
-        CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written.
-    """
-    pieces = [(p, piece) for chunk in chunks for p, held in parameter_pieces(chunk, ctx).items() for piece in held]
-    misfits: dict[str, str] = {}
-    for _, piece in pieces:
-        try:
-            reader.check(piece.box)
-            if vocab_size not in (None, reader.arch.vocab_size) and is_vocabulary(piece.box.key):
-                misfits[piece.box.key] = (
-                    f"{reader.folder}: {piece.box.key} is of a vocabulary of {reader.arch.vocab_size}, "
-                    f"the model's is of {vocab_size}"
-                )
-        except (CheckpointError, ConversionError) as error:
-            misfits[piece.box.key] = str(error)
-    gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in pieces})))
-    wanted = {key for _, keys in gathered for key in keys}
-    problems = sorted({text for found, _ in gathered for text in found.values()})
-    problems += [f"{reader.folder}: the model has no {key}" for key in sorted(set(reader.keys()) - wanted)]
-    if problems and strict:
-        raise CheckpointError("; ".join(problems))
-    fills = [
-        (p.data.view(-1)[piece.start : piece.start + piece.box.numel], "param", piece.box)
-        for p, piece in pieces
-        if piece.box.key not in misfits
-    ]
-    _fill(fills, reader)
-    return problems
-
-
-def _fill(views: list[tuple[Tensor, str, Fragment]], reader: WeightSource) -> None:
-    """Read fragments into contiguous 1-D views, on a device by way of the host; several at a time where that is safe."""
-
-    @torch.no_grad()  # of each thread's own
-    def fill(view: Tensor, kind: str, fragment: Fragment) -> None:
-        out = view if view.device.type == "cpu" else torch.empty(view.shape, dtype=view.dtype)
-        reader.read(kind, fragment, out)
-        if out is not view:
-            view.copy_(out)
-
-    with ThreadPoolExecutor(READERS if isinstance(reader, CheckpointReader) else 1) as pool:
-        for done in [pool.submit(fill, *wanted) for wanted in views]:
-            done.result()
-
-
-@torch.no_grad()
-def load_optimizer(
-    reader: CheckpointReader, chunks: list[LanguageModel], optimizer: MegatronOptimizer, ctx: ParallelContext
-) -> None:
-    """Fill the fp32 master weights and Adam's moments on this layout, the step count and the loss scale.
-
-    Raises:
-        CheckpointError: the checkpoint holds weights only.
-    """
-    if not all(reader.has(kind) for kind in MOMENTS):
-        raise CheckpointError(f"{reader.folder}: holds weights only, no optimizer state; use checkpoint.load for it")
-    ensure_moments(optimizer)
-    # An fp32 model's weights are its master weights; load_weights has filled them.
-    filled = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
-    _fill(
-        [
-            (view, kind, shard.fragment)
-            for shard in optimizer_shards(chunks, optimizer, ctx)
-            for kind, view in shard.tensors.items()
-            if view.untyped_storage().data_ptr() not in filled
-        ],
-        reader,
-    )
-    set_adam_step(optimizer, int(reader.state["adam_step"]))
-    set_loss_scaler_state(optimizer, reader.state.get("loss_scaler"))
-
-
-def load_rng(reader: CheckpointReader, ctx: ParallelContext) -> bool:
-    """Put back this rank's random state, where the layout is the one that saved it; says whether."""
-    saved = reader.state.get("layout")
-    if saved != layout_record(ctx):
-        return False
-    default = reader.rank_tensor(ctx.rank, "rng.default")
-    if default is None:
-        return False
-    ctx.platform.set_rng_state(default)
-    tracker = get_cuda_rng_tracker()
-    states = {name: reader.rank_tensor(ctx.rank, f"rng.{name}") for name in tracker.get_states()}
-    tracker.set_states({name: state for name, state in states.items() if state is not None})
-    return True
-
-
 def layout_record(ctx: ParallelContext) -> dict[str, int]:
     """The layout, as checkpoints record it."""
     par = ctx.layout
     return {"tp": par.tp, "pp": par.pp, "vpp": par.vpp, "cp": par.cp, "dp": ctx.dp}
-
-
-def _rng_states(ctx: ParallelContext) -> dict[str, Tensor]:
-    states = {f"rng.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    return {"rng.default": ctx.platform.rng_state(), **states}
-
-
-def loss_scaler_state(optimizer: MegatronOptimizer) -> dict[str, Any] | None:
-    """The fp16 loss scaler's numbers; None for other precisions."""
-    scaler = optimizer.chained_optimizers[0].grad_scaler
-    if scaler is None:
-        return None
-    return {key: value.item() if isinstance(value, Tensor) else value for key, value in scaler.state_dict().items()}
-
-
-def set_loss_scaler_state(optimizer: MegatronOptimizer, state: dict[str, Any] | None) -> None:
-    """Put back what loss_scaler_state() returned."""
-    scaler = optimizer.chained_optimizers[0].grad_scaler
-    if scaler is None or not state:
-        return
-    tensors = {k: torch.tensor([v], dtype=torch.float) if k == "scale" else v for k, v in state.items()}
-    for part in optimizer.chained_optimizers:
-        part.grad_scaler.load_state_dict(tensors)
-
-
-def load_model(reader: WeightSource, ctx: ParallelContext, *, precision: str) -> LanguageModel:
-    """The whole model in this process: for generation and for comparing logits.
-
-    Args:
-        ctx: a context of one rank.
-
-    Raises:
-        CheckpointError: its configuration is not one that this version knows.
-    """
-    (model,) = build_chunks(RunConfig.for_inference(reader.arch, precision=precision), ctx)
-    load_weights(reader, [model], ctx)
-    return model

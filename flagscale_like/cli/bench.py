@@ -45,7 +45,7 @@ def bench(
         _bench_here(load_config(config_file, overrides or (), model_of_source), steps, warmup, compare, save, result)
         return
     from flagscale_like.planner.report import table
-    from flagscale_like.training.benchmark import plot, rows, sweep_points
+    from flagscale_like.recipes.benchmark import plot, rows, sweep_points
 
     found = []
     try:
@@ -104,8 +104,8 @@ def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save:
     import json
     from dataclasses import asdict
 
+    from flagscale_like.recipes.benchmark import compare_with_transformers, measure
     from flagscale_like.runtime.parallel import parallel_context
-    from flagscale_like.training.benchmark import compare_with_transformers, measure
 
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:
         with contextlib.redirect_stdout(sys.stderr):

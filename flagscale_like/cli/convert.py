@@ -63,8 +63,8 @@ def export(
         return
 
     # Only now: a conversion by itself needs none of megatron-core.
-    from flagscale_like.checkpoint.hf_check import compare_logits, transformers_ships
     from flagscale_like.config import Parallel
+    from flagscale_like.engine.hf_check import compare_logits, transformers_ships
     from flagscale_like.errors import ConversionError
     from flagscale_like.runtime.parallel import parallel_context
 

@@ -10,6 +10,7 @@ import typer
 
 from flagscale_like.cli.base import app, example
 from flagscale_like.errors import ConfigError
+from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.data.draws import DrawState
@@ -221,7 +222,7 @@ def _order_records(run: Path) -> tuple[Path, list[Segment], list[DrawState]]:
     if segments:
         return run_dir, segments, read_draws(run_dir)
     states = []
-    for folder in [run] if is_checkpoint else step_folders(run_dir / "checkpoints"):
+    for folder in [run] if is_checkpoint else step_folders(RunFolder(run_dir).checkpoints):
         try:
             states.append(read_state(folder))
         except CheckpointError:

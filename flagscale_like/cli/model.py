@@ -38,8 +38,8 @@ def evaluate(
 
     from flagscale_like.checkpoint.hf_folder import HfFolder
     from flagscale_like.data.stream import read_stream
+    from flagscale_like.recipes.evaluate import evaluate_stream
     from flagscale_like.runtime.parallel import parallel_context
-    from flagscale_like.training.evaluation import evaluate_stream
 
     source, own_tokenizer = (HfFolder(hf), hf) if hf is not None else open_checkpoint(checkpoint)
     with parallel_context(parallel) as ctx:
@@ -63,10 +63,11 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; the run's, if left out.")] = None,
 ) -> None:
     """Print a completion from a native checkpoint."""
-    from flagscale_like.checkpoint.store import load_model
     from flagscale_like.config import Parallel
     from flagscale_like.data.tokenizer import Tokenizer
+    from flagscale_like.engine.engine import Engine
     from flagscale_like.model.generate import generate
+    from flagscale_like.model.spec import ModelSpec
     from flagscale_like.runtime.parallel import parallel_context
 
     reader, found_tokenizer = open_checkpoint(checkpoint)
@@ -76,7 +77,7 @@ def generate(
     words = Tokenizer(folder)
     ids = words.encode_batch([prompt])[0] or [words.eod]
     with parallel_context(Parallel()) as ctx:
-        model = load_model(reader, ctx, precision="fp32")
+        model = Engine.build(ModelSpec(arch=reader.arch), ctx, source=reader).model
         new = generate(
             model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=words.eod, seed=seed
         )

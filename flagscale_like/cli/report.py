@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flagscale_like.cli.base import app, example
+from flagscale_like.run_folder import RunFolder
 
 
 @app.command(epilog=example("flagscale-like report runs/demo"))
@@ -18,7 +19,7 @@ def report(
     """Write one HTML file of a run: curves, what happened, configuration, layout, memory planned and measured."""
     from flagscale_like.training.report import write_report
 
-    target = out or run / "report.html"
+    target = out or RunFolder(run).report
     story = write_report(run, target)
     alarms = sum(mark.kind != "checkpoint" for mark in story.happened)
     typer.echo(f"wrote {target}: {len(story.kept)} steps on record, {alarms} events; open it in a browser")

@@ -60,15 +60,15 @@ def train(
 
 def _train_here(config: RunConfig) -> None:
     from flagscale_like.data.pretrain import prepare_once
+    from flagscale_like.recipes.pretrain import pretrain
     from flagscale_like.runtime.parallel import agree, parallel_context, world_size_from_env
-    from flagscale_like.training.loop import train
 
     config.data_parallel_size(world_size_from_env())
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:
         _make_run_folder(config, ctx)
         # Rank 0 makes the files; a failure there is every rank's error.
         agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
-        train(prepare_once(config), ctx)
+        pretrain(prepare_once(config), ctx)
 
 
 def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:

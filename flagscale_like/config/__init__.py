@@ -26,7 +26,7 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
-from flagscale_like.config.run import RunConfig
+from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
     "Checkpoint",
@@ -51,5 +51,6 @@ __all__ = [
     "Source",
     "Spike",
     "Train",
+    "check_layout",
     "load_config",
 ]

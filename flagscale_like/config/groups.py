@@ -89,6 +89,8 @@ class Train(Frozen):
         recompute: activations recomputed in the backward pass: `selective` the attention core, `full` every layer.
         log_interval, eval_interval: steps between log lines and evaluations; eval_interval 0 evaluates never.
         eval_steps: global batches an evaluation reads.
+        frozen: shell patterns of parameter names that training leaves as they are: `embedding.*`, `decoder.layers.0.*`.
+        gc_interval: steps between Python's garbage collections, at the same step on every rank; 0 leaves them to Python.
     """
 
     steps: int = Field(gt=0)
@@ -104,6 +106,8 @@ class Train(Frozen):
     log_interval: int = Field(default=1, gt=0)
     eval_interval: int = Field(default=0, ge=0)
     eval_steps: int = Field(default=10, gt=0)
+    frozen: list[str] = Field(default_factory=list)
+    gc_interval: int = Field(default=100, ge=0)
 
     def batch_size_at(self, consumed: int) -> int:
         """Global batch size of the step that follows `consumed` samples: equal stretches of samples an increment."""
@@ -323,10 +327,16 @@ class Resilience(Frozen):
 
 
 class Kernels(Frozen):
-    """Which implementation computes each operator: auto is Triton on CUDA and torch on CPU."""
+    """Which implementation computes each operator: auto is Triton where it runs, and torch elsewhere.
+
+    Attributes:
+        linear_cross_entropy: `fused` computes the output layer and the loss in one operator, which holds the logits of a
+            chunk of tokens at a time; `off` computes all logits first. auto is fused where Triton runs.
+    """
 
     attention: KernelChoice = "auto"
     rope: KernelChoice = "auto"
     rms_norm: KernelChoice = "auto"
     swiglu: KernelChoice = "auto"
     cross_entropy: KernelChoice = "auto"
+    linear_cross_entropy: Literal["auto", "fused", "off"] = "auto"

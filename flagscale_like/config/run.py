@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from flagscale_like.arch import Frozen, ModelArch
 from flagscale_like.config.groups import (
@@ -30,6 +30,46 @@ def _near(value: int, fits: Callable[[int], bool]) -> str:
     return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
+def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
+    """Refuse a layout that does not divide the model, and a sequence that the model has no positions for.
+
+    Raises:
+        ValueError: with both numbers, and the nearest that would do.
+    """
+    shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(model, name) % par.tp:
+            raise ValueError(
+                f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
+                f"tp {_near(par.tp, lambda tp: shared % tp == 0)} would do"
+            )
+    if par.sp and seq_length % par.tp:
+        raise ValueError(
+            f"train.seq_length ({seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
+            f"seq_length {_near(seq_length, lambda s: s % par.tp == 0)} would do"
+        )
+    _check_stages(model.num_layers, par)
+    if model.max_position_embeddings and seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
+        )
+
+
+def _check_stages(layers: int, par: Parallel) -> None:
+    first, last = par.first_stage_layers, par.last_stage_layers
+    rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
+    if not (first or last):
+        if layers % (par.pp * par.vpp):
+            near = _near(par.pp, lambda pp: layers % (pp * par.vpp) == 0)
+            way_out = f"pp {near} would do" if near else f"vpp {_near(par.vpp, lambda v: layers % v == 0)} may do"
+            raise ValueError(f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp}): {way_out}")
+    elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
+        raise ValueError(
+            f"model.num_layers ({layers}) less first_stage_layers ({first or 0}) and last_stage_layers ({last or 0}) "
+            f"must be divisible by the other stages ({stages})"
+        )
+
+
 class RunConfig(Frozen):
     """A run, wholly described. `run_dir` receives config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png."""
 
@@ -48,28 +88,11 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        model, par, train = self.model, self.parallel, self.train
-        shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            if getattr(model, name) % par.tp:
-                raise ValueError(
-                    f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
-                    f"tp {_near(par.tp, lambda tp: shared % tp == 0)} would do"
-                )
-        if par.sp and train.seq_length % par.tp:
-            raise ValueError(
-                f"train.seq_length ({train.seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
-                f"seq_length {_near(train.seq_length, lambda s: s % par.tp == 0)} would do"
-            )
-        self._check_stages()
+        par, train = self.parallel, self.train
+        check_layout(self.model, par, train.seq_length)
         if self.offload and isinstance(self.offload.share, list) and len(self.offload.share) != par.pp:
             raise ValueError(
                 f"offload.share lists {len(self.offload.share)} stages, parallel.pp is {par.pp}: give one share a stage"
-            )
-        if model.max_position_embeddings and train.seq_length > model.max_position_embeddings:
-            raise ValueError(
-                f"train.seq_length ({train.seq_length}) exceeds model.max_position_embeddings "
-                f"({model.max_position_embeddings})"
             )
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
@@ -77,38 +100,23 @@ class RunConfig(Frozen):
                 f"train.micro_batch_size ({train.micro_batch_size}): micro_batch_size "
                 f"{_near(train.micro_batch_size, lambda b: train.global_batch_size % b == 0)} would do"
             )
-        if self.init.mup and model.tie_embeddings:
+        if self.init.mup and self.model.tie_embeddings:
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: embedding and output layer are scaled differently"
             )
-        if self.optimizer.warmup_steps >= train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than train.steps ({train.steps})"
-            )
-        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps is None:
-            raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
-        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps > train.steps:
-            raise ValueError(
-                f"optimizer.decay_steps ({self.optimizer.decay_steps}) exceeds train.steps ({train.steps})"
-            )
+        self._check_schedule()
         return self
 
-    def _check_stages(self) -> None:
-        layers, par = self.model.num_layers, self.parallel
-        first, last = par.first_stage_layers, par.last_stage_layers
-        rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
-        if not (first or last):
-            if layers % (par.pp * par.vpp):
-                near = _near(par.pp, lambda pp: layers % (pp * par.vpp) == 0)
-                way_out = f"pp {near} would do" if near else f"vpp {_near(par.vpp, lambda v: layers % v == 0)} may do"
-                raise ValueError(
-                    f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp}): {way_out}"
-                )
-        elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
+    def _check_schedule(self) -> None:
+        optimizer, steps = self.optimizer, self.train.steps
+        if optimizer.warmup_steps >= steps:
             raise ValueError(
-                f"model.num_layers ({layers}) less first_stage_layers ({first or 0}) and last_stage_layers ({last or 0}) "
-                f"must be divisible by the other stages ({stages})"
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps})"
             )
+        if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
+            raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
+        if optimizer.schedule == "wsd" and optimizer.decay_steps > steps:
+            raise ValueError(f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps})")
 
     def data_parallel_size(self, world_size: int) -> int:
         """The data-parallel degree on `world_size` ranks.
@@ -150,37 +158,6 @@ class RunConfig(Frozen):
                     f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
                 )
         return dp
-
-    @classmethod
-    def for_inference(
-        cls,
-        model: ModelArch,
-        *,
-        precision: str = "fp32",
-        parallel: Parallel | None = None,
-        seq_length: int | None = None,
-        micro_batch_size: int = 1,
-        global_batch_size: int | None = None,
-    ) -> RunConfig:
-        """A run that trains nothing and writes nothing: what building and running a model forward needs.
-
-        Raises:
-            ConfigError: the model cannot be laid out so.
-        """
-        length = seq_length or model.max_position_embeddings or 2048
-        batch = global_batch_size or micro_batch_size
-        train = {"micro_batch_size": micro_batch_size, "global_batch_size": batch, "seq_length": length}
-        try:
-            return cls(
-                run_dir="",
-                model=model,
-                parallel=parallel or Parallel(),
-                train=Train(steps=1, precision=precision, **train),
-                optimizer=Optimizer(lr=1.0),
-                data=Data(synthetic=True),
-            )
-        except ValidationError as error:
-            raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
 
     def planned_samples(self) -> int:
         """Samples that the run may read: those of its steps, and a reserve for the steps made again after going back."""

@@ -25,6 +25,7 @@ from megatron.core.datasets.utils import Split
 from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
+from flagscale_like.run_folder import RunFolder
 
 SplitName = Literal["train", "valid", "test"]
 SURPLUS = 0.005  # samples built for each source beyond its share, which the blend's rounding may take
@@ -136,7 +137,7 @@ def _within(position: int, dataset: SourceDataset | Blend) -> int:
 
 def index_folder(config: RunConfig) -> Path:
     """Where a run keeps its sample index."""
-    return Path(config.data.cache_dir or Path(config.run_dir) / "data" / "index")
+    return Path(config.data.cache_dir or RunFolder(config.run_dir).index)
 
 
 def build_split(

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flagscale_like.errors import DataError
+from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.data.blend import SourceDataset
-
-DRAWS = "draws.jsonl"
 
 
 def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> Iterator[tuple[int, int]]:
@@ -59,27 +57,16 @@ class DrawState:
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
-        append_record(run_dir / DRAWS, vars(self))
-
-
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add a line of JSON; after one that a kill cut short, on a line of its own."""
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(record).encode("utf-8") + b"\n")
+        append_record(RunFolder(run_dir).draws, vars(self))
 
 
 def read_draws(run_dir: Path) -> list[DrawState]:
     """The journal in the order of positions; what a killed run drew and drew again after it was resumed counts once."""
-    path = run_dir / DRAWS
     states: list[DrawState] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for record in read_records(RunFolder(run_dir).draws):
         try:
-            record = json.loads(line)
             state = DrawState(**{"position": sum(record["drawn"]), **record})  # old journals: selection from the start
-        except (ValueError, TypeError, KeyError):  # the run was killed here
+        except (TypeError, KeyError):  # a record of another kind
             continue
         while states and states[-1].position >= state.position:
             states.pop()
@@ -114,8 +101,8 @@ class DrawnOrder:
         state = self.states[number] if number >= 0 else None
         if state is None or (state.until is not None and position >= state.until):
             raise DataError(
-                f"sample {position}: which one data.selection drew is known from the run's {DRAWS} only, as far as the run "
-                "came, or shortly after a checkpoint"
+                f"sample {position}: which one data.selection drew is known from the run's draws.jsonl only, as far as the "
+                "run came, or shortly after a checkpoint"
             )
         if self._of is None or self._of[0] is not state:
             self._of, self._plan = (state, state.samples()), []

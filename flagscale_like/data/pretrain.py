@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flagscale_like.config import RunConfig, Source
+from flagscale_like.data.batch import Batch
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.preprocess import preprocess
@@ -24,9 +25,9 @@ from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
+from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
-FIELDS = ("tokens", "labels", "loss_mask")
 SOURCE = "dataset_id"  # megatron-core's name for a sample's source in the blend
 
 
@@ -56,7 +57,7 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     prepare = config.data.prepare
     if prepare is None:
         return config
-    folder = Path(config.run_dir) / "data"
+    folder = RunFolder(config.run_dir).data
     prefix, tokenizer = folder / "text", config.data.tokenizer
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
@@ -170,11 +171,10 @@ def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, sampl
 
 def micro_batches(
     dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """This rank's micro-batches from `consumed` samples on: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
+) -> Iterator[Batch]:
+    """This rank's micro-batches from `consumed` samples on.
 
-    Of several sources, also `source` [b] int64 on the host: the number of each sample's source. Only the first and the last
-    pipeline stage read; the ranks of one tensor-parallel group read the same.
+    Only the first and the last pipeline stage read; the ranks of one tensor-parallel group read the same.
 
     Args:
         mixture: chooses the samples of a SourcesDataset, in place of their order.
@@ -197,8 +197,14 @@ def micro_batches(
         generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
     )
     for batch in loader:
-        fields = {name: batch[name].to(ctx.platform.device, non_blocking=True) for name in FIELDS}
-        yield fields | ({"source": batch[SOURCE].long()} if SOURCE in batch else {})
+        yield Batch.of(batch, ctx.platform.device, batch[SOURCE].long() if SOURCE in batch else None)
     raise DataError(
         f"the data is used up: all {len(dataset):,} samples that were planned are read; a larger train.steps plans more"
     )
+
+
+def micro_batch_count(config: RunConfig, ctx: ParallelContext, samples: int) -> int:
+    """Micro-batches a data-parallel rank that hold `samples` or a few more; the interleaved schedule wants whole rounds."""
+    round_ = config.parallel.pp if config.parallel.vpp > 1 else 1
+    count = -(-samples // (config.train.micro_batch_size * ctx.dp))
+    return -(-count // round_) * round_

@@ -20,15 +20,15 @@ import numpy as np
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder, source_mark
-from flagscale_like.data.draws import DrawnOrder, DrawState, append_record
+from flagscale_like.data.draws import DrawnOrder, DrawState
 from flagscale_like.data.pretrain import each_source
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
-
-JOURNAL, LOSSES = "samples.jsonl", "sample_losses"
+from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Segment:
 
     def append_to(self, run_dir: Path) -> None:
         """Note it in the run's journal."""
-        append_record(run_dir / JOURNAL, vars(self))
+        append_record(RunFolder(run_dir).samples, vars(self))
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,11 @@ class Sample:
 
 def read_journal(run_dir: Path) -> list[Segment]:
     """The run's segments, in the order of time; a line cut short by a kill is left out."""
-    path = run_dir / JOURNAL
     segments = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for record in read_records(RunFolder(run_dir).samples):
         try:
-            segments.append(Segment(**json.loads(line)))
-        except (ValueError, TypeError):
+            segments.append(Segment(**record))
+        except TypeError:
             continue
     return segments
 
@@ -166,7 +165,7 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
         elif segment.event == "gap":
             raise DataError(
                 f"between the checkpoints of steps {segment.step} and {following.step} the run went back: which samples "
-                f"step {step} read is known from {JOURNAL} only"
+                f"step {step} read is known from samples.jsonl only"
             )
         reading = Reading(step, first, count, segment)
         if not found or (found[-1].first, found[-1].count) != (first, count):
@@ -304,7 +303,7 @@ def write_losses(run_dir: Path, rank: int, reading: tuple[int, ...], losses: Seq
         reading: step, first sample, data-parallel rank and size, micro-batch size.
         losses: one a sample, in the order of reading.
     """
-    folder = run_dir / LOSSES
+    folder = RunFolder(run_dir).sample_losses
     folder.mkdir(exist_ok=True)
     record = dict(zip(("step", "first", "dp_rank", "dp", "micro_batch_size"), reading, strict=True))
     append_record(folder / f"rank_{rank:05d}.jsonl", {**record, "losses": [round(loss, 5) for loss in losses]})
@@ -315,7 +314,7 @@ def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
     of_segment = RunConfig.model_validate(reading.segment.config).train.micro_batch_size
     found: dict[int, float] = {}
     mark = f'{{"step": {reading.step}, "first": {reading.first}, '
-    for path in sorted((run_dir / LOSSES).glob("rank_*.jsonl")):
+    for path in sorted(RunFolder(run_dir).sample_losses.glob("rank_*.jsonl")):
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if not line.startswith(mark):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from flagscale_like.data.draws import DrawState, draw
 from flagscale_like.errors import DataError
 
 KEPT = ("log_weights", "credits", "drawn", "losses", "scores", "errors")
-MOST_BEHIND = 5.0  # of a log-weight: a source that was bad for long can come back in reasonable time
+# A log-weight falls no further below the largest: a source that was bad for long comes back in reasonable time.
+MAX_LOG_WEIGHT_GAP = 5.0
 
 
 class Mixture:
@@ -120,7 +121,7 @@ class Mixture:
         if largest > 0:
             steps = (_beyond(s or 0.0, e or 0.0) / largest for s, e in zip(self.scores, self.errors, strict=True))
             raised = [g + options.rate * step for g, step in zip(self.log_weights, steps, strict=True)]
-            self.log_weights = [max(g - max(raised), -MOST_BEHIND) for g in raised]
+            self.log_weights = [max(g - max(raised), -MAX_LOG_WEIGHT_GAP) for g in raised]
         self._totals, self._steps = _no_totals(len(weights)), 0
         return losses
 
@@ -188,24 +189,18 @@ class MixtureSampler:
                 yield plan[start : start + self.micro_batch_size]
 
 
-class SourceLosses:
-    """Adds up the losses of a step's samples by source, on the rank that computes them."""
+def losses_by_source(samples: Mapping[str, Tensor], sources: int) -> Tensor:
+    """The losses of a step's samples, added up by source.
 
-    def __init__(self, sources: int) -> None:
-        self.sources = sources
-        self._totals: Tensor | None = None
+    Args:
+        samples: `loss` and `tokens` [n], of each sample the sum over its tokens and their number, and `source` [n].
 
-    def watch(self, batch: dict[str, Tensor], losses: Tensor) -> None:
-        """Take a micro-batch. batch["source"]: [b]; losses: [b, s]."""
-        mask = batch["loss_mask"]
-        tokens = mask.sum(dim=1)
-        means = (losses.detach().float() * mask).sum(dim=1) / tokens.clamp(min=1)
-        rows = torch.stack([means, means.square(), (tokens != 0).float()]).double()  # [3, b]
-        if self._totals is None:
-            self._totals = torch.zeros(3, self.sources, dtype=torch.float64, device=rows.device)
-        self._totals.index_add_(1, batch["source"].to(rows.device, non_blocking=True), rows)
-
-    def take(self, *, counts: bool) -> list[float]:
-        """[3 * sources], as `Mixture.note` takes them, since the last call; zeros where another rank counts them."""
-        totals, self._totals = self._totals, None
-        return totals.flatten().tolist() if counts and totals is not None else [0.0] * (3 * self.sources)
+    Returns:
+        [3, sources] float64, as `Mixture.note` takes it: the sum of the samples' mean losses, of their squares, and the
+        number of samples.
+    """
+    tokens = samples["tokens"]
+    means = samples["loss"] / tokens.clamp(min=1)
+    rows = torch.stack([means, means.square(), (tokens != 0).float()]).double()  # [3, n]
+    totals = torch.zeros(3, sources, dtype=torch.float64, device=rows.device)
+    return totals.index_add_(1, samples["source"].to(rows.device, non_blocking=True), rows)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
+from flagscale_like.data.batch import Batch
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
@@ -66,10 +66,8 @@ def window_count(tokens: int, seq_length: int) -> int:
     return -(-(tokens - 1) // seq_length)
 
 
-def windows(
-    tokens: np.ndarray, ctx: ParallelContext, *, seq_length: int, micro_batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """This data-parallel rank's micro-batches: tokens, labels [b, s] int64 and loss_mask [b, s], on the device.
+def windows(tokens: np.ndarray, ctx: ParallelContext, *, seq_length: int, micro_batch_size: int) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches, on the device.
 
     Every rank gets as many; what fills up the last ones is masked.
     """
@@ -82,5 +80,4 @@ def windows(
             part = torch.from_numpy(tokens[start : start + seq_length + 1].astype(np.int64))
             count = max(len(part) - 1, 0)
             inputs[row, :count], labels[row, :count], mask[row, :count] = part[:count], part[1 : count + 1], 1.0
-        batch = {"tokens": inputs, "labels": labels, "loss_mask": mask}
-        yield {name: value.to(ctx.platform.device) for name, value in batch.items()}
+        yield Batch.of({"tokens": inputs, "labels": labels, "loss_mask": mask}, ctx.platform.device)

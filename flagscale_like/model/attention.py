@@ -1,5 +1,8 @@
 """Core attention: positions (RoPE, ALiBi, NLPE) and causal softmax(q kᵀ) v, on q, k, v as megatron-core hands them over.
 
+A batch is rows of one document each, or a pack of documents whose bounds megatron-core hands over as packed_seq_params. What
+this attention does not compute (another mask, a bias) it refuses.
+
 The rotation happens here and not in megatron-core's rope_utils: q and k are rotated in one launch, from tables that are made
 once, and NLPE finds the unrotated q and k that it needs.
 """
@@ -9,6 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from flagscale_kernels import (
@@ -90,19 +97,31 @@ class CoreAttention(nn.Module):
 
     Args:
         tables: RoPE's; None with ALiBi.
+        config, layer_number, cp_comm_type: megatron-core gives them to every core attention; this one needs none of them.
+        attn_mask_type, attention_type, attention_dropout: refused, unless causal self-attention without dropout.
     """
 
-    def __init__(
+    def __init__(  # many parameters: the signature is megatron-core's
         self,
         *,
         arch: ModelArch,
         kernels: Kernels,
         tables: RotaryTables | None,
+        pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
+        config: TransformerConfig | None = None,
+        layer_number: int | None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        attention_type: str = "self",
+        cp_comm_type: str | None = None,
+        attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
+        if attention_type != "self" or attn_mask_type is not AttnMaskType.causal or attention_dropout:
+            raise ValueError(
+                f"core attention is causal self-attention without dropout (asked for: {attention_type} attention, "
+                f"{attn_mask_type.name}, dropout {attention_dropout})"
+            )
         self.tables = tables
         self.position = arch.position
         # q, k and v are views of what linear_qkv wrote. Where autograd keeps rotated copies of q and k, a view of v would
@@ -116,27 +135,66 @@ class CoreAttention(nn.Module):
             tp = pg_collection.tp
             self.slopes = alibi_slopes(arch.num_attention_heads).chunk(tp.size())[tp.rank()]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d].
+
+        With packed_seq_params the pack is one row of t tokens: query [t, n/tp, d]; key, value [t, g/tp, d] -> [t, n/tp * d].
+
+        Raises:
+            ValueError: a mask, a mask type or a bias is asked for that this attention does not compute.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            given = "attention_mask" if attention_mask is not None else "attention_bias"
+            raise ValueError(f"{given} is given: core attention is causal within each document and takes no other mask")
+        if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise ValueError(f"attn_mask_type is {attn_mask_type.name}: core attention computes causal attention only")
         if self.frees_qkv:
             value = value.contiguous()
+        if self.slopes is not None and self.slopes.device != query.device:
+            self.slopes = self.slopes.to(query.device)
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params).flatten(1)
         if self.position.kind == "nlpe":
             return self._piecewise(query, key, value).flatten(2)
         if self.tables is not None:
             query, key = self._rotate(query, key)
-        elif self.slopes.device != query.device:
-            self.slopes = self.slopes.to(query.device)
-        out = flash_attention(
+        return self._attend(query, key, value, layout="sbnd").flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **documents: Any) -> Tensor:
+        return flash_attention(
             query,
             key,
             value,
             softmax_scale=self.softmax_scale,
-            layout="sbnd",
             alibi_slopes=self.slopes,
             window=self.window,
             backend=self.backend,
+            **documents,
         )
-        return out.flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSeqParams) -> Tensor:
+        """Each document of a pack by itself: positions start at 0 in each, and no query sees another document's keys."""
+        if pack.qkv_format != "thd":
+            raise ValueError(f"packed_seq_params.qkv_format is {pack.qkv_format!r}: core attention takes packs as thd")
+        if self.position.kind == "nlpe":
+            raise ValueError("position.kind nlpe takes no packs of documents yet: use rows of one document each")
+        bounds = pack.cu_seqlens_q
+        if self.tables is not None:
+            tables = self.tables.tables(query.shape[0], query.device)
+            options = {"layout": "tnd", "cu_seqlens": bounds, "inplace_backward": True, "backend": self.rope_backend}
+            query, key = rope(query, key, *tables, **options)
+        longest = {"max_seqlen_q": pack.max_seqlen_q, "max_seqlen_k": pack.max_seqlen_kv}
+        return self._attend(query, key, value, layout="tnd", cu_seqlens_q=bounds, cu_seqlens_k=bounds, **longest)
 
     def _rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         tables = self.tables.tables(query.shape[0], query.device)

@@ -1,10 +1,12 @@
-"""ModelArch -> TransformerConfig -> GPTModel chunks -> DistributedDataParallel."""
+"""ModelSpec -> TransformerConfig -> GPTModel chunks -> DistributedDataParallel."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +17,27 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
-from flagscale_kernels import cross_entropy
 from flagscale_like.arch import ModelArch
-from flagscale_like.config import Kernels, RunConfig
+from flagscale_like.config import Init, Kernels
 from flagscale_like.errors import ConfigError
+from flagscale_like.model.heads import HiddenHead, LanguageModelHead, ValueHead
 from flagscale_like.model.layer_spec import block_spec
-from flagscale_like.model.modules import OutputLayer, backend_of
+from flagscale_like.model.modules import backend_of
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platform import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def transformer_config(config: RunConfig, platform: Platform, *, meta: bool = False) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = False) -> TransformerConfig:
     """megatron-core's description of the model and its layout.
 
     Args:
         meta: leave the device open, for building under torch.device("meta").
     """
-    arch, par, train = config.model, config.parallel, config.train
-    dtype = DTYPES[train.precision]
+    arch, par = spec.arch, spec.parallel
+    dtype = DTYPES[spec.precision]
     interleaved = par.vpp > 1
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -55,8 +58,8 @@ def transformer_config(config: RunConfig, platform: Platform, *, meta: bool = Fa
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
+        bf16=spec.precision == "bf16",
+        fp16=spec.precision == "fp16",
         tensor_model_parallel_size=par.tp,
         pipeline_model_parallel_size=par.pp,
         virtual_pipeline_model_parallel_size=par.vpp if interleaved else None,
@@ -68,9 +71,9 @@ def transformer_config(config: RunConfig, platform: Platform, *, meta: bool = Fa
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
-        recompute_granularity=None if train.recompute == "none" else train.recompute,
-        recompute_method="uniform" if train.recompute == "full" else None,
-        recompute_num_layers=1 if train.recompute == "full" else None,
+        recompute_granularity=None if spec.recompute == "none" else spec.recompute,
+        recompute_method="uniform" if spec.recompute == "full" else None,
+        recompute_num_layers=1 if spec.recompute == "full" else None,
         calculate_per_token_loss=True,
         # initialize_weights() fills the weights, alike on every layout. megatron-core's own initialisation still has to run:
         # it marks which parameters are tensor-parallel, without which the gradient norm leaves shards out.
@@ -91,98 +94,151 @@ def _leave(weight: Tensor) -> None:
 
 
 class LanguageModel(GPTModel):
-    """GPTModel with our layer spec and output layer. Positions live in the core attention: megatron-core adds none."""
+    """GPTModel with our layer spec and a head of model.heads. Positions live in the core attention: megatron-core adds none.
+
+    Args:
+        fused_loss: see LanguageModelHead.
+        pre, post: this chunk holds the embedding; the head.
+        vp_stage: number of the chunk where a stage holds several.
+    """
 
     def __init__(
         self,
-        arch: ModelArch,
+        spec: ModelSpec,
         config: TransformerConfig,
         *,
-        kernels: Kernels,
-        max_seq_length: int,
+        fused_loss: bool,
         pre: bool,
         post: bool,
         vp_stage: int | None,
     ) -> None:
-        self.cross_entropy_backend = backend_of(kernels.cross_entropy)
-        self.arch = arch  # setup_embeddings_and_output_layer() reads it while GPTModel is built
+        # setup_embeddings_and_output_layer() reads them while GPTModel is built
+        self.spec, self.arch, self.fused_loss = spec, spec.arch, fused_loss
         super().__init__(
             config,
-            block_spec(arch, kernels, config, vp_stage),
-            vocab_size=arch.padded_vocab_size(config.tensor_model_parallel_size),
-            max_sequence_length=max_seq_length,
+            block_spec(spec.arch, spec.kernels, config, vp_stage),
+            vocab_size=spec.arch.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=spec.seq_length,
             pre_process=pre,
             post_process=post,
             position_embedding_type="none",
-            share_embeddings_and_output_weights=arch.tie_embeddings,
+            share_embeddings_and_output_weights=spec.tied,
             vp_stage=vp_stage,
         )
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Put our output layer in the place of megatron-core's, before it marks the weight as the model's output."""
+        """Put the head in the place of megatron-core's output layer, before that is marked as the model's output."""
         if self.post_process:
-            self.output_layer = OutputLayer(
-                self.config,
-                vocab_size=self.arch.vocab_size,
-                padded_vocab_size=self.vocab_size,
-                normalize=self.arch.norm_head,
-                tied_here=self.pre_process and self.share_embeddings_and_output_weights,
-                tp_group=self.pg_collection.tp,
-            )
+            self.output_layer = self._head()
         super().setup_embeddings_and_output_layer()
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of each token over the tensor-parallel vocabulary, with one collective.
-
-        Args:
-            labels: [b, s].
-            logits: [s, b, v/tp]; the backward pass writes their gradient over them.
-
-        Returns:
-            fp32 [b, s].
-        """
-        loss = cross_entropy(
-            logits, labels.t(), group=self.pg_collection.tp, reduction="none", backend=self.cross_entropy_backend
+    def _head(self) -> LanguageModelHead | ValueHead | HiddenHead:
+        tp_group = self.pg_collection.tp
+        if self.spec.head == "value":
+            return ValueHead(self.config, tp_group)
+        if self.spec.head == "hidden":
+            return HiddenHead(self.config, tp_group)
+        return LanguageModelHead(
+            self.config,
+            vocab_size=self.arch.vocab_size,
+            padded_vocab_size=self.vocab_size,
+            normalize=self.arch.norm_head,
+            tied_here=self.pre_process and self.share_embeddings_and_output_weights,
+            fused=self.fused_loss,
+            backend=backend_of(self.spec.kernels.cross_entropy),
+            tp_group=tp_group,
         )
-        return loss.t()
+
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Any, position_ids: Any, labels: Tensor | None, *_: Any, **__: Any
+    ) -> Tensor:
+        """What GPTModel does after the decoder: nothing on a middle stage, the head on the last.
+
+        The other arguments serve multi-token prediction and megatron-core's own inference, which this model has not.
+        """
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer.finish(hidden_states, labels, weight)
 
 
-def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False) -> list[LanguageModel]:
+def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -> list[LanguageModel]:
     """This rank's model chunks (one, or vpp of them), with uninitialised weights.
 
     Args:
         meta: build on the meta device: shapes and counts of any size, no memory.
+
+    Raises:
+        ConfigError: a kernel that does not run here is asked for, or a pattern of `frozen` names no parameter.
     """
-    check_kernels(config, ctx.platform)
-    tf_config = transformer_config(config, ctx.platform, meta=meta)
-    vpp = config.parallel.vpp
+    check_kernels(spec.kernels, ctx.platform)
+    tf_config = transformer_config(spec, ctx.platform, meta=meta)
+    vpp = spec.parallel.vpp
     chunks = []
     with torch.device("meta" if meta else ctx.platform.device):
         for stage in range(vpp):
             vp_stage = stage if vpp > 1 else None
             chunks.append(
                 LanguageModel(
-                    config.model,
+                    spec,
                     tf_config,
-                    kernels=config.kernels,
-                    max_seq_length=config.train.seq_length,
+                    fused_loss=fuses_loss(spec.kernels, ctx.platform),
                     pre=is_pp_first_stage(ctx.groups.pp) and is_vp_first_stage(vp_stage, vpp),
                     post=ctx.is_last_stage and is_vp_last_stage(vp_stage, vpp),
                     vp_stage=vp_stage,
                 )
             )
+    freeze(chunks, spec.frozen, ctx)
     return chunks
 
 
-def check_kernels(config: RunConfig, platform: Platform) -> None:
+def check_kernels(kernels: Kernels, platform: Platform) -> None:
     """Refuse a choice of kernels that this platform cannot run.
 
     Raises:
         ConfigError: triton without CUDA.
     """
-    chosen = [name for name, choice in config.kernels.model_dump().items() if choice == "triton"]
+    chosen = [name for name, choice in kernels.model_dump().items() if choice == "triton"]
     if chosen and not platform.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"kernels.{chosen[0]} is triton, which needs CUDA (or TRITON_INTERPRET=1): use auto or torch")
+
+
+def fuses_loss(kernels: Kernels, platform: Platform) -> bool:
+    """Whether output layer and loss are one operator; see config.Kernels."""
+    choice = kernels.linear_cross_entropy
+    return choice == "fused" or (choice == "auto" and platform.is_cuda)
+
+
+def freeze(chunks: list[LanguageModel], patterns: Sequence[str], ctx: ParallelContext) -> None:
+    """Exclude the parameters whose names match a shell pattern from training.
+
+    Raises:
+        ConfigError: on every rank, where a pattern names no parameter of any rank, or nothing is left to train.
+    """
+    if not patterns:
+        return
+    matched, trained = set(), 0
+    for chunk in chunks:
+        for name, parameter in named_shards(chunk).items():
+            hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+            parameter.requires_grad_(not hits)
+            matched |= hits
+            trained += not hits
+        if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):
+            # Full recompute passes gradients only to an input that asks for one; a frozen embedding's output does not.
+            chunk.embedding.register_forward_hook(_requires_grad)
+    found = ctx.gather((matched, trained))
+    unknown = set(patterns) - set().union(*(names for names, _ in found))
+    if unknown:
+        raise ConfigError(
+            f"train.frozen: {sorted(unknown)[0]!r} matches no parameter; names look like decoder.layers.0.*"
+        )
+    if not all(count for _, count in found):
+        raise ConfigError("train.frozen leaves a pipeline stage without a parameter to train: freeze less, or lower pp")
+
+
+def _requires_grad(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if module.training and torch.is_grad_enabled() else output
 
 
 def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
@@ -199,7 +255,7 @@ def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
     return {global_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
-def matrix_std(name: str, config: RunConfig) -> float:
+def matrix_std(name: str, arch: ModelArch, init: Init) -> float:
     """Standard deviation that a matrix is drawn with.
 
     init_std; for the two that write to the residual stream output_init_std, or, depth-scaled, init_std / sqrt(2 * num_layers)
@@ -210,7 +266,6 @@ def matrix_std(name: str, config: RunConfig) -> float:
     Args:
         name: from `named_shards`.
     """
-    arch, init = config.model, config.init
     std, scaled = arch.init_std, init.scheme == "depth_scaled"
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std = arch.output_init_std or (std / (2 * arch.num_layers) ** 0.5 if scaled else std)
@@ -221,15 +276,19 @@ def matrix_std(name: str, config: RunConfig) -> float:
 
 
 @torch.no_grad()
-def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelContext) -> None:
+def initialize_weights(
+    chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext, only: set[nn.Parameter] | None = None
+) -> None:
     """Fill the weights from (seed, parameter name), so that one seed gives one model on every layout.
 
     Each rank draws the full matrix and keeps its own part. Normal, with `matrix_std`; norms are norm_init, q's and k's own
     norms 1. Biases and the rows of the padded vocabulary are zero.
     """
-    arch, tp, rank = config.model, config.parallel.tp, ctx.tp_rank
+    arch, tp, rank = spec.arch, spec.parallel.tp, ctx.tp_rank
     for chunk in chunks:
         for name, parameter in named_shards(chunk).items():
+            if only is not None and parameter not in only:
+                continue
             if parameter.dim() == 1:
                 own_norm = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0 if own_norm else arch.norm_init)
@@ -245,10 +304,10 @@ def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: Para
             padded = shape[0]
             if vocabulary:
                 shape[0] = arch.vocab_size  # padding must not shift the numbers drawn
-            digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
+            digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
             generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
             full = torch.empty(shape, device=ctx.platform.device, dtype=torch.float32)
-            full.normal_(0.0, matrix_std(name, config), generator=generator)
+            full.normal_(0.0, matrix_std(name, arch, spec.init), generator=generator)
             if vocabulary:
                 full = F.pad(full, (0, 0, 0, padded - arch.vocab_size))
             if name.endswith("linear_fc1.weight"):  # each rank holds [its gate; its up]
@@ -257,7 +316,7 @@ def initialize_weights(chunks: list[LanguageModel], config: RunConfig, ctx: Para
             parameter.copy_(full.chunk(tp, dim=dim)[rank])
 
 
-def wrap_chunks(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelContext) -> list[MegatronModule]:
+def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext) -> list[MegatronModule]:
     """DistributedDataParallel around every chunk: gradient buffers, reduce-scatter overlapped with the backward pass."""
     overlap = ctx.dp > 1
     ddp = DistributedDataParallelConfig(
@@ -267,7 +326,7 @@ def wrap_chunks(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelCon
         overlap_param_gather=overlap and ctx.platform.is_cuda,
     )
     tf_config = chunks[0].config
-    half = config.train.precision != "fp32"
+    half = spec.precision != "fp32"
     modules = [Float16Module(tf_config, chunk) if half else chunk for chunk in chunks]
     wrapped = [
         DistributedDataParallel(tf_config, ddp, module, disable_bucketing=index > 0)
@@ -276,7 +335,7 @@ def wrap_chunks(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelCon
     tf_config.finalize_model_grads_func = finalize_model_grads
     if overlap:
         tf_config.no_sync_func = _each([w.no_sync for w in wrapped])
-        if config.parallel.pp > 1:
+        if spec.parallel.pp > 1:
             tf_config.grad_sync_func = _each([w.start_grad_sync for w in wrapped])
     return wrapped
 

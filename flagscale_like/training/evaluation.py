@@ -1,63 +1,64 @@
-"""Perplexity of weights, native or Hugging Face, on a stream of tokens and on any layout."""
+"""The mean loss of a model on held-out data, and of each source of a blend."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from flagscale_like.checkpoint.store import WeightSource, load_weights
-from flagscale_like.config import RunConfig
-from flagscale_like.data.stream import TokenStream, window_count, windows
-from flagscale_like.errors import ConfigError
-from flagscale_like.model.build import build_chunks
-from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.training.step import forward_losses
+import torch
+from torch import Tensor
+
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.engine import Engine
+from flagscale_like.engine.objective import Objective
+from flagscale_like.runtime.reduction import NamedSum
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats a token, over `tokens` predicted tokens; bits a byte of text, where there was text."""
+    """Means over what was read, the same on every rank.
+
+    Attributes:
+        loss: total over count, in the objective's unit: nats a token. nan where nothing counted.
+        count: tokens that counted.
+        by_source: the loss of the samples of each source, of the sources that were read.
+    """
 
     loss: float
-    tokens: int
-    bits_per_byte: float | None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
+    count: int
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate_stream(
-    source: WeightSource,
-    stream: TokenStream,
-    ctx: ParallelContext,
+def evaluate(
+    engine: Engine,
+    objective: Objective,
+    batches: Iterator[Batch],
     *,
-    seq_length: int,
-    micro_batch_size: int = 1,
-    precision: str = "fp32",
+    steps: int,
+    micro_batches: int,
+    sources: Sequence[str] = (),
+    on_step: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Predict every token but the first, once, from the tokens before it in its window. All ranks call it.
+    """Run `steps` times `micro_batches` on each data-parallel rank, forward only. All ranks call it.
 
-    Raises:
-        ConfigError: the layout or the sequence length does not fit the model.
+    Args:
+        sources: names by the number in Batch.source.
+        on_step: called before each step.
     """
-    limit = source.arch.max_position_embeddings
-    if limit and seq_length > limit:
-        raise ConfigError(f"the sequence length ({seq_length}) exceeds the model's max_position_embeddings ({limit})")
-    count = -(-window_count(len(stream.tokens), seq_length) // (micro_batch_size * ctx.dp))
-    config = RunConfig.for_inference(
-        source.arch,
-        precision=precision,
-        parallel=ctx.layout,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=count * micro_batch_size * ctx.dp,
-    )
-    chunks = build_chunks(config, ctx)
-    load_weights(source, chunks, ctx)
-    for chunk in chunks:
-        chunk.eval()
-    batches = windows(stream.tokens, ctx, seq_length=seq_length, micro_batch_size=micro_batch_size)
-    total, tokens = forward_losses(chunks, config, ctx, batches, count)
-    bits = total / math.log(2) / stream.text_bytes if stream.text_bytes else None
-    return Evaluation(total / tokens, int(tokens), bits)
+    device = engine.ctx.platform.device
+    sums: dict[str, Tensor | float] = {"total": 0.0, "count": 0.0}
+    by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+    with engine.evaluation():
+        for _ in range(steps):
+            on_step()
+            outputs = engine.forward(batches, objective, micro_batches)
+            sums = {name: value + outputs.sums[name] for name, value in sums.items()}
+            if "source" in outputs.samples:
+                values = torch.stack((outputs.samples["loss"], outputs.samples["tokens"])).double()  # [2, n]
+                by_source.index_add_(1, outputs.samples["source"].to(device), values)
+    reduced = NamedSum(engine.ctx)({**sums, "source losses": by_source[0], "source tokens": by_source[1]})
+    pairs = zip(sources, reduced["source losses"], reduced["source tokens"], strict=True)
+    read = {name: loss / tokens for name, loss, tokens in pairs if tokens}
+    count = reduced["count"]
+    return Evaluation(reduced["total"] / count if count else math.nan, int(count), read)

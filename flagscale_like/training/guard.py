@@ -1,113 +1,97 @@
-"""Decides what becomes of a step that looks wrong: go on, skip it, go back, or stop; with caps.
+"""Decides what becomes of a step that looks wrong: make the update, skip it, go back, or stop; with caps.
 
-Monitors plug in as judges. A judge sees what the ranks have already reduced, so that all come to the same verdict without
-another word.
+The guard sees numbers that are reduced over all ranks, so that all ranks come to the same verdict without another message.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flagscale_like.config import Monitors
-from flagscale_like.training.step import Verdict
+from flagscale_like.training.parts import Event, Facts, Part, Report, Step, Verdict
 
-
-@dataclass(frozen=True)
-class Event:
-    """Something that a monitor found.
-
-    Attributes:
-        kind: which monitor, and on which part of the model where it has one: `loss`, `effective_rank/weights/...`.
-        value, limit: what was measured, and what it crossed.
-        action: what it asks for: log, skip, rewind or stop.
-        message: for people.
-    """
-
-    kind: str
-    value: float
-    limit: float | None
-    action: str
-    message: str
-
-
-# (loss, gradient norm) of the step at hand -> what is wrong with it; nothing, most of the time.
-Judge = Callable[[float, float], Sequence[Event]]
-MOST_OVERFLOWS = 100  # in a row: the scaler comes from 2**32 to 1 in fewer
+# The fp16 loss scaler comes from 2**32 down to 1 in fewer overflows in a row.
+MAX_OVERFLOWS = 100
 SEVERITY = ("log", "skip", "rewind", "stop")
 VERDICT = {"log": Verdict.UPDATE, "skip": Verdict.SKIP, "rewind": Verdict.REWIND, "stop": Verdict.STOP}
 
+# The facts of a step -> what the run's parts find wrong with it.
+Judge = Callable[[Facts], Sequence[Event]]
 
-class Guard:
-    """Asks every judge, takes the gravest verdict, and counts.
+
+class Guard(Part):
+    """Asks for the events of a step, takes the gravest of the actions they ask for, and counts.
 
     Args:
         rewinds: how often the run has gone back so far.
-        judges: beside the one for values that are not finite.
 
     Attributes:
-        reason: why the last step was not made, with the setting that decided.
+        reason: why the last step's update was not made, with the setting that decided.
         skips: steps skipped in a row.
     """
 
-    def __init__(self, options: Monitors, *, rewinds: int = 0, judges: Sequence[Judge] = ()) -> None:
+    name = "guard"
+
+    def __init__(self, options: Monitors, *, rewinds: int = 0) -> None:
         self.options, self.rewinds = options, rewinds
-        self.judges = (self._not_finite, *judges)
         self.reason, self.skips, self.overflows = "", 0, 0
         self._events: list[Event] = []
 
-    def __call__(self, loss: float, grad_norm: float, overflow: bool) -> Verdict:
-        """The verdict on a step; see `training.step.Decide`."""
-        self.overflows = self.overflows + 1 if overflow else 0
-        if overflow and math.isfinite(loss):
-            if self.overflows <= MOST_OVERFLOWS:
-                self.reason = (
-                    "the fp16 loss scale was too large"  # the scaler lowers it: no sign of trouble, and not counted
-                )
+    def __call__(self, facts: Facts, judge: Judge) -> Verdict:
+        """The verdict on a step. `judge` is asked at every step but those that an fp16 overflow spoils."""
+        self.overflows = self.overflows + 1 if facts.overflow else 0
+        if facts.overflow and math.isfinite(facts.loss):
+            if self.overflows <= MAX_OVERFLOWS:
+                # The scaler lowers the scale by itself: it is no sign of trouble, and not counted.
+                self.reason = "the fp16 loss scale was too large"
                 return Verdict.SKIP
-            grad_norm = math.nan  # no scale is small enough
-        found = [event for judge in self.judges for event in judge(loss, grad_norm)]
+            facts = replace(facts, grad_norm=math.nan)  # no scale is small enough
+        found = [*self._not_finite(facts), *judge(facts)]
         self._events += found
         gravest = max(found, key=lambda event: SEVERITY.index(event.action), default=None)
         action, self.reason = (gravest.action, gravest.message) if gravest else ("log", "")
+        return VERDICT[self._capped(action)]
+
+    def _capped(self, action: str) -> str:
+        """The action, or the graver one where it was taken too often."""
         if action == "log":
             self.skips = 0
         if action == "skip":
             self.skips += 1
-            most = self.options.max_consecutive_skips
-            if self.skips > most:
+            cap = self.options.max_consecutive_skips
+            if self.skips > cap:
                 action = self.options.on_max_skips
-                self._escalate("max_consecutive_skips", self.skips, most, action, f"{self.skips} steps in a row")
+                self._escalate("max_consecutive_skips", self.skips, cap, action, f"{self.skips} steps in a row")
         if action == "rewind":
             self.skips = 0
             self.rewinds += 1
-            most = self.options.max_rewinds
-            if self.rewinds > most:
+            cap = self.options.max_rewinds
+            if self.rewinds > cap:
                 action = "stop"
-                self._escalate("max_rewinds", self.rewinds, most, action, f"the run went back {most} times before")
-        return VERDICT[action]
-
-    def take_events(self) -> list[Event]:
-        """What was found since the last call."""
-        taken, self._events = self._events, []
-        return taken
-
-    def state(self) -> dict[str, Any]:
-        """What the next verdict depends on, JSON-able."""
-        return {"skips": self.skips, "overflows": self.overflows}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Put back what state() returned."""
-        self.skips, self.overflows = int(state["skips"]), int(state.get("overflows", 0))
+                self._escalate("max_rewinds", self.rewinds, cap, action, f"the run went back {cap} times before")
+        return action
 
     def _escalate(self, setting: str, value: float, limit: float, action: str, words: str) -> None:
         self.reason += f"; {words} (monitors.{setting})"
         self._events.append(Event(setting, value, limit, action, self.reason))
 
-    def _not_finite(self, loss: float, grad_norm: float) -> list[Event]:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _not_finite(self, facts: Facts) -> list[Event]:
+        if math.isfinite(facts.loss) and math.isfinite(facts.grad_norm):
             return []
-        policy, value = self.options.non_finite, grad_norm if math.isfinite(loss) else loss
+        policy, value = self.options.non_finite, facts.grad_norm if math.isfinite(facts.loss) else facts.loss
         return [Event("non_finite", value, None, policy, f"not finite; monitors.non_finite is {policy}")]
+
+    def after(self, step: Step, report: Report) -> None:
+        """Report the events of the step."""
+        for event in self._events:
+            report.event(step.plan.step, step.consumed, event)
+        self._events = []
+
+    def state(self) -> dict[str, Any]:
+        return {"skips": self.skips, "overflows": self.overflows}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.skips, self.overflows = int(state["skips"]), int(state.get("overflows", 0))

@@ -10,22 +10,23 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from flagscale_like.config import EffectiveRank, LayerNorms, RunConfig, Spike
-from flagscale_like.model.build import LanguageModel, named_shards
-from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.training.guard import Event
-from flagscale_like.training.shards import OwnedShard, adam_update, owned_shards
+from flagscale_like.config import EffectiveRank, LayerNorms, Monitors, Spike
+from flagscale_like.engine.engine import Engine
+from flagscale_like.engine.shards import OwnedShard, adam_update
+from flagscale_like.model.build import named_shards
+from flagscale_like.training.parts import Event, Facts, Part, Report, Step
+from flagscale_like.training.plan import StepPlan
 from flagscale_like.training.spectrum import SplitMatrix, effective_rank
 
-LEAST_RISE = 0.01  # of the mean: what is no spike, however little the window varies
+# A value less than this share above the mean is no spike, however little the window varies.
+MIN_RELATIVE_RISE = 0.01
 MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -33,7 +34,7 @@ class SpikeMonitor:
     """Finds steps whose value leaps; see `config.Spike`.
 
     A value above the limit enters the window as the limit: one spike does not hide the next by raising the deviation, and a
-    level that stays up is accepted with time instead of being judged a spike for ever.
+    level that stays up is accepted with time.
     """
 
     def __init__(self, name: str, options: Spike) -> None:
@@ -47,7 +48,7 @@ class SpikeMonitor:
         options, limit, why = self.options, math.inf, ""
         if len(self.window) >= options.window // 4:
             mean, sigma = statistics.fmean(self.window), statistics.pstdev(self.window)
-            limit = mean + max(options.sigma * sigma, LEAST_RISE * abs(mean))
+            limit = mean + max(options.sigma * sigma, MIN_RELATIVE_RISE * abs(mean))
             why = f"mean {mean:.4g} + {options.sigma:g} sigma of the last {len(self.window)} steps"
         if options.limit is not None and options.limit < limit:
             limit, why = options.limit, f"monitors.{self.name}.limit"
@@ -70,9 +71,10 @@ class LayerMonitor:
     The ratio is |w' - w| / |w'|, with L2 norms over all weights of the layer.
     """
 
-    def __init__(self, options: LayerNorms, shards: list[OwnedShard], num_layers: int, ctx: ParallelContext) -> None:
-        self.options, self.shards, self.ctx = options, shards, ctx
-        units = [*(f"layers.{i}" for i in range(num_layers)), "embedding", "final_layernorm", "output_layer"]
+    def __init__(self, options: LayerNorms, engine: Engine) -> None:
+        self.options, self.ctx, self.shards = options, engine.ctx, [s for s in engine.owned if s.trained]
+        layers = [f"layers.{i}" for i in range(engine.spec.arch.num_layers)]
+        units = [*layers, "embedding", "final_layernorm", "output_layer"]
         self.units = {unit: column for column, unit in enumerate(units)}
         self._squares: Tensor | None = None
 
@@ -118,7 +120,7 @@ class LayerMonitor:
         ]
 
 
-class RankMonitor:
+class EffectiveRankMonitor:
     """Effective rank of weight matrices, their gradients and the residual stream; see `training.spectrum`.
 
     The matrices are dealt out over the data-parallel ranks. A tensor-parallel shard stays where it is: the ranks of a group
@@ -129,26 +131,23 @@ class RankMonitor:
     def __init__(
         self,
         options: EffectiveRank,
-        chunks: list[LanguageModel],
-        shards: list[OwnedShard],
-        config: RunConfig,
-        ctx: ParallelContext,
+        engine: Engine,
     ) -> None:
-        self.options, self.ctx, self.shards = options, ctx, shards
-        self.layers = evenly_spaced(config.model.num_layers, options.layers)
-        self.sequence_parallel = config.parallel.sp
+        self.options, self.ctx, self.shards = options, engine.ctx, [s for s in engine.owned if s.trained]
+        self.layers = evenly_spaced(engine.spec.arch.num_layers, options.layers)
+        self.sequence_parallel = engine.spec.parallel.sp
         self.highest: dict[str, float] = {}
         self.low: set[str] = set()
         self._rows: dict[int, Tensor] = {}
         self._listening = False
         self.parameters: dict[tuple[int, str], nn.Parameter] = {}
-        for chunk in chunks:
+        for chunk in engine.models:
             for name, parameter in named_shards(chunk).items():
                 found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", name)
                 if found and int(found[1]) in self.layers and found[2] in MATRICES:
                     self.parameters[int(found[1]), found[2]] = parameter
         if "activations" in options.of:
-            for chunk in chunks:
+            for chunk in engine.models:
                 for layer in chunk.decoder.layers:
                     if layer.layer_number - 1 in self.layers:
                         layer.register_forward_hook(self._remember)
@@ -236,62 +235,64 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 
-class StepMonitors:
-    """The monitors of a run, called by the loop at three moments of a step: before it, to judge it, after it."""
+class StepMonitors(Part):
+    """The monitors of a run. They look at a step's loss and gradients before the update, and at the weights after it."""
 
-    def __init__(
-        self, chunks: list[LanguageModel], optimizer: MegatronOptimizer, config: RunConfig, ctx: ParallelContext
-    ) -> None:
-        options = config.monitors
-        shards = list(owned_shards(chunks, optimizer, ctx)) if options.layers or options.effective_rank else []
+    name = "monitors"
+    goes_back = True
+
+    def __init__(self, options: Monitors, engine: Engine) -> None:
         given = {"loss": options.loss, "grad_norm": options.grad_norm}
         self.spikes = {name: SpikeMonitor(name, spike) for name, spike in given.items() if spike is not None}
-        self.layers = LayerMonitor(options.layers, shards, config.model.num_layers, ctx) if options.layers else None
-        self.ranks = (
-            RankMonitor(options.effective_rank, chunks, shards, config, ctx) if options.effective_rank else None
-        )
-        self._step = 0
+        self.layers = LayerMonitor(options.layers, engine) if options.layers else None
+        self.effective_ranks = EffectiveRankMonitor(options.effective_rank, engine) if options.effective_rank else None
+        self._plan: StepPlan | None = None
         self._readings: dict[str, float] = {}
 
-    def begin(self, step: int) -> None:
-        """Before a step."""
-        self._step, self._readings = step, {}
-        if self.ranks and step % self.ranks.options.interval == 0:
-            self.ranks.listen()
+    def _due(self, monitor: LayerMonitor | EffectiveRankMonitor | None) -> bool:
+        return monitor is not None and self._plan.step % monitor.options.interval == 0
 
-    def judge(self, loss: float, grad_norm: float) -> list[Event]:
-        """Events of a step whose gradients are ready and whose update is not made; see `training.guard.Judge`."""
+    def before(self, plan: StepPlan) -> None:
+        self._plan, self._readings = plan, {}
+        if self._due(self.effective_ranks):
+            self.effective_ranks.listen()
+
+    def judge(self, facts: Facts) -> list[Event]:
         found = []
-        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
-            if name in self.spikes:
-                found += self.spikes[name].judge(value)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if self.layers and self._step % self.layers.options.interval == 0:
+        for name, spike in self.spikes.items():
+            found += spike.judge(getattr(facts, name))
+        finite = math.isfinite(facts.loss) and math.isfinite(facts.grad_norm)
+        if self._due(self.layers):
             self.layers.note_gradients()
-        if self.ranks and finite and self._step % self.ranks.options.interval == 0:
-            ranks = self.ranks.measure()
+        if finite and self._due(self.effective_ranks):
+            ranks = self.effective_ranks.measure()
             self._readings |= {f"effective-rank/{name}": value for name, value in ranks.items()}
-            found += self.ranks.events(ranks, settled=self._step > self.ranks.options.after)
+            settled = self._plan.step > self.effective_ranks.options.after
+            found += self.effective_ranks.events(ranks, settled=settled)
         return found
 
-    def end(self, *, updated: bool) -> tuple[dict[str, float], list[Event]]:
-        """After a step: what was measured in it, and what no verdict depends on."""
-        if self.layers and self._step % self.layers.options.interval == 0:
-            readings = self.layers.measure(updated=updated)
+    def after(self, step: Step, report: Report) -> None:
+        """Report what was measured, and the events that no verdict depends on."""
+        events = []
+        if self._due(self.layers):
+            readings = self.layers.measure(updated=step.updated)
             self._readings |= readings
-            return self._readings, self.layers.events(readings)
-        return self._readings, []
+            events = self.layers.events(readings)
+        report.numbers(step.plan.step, self._readings)
+        for event in events:
+            report.event(step.plan.step, step.consumed, event)
 
     def state(self) -> dict[str, Any]:
-        """What later verdicts depend on, JSON-able."""
         state: dict[str, Any] = {name: list(spike.window) for name, spike in self.spikes.items()}
-        if self.ranks:
-            state["highest"], state["low"] = dict(self.ranks.highest), sorted(self.ranks.low)
+        if self.effective_ranks:
+            state["highest"] = dict(self.effective_ranks.highest)
+            state["low"] = sorted(self.effective_ranks.low)
         return state
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Put back what state() returned; a monitor that was not on then begins anew."""
         for name, spike in self.spikes.items():
             spike.window = deque(state.get(name, []), maxlen=spike.options.window)
-        if self.ranks:
-            self.ranks.highest, self.ranks.low = dict(state.get("highest", {})), set(state.get("low", []))
+        if self.effective_ranks:
+            self.effective_ranks.highest = dict(state.get("highest", {}))
+            self.effective_ranks.low = set(state.get("low", []))

@@ -7,7 +7,6 @@ run was killed in between, and its time since the last step on record is lost. S
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flagscale_like.training.metrics import read_metrics, read_records
-
-LEDGER = "resilience.jsonl"
+from flagscale_like.errors import DivergedError
+from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.parts import Part, Report, Step
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Interruption:
     down_since: float
 
 
-class Ledger:
-    """The record of a run's starts and stops. Made on rank 0 before the metrics are cut back to the step resumed from.
+class Ledger(Part):
+    """The record of a run's starts and stops, on rank 0. Made before the metrics are cut back to the step resumed from.
+
+    A stop that the run itself decided on is orderly: it is done, was asked to stop, or its guard stopped it. What follows any
+    other end is a restart.
 
     Args:
         step: step that the run goes on from.
@@ -43,7 +47,8 @@ class Ledger:
     """
 
     def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
-        self.path, self.run_dir, self._now = Path(run_dir) / LEDGER, Path(run_dir), now
+        self.path, self.run_dir, self._now = RunFolder(run_dir).resilience, Path(run_dir), now
+        self._step = step
         self.events = read_records(self.path)
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
@@ -74,15 +79,27 @@ class Ledger:
             "resilience/ettr": effective_time_ratio(self.run_dir, self._now()),
         }
 
-    def stop(self, step: int) -> None:
+    def after(self, step: Step, report: Report) -> None:
+        """Report what an interruption cost, once the first new step is done."""
+        self._step = step.plan.step
+        record = self.recovered()
+        if record:
+            report.numbers(step.plan.step, record)
+            report.say(
+                f"step {step.plan.step} | restart {record['resilience/restarts']:.0f}: "
+                f"{record['resilience/lost-steps']:.0f} steps lost, first new step {record['resilience/recovery_s']:.1f} s "
+                f"after the last sign of life, ETTR {record['resilience/ettr']:.1%}"
+            )
+
+    def close(self, error: BaseException | None) -> None:
         """Note an orderly end."""
-        self._append("stop", step)
+        if error is None or isinstance(error, DivergedError):
+            self._append("stop", self._step)
 
     def _append(self, name: str, step: int, **more: int) -> None:
         event: dict[str, Any] = {"event": name, "time": self._now(), "step": step, **more}
         self.events.append(event)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        append_record(self.path, event)
 
 
 def effective_time_ratio(run_dir: Path, now: float) -> float:
@@ -101,7 +118,7 @@ def effective_time_ratio(run_dir: Path, now: float) -> float:
             steps = record["step"] - (kept[-1][0] if kept else 0)
             kept.append((record["step"], steps * record["iteration-time"]))
     wall, started = 0.0, None
-    for event in read_records(Path(run_dir) / LEDGER):
+    for event in read_records(RunFolder(run_dir).resilience):
         if event["event"] == "stop" and started is not None:
             wall += event["time"] - started
             started = None

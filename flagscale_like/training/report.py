@@ -15,15 +15,16 @@ from typing import Any
 
 from flagscale_like.config import RunConfig, load_config
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.jsonl import read_records
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
+from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
-from flagscale_like.training.metrics import read_metrics, read_records
-from flagscale_like.training.recovery import LEDGER, effective_time_ratio
+from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.recovery import effective_time_ratio
 
 TEMPLATE = Path(__file__).with_name("report.html")
-EVENTS = "events.jsonl"
 
 # What is marked on the curves, in the order of the legend.
 KINDS = {
@@ -79,9 +80,9 @@ def read_story(run_dir: Path) -> Story:
         DataError: it has no step on record.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
+    if not RunFolder(run_dir).config.is_file():
         raise ConfigError(f"{run_dir}: no run folder: it has no config.yaml; give the run_dir of a training")
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(RunFolder(run_dir).config)
     records = read_metrics(run_dir)
     kept: list[dict[str, Any]] = []
     given_up, validation, happened = [], {}, []
@@ -113,8 +114,8 @@ def read_story(run_dir: Path) -> Story:
         kept.append(record)
     if not kept:
         raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet; nothing to draw")
-    happened += [_alarm(event) for event in read_records(run_dir / EVENTS) if "step" in event]
-    now = max(e["time"] for e in read_records(run_dir / LEDGER)) if (run_dir / LEDGER).is_file() else None
+    happened += [_alarm(event) for event in read_records(RunFolder(run_dir).events) if "step" in event]
+    now = max((event["time"] for event in read_records(RunFolder(run_dir).resilience)), default=None)
     seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
     return Story(
         config=config,

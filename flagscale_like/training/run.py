@@ -1,97 +1,88 @@
-"""A run's parts on this rank: built, restored, saved, taken back."""
+"""A run on this rank: its engine, data, parts and store; restored from a checkpoint, saved, taken back."""
 
 from __future__ import annotations
 
 import functools
 import platform as host
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.manifest import find_checkpoint
-from flagscale_like.checkpoint.store import (
-    CheckpointStore,
-    WeightSource,
-    layout_record,
-    load_optimizer,
-    load_rng,
-    load_weights,
-    verify,
-)
+from flagscale_like.checkpoint.store import CheckpointStore, WeightSource, layout_record, verify
 from flagscale_like.config import Checkpoint, RunConfig
-from flagscale_like.data.pretrain import check_sources
+from flagscale_like.data.feed import Feed
+from flagscale_like.engine.engine import Engine, engine_states
+from flagscale_like.engine.load import load_random_state
+from flagscale_like.engine.objective import Objective
 from flagscale_like.errors import CheckpointError, DivergedError
-from flagscale_like.families import find_family
-from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
-from flagscale_like.model.offload import ActivationOffload, attach_offload
-from flagscale_like.runtime.parallel import ParallelContext, agree
-from flagscale_like.training.optimizer import build_optimizer, build_scheduler
-from flagscale_like.training.salience import calibrate
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.clock import Clock
+from flagscale_like.training.evaluation import Evaluation
+from flagscale_like.training.guard import Guard
+from flagscale_like.training.learning_rate import build_scheduler
+from flagscale_like.training.metrics import Reporter
+from flagscale_like.training.parts import Parts
+from flagscale_like.training.plan import Progress
+from flagscale_like.training.standard_parts import Saves
 
 
 @dataclass
-class Progress:
-    """Where a run stands. `train_samples` fixes the data's order, so it stays what the run began with."""
+class Start:
+    """A model and its optimizer as the run begins or goes on, and where it stands.
 
-    step: int = 0
-    consumed: int = 0
-    skipped: int = 0
-    rewinds: int = 0
-    train_samples: int = 0
-
-
-class Stateful(Protocol):
-    """What a checkpoint keeps beside model and optimizer: small, JSON-able, the same on every rank.
-
-    `state` returns a copy: it is written while training goes on.
+    Attributes:
+        saved: state.json of the checkpoint that the run goes on from; empty where it begins.
+        new: whether the weights were drawn.
+        notes: what to tell the user about it.
     """
 
-    def state(self) -> dict[str, Any]: ...
-
-    def load(self, state: dict[str, Any]) -> None: ...
+    engine: Engine
+    scheduler: OptimizerParamScheduler
+    store: CheckpointStore
+    progress: Progress
+    saved: dict[str, Any] = field(default_factory=dict)
+    new: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Run:
-    """The parts of a run on this rank.
+    """All that the training loop works with, on this rank.
 
     Attributes:
-        saved: state.json of the checkpoint that the run goes on from.
-        kept: what else is saved, by its key in state.json; see `keep`.
+        evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
+        clock: of the steps since the last log line.
     """
 
     config: RunConfig
-    ctx: ParallelContext
-    models: list[LanguageModel]
-    chunks: list[MegatronModule]
-    optimizer: MegatronOptimizer
+    engine: Engine
+    objective: Objective
     scheduler: OptimizerParamScheduler
     store: CheckpointStore
     progress: Progress
-    offload: ActivationOffload | None = None
-    saved: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Stateful] = field(default_factory=dict)
-    goes_back: set[str] = field(default_factory=set)
+    parts: Parts
+    guard: Guard
+    saves: Saves
+    feed: Feed
+    reporter: Reporter
+    watchdog: Watchdog
+    evaluate: Callable[[str], Evaluation] | None = None
+    clock: Clock = field(default_factory=Clock)
 
-    def keep(self, name: str, part: Stateful, *, goes_back: bool) -> None:
-        """Save `part` with every checkpoint; put back now what the run's checkpoint has of it.
-
-        Args:
-            goes_back: whether it goes back with the weights, or on with the data, when the run is taken back.
-        """
-        self.kept[name] = part
-        if goes_back:
-            self.goes_back.add(name)
-        if name in self.saved:
-            part.load(self.saved[name])
+    @property
+    def ctx(self) -> ParallelContext:
+        return self.engine.ctx
 
     def save(self) -> None:
         """Begin a checkpoint of everything that the run needs to go on; how it ends is in `store.outcomes`."""
@@ -107,9 +98,10 @@ class Run:
             "model": config.model.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
             "versions": versions(),
-            **{name: part.state() for name, part in self.kept.items()},
+            **engine_states([self.engine]),
+            **self.parts.state(),
         }
-        self.store.save(progress.step, self.models, self.optimizer, state)
+        self.store.save(progress.step, self.engine.fragments, state)
 
     def rewind(self, steps: int) -> str:
         """Go back at least `steps` steps, to a whole checkpoint; the data goes on where it is.
@@ -128,13 +120,10 @@ class Run:
         if folder is None:
             raise DivergedError(f"step {self.progress.step}: no whole checkpoint to go back to in {self.store.root}")
         reader = CheckpointReader(folder)
-        load_weights(reader, self.models, self.ctx)
-        load_optimizer(reader, self.models, self.optimizer, self.ctx)
+        self.engine.load(reader)
         left, self.progress.step = self.progress.step, int(reader.state["step"])
-        self.scheduler.num_steps = 0
-        self.scheduler.step(increment=int(reader.state["learning_rate_steps"]))
-        for name in self.goes_back & reader.state.keys():
-            self.kept[name].load(reader.state[name])
+        set_steps(self.scheduler, int(reader.state["learning_rate_steps"]))
+        self.parts.load(reader.state, back=True)
         self.progress.rewinds += 1
         self.save()
         self.store.finish()
@@ -143,23 +132,14 @@ class Run:
         return f"step {left}: went back to step {self.progress.step}, skipping {skipped:,} samples in between"
 
 
-def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
-    """Build model, optimizer and store; restore the newest good checkpoint, or begin anew.
-
-    Returns:
-        The run, and what to tell the user about where it starts.
+def start(config: RunConfig, ctx: ParallelContext) -> Start:
+    """Build model, optimizer and store; go on from the newest whole checkpoint, or begin anew.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole, or it is of another model.
+        ConfigError: see Engine.build().
     """
-    agree(ctx, lambda: check_sources(config))
-    if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
-        find_family(config.model.family).hf_config(config.model)
-    models = build_chunks(config, ctx)
-    initialize_weights(models, config, ctx)
-    chunks = wrap_chunks(models, config, ctx)
-    offload = attach_offload(models, config, ctx)
-    store = CheckpointStore(Path(config.run_dir) / "checkpoints", ctx, config.checkpoint)
+    store = CheckpointStore(RunFolder(config.run_dir).checkpoints, ctx, config.checkpoint)
     newest, rejected = store.newest_good()
     notes = [f"rejected checkpoint {reason}" for reason in rejected]
     if newest is None and rejected:
@@ -167,43 +147,33 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
             f"{store.root}: none of its {len(rejected)} checkpoints is whole ({'; '.join(rejected)}); "
             "mend one, or move them away to begin anew"
         )
-    reader = None
-    if newest is not None:
-        reader = CheckpointReader(newest)
-        check_model(config, reader)
-        load_weights(reader, models, ctx)
-    elif config.checkpoint.load or config.checkpoint.init_from_hf:
-        strict = config.checkpoint.load_strict
-        source = open_weights(config.checkpoint)
-        if isinstance(source, CheckpointReader) and (problems := verify(source.folder, ctx)):
-            raise CheckpointError(f"{source.folder}: is not whole: {problems[0]}")
-        if strict:
-            check_model(config, source)
-        left = load_weights(source, models, ctx, strict=strict, vocab_size=config.model.vocab_size)
-        notes.append(f"starting from the weights of {source.folder}")
-        notes += [f"not loaded: {reason}" for reason in left]
-    # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
-    optimizer = build_optimizer(chunks, config)
-    scheduler = build_scheduler(optimizer, config)
+    reader = CheckpointReader(newest) if newest is not None else None
+    source = reader or open_weights(config.checkpoint, ctx)
+    strict = reader is not None or config.checkpoint.load_strict
+    if source is not None and strict:
+        check_model(config, source)
+    engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer, source=source, strict=strict)
+    scheduler = build_scheduler(engine.optimizer, config)
     progress = Progress(train_samples=config.planned_samples())
+    begun = Start(engine, scheduler, store, progress, notes=notes)
     if reader is not None:
-        load_optimizer(reader, models, optimizer, ctx)
-        same_layout = load_rng(reader, ctx)
-        notes += _restore_progress(reader, progress, scheduler, same_layout)
-    elif not (config.checkpoint.load or config.checkpoint.init_from_hf):
+        engine.load_optimizer(reader)
+        begun.saved = reader.state
+        notes += _restore(begun, reader, same_layout=load_random_state(reader, ctx))
+    elif source is not None:
+        notes.append(f"starting from the weights of {source.folder}")
+        notes += [f"not loaded: {reason}" for reason in engine.left]
+    else:
+        begun.new = True
         notes.append("starting from new weights")
-        if config.init.salience:
-            notes.append(calibrate(models, chunks, optimizer, config, ctx, progress.train_samples))
     if config.checkpoint.interval:
-        store.reserve(models, optimizer)
-    saved = reader.state if reader is not None else {}
-    return Run(config, ctx, models, chunks, optimizer, scheduler, store, progress, offload, saved), notes
+        store.reserve(engine.fragments)
+    return begun
 
 
-def _restore_progress(
-    reader: CheckpointReader, progress: Progress, scheduler: OptimizerParamScheduler, same_layout: bool
-) -> list[str]:
-    state, needed = reader.state, progress.train_samples
+def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> list[str]:
+    """Put progress and learning rate where the checkpoint's run stood; returns what to tell the user."""
+    state, progress, needed = reader.state, begun.progress, begun.progress.train_samples
     try:
         progress.step, progress.consumed = int(state["step"]), int(state["consumed_samples"])
         progress.skipped, progress.train_samples = int(state["skipped_steps"]), int(state["train_samples"])
@@ -214,8 +184,7 @@ def _restore_progress(
         raise CheckpointError(
             f"{reader.folder}: state.json does not say where the run stood ({type(error).__name__}: {error})"
         ) from None
-    scheduler.num_steps = 0
-    scheduler.step(increment=rate_steps)
+    set_steps(begun.scheduler, rate_steps)
     notes = [
         f"resuming from step {progress.step}: {reader.folder} is the newest whole checkpoint "
         f"(saved on {saved}{', the same layout' if same_layout else ', another layout'})"
@@ -228,15 +197,26 @@ def _restore_progress(
     return notes
 
 
-def open_weights(options: Checkpoint) -> CheckpointReader | HfFolder:
-    """What a run's first weights come from: `load`'s checkpoint or `init_from_hf`'s folder.
+def set_steps(scheduler: OptimizerParamScheduler, steps: int) -> None:
+    """Put the learning rate where it is after `steps` steps."""
+    scheduler.num_steps = 0
+    scheduler.step(increment=steps)
+
+
+def open_weights(options: Checkpoint, ctx: ParallelContext) -> WeightSource | None:
+    """What a new run's weights come from: `load`'s checkpoint, whole, or `init_from_hf`'s folder; None draws them.
 
     Raises:
-        CheckpointError, ConversionError: it is not there, or cannot be read.
+        CheckpointError, ConversionError: it is not there, cannot be read, or is damaged.
     """
     if options.init_from_hf:
         return HfFolder(Path(options.init_from_hf))
-    return CheckpointReader(find_checkpoint(Path(options.load)))
+    if not options.load:
+        return None
+    folder = find_checkpoint(Path(options.load))
+    if problems := verify(folder, ctx):
+        raise CheckpointError(f"{folder}: is not whole: {problems[0]}")
+    return CheckpointReader(folder)
 
 
 def check_model(config: RunConfig, source: WeightSource) -> None:

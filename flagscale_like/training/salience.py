@@ -27,29 +27,20 @@ import re
 from collections.abc import Iterator
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.data.pretrain import build_datasets, micro_batch_count, micro_batches
 from flagscale_like.data.selection import Mixture
-from flagscale_like.model.build import LanguageModel, named_shards
-from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.training.shards import OwnedShard, owned_shards
-from flagscale_like.training.step import make_gradients, micro_batch_count
+from flagscale_like.engine.engine import Engine
+from flagscale_like.engine.shards import OwnedShard
+from flagscale_like.model.build import named_shards
+from flagscale_like.objectives.next_token import NextToken
 
 BRANCH = re.compile(r"decoder\.layers\.(\d+)\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")
 
 
-def calibrate(
-    models: list[LanguageModel],
-    chunks: list[MegatronModule],
-    optimizer: MegatronOptimizer,
-    config: RunConfig,
-    ctx: ParallelContext,
-    train_samples: int,
-) -> str:
+def calibrate(config: RunConfig, engine: Engine, train_samples: int) -> str:
     """Scale the output matrices of the residual branches in place. All ranks call it, before the first step.
 
     Args:
@@ -58,7 +49,7 @@ def calibrate(
     Returns:
         How far apart the branches' saliences were, and are, in words.
     """
-    return SalienceCalibration(models, chunks, optimizer, config, ctx).run(train_samples)
+    return SalienceCalibration(config, engine).run(train_samples)
 
 
 class SalienceCalibration:
@@ -68,30 +59,21 @@ class SalienceCalibration:
         scales: a_b of every branch, the same on every rank.
     """
 
-    def __init__(
-        self,
-        models: list[LanguageModel],
-        chunks: list[MegatronModule],
-        optimizer: MegatronOptimizer,
-        config: RunConfig,
-        ctx: ParallelContext,
-    ) -> None:
-        self.chunks, self.optimizer, self.config, self.ctx = chunks, optimizer, config, ctx
+    def __init__(self, config: RunConfig, engine: Engine) -> None:
+        self.config, self.engine, self.ctx = config, engine, engine.ctx
         self.options = config.init.salience
         self.count = 2 * config.model.num_layers
         self.scales = [1.0] * self.count
-        named = [item for model in models for item in named_shards(model).items()]
+        named = [item for model in engine.models for item in named_shards(model).items()]
         self.matrices: dict[int, tuple[nn.Parameter, Tensor]] = {
             branch: (parameter, parameter.detach().clone())
             for name, parameter in named
             if (branch := branch_of(name)) is not None
         }
         self.shards: list[tuple[int, OwnedShard]] = [
-            (branch, shard)
-            for shard in owned_shards(models, optimizer, ctx)
-            if (branch := branch_of(shard.name)) is not None
+            (branch, shard) for shard in engine.owned if shard.trained and (branch := branch_of(shard.name)) is not None
         ]
-        self.batches = micro_batch_count(config, ctx, self.options.samples)
+        self.batches = micro_batch_count(config, self.ctx, self.options.samples)
 
     def run(self, train_samples: int) -> str:
         """See `calibrate`."""
@@ -103,9 +85,6 @@ class SalienceCalibration:
             self._even_out(self._saliences(data), active)
         self._set(self.count)
         after = spread(self._saliences(data))
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         low, high = min(self.scales), max(self.scales)
         return (
             f"salience of the {self.count} residual branches: largest / smallest {before:.1f} before, {after:.1f} after "
@@ -124,7 +103,7 @@ class SalienceCalibration:
         """Write scale * initial value into the branches' matrices; 0 where a branch takes no part."""
         for branch, (parameter, initial) in self.matrices.items():
             parameter.copy_(initial * (self.scales[branch] if branch < active else 0.0))
-        self.optimizer.reload_model_params()
+        self.engine.optimizer.reload_model_params()
 
     def _saliences(self, data: torch.utils.data.Dataset) -> list[float]:
         """S_b of every branch, the same on every rank."""
@@ -134,7 +113,7 @@ class SalienceCalibration:
             mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
             mixture.draw(self.batches * config.train.micro_batch_size * ctx.dp)
         batches = micro_batches(data, config, ctx, mixture=mixture)
-        make_gradients(self.chunks, self.optimizer, config, batches, self.batches)
+        self.engine.forward_backward(batches, NextToken(), self.batches)
         sums = torch.zeros(self.count, dtype=torch.float64, device=ctx.platform.device)
         for branch, shard in self.shards:
             sums[branch] += (shard.main.detach().view(-1) * shard.main.grad.view(-1)).abs().sum().double()

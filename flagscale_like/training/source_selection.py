@@ -1,80 +1,84 @@
-"""Dynamic data selection in the loop: plans each step's samples, collects losses by source, changes the weights."""
+"""Dynamic data selection in the loop: it plans each step's samples, collects losses by source, and changes the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from flagscale_like.checkpoint.store import loss_scaler_state, set_loss_scaler_state
-from flagscale_like.config import Data
-from flagscale_like.data.pretrain import build_target
-from flagscale_like.data.selection import Mixture, SourceLosses, SourcesDataset
+from flagscale_like.config import Data, RunConfig
+from flagscale_like.data.batch import Batch
+from flagscale_like.data.pretrain import build_target, micro_batch_count
+from flagscale_like.data.selection import Mixture, SourcesDataset, losses_by_source
+from flagscale_like.engine.engine import Engine, Outputs
+from flagscale_like.engine.shards import loss_scaler_state, set_loss_scaler_state
 from flagscale_like.errors import DataError
-from flagscale_like.training.run import Run
-from flagscale_like.training.shards import owned_shards
-from flagscale_like.training.step import Watch, make_gradients, micro_batch_count
+from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.runtime.reduction import Value
+from flagscale_like.training.parts import Part, Report, Step
+from flagscale_like.training.plan import StepPlan
 
 
-class SourceSelection:
-    """What the loop asks of data selection, at the beginning and at the end of a step; all of it nothing where it is off.
+class SourceSelection(Part):
+    """Lets the weights of the data sources follow the model.
+
+    What was drawn stays drawn: a run that goes back goes on with the data that follows.
 
     Args:
         train_data: from `data.pretrain.build_datasets`.
+        saved: state.json of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, run: Run, train_data: Dataset) -> None:
-        self.run, options = run, run.config.data.selection
-        self.mixture: Mixture | None = None
-        self.watch: Watch | None = None
-        if options is None:
-            return
-        assert isinstance(train_data, SourcesDataset)
-        sources = run.config.data.sources
-        self.names = run.config.data.source_names
-        self.mixture = Mixture(options, [source.weight for source in sources])
-        self._losses = SourceLosses(len(sources))
-        self.watch = self._losses.watch
-        self._target = TargetAlignment(run, train_data) if options.rule == "target" else None
-        _check_sources(run.saved, self.names)
-        # What was drawn is drawn: a run that goes back goes on with the data that follows.
-        run.keep("selection", self.mixture, goes_back=False)
+    name = "selection"
 
-    def begin(self, batch_size: int) -> None:
-        """Plan a step of `batch_size` samples."""
-        if self.mixture is not None:
-            self.mixture.draw(batch_size)
+    def __init__(self, config: RunConfig, engine: Engine, train_data: SourcesDataset, saved: Mapping[str, Any]) -> None:
+        self.names, self.ctx = config.data.source_names, engine.ctx
+        self.mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
+        target = config.data.selection.rule == "target"
+        self._target = TargetAlignment(config, engine, train_data) if target else None
+        _check_sources(saved, self.names)
 
-    def flags(self) -> list[float]:
-        """This rank's losses of the step by source, for the reduction that the step makes anyway."""
-        ctx = self.run.ctx
-        return self._losses.take(counts=ctx.is_last_stage and ctx.tp_rank == 0) if self.mixture else []
+    def before(self, plan: StepPlan) -> None:
+        """Plan the samples of the step."""
+        self.mixture.draw(plan.batch_size)
 
-    def end(self, summed: Sequence[float]) -> dict[str, float]:
-        """Take the ranks' `flags`, added up; returns what to report, which is something whenever the weights change."""
-        mixture = self.mixture
-        if mixture is None:
-            return {}
+    def contribute(self, outputs: Outputs) -> Mapping[str, Value]:
+        """This rank's losses of the step by source."""
         count = len(self.names)
-        if not mixture.note([summed[row * count : (row + 1) * count] for row in range(3)]):
-            return {}
-        scores = self._target.measure(mixture.drawn) if self._target else None
-        losses = mixture.change(scores)
-        readings = {f"selection/loss/{self.names[i]}": loss for i, loss in losses.items()}
-        readings |= {f"selection/weight/{n}": w for n, w in zip(self.names, mixture.weights, strict=True)}
-        readings |= {f"selection/samples/{n}": float(c) for n, c in zip(self.names, mixture.drawn, strict=True)}
+        if not outputs.samples:
+            return {"selection": [0.0] * (3 * count)}
+        return {"selection": losses_by_source(outputs.samples, count).flatten()}
+
+    def after(self, step: Step, report: Report) -> None:
+        """Note the losses; at the end of an interval, change the weights and report them."""
+        count, summed = len(self.names), step.facts.sums["selection"]
+        if not self.mixture.note([summed[row * count : (row + 1) * count] for row in range(3)]):
+            return
+        scores = self._target.measure(self.mixture.drawn) if self._target else None
+        losses = self.mixture.change(scores)
+        report.numbers(step.plan.step, self._readings(losses, scores))
+
+    def _readings(self, losses: Mapping[int, float], scores: Sequence[float | None] | None) -> dict[str, float]:
+        mixture, names = self.mixture, self.names
+        readings = {f"selection/loss/{names[i]}": loss for i, loss in losses.items()}
+        readings |= {f"selection/weight/{n}": w for n, w in zip(names, mixture.weights, strict=True)}
+        readings |= {f"selection/samples/{n}": float(c) for n, c in zip(names, mixture.drawn, strict=True)}
         if scores is not None:
-            readings |= {
-                f"selection/alignment/{n}": s for n, s in zip(self.names, scores, strict=True) if s is not None
-            }
+            readings |= {f"selection/alignment/{n}": s for n, s in zip(names, scores, strict=True) if s is not None}
         return readings
 
+    def state(self) -> dict[str, Any]:
+        return self.mixture.state()
 
-def _check_sources(saved: dict[str, Any], names: list[str]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.mixture.load(dict(state))
+
+
+def _check_sources(saved: Mapping[str, Any], names: list[str]) -> None:
     """What is saved of selection goes by the order of the sources.
 
     Raises:
@@ -99,12 +103,12 @@ class TargetAlignment:
     shards: the products are added up over the ranks, and no gradient is gathered.
     """
 
-    def __init__(self, run: Run, train_data: SourcesDataset) -> None:
-        self.run, self.data = run, train_data
-        config, ctx = run.config, run.ctx
-        self.count = micro_batch_count(config, ctx, config.data.selection.probe_samples)
-        self.target = build_target(config, ctx, self.count * config.train.micro_batch_size * ctx.dp)
-        self.shards = [s for s in owned_shards(run.models, run.optimizer, ctx) if s.counts]
+    def __init__(self, config: RunConfig, engine: Engine, train_data: SourcesDataset) -> None:
+        self.config, self.engine, self.data = config, engine, train_data
+        self.objective = NextToken()
+        self.count = micro_batch_count(config, engine.ctx, config.data.selection.probe_samples)
+        self.target = build_target(config, engine.ctx, self.count * config.train.micro_batch_size * engine.ctx.dp)
+        self.shards = [s for s in engine.owned if s.counts and s.trained]
 
     def measure(self, drawn: Sequence[int]) -> list[float | None]:
         """The cosine of every source; None where a gradient is not finite.
@@ -114,28 +118,27 @@ class TargetAlignment:
         Args:
             drawn: samples that each source has given: the next ones are looked at.
         """
-        scale = loss_scaler_state(self.run.optimizer)
+        scale = loss_scaler_state(self.engine.optimizer)
         wanted = [g.clone() for g in self._gradient(self.target, 0)]
         sums = [_dot(wanted, wanted)]
         for source, dataset in enumerate(self.data.datasets):
             found = self._gradient(dataset, drawn[source])
             sums += [_dot(found, wanted), _dot(found, found)]
-        set_loss_scaler_state(self.run.optimizer, scale)
-        length, *products = self.run.ctx.sum(sums)
+        set_loss_scaler_state(self.engine.optimizer, scale)
+        length, *products = self.engine.ctx.sum(sums)
         return [_cosine(product, length, own) for product, own in zip(products[::2], products[1::2], strict=True)]
 
     def _gradient(self, dataset: Dataset, first: int) -> list[Tensor]:
-        run, config = self.run, self.run.config
-        make_gradients(run.chunks, run.optimizer, config, self._batches(dataset, first), self.count)
+        self.engine.forward_backward(self._batches(dataset, first), self.objective, self.count)
         return [shard.main.grad for shard in self.shards]
 
-    def _batches(self, dataset: Dataset, first: int) -> Iterator[dict[str, Tensor]]:
-        ctx, size = self.run.ctx, self.run.config.train.micro_batch_size
+    def _batches(self, dataset: Dataset, first: int) -> Iterator[Batch]:
+        ctx, size = self.engine.ctx, self.config.train.micro_batch_size
         for turn in range(self.count):
             start = first + (turn * ctx.dp + ctx.dp_rank) * size
             rows = [dataset[(start + row) % len(dataset)] for row in range(size)]  # type: ignore[arg-type]
             batch = default_collate([{k: row[k] for k in ("tokens", "labels", "loss_mask")} for row in rows])
-            yield {name: value.to(ctx.platform.device) for name, value in batch.items()}
+            yield Batch.of(batch, ctx.platform.device)
 
 
 def _cosine(product: float, *squares: float) -> float | None:

@@ -7,90 +7,107 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import counts_of, source_mark, source_use
 from flagscale_like.data.draws import DrawnOrder
 from flagscale_like.data.provenance import Provenance, Segment, badness, write_losses
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, SourcesDataset
-from flagscale_like.training.metrics import Reporter
-from flagscale_like.training.run import Run
-from flagscale_like.training.step import StepResult
+from flagscale_like.engine.engine import Outputs
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.parts import Part, Report, Step
+from flagscale_like.training.plan import Progress
 
 NAMED_SAMPLES = 3
 
 
-class DataTrail:
-    """Journal, sample losses and epochs of a run with sources; of one without, nothing."""
+class DataTrail(Part):
+    """Journal, sample losses and epochs of a run with sources.
 
-    def __init__(self, run: Run, dataset: Dataset, mixture: Mixture | None, reporter: Reporter) -> None:
-        self.run, self.mixture, self.reporter = run, mixture, reporter
-        self.run_dir, self.names = Path(run.config.run_dir), run.config.data.source_names
+    Args:
+        mixture: of dynamic selection; None where the order of samples is fixed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ctx: ParallelContext,
+        progress: Progress,
+        dataset: Dataset,
+        mixture: Mixture | None,
+    ) -> None:
+        self.config, self.ctx, self.progress, self.mixture = config, ctx, progress, mixture
+        self.run_dir, self.names = Path(config.run_dir), config.data.source_names
         self.order: Any = DrawnOrder(dataset.datasets) if isinstance(dataset, SourcesDataset) else dataset
-        self.provenance = Provenance(self.order, self.names) if self.names else None
+        self.provenance = Provenance(self.order, self.names)
 
-    def begin(self) -> None:
+    def begin(self, report: Report) -> None:
         """Note where the order goes on, and warn of sources that the plan reads more than once."""
         self._note("start")
         self._note_draw()
-        if self.run.ctx.is_main and self.names and self.mixture is None:
-            counts = counts_of(self.order, self.run.config.train.total_samples())
+        if self.ctx.is_main and self.mixture is None:
+            counts = counts_of(self.order, self.config.train.total_samples())
             for use in source_use(self.order.parts, self.names, counts):
                 if use.epochs > 1:
-                    self.reporter.say(f"warning: the plan repeats data source {use}")
+                    report.say(f"warning: the plan repeats data source {use}")
 
     def went_back(self) -> None:
-        """Note that the run went back, and leaves samples out."""
         self._note("rewind")
 
-    def record(self, first: int, result: StepResult, *, logged: bool) -> None:
-        """Note the losses of a step that read from sample `first` on, where it is logged or was not made.
-
-        All ranks call it: of a step that was not made, the log names the worst samples.
-        """
-        if self.provenance is None:
-            return
+    def after(self, step: Step, report: Report) -> None:
+        """Note the losses of a step that is logged or was not made; of one that was not made, name the worst samples."""
         self._note_draw()
-        if result.updated and not logged:
+        if step.updated and not step.plan.log:
             return
-        ctx, step, size = self.run.ctx, self.run.progress.step, self.run.config.train.micro_batch_size
-        counts = ctx.is_last_stage and ctx.tp_rank == 0
-        losses = result.sample_losses() if counts else []
-        if counts:
-            write_losses(self.run_dir, ctx.rank, (step, first, ctx.dp_rank, ctx.dp, size), losses)
-        if result.updated:
+        ctx, plan, size = self.ctx, step.plan, self.config.train.micro_batch_size
+        losses = mean_losses(step.outputs)
+        if losses:
+            place = (plan.step, plan.first_sample, ctx.dp_rank, ctx.dp, size)
+            write_losses(self.run_dir, ctx.rank, place, losses)
+        if step.updated:
             return
-        turns = MicroBatchSampler(self.run.progress.consumed, first, size, ctx.dp_rank, ctx.dp)
+        turns = MicroBatchSampler(step.consumed, plan.first_sample, size, ctx.dp_rank, ctx.dp)
         read = (position for micro_batch in turns for position in micro_batch)
         mine = list(zip(losses, read, strict=False))
         worst = _worst([pair for pairs in ctx.gather(_worst(mine)) for pair in pairs])
         if ctx.is_main:
             for loss, position in worst:
-                self.reporter.say(f"step {step} | {self.provenance.describe(position, loss)}")
+                report.say(f"step {plan.step} | {self.provenance.describe(position, loss)}")
 
-    def end(self) -> None:
-        """Say how often each source was read."""
-        if self.run.ctx.is_main and self.names:
-            counts = self.mixture.drawn if self.mixture else counts_of(self.order, self.run.progress.consumed)
-            self.reporter.epochs(self.run.progress.step, source_use(self.order.parts, self.names, counts))
+    def end(self, report: Report) -> None:
+        """Report how often each source was read."""
+        if not self.ctx.is_main:
+            return
+        counts = self.mixture.drawn if self.mixture else counts_of(self.order, self.progress.consumed)
+        used = source_use(self.order.parts, self.names, counts)
+        report.numbers(self.progress.step, {f"data/epochs/{use.name}": use.epochs for use in used})
+        for use in used:
+            report.say(f"data source {use}")
 
     def _note(self, event: str) -> None:
-        progress, config = self.run.progress, self.run.config
-        if self.run.ctx.is_main and self.provenance is not None:
+        progress = self.progress
+        if self.ctx.is_main:
             place = (progress.step, progress.consumed, progress.train_samples)
-            marks = [source_mark(source.path) for source in config.data.sources]
-            Segment(event, *place, self.run.ctx.world_size, config.model_dump(mode="json"), marks).append_to(
-                self.run_dir
-            )
+            marks = [source_mark(source.path) for source in self.config.data.sources]
+            segment = Segment(event, *place, self.ctx.world_size, self.config.model_dump(mode="json"), marks)
+            segment.append_to(self.run_dir)
 
     def _note_draw(self) -> None:
         """Note what dynamic selection draws the next samples by, where the noted states do not reach to them."""
-        consumed = self.run.progress.consumed
+        consumed = self.progress.consumed
         if self.mixture is None or (self.order.states and consumed < self.order.states[-1].until):
             return
-        state = self.mixture.draw_state(consumed, self.run.config.train)
+        state = self.mixture.draw_state(consumed, self.config.train)
         self.order.note(state)
-        if self.run.ctx.is_main:
+        if self.ctx.is_main:
             state.append_to(self.run_dir)
+
+
+def mean_losses(outputs: Outputs) -> list[float]:
+    """Each sample's mean loss a token, where this rank counts them; the host waits for the device."""
+    if not outputs.samples:
+        return []
+    return (outputs.samples["loss"] / outputs.samples["tokens"]).tolist()
 
 
 def _worst(losses: list[tuple[float, int]]) -> list[tuple[float, int]]:

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.layout import MOMENTS
 from flagscale_like.checkpoint.manifest import verify_files
+from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.cli import app
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.run import start
@@ -43,17 +43,18 @@ CHAINS = {
 def load_and_save(config, out):
     """Load on this layout and save as it is, without a step; where the run stands."""
     with parallel_context(config.parallel) as ctx:
-        run, _ = start(config, ctx)
-        run.store.root = Path(out)
+        begun = start(config, ctx)
+        begun.store.root = Path(out)
         if ctx.is_main:
             Path(out).mkdir(parents=True)
         ctx.barrier()
-        run.save()
-        run.store.finish()
-        (saved,) = run.store.take_outcomes()
+        engine, progress = begun.engine, begun.progress
+        begun.store.save(progress.step, engine.fragments, {**begun.saved, **engine.state()})
+        begun.store.finish()
+        (saved,) = begun.store.take_outcomes()
         assert saved.error is None
-        progress = run.progress
-        return progress.step, progress.consumed, run.scheduler.num_steps, run.optimizer.param_groups[0]["lr"]
+        rate = engine.optimizer.param_groups[0]["lr"]
+        return progress.step, progress.consumed, begun.scheduler.num_steps, rate
 
 
 def contents(folder, vocab_size):
@@ -120,8 +121,9 @@ def source(tmp_path_factory):
 
 def weights_after_start(config):
     with parallel_context(config.parallel) as ctx:
-        run, notes = start(config, ctx)
-        return notes, {name: p.detach().numpy() for name, p in run.models[0].named_parameters()}, run.progress.step
+        begun = start(config, ctx)
+        weights = {name: p.detach().numpy() for name, p in begun.engine.model.named_parameters()}
+        return begun.notes, weights, begun.progress.step
 
 
 def test_weights_alone_start_a_new_run(source, tmp_path):

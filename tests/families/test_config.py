@@ -5,11 +5,12 @@ import json
 import pytest
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Parallel
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES, read_config
 from flagscale_like.families.family import Settings, features
 from flagscale_like.model.build import build_chunks
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import run_ranks
 
@@ -145,10 +146,10 @@ def test_a_published_config_gives_the_published_parameter_count(name, tmp_path):
 
 def count_built(archs):
     """Elements of each model as megatron-core builds it, on the meta device."""
-    with parallel_context(RunConfig.for_inference(archs[0]).parallel) as ctx:
+    with parallel_context(Parallel()) as ctx:
         built = []
         for arch in archs:
-            (chunk,) = build_chunks(RunConfig.for_inference(arch, seq_length=16), ctx, meta=True)
+            (chunk,) = build_chunks(ModelSpec(arch=arch, seq_length=16), ctx, meta=True)
             built.append(sum(p.numel() for p in chunk.parameters()))
         return built
 

@@ -7,9 +7,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from flagscale_like.checkpoint.hf_folder import HfFolder
-from flagscale_like.checkpoint.store import load_weights
-from flagscale_like.config import Parallel, RunConfig
-from flagscale_like.model.build import build_chunks
+from flagscale_like.config import Parallel
+from flagscale_like.engine.engine import Engine
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from tests.families import tiny
 from tests.harness import run_ranks
@@ -34,11 +34,8 @@ def native_logits(folders, parallel, ids):
     with parallel_context(Parallel(**parallel)) as ctx:
         for folder in folders:
             source = HfFolder(folder)
-            config = RunConfig.for_inference(
-                source.arch, parallel=ctx.layout, seq_length=ids.shape[1], micro_batch_size=len(ids)
-            )
-            (chunk,) = build_chunks(config, ctx)
-            load_weights(source, [chunk], ctx)
+            spec = ModelSpec(arch=source.arch, parallel=ctx.layout, seq_length=ids.shape[1], micro_batch_size=len(ids))
+            chunk = Engine.build(spec, ctx, source=source).model
             with torch.no_grad():
                 (logits,) = get_forward_backward_func()(
                     forward_step_func=forward,

@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.attention import RotaryTables, alibi_slopes
-from flagscale_like.model.build import build_chunks, check_kernels, initialize_weights, wrap_chunks
+from flagscale_like.model.build import build_chunks, check_kernels
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platform import Platform
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import train_step
-from tests.harness import run_ranks, tiny_config
+from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 OPERATORS = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy")
 POSITIONS = {
@@ -43,14 +41,7 @@ def config_of(tmp_path, backend: str, name: str = "rope", **changes) -> RunConfi
 
 def train_two_steps(config: RunConfig) -> list[tuple[float, float]]:
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        chunks = wrap_chunks(models, config, ctx)
-        optimizer = build_optimizer(chunks, config)
-        data, _ = build_datasets(config, ctx, train_samples=16, valid_samples=0)
-        batches = micro_batches(data, config, ctx)
-        results = [train_step(chunks, optimizer, config, ctx, batches, 2 // ctx.dp) for _ in range(2)]
-        return [(result.loss, result.grad_norm) for result in results]
+        return train_steps(build_engine(config, ctx), config, 2)
 
 
 @pytest.mark.parametrize("name", POSITIONS)
@@ -71,7 +62,7 @@ def test_tensor_parallel_ranks_use_their_own_slopes_and_heads(name, tmp_path):
 def attention_of(config: RunConfig, seed: int) -> tuple:
     """One layer's core attention on random q, k, v: (q, k, v, out) as arrays."""
     with parallel_context(config.parallel) as ctx:
-        (model,) = build_chunks(config, ctx)
+        (model,) = build_chunks(ModelSpec.of(config), ctx)
         core = model.decoder.layers[0].self_attention.core_attention
         generator = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(16, 2, n, 16, generator=generator) for n in (4, 2, 2))
@@ -134,5 +125,5 @@ def test_triton_without_cuda_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     cpu = Platform(torch.device("cpu"), "gloo")
     with pytest.raises(ConfigError, match="kernels.attention is triton, which needs CUDA"):
-        check_kernels(config_of(tmp_path, "triton"), cpu)
-    check_kernels(config_of(tmp_path, "auto"), cpu)
+        check_kernels(config_of(tmp_path, "triton").kernels, cpu)
+    check_kernels(config_of(tmp_path, "auto").kernels, cpu)

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.pretrain import build_datasets, micro_batches
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
 from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import waiting_share
@@ -17,9 +15,7 @@ from flagscale_like.planner.saved import layer_saves, operators_of
 from flagscale_like.runtime.copies import HostPool
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platform import get_platform
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import train_step
-from tests.harness import cli, run_ranks, tiny_config, write_yaml
+from tests.harness import build_engine, cli, run_ranks, tiny_config, train_steps, write_yaml
 
 LAYOUTS = {
     "pp1": (1, {}),
@@ -33,21 +29,14 @@ MIN_BYTES = 1024
 def steps(config: RunConfig, count: int = 2) -> dict:
     """Train `count` steps; digests of gradients and weights after each, and the last step's offload counts."""
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        chunks = wrap_chunks(models, config, ctx)
-        offload = attach_offload(models, config, ctx)
-        optimizer = build_optimizer(chunks, config)
-        samples = count * config.train.global_batch_size
-        data, _ = build_datasets(config, ctx, train_samples=samples, valid_samples=0)
-        batches = micro_batches(data, config, ctx)
-        per_step = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
+        engine = build_engine(config, ctx)
+        offload = attach_offload(engine.models, config, ctx)
         digests, report, pools = [], {}, []
         for _ in range(count):
             if offload:
                 offload.report()
-            train_step(chunks, optimizer, config, ctx, batches, per_step)
-            buffers = [b for chunk in chunks for b in chunk.buffers]
+            train_steps(engine, config, 1)
+            buffers = [b for chunk in engine.chunks for b in chunk.buffers]
             digests.append(
                 [
                     hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest()

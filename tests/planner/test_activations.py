@@ -5,15 +5,11 @@ import torch
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import RunConfig
-from flagscale_like.data.pretrain import build_datasets, micro_batches
-from flagscale_like.model.build import build_chunks, initialize_weights, unwrap, wrap_chunks
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
 from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves, operators_of
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import train_step
-from tests.harness import run_ranks, tiny_config
+from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 LAYOUTS = {
     "one process": (1, {}),
@@ -59,14 +55,10 @@ class Meter:
 def step_peak(config: RunConfig) -> tuple[int, int]:
     """(stage, peak bytes held) of one training step."""
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        chunks = wrap_chunks(models, config, ctx)
-        optimizer = build_optimizer(chunks, config)
-        data, _ = build_datasets(config, ctx, train_samples=config.train.global_batch_size, valid_samples=0)
-        skip = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
-        for chunk in chunks:  # RoPE's tables are made once and kept: no activation
-            for layer in unwrap(chunk).decoder.layers:
+        engine = build_engine(config, ctx)
+        skip = {p.untyped_storage().data_ptr() for c in engine.chunks for p in c.parameters()}
+        for model in engine.models:  # RoPE's tables are made once and kept: no activation
+            for layer in model.decoder.layers:
                 tables = layer.self_attention.core_attention.tables
                 if tables is not None:
                     length, device = config.train.seq_length, ctx.platform.device
@@ -75,9 +67,8 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
                         made += [t for t in tables.far_angles(config.model.position, length, device) if t is not None]
                     skip |= {t.untyped_storage().data_ptr() for t in made}
         meter = Meter(skip)
-        count = config.train.global_batch_size // (config.train.micro_batch_size * ctx.dp)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            train_step(chunks, optimizer, config, ctx, micro_batches(data, config, ctx), count)
+            train_steps(engine, config, 1)
         assert meter.now == 0
         return ctx.pp_rank, meter.peak
 

@@ -3,12 +3,10 @@
 import pytest
 
 from flagscale_like.config import RunConfig
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import buffer_of, chunk_parameters, state_bytes
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.optimizer import build_optimizer
-from tests.harness import run_ranks, tiny_config
+from tests.harness import build_engine, run_ranks, tiny_config
 
 LAYOUTS = {
     "one process": (1, {}),
@@ -33,24 +31,14 @@ LAYOUTS = {
 def built(config: RunConfig) -> tuple:
     """(stage, dp rank, named parameters a chunk, (weight, gradient, optimizer) bytes) of the model built on this rank."""
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        chunks = wrap_chunks(models, config, ctx)
-        optimizer = build_optimizer(chunks, config)
-        parts = optimizer.chained_optimizers
-        for part in parts:
-            part._init_optimizer_states_with_dummy_values()
-        buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
-        states = [state for part in parts for state in part.optimizer.state.values()]
-        total = sum(tensor.nbytes for state in states for tensor in state.values())
-        if config.train.precision != "fp32":
-            masters = [p for part in parts for group in part.shard_fp32_from_float16_groups for p in group]
-            total += sum(p.nbytes for p in masters)
+        engine = build_engine(config, ctx)
+        buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+        weights, gradients = (sum(getattr(b, name).nbytes for b in buffers) for name in ("param_data", "grad_data"))
         return (
             ctx.pp_rank,
             ctx.dp_rank,
-            [[p.numel() for p in model.parameters()] for model in models],
-            (sum(b.param_data.nbytes for b in buffers), sum(b.grad_data.nbytes for b in buffers), total),
+            [[p.numel() for p in model.parameters()] for model in engine.models],
+            (weights, gradients, engine.state_bytes() - weights - gradients),
         )
 
 

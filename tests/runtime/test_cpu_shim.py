@@ -6,13 +6,13 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
-from flagscale_like.checkpoint.layout import adam_step, ensure_moments, set_adam_step
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.engine import _loss
+from flagscale_like.engine.shards import adam_step, ensure_moments, set_adam_step
+from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime import cpu_shim
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import _loss
-from tests.harness import run_ranks, tiny_config
+from tests.harness import build_engine, run_ranks, tiny_config
 
 PLACES = (
     [
@@ -92,9 +92,7 @@ def test_a_pipeline_output_that_is_freed_after_its_send_is_whole_in_what_gloo_se
 def steps_after_restoring(config) -> tuple[int, set[int], list[float]]:
     """(updates counted, distinct step tensors, their values) after one update of an optimizer restored to step 4."""
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        optimizer = build_optimizer(wrap_chunks(models, config, ctx), config)
+        optimizer = build_engine(config, ctx).optimizer
         ensure_moments(optimizer)
         set_adam_step(optimizer, 4)
         (part,) = optimizer.chained_optimizers
@@ -117,11 +115,13 @@ def test_adam_counts_one_step_an_update_after_a_restore(tmp_path):
 
 def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
     """Silent error 3: the schedules divide the loss in place after the loss function has returned it."""
-    total, tokens, report = _loss({"loss_mask": torch.ones(2, 3)}, None, torch.full((2, 3), 2.0, requires_grad=True))
+    ones = torch.ones(2, 3)
+    batch = Batch(tokens=ones.long(), labels=ones.long(), loss_mask=ones)
+    total, tokens, report = _loss(NextToken(), batch, torch.full((2, 3), 2.0, requires_grad=True))
     total.data.div_(8)
     tokens.mul_(2)
-    assert float(report["sum"]) == 12.0
-    assert int(report["tokens"]) == 6
+    assert float(report["sums"]["total"]) == 12.0
+    assert int(report["sums"]["count"]) == 6
 
 
 def gradients_of_two_micro_batches(fused: bool, dtype: torch.dtype) -> tuple[list, bool]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_like.training import step
+from flagscale_like.engine.engine import Engine
 from tests import faults
 from tests.harness import run_ranks, tiny_config
 
@@ -22,7 +22,7 @@ def sleep_for_ever(call):
 def hang(config, rank):
     """Train; the rank falls asleep inside its fourth step."""
     if int(os.environ["RANK"]) == rank:
-        faults.at_call(step, "_run_schedule", 4, sleep_for_ever)
+        faults.at_call(Engine, "forward_backward", 4, sleep_for_ever)
     faults.train_run(config)
 
 
@@ -39,7 +39,7 @@ def test_a_hung_rank_ends_the_job_with_every_ranks_step_and_stack(tmp_path):
         assert "s in: training step, last step done 3" in text.splitlines()[0]
     assert "sleep_for_ever" in texts[1]  # the culprit's stack shows where
     assert "sleep_for_ever" not in texts[0]
-    assert "_run_schedule" in texts[0]
+    assert "forward_backward" in texts[0]
     assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json").is_file()
 
     run_ranks(2, faults.train_run, config)  # goes on, and keeps the reports

@@ -8,7 +8,7 @@ import yaml
 
 from flagscale_like.config import load_config
 from flagscale_like.errors import ConfigError
-from flagscale_like.training.benchmark import sweep_points
+from flagscale_like.recipes.benchmark import sweep_points
 from tests.harness import REPOSITORY, cli, tiny_config, write_yaml
 
 

@@ -17,8 +17,8 @@ from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.stream import read_stream
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.errors import DataError
+from flagscale_like.recipes.evaluate import evaluate_stream
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.evaluation import evaluate_stream
 from tests.families import tiny
 from tests.harness import cli, run_ranks, tiny_config
 from tests.training.test_layouts import losses, train_run

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from flagscale_like.config import Init, MuP, RunConfig
+from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
-from flagscale_like.model.build import build_chunks, initialize_weights, matrix_std, named_shards
+from flagscale_like.model.build import matrix_std, named_shards
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training import loop, salience
+from flagscale_like.training import salience
 from flagscale_like.training.run import start
 from tests import faults
-from tests.harness import run_ranks, tiny_config
+from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 
 def statistics_of_weights(configs):
@@ -20,8 +22,7 @@ def statistics_of_weights(configs):
     found = []
     for config in configs:
         with parallel_context(config.parallel) as ctx:
-            (chunk,) = build_chunks(config, ctx)
-            initialize_weights([chunk], config, ctx)
+            chunk = Engine.build(ModelSpec.of(config), ctx).model
             rows = config.model.vocab_size
             values = {n: p.detach()[:rows] for n, p in named_shards(chunk).items()}
             found.append({n: (float(v.std()), float(v.mean())) for n, v in values.items()})
@@ -59,22 +60,16 @@ def test_published_schemes_and_widths_are_drawn_as_said(tmp_path):
 
 def test_an_output_init_std_that_is_given_overrides_the_scheme(tmp_path):
     config = tiny_config(tmp_path, model__output_init_std=0.5, init={"scheme": "standard"})
-    assert matrix_std("decoder.layers.0.mlp.linear_fc2.weight", config) == 0.5
+    assert matrix_std("decoder.layers.0.mlp.linear_fc2.weight", config.model, config.init) == 0.5
 
 
 def learning_rates(config):
     """Global parameter name -> learning rate of its group, of this rank's optimizer; and what is logged."""
     with parallel_context(config.parallel) as ctx:
-        run, _ = start(config, ctx)
-        run.scheduler.step(increment=config.optimizer.warmup_steps)
-        found = {}
-        for model in run.models:
-            for name, parameter in named_shards(model).items():
-                for part in run.optimizer.chained_optimizers:
-                    if parameter in part.model_param_group_index_map:
-                        group = part.optimizer.param_groups[part.model_param_group_index_map[parameter][0]]
-                        found[name] = (group["lr"], group["weight_decay"])
-        return found, run.optimizer.param_groups[0]["lr"]
+        begun = start(config, ctx)
+        begun.scheduler.step(increment=config.optimizer.warmup_steps)
+        found = {s.name: (s.group["lr"], s.group["weight_decay"]) for s in begun.engine.owned}
+        return found, begun.engine.optimizer.param_groups[0]["lr"]
 
 
 def test_mup_divides_the_learning_rate_of_matrices_on_every_stage(tmp_path):
@@ -91,23 +86,13 @@ def movement_of_logits(config):
     """Root mean square by which a run moves the logits of some tokens."""
     tokens, found = torch.arange(64).view(2, 32), []
 
-    def note(run):
-        (model,) = run.models
-        with torch.no_grad():
-            logits = model(input_ids=tokens, position_ids=None, attention_mask=None)
-        found.append(logits[..., : config.model.vocab_size].float().clone())
-
-    def started(*arguments):
-        run, notes = start(*arguments)
-        note(run)
-        runs.append(run)
-        return run, notes
-
-    runs: list = []
-    loop.start = started
     with parallel_context(config.parallel) as ctx:
-        loop.train(config, ctx)
-        note(runs[0])
+        engine = build_engine(config, ctx)
+        for steps in (0, config.train.steps):
+            train_steps(engine, config, steps)
+            with torch.no_grad():
+                logits = engine.model(input_ids=tokens, position_ids=None, attention_mask=None)
+            found.append(logits[..., : config.model.vocab_size].float().clone())
     return float((found[1] - found[0]).square().mean().sqrt())
 
 

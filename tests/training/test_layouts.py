@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flagscale_like.config import RunConfig
+from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training.loop import train
 from flagscale_like.training.metrics import read_metrics
 from tests.harness import run_ranks, tiny_config
 
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 def train_run(config: RunConfig) -> None:
     with parallel_context(config.parallel) as ctx:
-        train(config, ctx)
+        pretrain(config, ctx)
 
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:

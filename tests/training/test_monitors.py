@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,9 @@ import torch
 
 from flagscale_like.config import Spike
 from flagscale_like.data.pretrain import SyntheticDataset
-from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training import step as step_module
-from flagscale_like.training.loop import train
-from flagscale_like.training.metrics import read_metrics, read_records
+from flagscale_like.engine.engine import Engine
+from flagscale_like.jsonl import read_records
+from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.monitors import (
     LayerMonitor,
     SpikeMonitor,
@@ -145,8 +145,7 @@ def layer_norms_add_up(config):
         self.layers.__class__ = Spy
 
     StepMonitors.__init__ = init
-    with parallel_context(config.parallel) as ctx:
-        train(config, ctx)
+    faults.train_run(config)
     return found
 
 
@@ -168,18 +167,16 @@ def test_the_layers_gradient_norms_add_up_and_updates_are_what_the_optimizer_did
 
 
 def spike_at(config, number):
-    """Train; at one call of the schedule, the loss that rank 1 reports is a hundred times what it was."""
+    """Train; at one step, the loss that rank 1 reports is a hundred times what it was."""
 
-    def schedule(call):
-        losses = call()
-        for item in losses:
-            item["sum"] *= 100
-        return losses
+    def scaled(call):
+        outputs = call()
+        outputs.sums["total"] = outputs.sums["total"] * 100
+        return outputs
 
-    with parallel_context(config.parallel) as ctx:
-        if ctx.rank == 1:
-            faults.at_call(step_module, "_run_schedule", number, schedule)
-        train(config, ctx)
+    if os.environ["RANK"] == "1":
+        faults.at_call(Engine, "forward_backward", number, scaled)
+    faults.train_run(config)
 
 
 def events_of(run_dir):
@@ -202,14 +199,14 @@ def test_a_spike_that_one_rank_saw_is_skipped_by_all_and_written_down(tmp_path):
 def collapse(config):
     """Train; from step 3 on, a weight matrix of layer 2 has one direction left."""
 
-    def flatten(self, number):
-        begin(self, number)
-        parameter = self.ranks.parameters.get((2, "mlp.linear_fc1"))
-        if number == 3 and parameter is not None:
+    def flatten(self, plan):
+        before(self, plan)
+        parameter = self.effective_ranks.parameters.get((2, "mlp.linear_fc1"))
+        if plan.step == 3 and parameter is not None:
             with torch.no_grad():
                 parameter.copy_(parameter[:1].expand_as(parameter))
 
-    begin, StepMonitors.begin = StepMonitors.begin, flatten
+    before, StepMonitors.before = StepMonitors.before, flatten
     return faults.train_and_listen(config)
 
 

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.config import Monitors
+from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import PeerLostError
-from flagscale_like.training import step
-from flagscale_like.training.guard import Event, Guard
+from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.parts import Event, Facts, Verdict
 from flagscale_like.training.recovery import Ledger, effective_time_ratio
-from flagscale_like.training.step import Verdict
 from tests import faults
 from tests.harness import REPOSITORY, cli, free_port, run_ranks, tiny_config, write_yaml
 
@@ -27,7 +28,7 @@ from tests.harness import REPOSITORY, cli, free_port, run_ranks, tiny_config, wr
 def signalled(config, number):
     """Train; rank 1 gets the signal inside its third step."""
     if os.environ["RANK"] == "1":
-        faults.at_call(step, "_run_schedule", 3, lambda call: (os.kill(os.getpid(), number), call())[1])
+        faults.at_call(Engine, "forward_backward", 3, lambda call: (os.kill(os.getpid(), number), call())[1])
     return faults.train_and_listen(config)
 
 
@@ -49,7 +50,7 @@ def fails_on_rank_1(config):
         raise ZeroDivisionError("a bug")
 
     if os.environ["RANK"] == "1":
-        faults.at_call(step, "_run_schedule", 3, fail)
+        faults.at_call(Engine, "forward_backward", 3, fail)
     try:
         faults.train_run(config)
     except (ZeroDivisionError, PeerLostError) as error:
@@ -164,18 +165,9 @@ def test_a_killed_rank_restarts_the_job_and_sigterm_to_the_launcher_saves_and_ex
 
 
 def poisoned(config, steps):
-    """Train; the loss of these calls of the schedule is NaN on rank 1, and on no other."""
-    original, calls = step._run_schedule, [0]
-
-    def schedule(*args, **kwargs):
-        losses = original(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] in steps and os.environ["RANK"] == "1":
-            for item in losses:
-                item["sum"] *= float("nan")
-        return losses
-
-    step._run_schedule = schedule
+    """Train; the loss of these steps is NaN on rank 1, and on no other."""
+    if os.environ["RANK"] == "1":
+        faults.poison(steps, "total")
     return faults.train_and_listen(config)
 
 
@@ -217,33 +209,47 @@ def test_caps_end_a_run_that_does_not_get_better(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json").is_file()
 
 
+def reported(guard):
+    """(kind, action) of the events that a guard reports."""
+    found = []
+    report = SimpleNamespace(event=lambda step, consumed, event: found.append((event.kind, event.action)))
+    guard.after(SimpleNamespace(plan=SimpleNamespace(step=1), consumed=8), report)
+    return found
+
+
 def test_the_guard_takes_the_gravest_verdict_and_counts():
-    spikes = lambda loss, norm: [Event("loss", loss, 10.0, "rewind", "a spike")] if loss > 10 else []  # noqa: E731
-    guard = Guard(Monitors(max_consecutive_skips=2, on_max_skips="rewind", max_rewinds=2), judges=[spikes])
-    nan = float("nan")
+    def spikes(facts):
+        return [Event("loss", facts.loss, 10.0, "rewind", "a spike")] if facts.loss > 10 else []
+
+    counting, nan = Guard(Monitors(max_consecutive_skips=2, on_max_skips="rewind", max_rewinds=2)), float("nan")
+
+    def guard(loss, norm, overflow):
+        return counting(Facts(loss, norm, 1, overflow, {}), spikes)
+
     assert guard(1.0, 1.0, False) is Verdict.UPDATE
     assert guard(1.0, nan, True) is Verdict.SKIP  # an fp16 overflow, not counted
     assert [guard(nan, 1.0, False) for _ in range(3)] == [Verdict.SKIP, Verdict.SKIP, Verdict.REWIND]
-    assert guard.skips == 0
+    assert counting.skips == 0
     assert guard(11.0, 1.0, False) is Verdict.REWIND
-    assert guard.reason == "a spike"
+    assert counting.reason == "a spike"
     assert guard(12.0, 1.0, False) is Verdict.STOP
-    assert "monitors.max_rewinds" in guard.reason
-    kinds = [(event.kind, event.action) for event in guard.take_events()]
-    assert kinds == [
+    assert "monitors.max_rewinds" in counting.reason
+    assert reported(counting) == [
         *[("non_finite", "skip")] * 3,
         ("max_consecutive_skips", "rewind"),
         ("loss", "rewind"),
         ("loss", "rewind"),
         ("max_rewinds", "stop"),
     ]
-    assert guard.take_events() == []
-    assert Guard(Monitors(non_finite="stop"))(float("inf"), 1.0, False) is Verdict.STOP
+    assert reported(counting) == []
+    infinite = Facts(float("inf"), 1.0, 1, False, {})
+    assert Guard(Monitors(non_finite="stop"))(infinite, lambda _: ()) is Verdict.STOP
 
 
 def test_a_gradient_that_no_loss_scale_makes_finite_is_not_skipped_for_ever():
     guard = Guard(Monitors(max_consecutive_skips=2))
-    verdicts = [guard(1.0, float("nan"), True) for _ in range(103)]
+    overflowed = Facts(1.0, float("nan"), 1, True, {})
+    verdicts = [guard(overflowed, lambda _: ()) for _ in range(103)]
     assert verdicts == [Verdict.SKIP] * 102 + [Verdict.STOP]
     assert "monitors.max_consecutive_skips" in guard.reason
 

@@ -12,7 +12,7 @@ import pytest
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.provenance import Provenance, locate, open_order, read_journal, readings_of
 from flagscale_like.data.tokenizer import train_bpe
-from flagscale_like.training import step
+from flagscale_like.engine.engine import Engine
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import cli, run_ranks, tiny_config
@@ -47,18 +47,16 @@ def poisoned_config(run_dir, corpus, **changes):
 
 
 def train_run(config, nan_at: int = 0) -> list[str]:
-    """Train, and return what the run said; one call of the schedule has a NaN in its losses on rank 3, the last stage."""
-    original, calls = step._run_schedule, [0]
+    """Train, and return what the run said; in one step the second sample of rank 3, the last stage, has a NaN loss."""
 
-    def schedule(*args, **kwargs):
-        losses = original(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] == nan_at and os.environ["RANK"] == "3":
-            losses[1]["sum"] *= float("nan")
-            losses[1]["sample sums"] *= float("nan")
-        return losses
+    def poisoned(call):
+        outputs = call()
+        outputs.sums["total"] = outputs.sums["total"] * float("nan")
+        outputs.samples["loss"][1] = float("nan")
+        return outputs
 
-    step._run_schedule = schedule
+    if os.environ["RANK"] == "3" and nan_at:
+        faults.at_call(Engine, "forward_backward", nan_at, poisoned)
     said, error = faults.train_and_listen(config)
     assert error is None
     return said

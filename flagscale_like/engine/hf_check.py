@@ -11,8 +11,9 @@ from torch import Tensor
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import ExportPlan
 from flagscale_like.checkpoint.hf_folder import HfFolder
-from flagscale_like.checkpoint.store import load_model
+from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
 
@@ -43,7 +44,7 @@ def compare_logits(
     Raises:
         ConversionError: it exceeds `tolerance`, or transformers cannot load the folder.
     """
-    model = load_model(reader, ctx, precision="fp32").eval()
+    model = Engine.build(ModelSpec(arch=reader.arch), ctx, source=reader).model.eval()
     if plan.normalize_head:
         model.output_layer.weight.data = F.normalize(model.output_layer.weight.data, dim=-1)
         model.output_layer.normalize = False
@@ -67,7 +68,8 @@ def compare_logits(
 
 def _logits_of_folder(folder: Path, model_type: str, ids: Tensor, ctx: ParallelContext) -> Tensor:
     if not transformers_ships(model_type):
-        again = load_model(HfFolder(folder), ctx, precision="fp32").eval()
+        source = HfFolder(folder)
+        again = Engine.build(ModelSpec(arch=source.arch), ctx, source=source).model.eval()
         return again(ids, None, None)[..., : again.arch.vocab_size].float()
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

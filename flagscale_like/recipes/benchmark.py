@@ -25,17 +25,19 @@ import torch
 from flagscale_like.cluster import ClusterSpec, DeviceSpec, find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import features
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.planner.throughput import MEASURED, Efficiency
+from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.runtime.roofline import gemm_flops, measure_device
-from flagscale_like.training.loop import train
 from flagscale_like.training.metrics import read_metrics
-from flagscale_like.training.run import start
-from flagscale_like.training.step import train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def measure(
         config = benchmark_config(config, ctx.broadcast(folder), warmup + steps, checkpoint=checkpoint)
         peak, source = peak_flops(config, ctx)
         states = _built_states(config, ctx)
-        train(config, ctx)
+        pretrain(config, ctx)
         dynamic = ctx.platform.peak_memory_bytes() - states if ctx.platform.is_cuda else 0
         peak = max(peak, peak_flops(config, ctx)[0])  # a measured one is lower while others use the machine
         records = read_metrics(Path(config.run_dir)) if ctx.is_main else []
@@ -121,15 +123,7 @@ def peak_flops(config: RunConfig, ctx: ParallelContext) -> tuple[float, str]:
 
 def _built_states(config: RunConfig, ctx: ParallelContext) -> int:
     """Bytes of this rank's weights, gradients and optimizer states, of a model that is built for this and dropped."""
-    run, _ = start(config, ctx)
-    buffers = [buffer for chunk in run.chunks for buffer in chunk.buffers]
-    total = sum(b.param_data.nbytes + b.grad_data.nbytes for b in buffers)
-    for part in run.optimizer.chained_optimizers:
-        part._init_optimizer_states_with_dummy_values()
-        total += sum(t.nbytes for state in part.optimizer.state.values() for t in state.values())
-        if config.train.precision != "fp32":
-            total += sum(p.nbytes for group in part.shard_fp32_from_float16_groups for p in group)
-    del run, buffers, part
+    total = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer).state_bytes()
     gc.collect()
     ctx.platform.reset_peak_memory()
     return total
@@ -215,7 +209,7 @@ def compare_with_transformers(config: RunConfig, ctx: ParallelContext, *, rounds
     """
     with tempfile.TemporaryDirectory(prefix="flagscale-bench-") as folder:
         config = benchmark_config(config, folder, rounds + warmup + 1, checkpoint=False)
-        ours, theirs = _our_steps(config, ctx), _their_steps(config, ctx)
+        ours, theirs = our_steps(config, ctx), _their_steps(config, ctx)
         times: list[tuple[float, float]] = []
         for turn in range(warmup + rounds):
             pair = tuple(_timed(ctx, side) for side in (ours, theirs))
@@ -242,13 +236,18 @@ def _timed(ctx: ParallelContext, steps: Iterator[object]) -> float:
     return time.perf_counter() - began
 
 
-def _our_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:
-    run, _ = start(config, ctx)
+def our_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[float]:
+    """Training steps of ours, without anything beside them; each gives its loss."""
+    engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
     data, _ = build_datasets(config, ctx, train_samples=config.train.total_samples(), valid_samples=0)
     batches = micro_batches(data, config, ctx)
-    count = config.train.global_batch_size // config.train.micro_batch_size
+    objective, add_up, dp = NextToken(), NamedSum(ctx), ctx.dp
+    count = config.train.global_batch_size // (config.train.micro_batch_size * dp)
     while True:
-        yield train_step(run.chunks, run.optimizer, config, ctx, batches, count)
+        outputs = engine.forward_backward(batches, objective, count)
+        sums = add_up({"grad-square": outputs.grad_square, **outputs.sums})
+        engine.update(clip=config.optimizer.clip_grad, grad_norm=math.sqrt(sums["grad-square"]))
+        yield sums["total"] / sums["count"]
 
 
 def _their_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""AdamW over megatron-core's distributed optimizer, and the learning-rate schedule."""
+"""AdamW over megatron-core's distributed optimizer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Optimizer
 from flagscale_like.model.build import DTYPES
+from flagscale_like.model.spec import ModelSpec
 
 
-def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> MegatronOptimizer:
+def build_optimizer(chunks: list[MegatronModule], spec: ModelSpec, options: Optimizer) -> MegatronOptimizer:
     """The optimizer of this rank's wrapped chunks: fp32 master weights and moments, sharded over data parallelism (ZeRO-1,
     Rajbhandari et al. 2020). apex's or Transformer Engine's fused Adam where installed, else torch's fused AdamW.
     """
-    options, precision = config.optimizer, config.train.precision
+    precision = spec.precision
     settings = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -39,7 +40,7 @@ def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> Megatron
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
-    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(config)}
+    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(spec, options)}
     optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -50,39 +51,17 @@ def build_optimizer(chunks: list[MegatronModule], config: RunConfig) -> Megatron
     return optimizer
 
 
-def _mup_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
+def _mup_overrides(spec: ModelSpec, options: Optimizer) -> dict[ParamKey, ParamGroupOverride]:
     """muP's learning rates for Adam (Yang et al. 2022, table 8): lr / m for every matrix but the embedding.
 
     The embedding keeps `lr`, and so do the norms and biases; weight decay is not touched.
     """
-    if config.init.mup is None:
+    if spec.init.mup is None:
         return {}
-    m = config.model.hidden_size / config.init.mup.base_hidden_size
+    m = spec.arch.hidden_size / spec.init.mup.base_hidden_size
 
     def grows_with_width(parameter: torch.nn.Parameter, name: str) -> bool:
         return parameter.dim() == 2 and "word_embeddings" not in name
 
     key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="grows with the width", fn=grows_with_width))
-    return {key: ParamGroupOverride(max_lr=config.optimizer.lr / m, min_lr=config.optimizer.min_lr / m)}
-
-
-def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Warm-up from 0, then cosine, linear, constant, or WSD (Hu et al. 2024); counted in optimizer steps."""
-    options, steps = config.optimizer, config.train.steps
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=options.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style="WSD" if options.schedule == "wsd" else options.schedule,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=options.decay_steps if options.schedule == "wsd" else None,
-        lr_wsd_decay_style="linear" if options.schedule == "wsd" else None,
-    )
+    return {key: ParamGroupOverride(max_lr=options.lr / m, min_lr=options.min_lr / m)}

@@ -1,0 +1,264 @@
+"""Engine: one model on this rank, with or without an optimizer. It is the mechanism of training, and holds no policy.
+
+An engine runs megatron-core's pipeline schedules, and knows neither data nor what is reported. What it learns is an
+objective (engine.objective); when it learns, evaluates and saves is the training loop's business.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.shard import Shard
+from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.config import Optimizer
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.load import Left, load_optimizer, load_weights
+from flagscale_like.engine.objective import Objective
+from flagscale_like.engine.optimizer import build_optimizer
+from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
+from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, unwrap, wrap_chunks
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.runtime.parallel import ParallelContext
+
+
+@dataclass
+class Outputs:
+    """What a pass over some micro-batches gave on this rank. Nothing is reduced, and all tensors are on the device.
+
+    Attributes:
+        sums: `total`, `count` and the objective's sums, added up over the micro-batches; 0 on ranks that another one counts
+            for (other stages than the last, and all but the first tensor-parallel rank).
+        samples: the objective's samples in the order of the micro-batches, [micro-batches * b]; empty on those other ranks.
+        grad_square: of the gradients, this rank's part of the squared L2 norm, float64; 0 without a backward pass.
+        overflow: whether the fp16 gradients overflowed, on any rank.
+    """
+
+    sums: dict[str, Tensor | float]
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    grad_square: Tensor | float = 0.0
+    overflow: bool = False
+
+
+class Engine:
+    """A model's chunks on this rank, and their optimizer. Make one with `build`.
+
+    Attributes:
+        name: prefix of the model's keys in a checkpoint, so that one checkpoint holds several models; empty for the only one.
+        models: this rank's chunks of the model, as they are.
+        chunks: the same, wrapped for gradient reduction where there is an optimizer.
+        optimizer: None for a model that is only run.
+        left: what a load that was not strict left at its initial values, in words.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ctx: ParallelContext,
+        models: list[LanguageModel],
+        *,
+        name: str = "",
+        left: list[str] | None = None,
+    ) -> None:
+        self.spec, self.ctx, self.models, self.name, self.left = spec, ctx, models, name, left or []
+        self.chunks: list[MegatronModule] = list(models)
+        self.optimizer: MegatronOptimizer | None = None
+
+    @classmethod
+    def build(
+        cls,
+        spec: ModelSpec,
+        ctx: ParallelContext,
+        *,
+        optimizer: Optimizer | None = None,
+        source: WeightSource | None = None,
+        strict: bool = True,
+        name: str = "",
+    ) -> Engine:
+        """Build the model on this layout. Weights are drawn only where none are loaded. All ranks call it.
+
+        Args:
+            optimizer: None builds no gradient buffers and no optimizer states.
+            source: where the weights come from; None draws them.
+            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn.
+
+        Raises:
+            CheckpointError, ConversionError: the source is not of this model.
+            ConfigError: see build_chunks().
+        """
+        models = build_chunks(spec, ctx)
+        left = Left([], set())
+        if source is None:
+            initialize_weights(models, spec, ctx)
+        else:
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name))
+            if left.parameters:
+                initialize_weights(models, spec, ctx, only=left.parameters)
+        engine = cls(spec, ctx, models, name=name, left=left.reasons)
+        if optimizer is not None:
+            # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
+            engine.chunks = wrap_chunks(models, spec, ctx)
+            engine.optimizer = build_optimizer(engine.chunks, spec, optimizer)
+        return engine
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model of an engine whose rank holds all of it."""
+        (model,) = self.models
+        return model
+
+    # Passes
+
+    def forward_backward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+        """Forward and backward over `count` micro-batches. No parameter changes.
+
+        Afterwards the reduced gradients, divided by the objective's count over all ranks, lie with the optimizer's fp32
+        weights (OwnedShard.main.grad).
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, objective, count, forward_only=False)
+        outputs.overflow = self.optimizer.prepare_grads()
+        grads = [s.main.grad for s in self.owned if s.trained and s.counts and s.main.grad is not None]
+        if grads:
+            outputs.grad_square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        return outputs
+
+    def update(self, *, clip: float, grad_norm: float) -> None:
+        """Make the optimizer step that the last forward_backward() prepared.
+
+        Args:
+            clip: largest norm of the gradient, which is scaled down to it; 0 does not clip.
+            grad_norm: of the gradient, over all ranks.
+        """
+        scale = clip / (grad_norm + 1e-6)
+        if 0 < scale < 1:
+            torch._foreach_mul_([p.grad for p in self.optimizer.get_parameters() if p.grad is not None], scale)
+        self.optimizer.step_with_ready_grads()
+
+    @torch.no_grad()
+    def forward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+        """The same losses without a backward pass; call it inside `evaluation()`."""
+        return self._run(batches, objective, count, forward_only=True)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it the model is in evaluation mode, and its parameters are whole on every rank."""
+        gathers = self.optimizer is not None and self.chunks[0].ddp_config.overlap_param_gather
+        for chunk in self.chunks:
+            if gathers:
+                chunk.disable_forward_pre_hook()
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+                if gathers:
+                    chunk.enable_forward_pre_hook()
+
+    def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+        # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
+        iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
+        several = len(self.chunks) > 1
+        losses = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward, objective),
+            data_iterator=list(iterators) if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=count,
+            seq_length=self.spec.seq_length,
+            micro_batch_size=self.spec.micro_batch_size,
+            forward_only=forward_only,
+        )
+        names = ("total", "count", *objective.sums)
+        if not losses or self.ctx.tp_rank != 0:
+            return Outputs(dict.fromkeys(names, 0.0))
+        sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
+        samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
+        return Outputs(sums, samples)
+
+    # What it holds
+
+    @functools.cached_property
+    def owned(self) -> list[OwnedShard]:
+        """What this rank owns of the parameters, gradients and optimizer states."""
+        return list(owned_shards(self.models, self.optimizer, self.ctx, _prefix(self.name)))
+
+    def fragments(self) -> Iterator[Shard]:
+        """What this rank saves: weights of frozen parameters; master weights and moments of trained ones."""
+        if self.optimizer is not None:
+            ensure_moments(self.optimizer)
+        for shard in self.owned:
+            yield from shard.fragments()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the fragments, JSON-able."""
+        if self.optimizer is None:
+            return {}
+        return {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Take weights and optimizer states from a checkpoint of this model.
+
+        Raises:
+            CheckpointError: it is of another model, or holds no optimizer states.
+        """
+        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name))
+        self.load_optimizer(reader)
+
+    def load_optimizer(self, reader: CheckpointReader) -> None:
+        """Take the optimizer states of a checkpoint whose weights are loaded already."""
+        load_optimizer(reader, self.owned, self.optimizer, self.name)
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's weights, gradients and optimizer states, once the moments exist."""
+        ensure_moments(self.optimizer)
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        total = sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)
+        total += sum(p.nbytes for model in self.models for p in model.parameters() if not p.requires_grad)
+        for shard in (shard for shard in self.owned if shard.trained):
+            total += sum(value.nbytes for value in shard.state.values() if isinstance(value, Tensor))
+            if shard.main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr():
+                total += shard.main.nbytes
+        return total
+
+
+def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:
+    """The states of a checkpoint's engines: of the one without a name as they are, of the others under `engines`."""
+    engines = list(engines)
+    states = {engine.name: engine.state() for engine in engines}
+    return {**states.pop("", {}), **({"engines": states} if states else {})}
+
+
+def _prefix(name: str) -> str:
+    return f"{name}/" if name else ""
+
+
+def _forward(
+    objective: Objective, batches: Iterator[Batch], chunk: MegatronModule
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Mapping[str, Any]]]]:
+    model = unwrap(chunk)
+    if model.pre_process or model.post_process or objective.on_every_stage:
+        batch = next(batches)
+        return chunk(**objective.inputs(batch)), functools.partial(_loss, objective, batch)
+    return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(_loss, objective, None)
+
+
+def _loss(objective: Objective, batch: Batch | None, output: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    """megatron-core's loss function: it divides the gradients by the count of the whole global batch."""
+    loss = objective.loss(output, batch)
+    # The schedule scales the first value in place after this returns, so what is reported is a copy.
+    sums = {"total": loss.total.detach().clone(), "count": loss.count, **loss.sums}
+    return loss.total, loss.count.to(torch.int), {"sums": sums, "samples": loss.samples}

@@ -1,0 +1,50 @@
+"""Objective: what a step learns. It says what the model is given of a batch, and what the loss is; it holds no state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flagscale_like.data.batch import Batch
+
+
+@dataclass
+class Loss:
+    """The loss of one micro-batch, on the rank that computes it.
+
+    Attributes:
+        total: differentiable sum over the micro-batch.
+        count: what the gradients of the global batch are divided by, a whole number: tokens, pairs, responses.
+        sums: further numbers by name; they add up over micro-batches and ranks. The names are the objective's `sums`.
+        samples: by name, [b]: a number for each row. They stay on this rank.
+    """
+
+    total: Tensor
+    count: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What an engine is trained on.
+
+    Attributes:
+        metric: what reports call the mean loss, total over count.
+        sums: names of Loss.sums, the same on every rank.
+        on_every_stage: whether the middle pipeline stages need the batch as well, for the bounds of packed documents.
+    """
+
+    metric: str
+    sums: tuple[str, ...]
+    on_every_stage: bool
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the model."""
+        ...
+
+    def loss(self, output: Tensor, batch: Batch) -> Loss:
+        """The loss of what the model returned; called on the last pipeline stage."""
+        ...

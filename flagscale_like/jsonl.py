@@ -1,0 +1,79 @@
+"""Files of JSON, as every part of the project writes and reads them: one object, or one record a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+# json.loads raises RecursionError on nesting that only an attacker writes.
+BAD_JSON = (ValueError, RecursionError)
+
+
+def write_json(path: Path, value: object) -> bytes:
+    """Write one JSON value through a temporary file and a rename, fsynced; returns the bytes written."""
+    data = json.dumps(value, indent=1).encode()
+    replace_file(path, data)
+    return data
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, and never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_records(path: Path) -> IO[bytes]:
+    """Open a file of records for appending. A last line that a kill cut short is ended, so that it spoils no other."""
+    file = open(path, "a+b")  # noqa: SIM115
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+    if file.read(1) not in (b"", b"\n"):
+        file.write(b"\n")
+    return file
+
+
+def write_record(file: IO[bytes], record: Mapping[str, Any]) -> None:
+    """Add one line. NaN and infinity are no JSON and become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    file.write(json.dumps(finite).encode("utf-8") + b"\n")
+    file.flush()
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a file."""
+    with open_records(path) as file:
+        write_record(file, record)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that hold a JSON object. A line that does not (cut short by a kill) is left out, and said."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except BAD_JSON:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif line:
+            print(f"{path}: an unreadable line was left out", file=sys.stderr)
+    return records
+
+
+def keep_records(path: Path, key: str, last: int) -> None:
+    """Drop the records whose `key` is greater than `last`: the run that goes on from there writes them again."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_records(path) if record.get(key, 0) <= last]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode("utf-8"))

@@ -1,0 +1,78 @@
+"""ModelSpec: everything that building a model and running it forward needs, and nothing of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.config import Init, Kernels, Parallel, RunConfig, check_layout
+from flagscale_like.errors import ConfigError
+
+DEFAULT_SEQ_LENGTH = 2048
+
+Head = Literal["language_model", "value", "hidden"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model, how it is cut over ranks, and how its operators are computed.
+
+    Attributes:
+        arch: the decoder.
+        head: what the last stage computes from the hidden states; see model.heads.
+        parallel: the layout; data parallelism is what is left of the world size.
+        kernels: which implementation computes each operator.
+        precision: of the weights and activations.
+        recompute: activations that the backward pass computes again; see config.Train.
+        seq_length: tokens of a micro-batch's rows; the model's max_position_embeddings, or 2048, where it is 0.
+        micro_batch_size: rows of a micro-batch. Pipeline stages exchange [seq_length, micro_batch_size, hidden].
+        init, seed: how weights are drawn that no checkpoint gives.
+        frozen: shell patterns of parameter names that training leaves as they are.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or the sequence is longer than the model's positions.
+    """
+
+    arch: ModelArch
+    head: Head = "language_model"
+    parallel: Parallel = field(default_factory=Parallel)
+    kernels: Kernels = field(default_factory=Kernels)
+    precision: Precision = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    seq_length: int = 0
+    micro_batch_size: int = 1
+    init: Init = field(default_factory=Init)
+    seed: int = 1234
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.seq_length:
+            object.__setattr__(self, "seq_length", self.arch.max_position_embeddings or DEFAULT_SEQ_LENGTH)
+        try:
+            check_layout(self.arch, self.parallel, self.seq_length)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> ModelSpec:
+        """The model that a run trains."""
+        train = config.train
+        return cls(
+            arch=config.model,
+            parallel=config.parallel,
+            kernels=config.kernels,
+            precision=train.precision,
+            recompute=train.recompute,
+            seq_length=train.seq_length,
+            micro_batch_size=train.micro_batch_size,
+            init=config.init,
+            seed=train.seed,
+            frozen=tuple(train.frozen),
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer's weight is the embedding's. A head without a vocabulary has a weight of its own."""
+        return self.arch.tie_embeddings and self.head == "language_model"

@@ -1,0 +1,189 @@
+"""Pretraining: engine, data, objective and parts put together, from a run's configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.hf import export_on_ranks
+from flagscale_like.checkpoint.manifest import step_name
+from flagscale_like.config import RunConfig
+from flagscale_like.data.feed import Feed
+from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
+from flagscale_like.families import find_family
+from flagscale_like.model.offload import attach_offload
+from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.runtime.parallel import ParallelContext, agree
+from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.clock import Clock
+from flagscale_like.training.evaluation import Evaluation, evaluate
+from flagscale_like.training.guard import Guard
+from flagscale_like.training.loop import evaluate as report_evaluation
+from flagscale_like.training.loop import run_steps
+from flagscale_like.training.metrics import Reporter
+from flagscale_like.training.monitors import StepMonitors
+from flagscale_like.training.parts import Part, Parts
+from flagscale_like.training.plan import Progress, last_step
+from flagscale_like.training.profile import StepProfiler
+from flagscale_like.training.recovery import Ledger
+from flagscale_like.training.run import Run, Start, start
+from flagscale_like.training.salience import calibrate
+from flagscale_like.training.source_selection import SourceSelection
+from flagscale_like.training.standard_parts import GarbageCollection, OffloadReport, Saves, StopSignal
+from flagscale_like.training.step_log import StepLog
+from flagscale_like.training.trail import DataTrail
+
+
+def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
+    """Run to the last step, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
+
+    Raises:
+        DivergedError: the guard (training.guard) stopped the run.
+        CheckpointError: a save failed, and checkpoint.on_error says stop, or it was the last one.
+        DataError, CheckpointError, ConfigError: see the functions that load and build.
+    """
+    agree(ctx, lambda: check_sources(config))
+    if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
+        find_family(config.model.family).hf_config(config.model)
+    begun = start(config, ctx)
+    with ExitStack() as closing:
+        run = assemble(config, begun, closing)
+        announce(run, begun.notes)
+        trail = next((part for part in run.parts.parts if isinstance(part, DataTrail)), None)
+        if trail is not None:
+            trail.begin(run.reporter)
+        run_steps(run)
+        if run.progress.step == config.train.steps and run.evaluate and config.data.tests:
+            report_evaluation(run, "test")
+        if trail is not None:
+            trail.end(run.reporter)
+        if run.progress.step < last_step(config):
+            text = f"stopped at step {run.progress.step}; the same command goes on from the newest checkpoint"
+            run.reporter.say(text)
+        elif config.checkpoint.export_hf:
+            run.watchdog.beat(run.progress.step, "exporting", slow=True)
+            out = export_run(run)
+            run.reporter.say(f"exported {out}: {config.train.precision} weights of step {run.progress.step}")
+    return run.progress
+
+
+def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
+    """The run's data and parts around a started engine. What must be closed however the run ends goes on `closing`."""
+    engine, progress, ctx, folder = begun.engine, begun.progress, begun.engine.ctx, RunFolder(config.run_dir)
+    if begun.new and config.init.salience:
+        begun.notes.append(calibrate(config, engine, progress.train_samples))
+    offload = attach_offload(engine.models, config, ctx)
+    ledger = [Ledger(folder.root, progress.step)] if ctx.is_main else []
+    reporter = closing.enter_context(
+        Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
+    )
+    watchdog = closing.enter_context(make_watchdog(config, ctx))
+    data, valid_data = build_datasets(
+        config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
+    )
+    selection = SourceSelection(config, engine, data, begun.saved) if config.data.selection else None
+    mixture = selection.mixture if selection else None
+    feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
+    objective, clock = NextToken(), Clock()
+    guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
+    # The order in which the parts are asked and told. What a later one reads, an earlier one has made.
+    parts: list[Part | None] = [
+        StopSignal(watchdog),
+        StepProfiler(config.train.profile, folder, ctx) if config.train.profile else None,
+        StepMonitors(config.monitors, engine),
+        selection,
+        DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
+        StepLog(config, ctx, clock, feed, objective.metric),
+        OffloadReport(offload) if offload else None,
+        guard,
+        *ledger,
+        saves,
+        GarbageCollection(config.train.gc_interval),
+    ]
+    run = Run(
+        config=config,
+        engine=engine,
+        objective=objective,
+        scheduler=begun.scheduler,
+        store=begun.store,
+        progress=progress,
+        parts=closing.enter_context(Parts([part for part in parts if part is not None])),
+        guard=guard,
+        saves=saves,
+        feed=feed,
+        reporter=reporter,
+        watchdog=watchdog,
+        clock=clock,
+    )
+    run.parts.load(begun.saved)
+    run.evaluate = evaluator(run, valid_data) if valid_data is not None else None
+    return run
+
+
+def evaluation_samples(config: RunConfig) -> int:
+    """Samples of one evaluation; 0 where the run makes none."""
+    return config.train.eval_steps * config.train.global_batch_size if config.train.eval_interval else 0
+
+
+def evaluator(run: Run, valid_data: Dataset) -> Callable[[str], Evaluation]:
+    """The loss on a split, by its name: always on the same samples of it."""
+    config, ctx, train = run.config, run.ctx, run.config.train
+
+    def evaluate_split(split: str) -> Evaluation:
+        data = valid_data if split == "validation" else build_dataset(config, ctx, "test", evaluation_samples(config))
+        return evaluate(
+            run.engine,
+            run.objective,
+            micro_batches(data, config, ctx),
+            steps=train.eval_steps,
+            micro_batches=train.global_batch_size // (train.micro_batch_size * ctx.dp),
+            sources=config.data.source_names,
+            on_step=functools.partial(run.watchdog.beat, run.progress.step, "evaluation"),
+        )
+
+    return evaluate_split
+
+
+def make_watchdog(config: RunConfig, ctx: ParallelContext) -> Watchdog:
+    """The watchdog of this rank, with the limits of `resilience`."""
+    limits = config.resilience
+    return Watchdog(
+        RunFolder(config.run_dir).hang,
+        ctx.rank,
+        ctx.world_size,
+        first_timeout_s=limits.first_step_timeout_s,
+        timeout_s=limits.step_timeout_s,
+        grace_s=limits.grace_s,
+    )
+
+
+def announce(run: Run, notes: list[str]) -> None:
+    """Write config.yaml, and say what is trained, where, and from what it starts."""
+    config, ctx, par = run.config, run.ctx, run.config.parallel
+    if ctx.is_main:
+        RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
+    run.reporter.say(
+        f"{config.model.parameter_count():,} parameters | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{' sp' if par.sp else ''} on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
+    )
+    for note in notes:
+        run.reporter.say(note)
+
+
+def export_run(run: Run) -> Path:
+    """Write RUN_DIR/hf from the checkpoint of the last step; the ranks share the files. All ranks call it.
+
+    Raises:
+        ConversionError: on every rank, where any rank could not write.
+    """
+    data, out = run.config.data, RunFolder(run.config.run_dir).hf
+    reader = CheckpointReader(run.store.root / step_name(run.progress.step))
+    tokenizer = Path(data.tokenizer) if data.tokenizer else None
+    export_on_ranks(reader, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
+    return out

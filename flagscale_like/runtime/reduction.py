@@ -1,0 +1,61 @@
+"""The one reduction of a step: named numbers of all ranks, added up in one collective and read by the host once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flagscale_like.runtime.parallel import ParallelContext
+
+Value = Tensor | float | Sequence[float]
+
+
+class NamedSum:
+    """Adds up named numbers over all ranks. The names are the same on every rank and in every call.
+
+    The first call compares the names over the ranks: a rank that contributes other names would otherwise add its numbers
+    to those of another name, without an error.
+    """
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        self.ctx = ctx
+        self._sizes: dict[str, int] | None = None
+
+    def __call__(self, values: Mapping[str, Value]) -> dict[str, float | list[float]]:
+        """The sums over all ranks, by name, in float64: a number for a scalar, a list for a vector.
+
+        The values may lie on the device or on the host. The host waits for the device once, for the result.
+        """
+        device = self.ctx.platform.device
+        flat = {name: _flat(value, device) for name, value in values.items()}
+        self._check({name: len(tensor) for name, tensor in flat.items()})
+        packed = torch.cat(list(flat.values()))
+        dist.all_reduce(packed)
+        numbers, sums = iter(packed.tolist()), {}
+        for name, tensor in flat.items():
+            taken = [next(numbers) for _ in range(len(tensor))]
+            sums[name] = taken if _is_vector(values[name]) else taken[0]
+        return sums
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        if self._sizes is None:
+            found = self.ctx.gather(sizes)
+            other = next((rank for rank, names in enumerate(found) if list(names.items()) != list(sizes.items())), None)
+            assert other is None, (
+                f"ranks {self.ctx.rank} and {other} reduce different names: {sizes} and {found[other]}"
+            )
+            self._sizes = sizes
+        assert list(sizes.items()) == list(self._sizes.items()), f"names changed from {self._sizes} to {sizes}"
+
+
+def _is_vector(value: Value) -> bool:
+    return value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, Sequence)
+
+
+def _flat(value: Value, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64).reshape(-1)
+    return torch.tensor(value, dtype=torch.float64, device=device).reshape(-1)

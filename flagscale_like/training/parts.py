@@ -1,0 +1,208 @@
+"""Parts: what a run does beside learning, one class each. The loop calls them in one order at the moments of a step.
+
+    before(plan)              the step begins
+    contribute(outputs)       named numbers for the step's one reduction
+    judge(facts)              what looks wrong, before the parameters change
+    before_update()           the parameters are about to change
+    after(step, report)       the step is done
+    close(error)              the run ends, in whatever way
+
+A part with a `name` has state in the run's checkpoints. Monitors, data selection, saves, the profiler and the log line are
+parts; a new one is a class and a line in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from flagscale_like.engine.engine import Outputs
+from flagscale_like.runtime.reduction import Value
+from flagscale_like.training.plan import StepPlan
+
+
+class Verdict(Enum):
+    """What becomes of a step, once loss and gradient norm are known and before the parameters change."""
+
+    UPDATE = "update"
+    SKIP = "skip"
+    REWIND = "rewind"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a step before the parameters change, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch, in the objective's unit; nan where nothing counted.
+        grad_norm: global L2 norm of the gradient, before clipping.
+        count: tokens (or pairs, responses) that counted.
+        overflow: whether the fp16 gradients overflowed.
+        sums: the numbers that objective and parts contributed, added up over all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    count: int
+    overflow: bool
+    sums: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a monitor found.
+
+    Attributes:
+        kind: which monitor, and on which part of the model where it has one: `loss`, `effective-rank/weights/...`.
+        value, limit: what was measured, and what it crossed.
+        action: what it asks for: log, skip, rewind or stop.
+        message: for people.
+    """
+
+    kind: str
+    value: float
+    limit: float | None
+    action: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is done.
+
+    Attributes:
+        outputs: of this rank.
+        consumed: samples that the run has read by now.
+        skipped: steps so far whose update was not made.
+        learning_rate: of the step's update.
+    """
+
+    plan: StepPlan
+    outputs: Outputs
+    facts: Facts
+    verdict: Verdict
+    consumed: int
+    skipped: int
+    learning_rate: float
+
+    @property
+    def updated(self) -> bool:
+        return self.verdict is Verdict.UPDATE
+
+
+class Report(Protocol):
+    """Where parts say and write what is to be known of the run; only rank 0 writes."""
+
+    def say(self, text: str) -> None: ...
+
+    def numbers(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def event(self, step: int, consumed: int, event: Event) -> None: ...
+
+
+class Part:
+    """Does nothing; a part overrides what it takes part in. All ranks call every method alike.
+
+    Attributes:
+        name: key of its state in checkpoints; empty for a part without state.
+        goes_back: whether the state goes back with the weights when the run goes back to an earlier checkpoint, or on
+            with the data.
+    """
+
+    name: ClassVar[str] = ""
+    goes_back: ClassVar[bool] = False
+
+    def before(self, plan: StepPlan) -> None:
+        """A step begins."""
+
+    def contribute(self, outputs: Outputs) -> Mapping[str, Value]:
+        """This rank's numbers for the step's reduction, under names that are the same on every rank and at every step."""
+        return {}
+
+    def judge(self, facts: Facts) -> Sequence[Event]:
+        """What is wrong with a step whose gradients are ready and whose update is not made. Usually nothing."""
+        return ()
+
+    def before_update(self) -> None:
+        """The parameters are about to change."""
+
+    def after(self, step: Step, report: Report) -> None:
+        """A step is done."""
+
+    def went_back(self) -> None:
+        """The run went back to an earlier checkpoint, and leaves samples out."""
+
+    def close(self, error: BaseException | None) -> None:
+        """The run ends, because of `error` where it did not end by itself."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, JSON-able and the same on every rank; a copy, written while training goes on."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back what state() returned."""
+
+
+class Parts:
+    """The parts of a run, in the order in which they are called; closed in reverse order."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        names = [part.name for part in self.parts if part.name]
+        assert len(names) == len(set(names)), f"two parts share a name: {names}"
+
+    def before(self, plan: StepPlan) -> None:
+        for part in self.parts:
+            part.before(plan)
+
+    def contributions(self, outputs: Outputs) -> dict[str, Value]:
+        """All parts' numbers; two parts that use one name are an error of ours."""
+        values: dict[str, Value] = {}
+        for part in self.parts:
+            own = part.contribute(outputs)
+            assert not own.keys() & values.keys(), f"two parts contribute {sorted(own.keys() & values.keys())}"
+            values |= own
+        return values
+
+    def judge(self, facts: Facts) -> list[Event]:
+        return [event for part in self.parts for event in part.judge(facts)]
+
+    def before_update(self) -> None:
+        for part in self.parts:
+            part.before_update()
+
+    def after(self, step: Step, report: Report) -> None:
+        for part in self.parts:
+            part.after(step, report)
+
+    def went_back(self) -> None:
+        for part in self.parts:
+            part.went_back()
+
+    def state(self) -> dict[str, Any]:
+        """By name, of the parts that have one."""
+        return {part.name: part.state() for part in self.parts if part.name}
+
+    def load(self, states: Mapping[str, Any], *, back: bool = False) -> None:
+        """Put back the states that are there; with `back`, only of the parts that go back with the weights."""
+        for part in self.parts:
+            if part.name in states and (part.goes_back or not back):
+                part.load(states[part.name])
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        problems = []
+        for part in reversed(self.parts):
+            try:
+                part.close(error)
+            except Exception as problem:  # the others are closed all the same
+                problems.append(problem)
+        if problems and error is None:
+            raise problems[0]
+        for problem in problems:
+            error.add_note(f"while the run was closed: {type(problem).__name__}: {problem}")

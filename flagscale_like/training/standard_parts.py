@@ -1,0 +1,112 @@
+"""Small parts that every run has: the stop signal, the saves under way, garbage collection, the offload's counts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+from flagscale_like.checkpoint.store import CheckpointStore
+from flagscale_like.config import Checkpoint
+from flagscale_like.engine.engine import Outputs
+from flagscale_like.errors import CheckpointError
+from flagscale_like.model.offload import ActivationOffload
+from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.parts import Part, Report, Step
+from flagscale_like.training.plan import StepPlan
+
+
+class StopSignal(Part):
+    """Tells the watchdog that a step begins, and all ranks that one was asked to stop (`stop` in the facts' sums)."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+
+    def before(self, plan: StepPlan) -> None:
+        self.watchdog.beat(plan.step - 1, "training step", slow=plan.first)
+
+    def contribute(self, outputs: Outputs) -> Mapping[str, float]:
+        return {"stop": float(self.watchdog.asked_to_stop)}
+
+
+class Saves(Part):
+    """Moves the save under way to its next phase, at the same step on every rank, and reports the saves that ended.
+
+    Attributes:
+        must_succeed: the step of the save that the run cannot do without; a failure of it is an error in any case.
+    """
+
+    def __init__(self, store: CheckpointStore, options: Checkpoint) -> None:
+        self.store, self.options = store, options
+        self.must_succeed: int | None = None
+
+    def contribute(self, outputs: Outputs) -> Mapping[str, float]:
+        working, failed = self.store.pulse()
+        return {"save/working": working, "save/failed": failed}
+
+    def before_update(self) -> None:
+        self.store.before_update()
+
+    def after(self, step: Step, report: Report) -> None:
+        self.store.advance(step.facts.sums["save/working"], step.facts.sums["save/failed"])
+        self.report(report)
+
+    def report(self, report: Report) -> None:
+        """Report the saves that ended.
+
+        Raises:
+            CheckpointError: one failed, and checkpoint.on_error says stop, or it is the one that must succeed.
+        """
+        for saved in self.store.take_outcomes():
+            if saved.error:
+                report.say(f"step {saved.step} | not saved: {saved.error}; earlier checkpoints are untouched")
+                if saved.step == self.must_succeed or self.options.on_error == "stop":
+                    raise CheckpointError(
+                        f"{saved.path}: could not be saved: {saved.error}; earlier checkpoints are untouched"
+                    )
+                continue
+            times = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
+            report.numbers(saved.step, times)
+            words = f"waited {saved.stall_s:.2f} s, written in {saved.write_s:.2f} s"
+            report.say(f"step {saved.step} | saved {saved.path} ({words})")
+            for note in saved.notes:
+                report.say(f"step {saved.step} | {note}")
+
+
+class GarbageCollection(Part):
+    """Collects garbage at the same step on every rank. A collection that one rank begins by itself makes all others wait.
+
+    What is alive after the first step (modules, configuration, megatron-core's caches) stays: it is never looked at again.
+
+    Args:
+        interval: steps between collections; 0 leaves them to Python.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def after(self, step: Step, report: Report) -> None:
+        if not self.interval:
+            return
+        if step.plan.first:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif step.plan.step % self.interval == 0:
+            gc.collect()
+
+    def close(self, error: BaseException | None) -> None:
+        if self.interval:
+            gc.enable()
+            gc.unfreeze()
+
+
+class OffloadReport(Part):
+    """Reports the activation offload of rank 0 at the steps that are logged."""
+
+    def __init__(self, offload: ActivationOffload) -> None:
+        self.offload = offload
+
+    def after(self, step: Step, report: Report) -> None:
+        if step.plan.log:
+            counts = self.offload.report()
+            report.numbers(step.plan.step, {f"offload/{name}": value for name, value in counts.items()})

@@ -1,0 +1,128 @@
+"""The log line of a step: loss, gradient norm, learning rate, throughput, memory, time left."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale_like.cluster import find_device
+from flagscale_like.config import RunConfig
+from flagscale_like.data.feed import Feed
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.clock import Clock
+from flagscale_like.training.metrics import MEAN
+from flagscale_like.training.parts import Part, Report, Step
+
+RECENT_STEPS = 100
+
+
+class StepLog(Part):
+    """Logs a step when its plan says so, with means over the steps since the last line.
+
+    The loss of the line is the mean of the steps since the last line, as Megatron-LM logs it; a single step's loss is as
+    noisy as its batch. Steps whose loss is not finite are left out of the mean. What is added up is in the checkpoint, so
+    that a resumed run logs what the uninterrupted one would have logged.
+
+    Args:
+        metric: name of the loss in the records.
+    """
+
+    name = "log"
+    goes_back = True
+
+    def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, metric: str) -> None:
+        self.config, self.ctx, self.clock, self.feed, self.metric = config, ctx, clock, feed, metric
+        self.pace = Pace(config)
+        spec = find_device(ctx.platform.describe())
+        self.peak_flops = spec.bf16_flops if spec else None
+        self._loss, self._steps = 0.0, 0
+
+    def after(self, step: Step, report: Report) -> None:
+        self.pace.note(step.consumed)
+        if math.isfinite(step.facts.loss):
+            self._loss += step.facts.loss
+            self._steps += 1
+        if step.plan.log:
+            record = self._record(step)
+            report.numbers(step.plan.step, record)
+            report.say(self._line(step, record))
+        # The first step of a start is logged out of turn, and begins no new mean.
+        if step.plan.step % self.config.train.log_interval == 0:
+            self._loss, self._steps = 0.0, 0
+
+    def _record(self, step: Step) -> dict[str, Any]:
+        train, world = self.config.train, self.ctx.world_size
+        total, count = self.clock.pop()
+        seconds = total / count
+        tokens_per_s = step.plan.batch_size * train.seq_length / seconds
+        flops = self.config.model.flops_per_token(train.seq_length) * tokens_per_s / world
+        record = {
+            self.metric: step.facts.loss,
+            self.metric + MEAN: self._loss / self._steps if self._steps else math.nan,
+            "grad-norm": step.facts.grad_norm,
+            "learning-rate": step.learning_rate,
+            "batch-size": step.plan.batch_size,
+            "world-size": world,
+            "consumed-samples": step.consumed,
+            "iteration-time": seconds,
+            "tokens-per-second": tokens_per_s,
+            "throughput/tflops/device": flops / 1e12,
+            "mem-peak-bytes": self.ctx.platform.peak_memory_bytes(),
+            "data-wait-share": self.feed.pop_wait() / total,
+            "skipped-steps": step.skipped,
+        }
+        return record | ({"mfu": flops / self.peak_flops} if self.peak_flops else {})
+
+    def _line(self, step: Step, record: Mapping[str, Any]) -> str:
+        steps, number = self.config.train.steps, step.plan.step
+        eta = self.pace.seconds_left(number, record["iteration-time"])
+        mean, last = record[self.metric + MEAN], step.facts.loss
+        parts = [
+            f"step {number:>{len(str(steps))}}/{steps}",
+            f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),
+            f"lr {step.learning_rate:.2e}",
+            f"grad norm {step.facts.grad_norm:.3f}",
+            f"{record['tokens-per-second']:,.0f} tokens/s",
+            f"{record['throughput/tflops/device']:.3g} TFLOP/s/device",
+            *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            f"mem {record['mem-peak-bytes'] / 2**30:.2f} GiB",
+            f"data {record['data-wait-share']:.0%}",
+            *([f"skipped {step.skipped}"] if step.skipped else []),
+            f"eta {datetime.timedelta(seconds=round(eta))}",
+        ]
+        return " | ".join(parts)
+
+    def state(self) -> dict[str, Any]:
+        return {"loss": self._loss, "steps": self._steps}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._loss, self._steps = float(state["loss"]), int(state["steps"])
+
+
+class Pace:
+    """Wall time that the rest of a run takes at the pace of its last steps.
+
+    The pace is wall time a sample, so that evaluations and saves between steps count, and a batch ramp-up does not mislead.
+    The first step of a start, which builds and compiles, is where the clock begins.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._done: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
+
+    def note(self, consumed: int) -> None:
+        """A step is done, and the run has read so many samples."""
+        self._done.append((time.perf_counter(), consumed))
+
+    def seconds_left(self, step: int, step_s: float) -> float:
+        """Seconds that the steps after `step` take; by `step_s` a step, where no pace is known yet."""
+        train = self.config.train
+        (since, before), (now, consumed) = self._done[0], self._done[-1]
+        if consumed == before:
+            return (train.steps - step) * step_s
+        left = train.total_samples() - consumed if train.ramp_up else (train.steps - step) * train.global_batch_size
+        return (now - since) / (consumed - before) * max(0, left)
