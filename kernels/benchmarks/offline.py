@@ -3,13 +3,16 @@
 Needs Triton with its own ptxas and cuobjdump (any wheel), and a process without TRITON_INTERPRET.
 """
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on a GPU; read when triton is imported
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # nobody debugs these kernels; compiles faster
 
 import torch
 import triton
@@ -18,7 +21,21 @@ from triton.runtime.jit import KernelInterface
 
 SHARED_BYTES = {80: 166912, 90: 232448}  # dynamic shared memory a block may ask for: 163 and 227 KiB
 SM_REGISTERS, SM_WARPS, SM_BLOCKS = 65536, 64, 32
-INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS", "UTMALDG")  # wgmma, mma, asynchronous copies, TMA loads
+MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA")  # wgmma and mma in the machine code
+
+
+def _use_a_cache_folder_that_can_be_written():
+    """Let Triton keep its cache in a temporary folder, deleted at exit, where its usual folder cannot be written."""
+    try:
+        os.makedirs(triton.knobs.cache.dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=triton.knobs.cache.dir):
+            return
+    except OSError:
+        triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cache-")
+        atexit.register(shutil.rmtree, triton.knobs.cache.dir, ignore_errors=True)
+
+
+_use_a_cache_folder_that_can_be_written()
 
 
 class _OfflineDriver:
@@ -63,18 +80,20 @@ def compile_only(arch):
         triton.runtime.driver._active = None
 
 
-def _tool(name):
-    return getattr(triton.knobs.nvidia, name).path
+def _cuobjdump(option, path):
+    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def resources(compiled):
-    """Registers, stack (spills), shared memory, blocks an SM can hold, and counts of telling instructions."""
+    """Registers, stack (spills), shared memory, blocks an SM can hold, and counts of the matrix units' instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([_tool("cuobjdump"), "-sass", f.name], capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
+        usage = _cuobjdump("-res-usage", f.name)
+        # Disassembling takes a quarter of a second: only where there is something to count.
+        sass = _cuobjdump("-sass", f.name) if "mma" in compiled.asm["ptx"] else ""
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     meta = compiled.metadata
     arch, warps = meta.target.arch, meta.num_warps
     register_blocks = SM_REGISTERS // (-(-used["REG"] // 8) * 8 * 32 * warps)
@@ -90,5 +109,5 @@ def resources(compiled):
         "shared": meta.shared,
         "blocks_per_sm": blocks,
         "fits": meta.shared <= SHARED_BYTES[arch] and blocks > 0,
-        **{name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
+        **{name: len(re.findall(rf"\b{name}\b", sass)) for name in MATRIX_INSTRUCTIONS},
     }

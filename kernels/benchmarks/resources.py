@@ -1,13 +1,15 @@
-"""Compile every kernel and every config of its lists for sm_80 and sm_90, and print what each needs.
+"""Compile the kernels for sm_80 and sm_90 without a GPU, and print the registers, stack and memory that each needs.
 
-    python kernels/benchmarks/resources.py             the table, as in docs/kernels.md
-    python kernels/benchmarks/resources.py --json      the same, for the tests
-    python kernels/benchmarks/resources.py --quick     bf16 and head dimension 128 only
+    python kernels/benchmarks/resources.py             every kernel, variant and config: the table in docs/kernels.md
+    python kernels/benchmarks/resources.py --quick     one variant of each kernel, with its default config
+    python kernels/benchmarks/resources.py --json      the same as JSON, for the tests
 
-No GPU is needed. An asterisk marks the config that runs without autotuning.
+The default config is the one that runs without autotuning; an asterisk marks it in the table. Triton keeps what it
+compiled, by source and config, in its cache folder (TRITON_CACHE_DIR): a second run compiles what has changed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -20,7 +22,7 @@ import offline  # noqa: E402
 import torch  # noqa: E402
 
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
-from flagscale_kernels._tuning import run_every_config  # noqa: E402
+from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
 NAMES = ("rms_norm", "rope", "swiglu", "cross_entropy", "flash_attention", "piecewise_attention")
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
@@ -32,36 +34,38 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def rms_norm(dtype):
+def rms_norm(dtype, quick=False):
     module = MODULES["rms_norm"]
-    for h in (128, H, 8192):
+    for h in (H,) if quick else (128, H, 8192):
         x, w, rstd = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
-        for residual in (None, x):
+        for residual in (x,) if quick else (None, x):
             module._forward_triton(x, residual, w, 1e-6, True)
             module._backward_triton(x, x, w, rstd, True, residual)
 
 
-def rope(dtype):
+def rope(dtype, quick=False):
     q, k, cos = meta(S, B, 32, 128, dtype=dtype), meta(S, B, 8, 128, dtype=dtype), meta(S, 64, dtype=torch.float32)
     positions = meta(B, S, dtype=torch.int64)
     for interleaved in (False, True):
-        for ids in (None, positions):
+        for ids in (None,) if quick else (None, positions):
             MODULES["rope"]._rotate_triton(q, k, q, k, cos, cos, ids, "sbnd", interleaved, 1.0)
+    if quick:
+        return
     half = meta(S, 32, dtype=torch.float32)
     MODULES["rope"]._rotate_triton(q, None, meta(*q.shape, dtype=dtype), None, half, half, None, "sbnd", False, -1.0)
 
 
-def swiglu(dtype):
+def swiglu(dtype, quick=False):
     gate, weight = meta(S, B, F, dtype=dtype), meta(S, B, dtype=torch.float32)
-    for w in (None, weight):
+    for w in (weight,) if quick else (None, weight):
         MODULES["swiglu"]._forward_triton(gate, gate, w)
         MODULES["swiglu"]._backward_triton(gate, gate, gate, w, meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype))
 
 
-def cross_entropy(dtype):
+def cross_entropy(dtype, quick=False):
     module = MODULES["cross_entropy"]
     logits, target, per_token = meta(S, V, dtype=dtype), meta(S, dtype=torch.int64), meta(S, dtype=torch.float32)
-    for with_sum in (False, True):
+    for with_sum in (True,) if quick else (False, True):
         module._statistics_triton(logits, target, 0, with_sum)
     module._gradient_triton(logits, target, per_token, per_token, logits, 0, V, 0.1, 1e-4)
 
@@ -88,7 +92,7 @@ def piecewise_attention(dtype, d, causal=True):
 def cases(quick):
     """(label, function) of what is compiled; each function launches the kernels of a forward and a backward."""
     bf16 = torch.bfloat16
-    found = [(f.__name__, lambda f=f: f(bf16)) for f in (rms_norm, rope, swiglu, cross_entropy)]
+    found = [(f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, cross_entropy)]
     found += [
         ("causal D128", lambda: flash_attention(bf16, 128)),
         ("D128", lambda: piecewise_attention(bf16, 128)),
@@ -114,13 +118,21 @@ def cases(quick):
     ]
 
 
+def configs_to_compile(quick):
+    """A context in which each launch compiles its default config (quick) or all configs of its list."""
+    if not quick:
+        return run_every_config()
+    os.environ[AUTOTUNE_VARIABLE] = "0"
+    return contextlib.nullcontext()
+
+
 def collect(quick=False, only=None, archs=(80, 90)):
     rows = []
     for arch in archs:
         for label, case in cases(quick):
             if only and not any(part in label for part in only.split(",")):
                 continue
-            with offline.compile_only(arch) as compiled, run_every_config():
+            with offline.compile_only(arch) as compiled, configs_to_compile(quick):
                 case()
             seen = set()
             for kernel, options in compiled:
@@ -148,8 +160,8 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--quick", action="store_true", help="one variant of each kernel, with its default config")
     parser.add_argument("--only", help="cases whose label contains one of these, separated by commas")
     parser.add_argument("--arch", type=int, choices=sorted(offline.SHARED_BYTES))
     args = parser.parse_args()

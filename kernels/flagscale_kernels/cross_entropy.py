@@ -178,7 +178,10 @@ def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_
 
 @torch.library.custom_op("flagscale_kernels::cross_entropy_statistics", mutates_args=())
 def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
-    """[n, 4] = (maximum, sum of exponentials, the target's logit or 0, sum of logits) of [n, v] logits."""
+    """[n, 4] = (maximum, sum of exponentials, the target's logit or 0, sum of logits) of [n, v] logits; v may be 0."""
+    if logits.shape[1] == 0:
+        empty = torch.tensor((-torch.inf, 0.0, 0.0, 0.0), dtype=torch.promote_types(logits.dtype, torch.float32))
+        return empty.to(logits.device).repeat(logits.shape[0], 1)
     if backend == "torch":
         return _statistics_torch(logits, target, vocab_start, with_sum)
     return _statistics_triton(logits, target, vocab_start, with_sum)
@@ -200,6 +203,8 @@ def gradient_inplace_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
 ) -> None:  # fmt: skip
+    if logits.shape[1] == 0:
+        return
     run = _gradient_torch if backend == "torch" else _gradient_triton
     run(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss)
 

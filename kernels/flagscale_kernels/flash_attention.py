@@ -15,12 +15,11 @@ from torch import Tensor
 
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
 from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
-from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require
+from flagscale_kernels._layouts import PACKED, as_bnsd, check_layout, from_bnsd, sizes, strides
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
-# Where a layout keeps (batch, head, sequence); the head dimension is last. "tnd" is a pack of sequences.
-LAYOUTS = {"bnsd": (0, 1, 2), "sbnd": (1, 2, 0), "bsnd": (0, 2, 1), "tnd": (None, 1, 0)}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 DELTA_ROWS = 64
 NO_BOUND = -1
@@ -230,17 +229,6 @@ dq_kernel = TunedKernel(
 )
 
 
-def strides(t: Tensor, layout: str) -> tuple[int, int, int]:
-    """(batch, head, sequence) strides."""
-    batch, head, seq = LAYOUTS[layout]
-    return (0 if batch is None else t.stride(batch), t.stride(head), t.stride(seq))
-
-
-def as_bnsd(t: Tensor, layout: str) -> Tensor:
-    batch, head, seq = LAYOUTS[layout]
-    return t.permute(head, seq, 2).unsqueeze(0) if batch is None else t.permute(batch, head, seq, 3)
-
-
 def tile_options(q: Tensor) -> dict:
     """What every attention kernel is compiled for."""
     d = q.shape[-1]
@@ -273,17 +261,16 @@ def _common(q, k, slopes, cu_q, left, right, layout):
         "PACKED": cu_q is not None,
         **tile_options(q),
     }
-    seq = LAYOUTS[layout][2]
-    key = (*(constants[name] for name in ("HAS_LEFT", "HAS_RIGHT", "HAS_ALIBI", "PACKED")), length_class(k.shape[seq]))
+    _, kv_heads, seq_k = sizes(k, layout)
+    key = (*(constants[name] for name in ("HAS_LEFT", "HAS_RIGHT", "HAS_ALIBI", "PACKED")), length_class(seq_k))
     options = {"block_d": constants["BD"], "element_bytes": q.element_size(), "key": key}
     slope_stride = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-    head = LAYOUTS[layout][1]
-    return constants, options, slope_stride, q.shape[head], k.shape[head]
+    return constants, options, slope_stride, sizes(q, layout)[1], kv_heads
 
 
 def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout):
     constants, options, slope_stride, heads, kv_heads = _common(q, k, slopes, cu_q, left, right, layout)
-    entries = q.shape[LAYOUTS[layout][0]] if cu_q is None else cu_q.shape[0] - 1
+    entries = sizes(q, layout)[0] if cu_q is None else cu_q.shape[0] - 1
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(_lse_shape(q, layout), dtype=torch.float32, device=q.device)
     if cu_q is not None:
@@ -303,7 +290,7 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
 
 def _backward_triton(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout):
     constants, options, slope_stride, heads, kv_heads = _common(q, k, slopes, cu_q, left, right, layout)
-    entries = q.shape[LAYOUTS[layout][0]] if cu_q is None else cu_q.shape[0] - 1
+    entries = sizes(q, layout)[0] if cu_q is None else cu_q.shape[0] - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if cu_q is not None:
         for t in (dq, dk, dv):
@@ -379,8 +366,7 @@ def _backward_torch(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k,
 
 
 def _lse_shape(q, layout):
-    batch, head, seq = LAYOUTS[layout]
-    return (q.shape[head], q.shape[seq]) if batch is None else (q.shape[batch], q.shape[head], q.shape[seq])
+    return sizes(q, layout)[1:] if layout == PACKED else sizes(q, layout)
 
 
 @torch.library.custom_op("flagscale_kernels::flash_attention", mutates_args=())
@@ -437,10 +423,7 @@ _flash_op.register_autograd(_backward, setup_context=_setup)
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names: tuple[str, str, str]) -> None:
     """q and k are a query and key pair with v; the errors name them as `names` does."""
     q_name, k_name, v_name = names
-    require(layout in LAYOUTS, f"layout ({layout!r}) must be one of {tuple(LAYOUTS)}")
-    for name, t in zip(names, (q, k, v)):
-        require(t.dim() == len(layout), f"{name}.dim() ({t.dim()}) must be {len(layout)} for layout {layout!r}")
-        check_unit_stride(name, t)
+    check_layout(layout, zip(names, (q, k, v)))
     check_float(q_name, q, backend)
     for attribute in ("dtype", "device"):
         check_same(attribute, zip(names, (q, k, v)))
@@ -452,11 +435,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names:
             MIN_HEAD_DIM <= d <= MAX_HEAD_DIM,
             f"{q_name}.shape[-1] ({d}), the head dimension, must be from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
         )
-    batch, head, _ = LAYOUTS[layout]
-    if batch is not None:
-        sizes = q.shape[batch], k.shape[batch]
-        require(sizes[0] == sizes[1], f"{k_name}'s batch ({sizes[1]}) must equal {q_name}'s ({sizes[0]})")
-    heads, kv_heads = q.shape[head], k.shape[head]
+    (batch, heads, _), (k_batch, kv_heads, _) = sizes(q, layout), sizes(k, layout)
+    require(batch == k_batch, f"{k_name}'s batch ({k_batch}) must equal {q_name}'s ({batch})")
     require(
         kv_heads > 0 and heads % kv_heads == 0,
         f"{q_name}'s heads ({heads}) must be divisible by {k_name}'s ({kv_heads})",
@@ -488,11 +468,11 @@ def _check_window(window, causal):
 
 
 def _check_packed(layout, cu_q, cu_k, max_q, max_k, q, k):
-    packed = layout == "tnd"
+    packed = layout == PACKED
     given = cu_q is not None and cu_k is not None
-    require(packed == given and (cu_q is None) == (cu_k is None), f"cu_seqlens_q and cu_seqlens_k go with {'tnd'!r}")
+    require(packed == given and (cu_q is None) == (cu_k is None), f"cu_seqlens_q and cu_seqlens_k go with {PACKED!r}")
     if not packed:
-        return q.shape[LAYOUTS[layout][2]], k.shape[LAYOUTS[layout][2]]
+        return sizes(q, layout)[2], sizes(k, layout)[2]
     for name, t in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         require(t.dtype in (torch.int32, torch.int64), f"{name}.dtype ({t.dtype}) must be torch.int32 or torch.int64")
         require(t.dim() == 1 and t.shape[0] >= 2, f"{name}.shape ({tuple(t.shape)}) must be [sequences + 1]")
@@ -539,15 +519,15 @@ def flash_attention(
     max_q, max_k = _check_packed(layout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     left, right = _bounds(causal, window)
     if alibi_slopes is not None:
-        heads = q.shape[LAYOUTS[layout][1]]
-        entries = q.shape[LAYOUTS[layout][0]] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        heads = sizes(q, layout)[1]
+        entries = sizes(q, layout)[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         require(
             tuple(alibi_slopes.shape) in ((heads,), (entries, heads)),
             f"alibi_slopes.shape ({tuple(alibi_slopes.shape)}) must be ({heads},) or ({entries}, {heads})",
         )
         check_same("device", [("q", q), ("alibi_slopes", alibi_slopes)])
         alibi_slopes = alibi_slopes.float().contiguous()
-    if backend == "torch" and not return_lse and layout != "tnd" and alibi_slopes is None and left == NO_BOUND:
+    if backend == "torch" and not return_lse and layout != PACKED and alibi_slopes is None and left == NO_BOUND:
         plain = right == NO_BOUND or (causal and max_q == max_k)
         if plain and q.numel() and k.numel():
             # PyTorch's own kernel is the fastest on a CPU for the case it covers.
@@ -556,9 +536,7 @@ def flash_attention(
             out = torch.nn.functional.scaled_dot_product_attention(
                 *views, is_causal=causal, scale=scale, enable_gqa=grouped
             )
-            batch, head, seq = LAYOUTS[layout]
-            order = sorted(range(3), key=(batch, head, seq).__getitem__)
-            return out.permute(*order, 3).contiguous()
+            return from_bnsd(out, layout)
     args = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, left, right, layout, backend)
     o, lse = _flash_op(q, k, v, *args)
     return (o, lse) if return_lse else o

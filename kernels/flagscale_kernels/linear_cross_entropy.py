@@ -17,6 +17,8 @@ parallelism, hidden is this rank's [s / tp, ...]: gathered along the first dimen
 reduce-scattered on the way out.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,71 +57,96 @@ def _reduce_scatter_sequence(whole, group):
     return part
 
 
+class _Options(NamedTuple):
+    """What the forward and the backward of one call share besides tensors."""
+
+    group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    chunk_tokens: int | None
+    vocab_size: int  # without padding, over the whole group
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    accumulate_main_grad: bool
+    backend: str
+
+
+def _rows_in_use(weight, options):
+    """This rank's rows of the weight that are not padding: the leading ones, which may be none."""
+    first = group_size_and_rank(options.group)[1] * weight.shape[0]
+    return weight[: min(max(options.vocab_size - first, 0), weight.shape[0])]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, target, group, sequence_parallel, chunk_tokens, ignore_index, label_smoothing, z_loss,
-        accumulate_main_grad, backend,
-    ):  # fmt: skip
-        size, rank = group_size_and_rank(group)
+    def forward(ctx, hidden, weight, target, options):
         v, h = weight.shape
-        whole = _gather_sequence(hidden, group) if sequence_parallel else hidden
+        used = _rows_in_use(weight, options)  # [v, h] -> [u, h]
+        vocab_start = group_size_and_rank(options.group)[1] * v
+        whole = _gather_sequence(hidden, options.group) if options.sequence_parallel else hidden
         x = whole.reshape(-1, h)  # [s, b, h] -> [s * b, h]
         flat_target = target.reshape(-1)
-        chunk = chunk_tokens or default_chunk_tokens(x.shape[0], h, v)
+        chunk = options.chunk_tokens or default_chunk_tokens(x.shape[0], h, v)
+        smoothing = options.label_smoothing
         stats = [
-            statistics_op(part @ weight.t(), wanted, rank * v, label_smoothing != 0, backend)
+            statistics_op(part @ used.t(), wanted, vocab_start, smoothing != 0, options.backend)
             for part, wanted in zip(x.split(chunk), flat_target.split(chunk))
         ]
-        statistics = combine_statistics(torch.cat(stats), group)
-        ignored = flat_target == ignore_index
-        loss, lse = losses_and_lse(statistics, ignored, size * v, label_smoothing, z_loss)
+        statistics = combine_statistics(torch.cat(stats), options.group)
+        ignored = flat_target == options.ignore_index
+        loss, lse = losses_and_lse(statistics, ignored, options.vocab_size, smoothing, options.z_loss)
         ctx.save_for_backward(hidden, weight, flat_target, lse, ignored)
-        ctx.group, ctx.sequence_parallel, ctx.chunk = group, sequence_parallel, chunk
-        ctx.options = rank * v, size * v, label_smoothing, z_loss, backend
-        ctx.accumulate_main_grad = accumulate_main_grad
+        ctx.chunk, ctx.options = chunk, options
+        ctx.gradient_options = vocab_start, options.vocab_size, smoothing, options.z_loss, options.backend
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         hidden, weight, target, lse, ignored = ctx.saved_tensors
+        options, group = ctx.options, ctx.options.group
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        whole = _gather_sequence(hidden, ctx.group) if ctx.sequence_parallel else hidden
+        used = _rows_in_use(weight, options)
+        whole = _gather_sequence(hidden, group) if options.sequence_parallel else hidden
         x = whole.reshape(-1, weight.shape[1])
         scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
         dx = torch.empty_like(x) if need_hidden else None
-        into_main_grad = need_weight and ctx.accumulate_main_grad and getattr(weight, "main_grad", None) is not None
-        one_chunk = ctx.chunk >= x.shape[0] and not into_main_grad
-        if into_main_grad:
-            dw = weight.main_grad
-        elif need_weight and not one_chunk:  # chunks add up in fp32: a sum kept in bf16 would lose the late ones
+        main_grad = getattr(weight, "main_grad", None) if need_weight and options.accumulate_main_grad else None
+        one_chunk = 0 < x.shape[0] <= ctx.chunk and main_grad is None
+        dw = main_grad
+        if need_weight and one_chunk:
+            dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            dw[used.shape[0] :] = 0
+        elif need_weight and main_grad is None:  # chunks add up in fp32: a sum kept in bf16 would lose the late ones
             dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        dw_used = dw[: used.shape[0]] if need_weight else None  # the padding rows of dw stay as they are
         for start in range(0, x.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            g = x[rows] @ weight.t()
-            gradient_inplace_op(g, target[rows], lse[rows], scale[rows], *ctx.options)
+            g = x[rows] @ used.t()
+            gradient_inplace_op(g, target[rows], lse[rows], scale[rows], *ctx.gradient_options)
             if need_hidden:
-                torch.mm(g, weight, out=dx[rows])
+                torch.mm(g, used, out=dx[rows])
             if need_weight and one_chunk:
-                dw = g.t() @ x[rows]
+                torch.mm(g.t(), x[rows], out=dw_used)
             elif need_weight:
-                dw.addmm_(g.t(), x[rows]) if dw.dtype == g.dtype else dw.add_(g.t() @ x[rows])
+                dw_used.addmm_(g.t(), x[rows]) if dw.dtype == g.dtype else dw_used.add_(g.t() @ x[rows])
         if need_hidden:
             dx = dx.view(whole.shape)
-            if ctx.sequence_parallel:
-                dx = _reduce_scatter_sequence(dx, ctx.group)
-            elif group_size_and_rank(ctx.group)[0] > 1:
-                dist.all_reduce(dx, group=ctx.group)
-        if into_main_grad:
+            if options.sequence_parallel:
+                dx = _reduce_scatter_sequence(dx, group)
+            elif group_size_and_rank(group)[0] > 1:
+                dist.all_reduce(dx, group=group)
+        if main_grad is not None:
             # megatron-core's convention: the hook that sees this flag does not add .grad to main_grad again.
             weight.grad_added_to_main_grad = True
             dw = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
-        return dx, dw.to(weight.dtype) if need_weight else None, *(None,) * 9
+        return dx, dw.to(weight.dtype) if need_weight else None, None, None
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, target: Tensor, **options) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, vocab_size: int | None = None, **options
+) -> Tensor:
     """The definition without reduction or sharding, in plain PyTorch."""
-    return cross_entropy_reference(hidden @ weight.t(), target, **options)
+    return cross_entropy_reference(hidden @ weight[:vocab_size].t(), target, **options)
 
 
 def fused_linear_cross_entropy(
@@ -130,6 +157,7 @@ def fused_linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -143,6 +171,8 @@ def fused_linear_cross_entropy(
     gradient comes back summed over the group: do not sum it again.
     sequence_parallel: hidden is this rank's [s / tp, b, h], in rank order; target is the whole [s, b].
     chunk_tokens: tokens whose logits exist at a time; by default about as many as take hidden's own memory.
+    vocab_size: rows of the whole group's weight that are tokens; the rows from there on are padding, whose logits count
+    as -inf: no part in the loss or in hidden's gradient, and a gradient of exactly 0. By default all rows are tokens.
     accumulate_main_grad: add the weight's gradient to weight.main_grad where that exists and mark it with
     grad_added_to_main_grad, as megatron-core's gradient accumulation fusion does.
     The other options and the errors are those of `cross_entropy`.
@@ -164,9 +194,13 @@ def fused_linear_cross_entropy(
     rows = hidden.shape[:-1]
     if sequence_parallel:
         rows = torch.Size((rows[0] * size, *rows[1:]))
-    check_target(target, rows, hidden.device, ignore_index, weight.shape[0] * size)
-    loss = _LinearCrossEntropy.apply(
-        hidden, weight, target, group, sequence_parallel and size > 1, chunk_tokens, ignore_index, label_smoothing,
-        z_loss, accumulate_main_grad, backend,
+    padded = weight.shape[0] * size
+    vocab_size = padded if vocab_size is None else vocab_size
+    require(0 < vocab_size <= padded, f"vocab_size ({vocab_size}) must be from 1 to the weight's {padded} rows")
+    check_target(target, rows, hidden.device, ignore_index, vocab_size)
+    options = _Options(
+        group, sequence_parallel and size > 1, chunk_tokens, vocab_size, ignore_index, label_smoothing, z_loss,
+        accumulate_main_grad, backend,
     )  # fmt: skip
+    loss = _LinearCrossEntropy.apply(hidden, weight, target, options)
     return reduce_losses(loss.view(target.shape), target, ignore_index, reduction)

@@ -22,20 +22,18 @@ from torch import Tensor
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_same, choose_backend, require
+from flagscale_kernels._layouts import LAYOUTS, PACKED, as_bnsd, check_layout, sizes, strides
 from flagscale_kernels._triton import cdiv, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 from flagscale_kernels.flash_attention import (
-    LAYOUTS,
     LOG2E,
-    as_bnsd,
     check_qkv,
     check_scale,
     launch_delta,
-    strides,
     tile_options,
 )
 
-PIECEWISE_LAYOUTS = ("bnsd", "sbnd", "bsnd")
+PIECEWISE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != PACKED)
 
 
 def piecewise_reference(
@@ -234,8 +232,9 @@ dq_kernel = TunedKernel(
 
 
 def _sizes(q, k, layout):
-    batch, head, seq = LAYOUTS[layout]
-    return q.shape[batch], q.shape[head], k.shape[head], q.shape[seq], k.shape[seq]
+    """(batch, query heads, KV heads, queries, keys)."""
+    (b, heads, seq_q), (_, kv_heads, seq_k) = sizes(q, layout), sizes(k, layout)
+    return b, heads, kv_heads, seq_q, seq_k
 
 
 def _constants(q, causal, seq_k):
@@ -384,7 +383,7 @@ def piecewise_attention(
     Raises ValueError for a shape, dtype, device, stride, layout, head count or threshold that does not fit.
     """
     backend = choose_backend(q1, backend)
-    require(layout in PIECEWISE_LAYOUTS, f"layout ({layout!r}) must be one of {PIECEWISE_LAYOUTS}")
+    check_layout(layout, (), PIECEWISE_LAYOUTS)
     require(isinstance(threshold, int) and threshold >= 0, f"threshold ({threshold}) must be an integer of at least 0")
     check_qkv(q1, k1, v, layout, backend, ("q1", "k1", "v"))
     check_qkv(q2, k2, v, layout, backend, ("q2", "k2", "v"))

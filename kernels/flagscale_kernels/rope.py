@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
+from flagscale_kernels._layouts import as_bnsd, check_layout, sizes, strides
 from flagscale_kernels._triton import next_power_of_2, tl, triton
 from flagscale_kernels.rope_frequencies import packed_position_ids
 
-# Where a layout keeps (batch, sequence, head); the head dimension is last. "tnd" is a pack of sequences: one batch.
-LAYOUTS = {"sbnd": (1, 0, 2), "bnsd": (0, 2, 1), "bsnd": (0, 1, 2), "tnd": (None, 0, 1)}
 HEADS_TILE = 2048  # elements of a tile of heads
 
 
@@ -44,7 +43,7 @@ def _pairs(t, r, interleaved):
 
 
 def _rotate_torch(t, out, cos, sin, interleaved, sign):
-    """t and out are [b, s, n, d] views and may be the same; cos and sin are [b or 1, s, 1, r / 2]."""
+    """t and out are [b, n, s, d] views and may be the same; cos and sin are [b or 1, 1, s, r / 2]."""
     r = 2 * cos.shape[-1]
     x1, x2 = _pairs(t, r, interleaved)
     y1, y2 = _pairs(out, r, interleaved)
@@ -98,8 +97,8 @@ def _rotate_heads(
 @triton.jit
 def _rope_kernel(
     Q, K, Q_OUT, K_OUT, COS, SIN, POSITIONS, seq, q_heads, k_heads, d, half, sign,
-    q_batch_stride, q_seq_stride, q_head_stride, k_batch_stride, k_seq_stride, k_head_stride,
-    qo_batch_stride, qo_seq_stride, qo_head_stride, ko_batch_stride, ko_seq_stride, ko_head_stride,
+    q_batch_stride, q_head_stride, q_seq_stride, k_batch_stride, k_head_stride, k_seq_stride,
+    qo_batch_stride, qo_head_stride, qo_seq_stride, ko_batch_stride, ko_head_stride, ko_seq_stride,
     cos_batch_stride, cos_seq_stride, sin_batch_stride, sin_seq_stride, position_batch_stride, position_seq_stride,
     HAS_K: tl.constexpr, HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
@@ -125,21 +124,6 @@ def _rope_kernel(
         )  # fmt: skip
 
 
-def _bsn_strides(t, layout):
-    batch, seq, head = LAYOUTS[layout]
-    return (0 if batch is None else t.stride(batch), t.stride(seq), t.stride(head))
-
-
-def _bsn_sizes(t, layout):
-    batch, seq, head = LAYOUTS[layout]
-    return (1 if batch is None else t.shape[batch], t.shape[seq], t.shape[head])
-
-
-def _as_bsnd(t, layout):
-    batch, seq, head = LAYOUTS[layout]
-    return t.unsqueeze(0) if batch is None else t.permute(batch, seq, head, 3)
-
-
 def _table_strides(t):
     """(batch, row) strides of [rows, ...] or [b or 1, rows, ...]; a batch of one serves every entry."""
     if t.dim() == 1 or (t.dim() == 2 and t.is_floating_point()):
@@ -148,9 +132,9 @@ def _table_strides(t):
 
 
 def _rotate_triton(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign):
-    b, s, q_heads = _bsn_sizes(q, layout)
+    b, q_heads, s = sizes(q, layout)
     d, half = q.shape[-1], cos.shape[-1]
-    k_heads = q_heads if k is None else _bsn_sizes(k, layout)[2]
+    k_heads = q_heads if k is None else sizes(k, layout)[1]
     half_block = next_power_of_2(half)
     most = max(1, HEADS_TILE // half_block)
     tiles = [min(most, next_power_of_2(n)) for n in (q_heads, k_heads)]
@@ -159,7 +143,7 @@ def _rotate_triton(q, k, q_out, k_out, cos, sin, positions, layout, interleaved,
     k, k_out = (q, q_out) if k is None else (k, k_out)
     _rope_kernel[(b * s,)](
         q, k, q_out, k_out, cos, sin, cos if positions is None else positions, s, q_heads, k_heads, d, half, sign,
-        *(stride for t in (q, k, q_out, k_out) for stride in _bsn_strides(t, layout)),
+        *(stride for t in (q, k, q_out, k_out) for stride in strides(t, layout)),
         *_table_strides(cos), *_table_strides(sin), *((0, 0) if positions is None else _table_strides(positions)),
         HAS_K=k is not q, HAS_POSITIONS=positions is not None, INTERLEAVED=interleaved,
         COPY_REST=2 * half < d and q_out is not q, Q_HEADS=tiles[0], K_HEADS=tiles[1], HALF=half_block,
@@ -180,12 +164,12 @@ def _rotate(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign, 
             cos, sin = cos.gather(1, index), sin.gather(1, index)
         else:
             cos, sin = cos[rows], sin[rows]
-    s = _bsn_sizes(q, layout)[1]
-    cos, sin = ((t[None] if t.dim() == 2 else t)[:, :s, None] for t in (cos, sin))
+    s = sizes(q, layout)[2]
+    cos, sin = ((t[None] if t.dim() == 2 else t)[:, None, :s] for t in (cos, sin))
     for t, out in ((q, q_out), (k, k_out)):
         if t is not None:
-            view = _as_bsnd(t, layout)
-            _rotate_torch(view, view if out is t else _as_bsnd(out, layout), cos, sin, interleaved, sign)
+            view = as_bnsd(t, layout)
+            _rotate_torch(view, view if out is t else as_bnsd(out, layout), cos, sin, interleaved, sign)
 
 
 def _no_k(q):
@@ -243,7 +227,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _check_tables(q, cos, sin, positions, layout, backend):
-    b, s, _ = _bsn_sizes(q, layout)
+    b, _, s = sizes(q, layout)
     check_float("cos", cos, backend)
     for attribute in ("shape", "dtype", "device"):
         check_same(attribute, [("cos", cos), ("sin", sin)])
@@ -271,10 +255,8 @@ def _check_tables(q, cos, sin, positions, layout, backend):
 
 
 def _check_heads(name, t, layout, backend):
-    require(layout in LAYOUTS, f"layout ({layout!r}) must be one of {tuple(LAYOUTS)}")
-    require(t.dim() == len(layout), f"{name}.dim() ({t.dim()}) must be {len(layout)} for layout {layout!r}")
+    check_layout(layout, [(name, t)])
     check_float(name, t, backend)
-    check_unit_stride(name, t)
 
 
 def rope(
@@ -307,7 +289,7 @@ def rope(
     for attribute in ("dtype", "device"):
         check_same(attribute, [("q", q), ("k", k)])
     require(q.shape[-1] == k.shape[-1], f"k.shape[-1] ({k.shape[-1]}) must equal q.shape[-1] ({q.shape[-1]})")
-    q_sizes, k_sizes = _bsn_sizes(q, layout)[:2], _bsn_sizes(k, layout)[:2]
+    q_sizes, k_sizes = sizes(q, layout)[::2], sizes(k, layout)[::2]
     require(q_sizes == k_sizes, f"k's (batch, sequence) {k_sizes} must equal q's {q_sizes}")
     if cu_seqlens is not None:
         require(layout == "tnd", f"cu_seqlens needs layout 'tnd', got {layout!r}")

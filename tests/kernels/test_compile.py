@@ -1,4 +1,9 @@
-"""Every kernel compiles for the chips it is meant for, and what ptxas says about it is what the design needs."""
+"""The kernels compile for the chips they are meant for, and need the registers, memory and units that they should.
+
+By default: one variant of each kernel (bf16, head dimension 128) with its default config, for sm_80 and sm_90.
+With `make soak`: every variant (head dimensions, dtypes, masks, packing) with every config of its list.
+Triton caches what it compiled, so a second run only compiles the kernels that have changed.
+"""
 
 import json
 import os
@@ -9,8 +14,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "resources.py"
-pytestmark = pytest.mark.timeout(1800)  # ptxas is slow, and the fixture compiles everything
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
+OTHERS = ("rms_norm_forward", "rms_norm_backward", "rope", "swiglu_forward", "swiglu_backward")
+KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
 
 def compiled(*options):
@@ -19,11 +25,6 @@ def compiled(*options):
     done = subprocess.run([sys.executable, str(SCRIPT), "--json", *options], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return compiled("--quick")
 
 
 def named(row):
@@ -35,6 +36,10 @@ def is_attention(row):
 
 
 def check(rows):
+    for arch in (80, 90):
+        names = {row["kernel"] for row in rows if row["arch"] == arch}
+        missing = [kernel for kernel in KERNELS if not any(kernel in name for name in names)]
+        assert not missing, f"not compiled for sm_{arch}: {missing}"
     for row in rows:
         assert row["fits"], f"{named(row)}: {row['shared']} bytes of shared memory"
         # fp32 is for tests, and head dimensions above 128 do not fit: docs/kernels.md says by how much.
@@ -46,31 +51,13 @@ def check(rows):
             assert row[other] == 0, f"{named(row)} has {other}"
 
 
-def test_every_kernel_is_compiled_for_both_chips(rows):
-    for arch in (80, 90):
-        kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        for name in (*ATTENTION, "rms_norm_forward", "rms_norm_backward", "rope", "swiglu_forward", "swiglu_backward"):
-            assert any(name in kernel for kernel in kernels), f"{name} was not compiled for sm_{arch}"
-        for name in ("statistics", "gradient", "delta"):
-            assert any(name in kernel for kernel in kernels), f"{name} was not compiled for sm_{arch}"
-
-
-def test_every_config_fits_uses_the_matrix_units_and_the_chosen_ones_do_not_spill(rows):
+def test_the_default_configs_fit_do_not_spill_and_use_the_matrix_units():
+    rows = compiled("--quick")
+    assert all(row["chosen"] for row in rows)
     check(rows)
-
-
-def test_every_attention_kernel_has_alternatives_to_choose_from(rows):
-    for arch in (80, 90):
-        for name in ATTENTION:
-            tiles = {
-                (row["bm"], row["bn"], row["warps"], row["stages"])
-                for row in rows
-                if name in row["kernel"] and row["arch"] == arch
-            }
-            assert 2 <= len(tiles) <= 4, f"{name} on sm_{arch}: {sorted(tiles)}"
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_every_variant_of_every_kernel_fits_and_the_chosen_configs_do_not_spill():
+def test_every_variant_and_config_fits_and_the_default_configs_do_not_spill():
     check(compiled())

@@ -189,18 +189,68 @@ def test_a_long_sum_of_weight_gradients_is_kept_in_float32():
     assert relative_rms(leaf.grad, exact.grad) < 0.01
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_rows_of_the_weight_have_no_part(backend, dtype, chunk_tokens):
+    x, weight = seeded(5, 2, 16, dtype=dtype), seeded(256, 16, dtype=dtype, seed=1)
+    weight[250:] = torch.nan  # shows if anything reads them
+    target, options = targets(5, 2, vocab=250), {"vocab_size": 250, "label_smoothing": 0.1, "z_loss": 1e-3}
+    target[1, 0] = 249
+    gradients = []
+
+    def ours(x, w):
+        w.register_hook(gradients.append)
+        return fused_linear_cross_entropy(
+            x, w, target, chunk_tokens=chunk_tokens, reduction="none", backend=backend, **options
+        )
+
+    assert_as_good_as_pytorch(
+        ours, lambda x, w: linear_cross_entropy_reference(x, w, target, **options), [x, weight], [seeded(5, 2, seed=2)]
+    )
+    [gradient] = gradients
+    assert torch.equal(gradient[250:], torch.zeros_like(gradient[250:]))
+
+
+@pytest.mark.parametrize("accumulate_main_grad", [False, True])
+def test_a_padded_weight_that_is_also_the_embedding_gets_both_gradients(accumulate_main_grad):
+    tokens, target = torch.tensor([3, 19, 3, 0, 17, 5]), targets(6, vocab=20)
+    expected = seeded(24, 8, seed=1).requires_grad_()
+    linear_cross_entropy_reference(expected[tokens], expected, target, vocab_size=20).sum().div(5).backward()
+    weight = torch.nn.Parameter(expected.detach().clone())
+    # As megatron-core's shared embedding: its hook adds .grad to main_grad although the output layer has added its own.
+    weight.main_grad, weight.zero_out_wgrad = torch.ones(24, 8), True
+    fused_linear_cross_entropy(
+        weight[tokens], weight, target, vocab_size=20, chunk_tokens=4, accumulate_main_grad=accumulate_main_grad
+    ).backward()
+    torch.testing.assert_close(weight.main_grad + weight.grad, 1 + expected.grad)
+    assert torch.equal(weight.main_grad[20:], torch.ones(4, 8))
+    assert weight.grad[20:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_linear_of_no_tokens(backend):
+    x, weight = torch.empty(0, 8, requires_grad=True), seeded(20, 8).requires_grad_()
+    target = torch.empty(0, dtype=torch.int64)
+    loss = fused_linear_cross_entropy(x, weight, target, vocab_size=18, reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert weight.grad.eq(0).all()
+
+
 def test_vocabulary_and_sequence_parallel_equal_one_process(tmp_path):
     worker = Path(__file__).with_name("tensor_parallel_worker.py")
     kernels = Path(__file__).parents[2] / "kernels"
-    command = [sys.executable, str(worker)]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kernels)}
-    address = f"file://{tmp_path}/rendezvous"
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kernels)}
     ranks = [
-        subprocess.Popen([*command, str(r), "2", address], env=os.environ | env, stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), f"file://{tmp_path}/rendezvous"],
+            env=env, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    assert [rank.returncode for rank in ranks] == [0] * 4, "\n".join(errors)
 
 
 def test_cpu_path_passes_gradcheck():
@@ -237,6 +287,9 @@ def test_bad_input_names_the_argument(change, message):
         ({"weight": torch.zeros(16, 7)}, r"weight.shape\[1\] \(7\) must equal hidden.shape\[-1\] \(8\)"),
         ({"weight": torch.zeros(16, 8).half()}, "weight.dtype"),
         ({"chunk_tokens": 0}, r"chunk_tokens \(0\)"),
+        ({"vocab_size": 0}, r"vocab_size \(0\) must be from 1 to the weight's 16 rows"),
+        ({"vocab_size": 17}, r"vocab_size \(17\) must be from 1 to the weight's 16 rows"),
+        ({"vocab_size": 14, "target": torch.full((5,), 14)}, "target holds 14 .. 14, outside the vocabulary 0 .. 13"),
         ({"sequence_parallel": True}, "sequence_parallel"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, "target.shape"),
     ],

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_each_chip_has_its_list():
     assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]
     assert LISTS(90, 64, 4) == [Config(bm=16, bn=16)]
     assert LISTS(120, 64, 2) == LISTS(-1, 64, 2) == [Config(bm=64, bn=32)]
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("operator", ["flash_attention", "piecewise_attention"])
+def test_every_attention_kernel_has_alternatives_to_choose_from(operator, chip):
+    module = sys.modules[f"flagscale_kernels.{operator}"]
+    for kernel in (module.forward_kernel, module.dkdv_kernel, module.dq_kernel):
+        configs = kernel.configs(chip, 128, 2)
+        assert 2 <= len(set(configs)) == len(configs) <= 4, f"{kernel.name} on sm_{chip}: {configs}"
 
 
 def test_other_chips_get_more_than_one_stage_and_more_than_32x32():
