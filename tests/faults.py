@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flagscale_like.checkpoint import manifest, store
+from flagscale_like.checkpoint import format, manifest
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine, Outputs
 from flagscale_like.jsonl import read_records
@@ -106,8 +106,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     # One call more than a snapshot has: `reserve` is the first, the save of step 2 the second.
     "during staging": lambda pieces: at_call(host_copy.HostCopies, "copy", 2 * pieces + pieces // 2, before),
     "during a shard's write": lambda pieces: at_call(manifest.Checksum, "update", 1 + pieces + 1 + pieces // 2, before),
-    "before the metadata": lambda pieces: at_call(store, "write_manifest", 2, before),
-    "after the metadata": lambda pieces: at_call(store, "write_manifest", 2, after),
+    "before the metadata": lambda pieces: at_call(format, "write_manifest", 2, before),
+    "after the metadata": lambda pieces: at_call(format, "write_manifest", 2, after),
     "before the latest pointer moves": lambda pieces: at_call(manifest, "write_json", 2, before, when=_is_latest),
     "after the latest pointer moved": lambda pieces: at_call(manifest, "write_json", 2, after, when=_is_latest),
 }

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch.distributed import TCPStore
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import PeerLostError
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.reduction import NamedSum
 
 REPOSITORY = Path(__file__).parents[1]
+AFTER_A_FAILURE_S = 5  # what the other ranks get to end once one has failed
 
 # Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups. torch loads
 # torch._dynamo with the first optimizer that is made: a second of every rank.
@@ -99,7 +102,13 @@ def free_port() -> int:
 def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float = 180) -> list[Any]:
     """`function(*arguments)` on `ranks` processes with torchrun's environment; its results, by rank.
 
-    The function must be importable, and starts its own parallel_context. A rank that raises fails the call.
+    The function must be importable, and starts its own parallel_context. A rank that raises or dies fails the call, once
+    the others have ended too, or AFTER_A_FAILURE_S later.
+
+    Raises:
+        AssertionError: what each failed rank said, the likely cause first: ranks that died, then errors, then ranks that
+            lost another one.
+        TimeoutError: no rank ended for `timeout_s`.
     """
     # The ranks meet at a store that this process serves, as torchrun's agent does: its port is taken before they start.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -113,31 +122,50 @@ def run_ranks(ranks: int, function: Callable, *arguments: Any, timeout_s: float 
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    results, failures = [None] * ranks, []
     try:
-        pending = dict(zip(pipes, range(ranks), strict=True))
-        while pending:
-            ready = multiprocessing.connection.wait(list(pending), timeout=timeout_s)
-            if not ready:
-                raise TimeoutError(f"ranks {sorted(pending.values())} of {ranks} said nothing for {timeout_s} s")
-            for pipe in ready:
-                rank = pending.pop(pipe)
-                try:
-                    ok, results[rank] = pipe.recv()
-                except EOFError:
-                    ok, results[rank] = False, "died"
-                if not ok:
-                    failures.append(f"rank {rank}: {results[rank]}")
-            if failures:
-                break
+        results, failures = _collect(pipes, processes, timeout_s)
+        for process, rank in zip(processes, range(ranks), strict=True):
+            if rank not in failures:
+                process.join(timeout=0 if failures else 30)
     finally:
         for process in processes:
-            if failures:
-                process.kill()
-            process.join(timeout=30)
             process.kill()
-    assert not failures, "\n".join(failures)
+            process.join()
+    assert not failures, "\n".join(f"rank {rank}: {text}" for rank, (_, text) in _by_cause(failures))
     return results
+
+
+def _collect(pipes: list, processes: list, timeout_s: float) -> tuple[list[Any], dict[int, tuple[str, str]]]:
+    """The results of the ranks, and of those that failed the name of the error (empty: it died) and what they said."""
+    results: list[Any] = [None] * len(pipes)
+    failures: dict[int, tuple[str, str]] = {}
+    pending = dict(zip(pipes, range(len(pipes)), strict=True))
+    end = None
+    while pending:
+        left = timeout_s if end is None else max(0.0, end - time.monotonic())
+        ready = multiprocessing.connection.wait(list(pending), timeout=left)
+        if not ready and failures:
+            break
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(pipes)} said nothing for {timeout_s} s")
+        for pipe in ready:
+            rank = pending.pop(pipe)
+            try:
+                error, value = pipe.recv()
+            except EOFError:
+                processes[rank].join(timeout=10)
+                error, value = "", f"died (exit code {processes[rank].exitcode})"
+            if error is None:
+                results[rank] = value
+            else:
+                failures[rank] = (error, value)
+        if failures and end is None:
+            end = time.monotonic() + AFTER_A_FAILURE_S
+    return results, failures
+
+
+def _by_cause(failures: dict[int, tuple[str, str]]) -> list[tuple[int, tuple[str, str]]]:
+    return sorted(failures.items(), key=lambda item: (item[1][0] != "", item[1][0] == PeerLostError.__name__, item[0]))
 
 
 def _rank(rank: int, ranks: int, port: int, sender: Any, function: Callable, arguments: tuple) -> None:
@@ -150,9 +178,9 @@ def _rank(rank: int, ranks: int, port: int, sender: Any, function: Callable, arg
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
     try:
-        sender.send((True, function(*arguments)))
-    except BaseException:
-        sender.send((False, traceback.format_exc()))
+        sender.send((None, function(*arguments)))
+    except BaseException as error:
+        sender.send((type(error).__name__, traceback.format_exc()))
         os._exit(1)
 
 

@@ -81,6 +81,18 @@ def same_box(a: Fragment, b: Fragment) -> bool:
     return (a.offset, a.shape) == (b.offset, b.shape)
 
 
+def overlaps(a: Fragment, b: Fragment) -> Iterator[tuple[Box, Box, Index, Index]]:
+    """Where two fragments of one tensor overlap: a box of each, and the first corner and the end of what both hold."""
+    for one in a.boxes():
+        for other in b.boxes():
+            low = tuple(map(max, one.offset, other.offset))
+            high = tuple(
+                min(o + s, p + t) for o, s, p, t in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+            )
+            if all(x < y for x, y in zip(low, high, strict=True)):
+                yield one, other, low, high
+
+
 def copy_overlap(source: Fragment, source_flat: Tensor, target: Fragment, target_flat: Tensor) -> int:
     """Copy the elements that both fragments hold; returns how many.
 
@@ -88,13 +100,9 @@ def copy_overlap(source: Fragment, source_flat: Tensor, target: Fragment, target
         source_flat, target_flat: 1-D, the elements of each fragment. The copy converts the dtype.
     """
     copied = 0
-    for a in source.boxes():
-        for b in target.boxes():
-            low = tuple(map(max, a.offset, b.offset))
-            high = tuple(min(o + s, p + t) for o, s, p, t in zip(a.offset, a.shape, b.offset, b.shape, strict=True))
-            if all(x < y for x, y in zip(low, high, strict=True)):
-                b.view(target_flat)[b.slices(low, high)].copy_(a.view(source_flat)[a.slices(low, high)])
-                copied += prod(y - x for x, y in zip(low, high, strict=True))
+    for a, b, low, high in overlaps(source, target):
+        b.view(target_flat)[b.slices(low, high)].copy_(a.view(source_flat)[a.slices(low, high)])
+        copied += prod(y - x for x, y in zip(low, high, strict=True))
     return copied
 
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata
+from flagscale_like.checkpoint.format import CheckpointReader, WrittenFile, finish_folder, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
-from flagscale_like.checkpoint.manifest import STATE, FileRecord, fsync_folder, write_json, write_manifest
+from flagscale_like.checkpoint.manifest import STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
@@ -113,13 +113,13 @@ class _ImportFile:
     target: Path
     groups: list[list[Rule]]
 
-    def __call__(self, index: int) -> FileRecord:
+    def __call__(self, index: int) -> WrittenFile:
         folder, rules = HfFolder(self.source), self.groups[index]
         fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
         specs = [TensorSpec(f"{i}.param", folder.dtype(rule), (rule.numel,)) for i, rule in enumerate(rules)]
         tensors = (folder.full(rule.core).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
-        return write_tensors(path, specs, ahead(tensors), fragment_metadata(fragments))
+        return write_fragments(path, fragments, ahead(tensors), specs)
 
 
 def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
@@ -139,7 +139,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
         max_bytes=max_file_bytes,
     )
     with written_aside(out) as temporary:
-        records = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
+        written = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
         copy_tokenizer(folder.folder, temporary / TOKENIZER)
         state = {
             "step": 0,
@@ -148,7 +148,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
             "model": folder.arch.model_dump(mode="json"),
             "hugging_face": {"folder": str(folder.folder), "token_ids": _folder_token_ids(folder.folder)},
         }
-        write_manifest(temporary, [*records, write_json(temporary / STATE, state)])
+        finish_folder(temporary, written, [write_json(temporary / STATE, state)])
     return folder.arch
 
 

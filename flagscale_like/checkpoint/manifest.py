@@ -23,7 +23,7 @@ import xxhash
 from flagscale_like.errors import CheckpointError
 
 FORMAT_VERSION = 1
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+MANIFEST, STATE, LATEST, INDEX = "manifest.json", "state.json", "latest", "index.safetensors"
 TEMPORARY = ".tmp-"  # what starts with it in a checkpoints/ folder is unfinished or given up
 REPLACED = f"{TEMPORARY}replaced-"
 READ_BYTES = 16 << 20
@@ -87,10 +87,20 @@ def write_json(path: Path, value: object, *, sha256: bool = False) -> FileRecord
     return checksum.record(path.name)
 
 
-def write_manifest(folder: Path, records: Iterable[FileRecord]) -> None:
-    """The last file of a checkpoint: with it the checkpoint is whole."""
-    files = [{key: value for key, value in asdict(record).items() if value is not None} for record in records]
-    write_json(folder / MANIFEST, {"format": FORMAT_VERSION, "files": files})
+def write_manifest(folder: Path, records: Iterable[FileRecord], index: FileRecord | None = None) -> None:
+    """Write the last file of a checkpoint: with it the checkpoint is whole.
+
+    Args:
+        index: the record of the index. It has an entry of its own: the files are whole without it.
+    """
+
+    def entry(record: FileRecord) -> dict[str, Any]:
+        return {key: value for key, value in asdict(record).items() if value is not None}
+
+    manifest: dict[str, Any] = {"format": FORMAT_VERSION, "files": [entry(record) for record in records]}
+    if index is not None:
+        manifest["index"] = entry(index)
+    write_json(folder / MANIFEST, manifest)
     fsync_folder(folder)
 
 
@@ -126,15 +136,26 @@ def restore_replaced(root: Path) -> None:
 
 
 def read_manifest(folder: Path) -> list[FileRecord]:
-    """The files of a checkpoint.
+    """The files of a checkpoint, but for its index.
 
     Raises:
         CheckpointError: no manifest, another format, or a file name that leaves the folder.
     """
+    return read_records(folder)[0]
+
+
+def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
+    """The files of a checkpoint, and its index; None where it was saved without one.
+
+    Raises:
+        CheckpointError: see read_manifest().
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        records = [FileRecord(**record) for record in manifest["files"]]
+        files = [FileRecord(**record) for record in manifest["files"]]
+        index = FileRecord(**manifest["index"]) if "index" in manifest else None
         version = manifest["format"]
+        records = [*files, index] if index else files
         unsafe = [r.name for r in records if r.name != os.path.basename(r.name) or r.name in ("", ".", "..")]
         typed = all(isinstance(r.size_bytes, int) and isinstance(r.xxh3, str) for r in records)
     except (FileNotFoundError, NotADirectoryError):
@@ -147,7 +168,7 @@ def read_manifest(folder: Path) -> list[FileRecord]:
         raise CheckpointError(f"{folder}: {MANIFEST} names a file outside the checkpoint: {unsafe[0]!r}")
     if not typed:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged: a size is no integer or a checksum no text")
-    return records
+    return files, index
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -187,13 +208,18 @@ def check_file(folder: Path, record: FileRecord) -> str | None:
     return None
 
 
-def verify_files(folder: Path, *, processes: int) -> list[str]:
-    """Every damaged or missing file of a checkpoint, read by several processes and by none of them understood.
+def verify_files(folder: Path, *, processes: int, with_index: bool = True) -> list[str]:
+    """Every damaged or missing file of a checkpoint. Several processes read them, and compare bytes alone.
+
+    Args:
+        with_index: also check the index. A checkpoint loads without it.
 
     Raises:
         CheckpointError: the manifest itself cannot be used.
     """
-    records = read_manifest(folder)
+    records, index = read_records(folder)
+    if with_index and index is not None:
+        records = [*records, index]
     if processes == 1 or len(records) == 1:
         found = [check_file(folder, record) for record in records]
     else:
@@ -208,7 +234,7 @@ def newest_whole(root: Path, *, processes: int) -> tuple[Path | None, list[str]]
     rejected = []
     for folder in step_folders(root):
         try:
-            problems = verify_files(folder, processes=processes)
+            problems = verify_files(folder, processes=processes, with_index=False)
         except CheckpointError as error:
             problems = [str(error)]
         if not problems:

@@ -1,7 +1,7 @@
 """Write a checkpoint anew in another number of files: for transfer, or to leave the optimizer behind.
 
-Loading on another layout needs none of this: the loader resolves any layout. What comes out here is as loadable as what
-went in; only the random state of the ranks is left out, which belongs to the layout that saved it.
+Loading on another layout needs none of this: the loader resolves any layout. The new folder loads like the old one; only
+the random state of the ranks is left out, which belongs to the layout that saved it.
 """
 
 from __future__ import annotations
@@ -16,48 +16,52 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flagscale_like.checkpoint.format import CheckpointReader, fragment_metadata, write_safetensors
+from flagscale_like.checkpoint.format import CheckpointReader, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.manifest import (
-    STATE,
-    TEMPORARY,
-    FileRecord,
-    fsync_folder,
-    verify_files,
-    write_json,
-    write_manifest,
-)
-from flagscale_like.checkpoint.shard import MOMENTS
+from flagscale_like.checkpoint.manifest import STATE, TEMPORARY, FileRecord, fsync_folder, verify_files, write_json
 from flagscale_like.errors import CheckpointError
 
 
 def reshard(
     source: Path, out: Path, *, files: int, weights_only: bool, sha256: bool, processes: int
 ) -> list[FileRecord]:
-    """Copy a checkpoint into `files` files of equal size, one in memory at a time; `out` appears when it is whole.
+    """Copy a checkpoint into `files` files of about equal size, one in memory at a time; `out` appears when it is whole.
+
+    A fragment keeps the kinds it has: the weight alone where the weight is frozen, else the moments too.
+
+    Args:
+        weights_only: leave the moments out.
+        sha256: also record each file's sha256.
+        processes: how many processes check the source's files.
+
+    Returns:
+        The records of the new files.
 
     Raises:
         CheckpointError: `out` exists, or a file of the source is damaged.
     """
     if out.exists():
         raise CheckpointError(f"{out}: exists; choose another folder or remove it")
-    problems = verify_files(source, processes=processes)
+    problems = verify_files(source, processes=processes, with_index=False)  # read without it, where it is damaged
     if problems:
         raise CheckpointError(f"{source}: damaged, not copied: {'; '.join(problems)}")
     reader = CheckpointReader(source)
-    kinds = [kind for kind in ("param", *MOMENTS) if reader.has(kind) and not (weights_only and kind != "param")]
     temporary = out.with_name(f"{TEMPORARY}{out.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
-        records = []
+        written = []
         for index in range(files):
             fragments = list(_share(reader, index, files))
-            tensors = [(f"{i}.{kind}", _read(reader, kind, f)) for i, f in enumerate(fragments) for kind in kinds]
+            tensors = [
+                (f"{i}.{kind}", _read(reader, kind, fragment))
+                for i, fragment in enumerate(fragments)
+                for kind in _kinds(reader, fragment, weights_only=weights_only)
+            ]
             path = temporary / f"rank_{index:05d}.safetensors"
-            records.append(write_safetensors(path, tensors, fragment_metadata(fragments), sha256=sha256))
-        state = {**reader.state, "layout": {"files": files}}
-        records.append(write_json(temporary / STATE, state, sha256=sha256))
-        write_manifest(temporary, records)
+            values = (tensor for _, tensor in tensors)
+            written.append(write_fragments(path, fragments, values, specs_of(tensors), sha256=sha256))
+        state = write_json(temporary / STATE, {**reader.state, "layout": {"files": files}}, sha256=sha256)
+        records = finish_folder(temporary, written, [state], sha256=sha256)
         os.replace(temporary, out)
         fsync_folder(out.parent)
     finally:
@@ -75,6 +79,23 @@ def _share(reader: CheckpointReader, index: int, files: int) -> Iterator[Fragmen
         if start < stop:
             yield Fragment(key, shape, (0,) * len(shape), shape, start, stop)
         begin += prod(shape)
+
+
+def _kinds(reader: CheckpointReader, fragment: Fragment, *, weights_only: bool) -> list[str]:
+    """The kinds to copy of a fragment, the weight first.
+
+    Raises:
+        CheckpointError: a kind was saved of some of its elements only: a file cannot say which.
+    """
+    held = reader.kinds(fragment)
+    if weights_only:
+        held = {"param": held["param"]}
+    partial = [kind for kind, of_all in held.items() if not of_all]
+    if partial:
+        raise CheckpointError(
+            f"{reader.folder}: {fragment.key}: only some of its elements have {partial[0]}, not copied"
+        )
+    return sorted(held, key=lambda kind: (kind != "param", kind))
 
 
 def _read(reader: CheckpointReader, kind: str, fragment: Fragment) -> Tensor:

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
-from flagscale_like.checkpoint.format import fragment_metadata, write_safetensors
+from flagscale_like.checkpoint.format import WrittenFile, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.manifest import (
     STATE,
     TEMPORARY,
-    FileRecord,
     check_file,
     publish,
     read_manifest,
@@ -41,7 +40,6 @@ from flagscale_like.checkpoint.manifest import (
     step_of,
     to_remove,
     write_json,
-    write_manifest,
 )
 from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.config import Checkpoint
@@ -196,9 +194,9 @@ class CheckpointStore:
             self._end("; ".join(error for error in errors if error))
         elif not save.publishing:
             save.publishing = True
-            records = self.ctx.gather(save.work.result())
+            files = self.ctx.gather_to_main(save.work.result())
             # The other ranks have no part in it, and are done at once.
-            task = (lambda: self._publish(save, records)) if self.ctx.is_main else (lambda: None)
+            task = (lambda: self._publish(save, files)) if self.ctx.is_main else (lambda: None)
             save.work = Background(task, name=f"publish {save.final.name}")
             save.stall_s += time.perf_counter() - began
         else:
@@ -238,18 +236,20 @@ class CheckpointStore:
         self._copies.end()
         return Snapshot([shard.fragment for shard in self._shards], tensors)
 
-    def _write(self, folder: Path, snapshot: Snapshot) -> FileRecord:
+    def _write(self, folder: Path, snapshot: Snapshot) -> WrittenFile:
         """In a thread of each rank: this rank's file."""
         self._copies.wait()
         folder.mkdir(exist_ok=True)
         path = folder / f"rank_{self.ctx.rank:05d}.safetensors"
-        metadata = fragment_metadata(snapshot.fragments)
-        return write_safetensors(path, snapshot.tensors, metadata, sha256=self.options.sha256)
+        tensors = (tensor for _, tensor in snapshot.tensors)
+        return write_fragments(
+            path, snapshot.fragments, tensors, specs_of(snapshot.tensors), sha256=self.options.sha256
+        )
 
-    def _publish(self, save: _Save, records: list[FileRecord]) -> None:
-        """In a thread of rank 0: state, manifest, rename, latest pointer, retention, in this order."""
-        records = [*records, write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)]
-        write_manifest(save.temporary, records)
+    def _publish(self, save: _Save, files: list[WrittenFile]) -> None:
+        """In a thread of rank 0: state, index, manifest, rename, latest pointer, retention, in this order."""
+        state = write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)
+        finish_folder(save.temporary, files, [state], sha256=self.options.sha256)
         publish(save.temporary, save.final)
         old = to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final)
         save.notes = tuple(remove(old, wait=False))

@@ -221,6 +221,7 @@ def write_tensors(
         for spec, tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             if spec.nbytes:
-                put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+                flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+                put(memoryview(flat.view(torch.uint8).numpy()))
         os.fsync(file.fileno())
     return checksum.record(path.name)

@@ -56,13 +56,14 @@ def ckpt_verify(
     processes: Processes = None,
 ) -> None:
     """Compare every file of a checkpoint with its size and checksum in the manifest; the newest one of a run."""
-    from flagscale_like.checkpoint.manifest import find_checkpoint, read_manifest, verify_files
+    from flagscale_like.checkpoint.manifest import find_checkpoint, read_records, verify_files
     from flagscale_like.errors import CheckpointError
 
     folder = find_checkpoint(checkpoint)
     began = time.perf_counter()
     problems = verify_files(folder, processes=processes or os.cpu_count() or 1)
-    seconds, records = time.perf_counter() - began, read_manifest(folder)
+    seconds, (records, index) = time.perf_counter() - began, read_records(folder)
+    records = [*records, index] if index else records
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
     size = sum(record.size_bytes for record in records)
@@ -84,6 +85,8 @@ def ckpt_show(
     reader = CheckpointReader(folder)
     held = [kind for kind in ("param", "exp_avg", "exp_avg_sq") if reader.has(kind)]
     shown = {key: value for key, value in reader.state.items() if key != "config"}
+    if reader.notes:
+        shown["notes"] = list(reader.notes)
     files = {record.name: record.size_bytes for record in read_manifest(folder)}
     summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.keys()), "file_bytes": files}
     typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)

@@ -103,6 +103,12 @@ class ParallelContext:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value: object) -> list:
+        """Every rank's `value`, on rank 0; an empty list on the others. For what grows with the number of ranks."""
+        values: list = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, 0)
+        return values
+
 
 def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
     """Run something on every rank; if it fails on one, all raise its error, and none is left waiting in a collective.

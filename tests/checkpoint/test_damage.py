@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flagscale_like.checkpoint import manifest
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.manifest import check_file, read_manifest, verify_files
+from flagscale_like.checkpoint.manifest import check_file, read_manifest, read_records, verify_files
 from flagscale_like.checkpoint.store import CheckpointStore
 from flagscale_like.cli import app
 from flagscale_like.config import Checkpoint, Parallel
@@ -119,12 +119,13 @@ class Bomb:
 
 def seal(folder):
     """A manifest whose checksums fit, as an attacker would write it."""
-    records = [manifest.FileRecord(r.name, (folder / r.name).stat().st_size, "") for r in read_manifest(folder)]
-    for record in records:
+    files, index = read_records(folder)
+    records = []
+    for record in [*files, index] if index else files:
         checksum = manifest.Checksum(sha256=False)
         checksum.update((folder / record.name).read_bytes())
-        records[records.index(record)] = checksum.record(record.name)
-    manifest.write_manifest(folder, records)
+        records.append(checksum.record(record.name))
+    manifest.write_manifest(folder, records[: len(files)], records[-1] if index else None)
     assert verify_files(folder, processes=1) == []
 
 
@@ -185,12 +186,13 @@ def dotted_name(folder, name, trace):
     (folder / "manifest.json").write_text(text.replace(SHARD, f"../{SHARD}"))
 
 
+# attack -> what is said where the headers of all files are read; and, if it differs, where the index is
 HOSTILE = {
     "a pickle in place of a shard": (pickled, f"{SHARD} is damaged"),
     "a torch.save file in place of a shard": (torch_saved, f"{SHARD} is damaged"),
     "a header that lies": (lying_header, "is not as long as its tensor"),
     "a moment shorter than its weight": (a_moment_too_short, "is not as long as its tensors"),
-    "elements listed twice": (listed_twice, "elements of x are listed twice"),
+    "elements listed twice": (listed_twice, "elements of x are listed twice", "is not the one that the index names"),
     "a tensor without a shape": (no_shape, "fragment 0 has no name or no shape"),
     "a list in place of a name": (a_list_for_a_name, "fragment 0 has no name or no shape"),
     "json without end": (deep_json, "state.json is damaged"),
@@ -199,20 +201,37 @@ HOSTILE = {
 }
 
 
+def read_everything(folder):
+    reader = CheckpointReader(folder)
+    for key in reader.keys():
+        reader.full(key)
+
+
+@pytest.mark.parametrize("index", ["with an index", "without an index"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_and_not_executed(name, good, tmp_path):
+def test_hostile_files_are_refused_and_not_executed(name, index, good, tmp_path):
     folder = shutil.copytree(good, tmp_path / good.name)
+    if index == "without an index":
+        manifest.write_manifest(folder, read_manifest(folder))
+        (folder / manifest.INDEX).unlink()
     trace = tmp_path / "executed"
-    attack, reason = HOSTILE[name]
+    attack, *reasons = HOSTILE[name]
     attack(folder, SHARD, trace)
     with pytest.raises(CheckpointError) as caught:
-        CheckpointReader(folder)
-    assert reason in str(caught.value)
+        (CheckpointReader if index == "without an index" else read_everything)(folder)
+    assert reasons[-1 if index == "with an index" else 0] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 12
     assert not trace.exists()
+    if index == "without an index":
+        with pytest.raises(CheckpointError):
+            CliRunner().invoke(app, ["ckpt", "show", str(folder)], catch_exceptions=False)
     with pytest.raises(CheckpointError):
-        CliRunner().invoke(app, ["ckpt", "show", str(folder)], catch_exceptions=False)
+        CliRunner().invoke(
+            app,
+            ["convert", "export", "--checkpoint", str(folder), "--out", str(tmp_path / "hf")],
+            catch_exceptions=False,
+        )
     assert not trace.exists()
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import INDEX, HfFolder
 from flagscale_like.checkpoint.manifest import check_file, find_checkpoint, read_manifest
-from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.errors import CheckpointError, ConversionError
 from tests.families import tiny
 from tests.harness import REPOSITORY, cli
@@ -203,55 +204,51 @@ def test_a_folder_of_pickles_is_refused_and_not_read(tmp_path):
         HfFolder(folder)
 
 
-def test_an_interrupted_conversion_leaves_no_folder(tmp_path, monkeypatch):
+@contextmanager
+def files_up_to(size):
+    """No file of this process may grow past `size` bytes: the kernel refuses the write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_interrupted_conversion_leaves_no_folder(tmp_path):
     source = tiny.make("llama", tmp_path)
     import_folder(source, tmp_path / "native")
-    read, calls = TensorFile.get_tensor, []
-
-    def fail_at_the_seventh(self, name, **options):
-        calls.append(name)
-        if len(calls) > 6:
-            raise OSError(28, "No space left on device")
-        return read(self, name, **options)
-
-    monkeypatch.setattr(TensorFile, "get_tensor", fail_at_the_seventh)
+    half = (source / "model.safetensors").stat().st_size // 2
     for convert in (
         lambda: import_folder(source, tmp_path / "other"),
-        lambda: export(CheckpointReader(tmp_path / "native"), tmp_path / "again"),
+        lambda: export(CheckpointReader(tmp_path / "native"), tmp_path / "again", dtype="stored"),
     ):
-        calls.clear()
-        with pytest.raises(ConversionError, match=r"could not be written: .*No space left"):
+        with files_up_to(half), pytest.raises(ConversionError, match=r"could not be written: .*File too large"):
             convert()
-        assert len(calls) == 7  # it was in the middle
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "native"]
 
 
-KILLED_AT_THE_SEVENTH_TENSOR = """
-import os, signal, sys
+# Where a file would grow past the limit the kernel kills the process, which cannot catch it: no Python code runs then.
+IMPORT_IN_FILES_UP_TO = """
+import resource, signal, sys
 from pathlib import Path
 from flagscale_like.checkpoint.hf import import_folder
-from flagscale_like.checkpoint.manifest import check_file, find_checkpoint, read_manifest
-from flagscale_like.checkpoint.tensor_file import TensorFile
 
-read, calls = TensorFile.get_tensor, []
-
-def get_tensor(self, name, **options):
-    calls.append(name)
-    if len(calls) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, name, **options)
-
-TensorFile.get_tensor = get_tensor
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 import_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path):
     source, out = tiny.make("llama", tmp_path), tmp_path / "native"
-    command = [sys.executable, "-c", KILLED_AT_THE_SEVENTH_TENSOR, str(source), str(out)]
-    assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == -signal.SIGKILL
+    half = (source / "model.safetensors").stat().st_size // 2
+    command = [sys.executable, "-c", IMPORT_IN_FILES_UP_TO, str(source), str(out), str(half)]
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == -signal.SIGXFSZ
     (left,) = [path for path in tmp_path.iterdir() if path != source]
     assert left.name.startswith(".tmp-")
+    assert next(left.glob("*.safetensors")).stat().st_size == half
     with pytest.raises(CheckpointError, match=r"no checkpoint there"):
         find_checkpoint(left)
     import_folder(source, out)

@@ -29,14 +29,14 @@ from tests.harness import run_ranks, tiny_config
 
 def slow_writer(config, seconds):
     """Train with a writer that starts late: the steps go on meanwhile."""
-    original = store.write_safetensors
+    original = store.write_fragments
 
     def late(*args, **kwargs):
         time.sleep(seconds)
         return original(*args, **kwargs)
 
     def patch():
-        store.write_safetensors = late
+        store.write_fragments = late
 
     return faults.train_and_listen(config, patch)
 
@@ -87,7 +87,7 @@ def failing_writer(config, error):
 
     def patch():
         if os.environ["RANK"] == "1":
-            faults.at_call(store, "write_safetensors", 1, fail)
+            faults.at_call(store, "write_fragments", 1, fail)
 
     return faults.train_and_listen(config, patch)
 
