@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flagscale_like.config import Parallel, RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.families import find_family
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.build import build_chunks, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from flagscale_like.training.optimizer import build_optimizer
 from flagscale_like.training.step import train_step
@@ -44,7 +45,7 @@ MODEL = {
 
 def our_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
     models = build_chunks(config, ctx)
-    initialize_weights(models, config, ctx)
+    initialize_weights(models, Initialisation.of(config), ctx)
     chunks = wrap_chunks(models, config, ctx)
     optimizer = build_optimizer(chunks, config)
     data, _ = build_datasets(config, ctx, train_samples=config.train.total_samples(), valid_samples=0)

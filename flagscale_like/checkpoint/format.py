@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import EMBEDDING_NAME, OUTPUT_NAME, ModelArch
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, same_box
 from flagscale_like.checkpoint.manifest import BAD_JSON, STATE, FileRecord, read_manifest, read_state
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec, write_tensors
@@ -209,7 +209,7 @@ def _check_cover(fragments: list[Fragment]) -> None:
 
 def is_vocabulary(key: str) -> bool:
     """Whether a tensor's rows are the vocabulary's, padded as the layout needs it."""
-    return key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return key in (EMBEDDING_NAME, OUTPUT_NAME)
 
 
 def _may_overlap(a: Fragment, b: Fragment) -> bool:

@@ -7,7 +7,6 @@ same events. What monitors remember (windows, highest ranks) is a part of the ch
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from flagscale_like.arch import ModelArch, parameters, parameters_by_name
 from flagscale_like.config import EffectiveRank, LayerNorms, RunConfig, Spike
 from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.runtime.parallel import ParallelContext
@@ -26,7 +26,6 @@ from flagscale_like.training.shards import OwnedShard, adam_update, owned_shards
 from flagscale_like.training.spectrum import SplitMatrix, effective_rank
 
 LEAST_RISE = 0.01  # of the mean: what is no spike, however little the window varies
-MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 class SpikeMonitor:
@@ -58,21 +57,16 @@ class SpikeMonitor:
         return [Event(self.name, value, limit, options.action, words)]
 
 
-def unit_of(name: str) -> str:
-    """The layer, or the part outside the layers, that a parameter belongs to: `layers.3`, `embedding`, ..."""
-    layer = re.search(r"decoder\.layers\.(\d+)\.", name)
-    return f"layers.{layer[1]}" if layer else name.removeprefix("decoder.").partition(".")[0]
-
-
 class LayerMonitor:
     """Gradient norm and update-to-weight ratio of every layer, the embedding, the final norm and the output layer.
 
     The ratio is |w' - w| / |w'|, with L2 norms over all weights of the layer.
     """
 
-    def __init__(self, options: LayerNorms, shards: list[OwnedShard], num_layers: int, ctx: ParallelContext) -> None:
+    def __init__(self, options: LayerNorms, shards: list[OwnedShard], arch: ModelArch, ctx: ParallelContext) -> None:
         self.options, self.shards, self.ctx = options, shards, ctx
-        units = [*(f"layers.{i}" for i in range(num_layers)), "embedding", "final_layernorm", "output_layer"]
+        self.table = parameters_by_name(arch)
+        units = dict.fromkeys(parameter.unit for parameter in parameters(arch))
         self.units = {unit: column for column, unit in enumerate(units)}
         self._squares: Tensor | None = None
 
@@ -93,7 +87,7 @@ class LayerMonitor:
         found = {}
         for column, unit in enumerate(self.units):
             grad, weight, *update = squares[column::columns]
-            if weight:  # a tied output layer is the embedding, and counts there
+            if weight:
                 found[f"layer-grad-norm/{unit}"] = math.sqrt(grad)
                 if update:
                     found[f"layer-update-to-weight/{unit}"] = math.sqrt(update[0] / weight)
@@ -105,7 +99,7 @@ class LayerMonitor:
         sums = torch.zeros(len(self.units), dtype=torch.float64, device=self.ctx.platform.device)
         for shard in self.shards:
             if shard.counts:
-                sums[self.units[unit_of(shard.name)]] += tensor_of(shard).detach().float().norm().double() ** 2
+                sums[self.units[self.table[shard.name].unit]] += tensor_of(shard).detach().float().norm().double() ** 2
         return sums
 
     def events(self, readings: dict[str, float]) -> list[Event]:
@@ -141,12 +135,17 @@ class RankMonitor:
         self.low: set[str] = set()
         self._rows: dict[int, Tensor] = {}
         self._listening = False
-        self.parameters: dict[tuple[int, str], nn.Parameter] = {}
-        for chunk in chunks:
-            for name, parameter in named_shards(chunk).items():
-                found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", name)
-                if found and int(found[1]) in self.layers and found[2] in MATRICES:
-                    self.parameters[int(found[1]), found[2]] = parameter
+        self.matrices = {
+            parameter.name: (parameter.layer, parameter.place_in_layer)
+            for parameter in parameters(config.model)
+            if parameter.role.is_layer_matrix and parameter.layer in self.layers
+        }
+        self.parameters: dict[tuple[int, str], nn.Parameter] = {
+            self.matrices[name]: parameter
+            for chunk in chunks
+            for name, parameter in named_shards(chunk).items()
+            if name in self.matrices
+        }
         if "activations" in options.of:
             for chunk in chunks:
                 for layer in chunk.decoder.layers:
@@ -156,7 +155,7 @@ class RankMonitor:
     def names(self) -> list[str]:
         """What is measured, in the order of the reduced vector; the same on every rank."""
         kinds = [kind for kind in ("weights", "gradients") if kind in self.options.of]
-        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i in self.layers for matrix in MATRICES]
+        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i, matrix in self.matrices.values()]
         return names + [f"activations/layers.{i}" for i in self.layers if "activations" in self.options.of]
 
     def listen(self) -> None:
@@ -246,7 +245,7 @@ class StepMonitors:
         shards = list(owned_shards(chunks, optimizer, ctx)) if options.layers or options.effective_rank else []
         given = {"loss": options.loss, "grad_norm": options.grad_norm}
         self.spikes = {name: SpikeMonitor(name, spike) for name, spike in given.items() if spike is not None}
-        self.layers = LayerMonitor(options.layers, shards, config.model.num_layers, ctx) if options.layers else None
+        self.layers = LayerMonitor(options.layers, shards, config.model, ctx) if options.layers else None
         self.ranks = (
             RankMonitor(options.effective_rank, chunks, shards, config, ctx) if options.effective_rank else None
         )

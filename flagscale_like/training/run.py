@@ -30,7 +30,8 @@ from flagscale_like.config import Checkpoint, RunConfig
 from flagscale_like.data.pretrain import check_sources
 from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.families import find_family
-from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.build import LanguageModel, build_chunks, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.training.optimizer import build_optimizer, build_scheduler
@@ -156,7 +157,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> tuple[Run, list[str]]:
     if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
         find_family(config.model.family).hf_config(config.model)
     models = build_chunks(config, ctx)
-    initialize_weights(models, config, ctx)
+    initialize_weights(models, Initialisation.of(config), ctx)
     chunks = wrap_chunks(models, config, ctx)
     offload = attach_offload(models, config, ctx)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", ctx, config.checkpoint)

@@ -23,7 +23,6 @@ The scales end up in the weights: nothing is left in the forward pass, and an ex
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from flagscale_like.arch import ModelArch, Role, parameters
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.data.selection import Mixture
@@ -38,8 +38,6 @@ from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.shards import OwnedShard, owned_shards
 from flagscale_like.training.step import make_gradients, micro_batch_count
-
-BRANCH = re.compile(r"decoder\.layers\.(\d+)\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")
 
 
 def calibrate(
@@ -80,16 +78,17 @@ class SalienceCalibration:
         self.options = config.init.salience
         self.count = 2 * config.model.num_layers
         self.scales = [1.0] * self.count
+        branches = branches_of(config.model)
         named = [item for model in models for item in named_shards(model).items()]
         self.matrices: dict[int, tuple[nn.Parameter, Tensor]] = {
             branch: (parameter, parameter.detach().clone())
             for name, parameter in named
-            if (branch := branch_of(name)) is not None
+            if (branch := branches.get(name)) is not None
         }
         self.shards: list[tuple[int, OwnedShard]] = [
             (branch, shard)
             for shard in owned_shards(models, optimizer, ctx)
-            if (branch := branch_of(shard.name)) is not None
+            if (branch := branches.get(shard.name)) is not None
         ]
         self.batches = micro_batch_count(config, ctx, self.options.samples)
 
@@ -153,10 +152,13 @@ class SalienceCalibration:
             self.scales[branch] = min(max(self.scales[branch] / length, 1 / limit), limit)
 
 
-def branch_of(name: str) -> int | None:
-    """The residual branch whose output matrix a parameter is."""
-    found = BRANCH.fullmatch(name)
-    return 2 * int(found[1]) + found[2].startswith("mlp") if found else None
+def branches_of(arch: ModelArch) -> dict[str, int]:
+    """The residual branches by the names of their output matrices."""
+    return {
+        parameter.name: 2 * parameter.layer + (parameter.role is Role.FFN_OUT)
+        for parameter in parameters(arch)
+        if parameter.role.writes_to_residual
+    }
 
 
 def spread(saliences: list[float]) -> float:

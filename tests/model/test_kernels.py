@@ -9,7 +9,8 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.attention import RotaryTables, alibi_slopes
-from flagscale_like.model.build import build_chunks, check_kernels, initialize_weights, wrap_chunks
+from flagscale_like.model.build import build_chunks, check_kernels, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platform import Platform
 from flagscale_like.training.optimizer import build_optimizer
@@ -44,7 +45,7 @@ def config_of(tmp_path, backend: str, name: str = "rope", **changes) -> RunConfi
 def train_two_steps(config: RunConfig) -> list[tuple[float, float]]:
     with parallel_context(config.parallel) as ctx:
         models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
+        initialize_weights(models, Initialisation.of(config), ctx)
         chunks = wrap_chunks(models, config, ctx)
         optimizer = build_optimizer(chunks, config)
         data, _ = build_datasets(config, ctx, train_samples=16, valid_samples=0)

@@ -9,7 +9,8 @@ from torch import nn
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.build import build_chunks, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.model.offload import ActivationOffload, attach_offload
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import waiting_share
@@ -34,7 +35,7 @@ def steps(config: RunConfig, count: int = 2) -> dict:
     """Train `count` steps; digests of gradients and weights after each, and the last step's offload counts."""
     with parallel_context(config.parallel) as ctx:
         models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
+        initialize_weights(models, Initialisation.of(config), ctx)
         chunks = wrap_chunks(models, config, ctx)
         offload = attach_offload(models, config, ctx)
         optimizer = build_optimizer(chunks, config)

@@ -6,7 +6,8 @@ import torch
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
-from flagscale_like.model.build import build_chunks, initialize_weights, unwrap, wrap_chunks
+from flagscale_like.model.build import build_chunks, unwrap, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
 from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves, operators_of
@@ -60,7 +61,7 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
     """(stage, peak bytes held) of one training step."""
     with parallel_context(config.parallel) as ctx:
         models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
+        initialize_weights(models, Initialisation.of(config), ctx)
         chunks = wrap_chunks(models, config, ctx)
         optimizer = build_optimizer(chunks, config)
         data, _ = build_datasets(config, ctx, train_samples=config.train.global_batch_size, valid_samples=0)

@@ -7,7 +7,8 @@ import torch
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
 from flagscale_like.checkpoint.layout import adam_step, ensure_moments, set_adam_step
-from flagscale_like.model.build import build_chunks, initialize_weights, wrap_chunks
+from flagscale_like.model.build import build_chunks, wrap_chunks
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.runtime import cpu_shim
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.optimizer import build_optimizer
@@ -93,7 +94,7 @@ def steps_after_restoring(config) -> tuple[int, set[int], list[float]]:
     """(updates counted, distinct step tensors, their values) after one update of an optimizer restored to step 4."""
     with parallel_context(config.parallel) as ctx:
         models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
+        initialize_weights(models, Initialisation.of(config), ctx)
         optimizer = build_optimizer(wrap_chunks(models, config, ctx), config)
         ensure_moments(optimizer)
         set_adam_step(optimizer, 4)

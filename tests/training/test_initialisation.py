@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from flagscale_like.arch import Role
 from flagscale_like.config import Init, MuP, RunConfig
 from flagscale_like.errors import ConfigError
-from flagscale_like.model.build import build_chunks, initialize_weights, matrix_std, named_shards
+from flagscale_like.model.build import build_chunks, named_shards
+from flagscale_like.model.initialise import Initialisation, initialize_weights
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training import loop, salience
 from flagscale_like.training.run import start
@@ -21,7 +23,7 @@ def statistics_of_weights(configs):
     for config in configs:
         with parallel_context(config.parallel) as ctx:
             (chunk,) = build_chunks(config, ctx)
-            initialize_weights([chunk], config, ctx)
+            initialize_weights([chunk], Initialisation.of(config), ctx)
             rows = config.model.vocab_size
             values = {n: p.detach()[:rows] for n, p in named_shards(chunk).items()}
             found.append({n: (float(v.std()), float(v.mean())) for n, v in values.items()})
@@ -59,7 +61,7 @@ def test_published_schemes_and_widths_are_drawn_as_said(tmp_path):
 
 def test_an_output_init_std_that_is_given_overrides_the_scheme(tmp_path):
     config = tiny_config(tmp_path, model__output_init_std=0.5, init={"scheme": "standard"})
-    assert matrix_std("decoder.layers.0.mlp.linear_fc2.weight", config) == 0.5
+    assert Initialisation.of(config).matrix_std(Role.FFN_OUT) == 0.5
 
 
 def learning_rates(config):
