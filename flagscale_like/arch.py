@@ -1,12 +1,23 @@
-"""ModelArch: the shape of a decoder-only transformer, and what follows from it: parameters and FLOPs."""
+"""ModelArch: the shape of a decoder-only transformer, and what follows from it: layers, parameters and FLOPs.
+
+`parameters(arch)` is the one table of a model's parameters. Initialisation, muP, monitors, the planner, checkpoints and the
+Hugging Face families read it; a parameter's part in the model is its `role`, and nobody else looks at names.
+"""
 
 from __future__ import annotations
 
+import enum
+import functools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VOCAB_MULTIPLE = 128
+EMBEDDING_NAME = "embedding.word_embeddings.weight"
+OUTPUT_NAME = "output_layer.weight"
 
 
 class Frozen(BaseModel):
@@ -132,23 +143,19 @@ class ModelArch(Frozen):
             raise ValueError("norm_head needs tie_embeddings false: the embedding of the input is not normalised")
         return self
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The decoder's layers, the first one first."""
+        return _layers(self)
+
     def padded_vocab_size(self, tp: int = 1) -> int:
         """Rows of the embedding: the vocabulary rounded up to a multiple of 128 * tp."""
-        multiple = VOCAB_MULTIPLE * tp
-        return -(-self.vocab_size // multiple) * multiple
-
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: QKV, output projection, gate, up and down matrices, the norms, the QKV bias."""
-        h, d = self.hidden_size, self.head_dim
-        n, g, f = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
-        bias, qk_norm = (n + 2 * g) * d if self.qkv_bias else 0, 2 * d if self.qk_norm else 0
-        return h * (n + 2 * g) * d + n * d * h + 3 * h * f + 2 * h + bias + qk_norm
+        return _padded(self.vocab_size, tp)
 
     def parameter_count(self, vocab_size: int | None = None) -> int:
         """Parameters of the whole model, with `vocab_size` rows of embedding (the tokenizer's where it is None)."""
-        vocab = self.vocab_size if vocab_size is None else vocab_size
-        embeddings = vocab * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * self.layer_parameters() + self.hidden_size
+        rows = self.vocab_size if vocab_size is None else vocab_size
+        return sum(rows * p.shape[1] if p.role.is_vocabulary else p.numel for p in parameters(self))
 
     def flops_per_token(self, seq_length: int, *, causal: bool = False) -> float:
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
@@ -160,10 +167,234 @@ class ModelArch(Frozen):
         Args:
             seq_length: tokens a sequence.
         """
-        h, d = self.hidden_size, self.head_dim
-        n, g, f = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
-        matrices = h * (n + 2 * g) * d + n * d * h + 3 * h * f
-        window = min(self.sliding_window or seq_length, seq_length)
-        keys = window * (2 - window / seq_length)  # seq_length without a window
-        attention = 2 * n * d * keys * (0.5 if causal else 1.0)
-        return 6.0 * (self.num_layers * (matrices + attention) + h * self.padded_vocab_size())
+        layers = sum(layer.flops_per_token(seq_length, causal=causal) for layer in self.layers)
+        return 3.0 * (layers + 2 * self.hidden_size * self.padded_vocab_size())
+
+
+class Role(enum.Enum):
+    """What a parameter does in the model."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    ATTENTION_IN = "attention_in"  # makes q, k and v
+    ATTENTION_OUT = "attention_out"
+    FFN_IN = "ffn_in"
+    FFN_OUT = "ffn_out"
+    NORM = "norm"
+    HEAD_NORM = "head_norm"  # of each head's q or k
+    BIAS = "bias"
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """The rows are the vocabulary's."""
+        return self in (Role.EMBEDDING, Role.OUTPUT)
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """A weight matrix of a layer."""
+        return self in (Role.ATTENTION_IN, Role.FFN_IN) or self.writes_to_residual
+
+    @property
+    def writes_to_residual(self) -> bool:
+        """The last matrix of a residual branch."""
+        return self in (Role.ATTENTION_OUT, Role.FFN_OUT)
+
+    @property
+    def grows_with_width(self) -> bool:
+        """A matrix whose inputs grow in number with the hidden size: what muP scales."""
+        return self.is_layer_matrix or self is Role.OUTPUT
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the whole model.
+
+    Attributes:
+        name: layers counted over the whole model, so that it is the same in every layout.
+        shape: whole; the rows of the vocabulary are not padded.
+        cut: the dimension that tensor parallelism cuts; None where every rank holds the whole parameter.
+        blocks: matrices that are stacked along `cut` and cut one by one: 2 for gate and up.
+        layer: counted from 0; None outside the layers.
+        expert: counted from 0; None outside experts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    cut: int | None
+    blocks: int = 1
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def unit(self) -> str:
+        """The layer, or the part outside the layers, that it belongs to: `layers.3`, `embedding`, `final_layernorm`, ..."""
+        return (
+            f"layers.{self.layer}" if self.layer is not None else self.name.removeprefix("decoder.").partition(".")[0]
+        )
+
+    @property
+    def place_in_layer(self) -> str:
+        """The module that holds it, seen from its layer: `self_attention.linear_qkv`."""
+        return self.name.removeprefix(f"decoder.layers.{self.layer}.").rpartition(".")[0]
+
+    def padded_shape(self, tp: int = 1) -> tuple[int, ...]:
+        """The shape in the built model, all tensor-parallel ranks together: the rows of the vocabulary are padded."""
+        return (_padded(self.shape[0], tp), *self.shape[1:]) if self.role.is_vocabulary else self.shape
+
+    def shard_shape(self, tp: int) -> tuple[int, ...]:
+        """The shape on one of `tp` tensor-parallel ranks."""
+        return tuple(size // tp if dim == self.cut else size for dim, size in enumerate(self.padded_shape(tp)))
+
+
+class Block(ABC):
+    """One half of a layer: an attention or a feed-forward part. Subclasses are frozen dataclasses.
+
+    What else depends on the kind of a block looks its class up: module specs (model.layer_spec), Hugging Face names
+    (families.family), saved activations (planner.saved).
+    """
+
+    @abstractmethod
+    def parameters(self, layer: int) -> tuple[Parameter, ...]:
+        """Those of the block in layer `layer`, in megatron-core's order."""
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Elements of the weight matrices that a token is multiplied with."""
+        return sum(p.numel for p in self.parameters(0) if p.role.is_layer_matrix)
+
+    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """FLOPs of the matrix products of one token's forward pass: 2 per matrix parameter.
+
+        Args:
+            causal: count the keys that a token sees; otherwise attention is counted in full.
+        """
+        return 2.0 * self.matrix_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryAttention(Block):
+    """Grouped-query attention (Ainslie et al. 2023). The fields are ModelArch's."""
+
+    hidden_size: int
+    heads: int
+    groups: int
+    head_dim: int
+    qkv_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    position: Position
+
+    def parameters(self, layer: int) -> tuple[Parameter, ...]:
+        at, h, d = f"decoder.layers.{layer}.self_attention.", self.hidden_size, self.head_dim
+        rows = (self.heads + 2 * self.groups) * d
+        found = [
+            Parameter(at + "linear_proj.weight", (h, self.heads * d), Role.ATTENTION_OUT, 1, layer=layer),
+            Parameter(at + "linear_qkv.weight", (rows, h), Role.ATTENTION_IN, 0, layer=layer),
+        ]
+        if self.qkv_bias:
+            found.append(Parameter(at + "linear_qkv.bias", (rows,), Role.BIAS, 0, layer=layer))
+        if self.qk_norm:
+            norms = ("q_layernorm.weight", "k_layernorm.weight")
+            found += [Parameter(at + norm, (d,), Role.HEAD_NORM, None, layer=layer) for norm in norms]
+        return tuple(found)
+
+    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        keys = counted_keys(seq_length, self.sliding_window) * (0.5 if causal else 1.0)
+        return super().flops_per_token(seq_length, causal=causal) + 4.0 * self.heads * self.head_dim * keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedFeedForward(Block):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)). Gate and up are one matrix, [gate; up]."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+
+    def parameters(self, layer: int) -> tuple[Parameter, ...]:
+        at, h, f = f"decoder.layers.{layer}.mlp.", self.hidden_size, self.ffn_hidden_size
+        return (
+            Parameter(at + "linear_fc1.weight", (2 * f, h), Role.FFN_IN, 0, blocks=2, layer=layer),
+            Parameter(at + "linear_fc2.weight", (h, f), Role.FFN_OUT, 1, layer=layer),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A decoder layer: two residual branches, each a norm and a block."""
+
+    hidden_size: int
+    attention: Block
+    feed_forward: Block
+
+    def parameters(self, layer: int) -> tuple[Parameter, ...]:
+        """Those of layer `layer`, in megatron-core's order."""
+        at = f"decoder.layers.{layer}."
+        return (
+            Parameter(at + "input_layernorm.weight", (self.hidden_size,), Role.NORM, None, layer=layer),
+            *self.attention.parameters(layer),
+            Parameter(at + "pre_mlp_layernorm.weight", (self.hidden_size,), Role.NORM, None, layer=layer),
+            *self.feed_forward.parameters(layer),
+        )
+
+    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """See Block.flops_per_token()."""
+        blocks = (self.attention, self.feed_forward)
+        return sum(block.flops_per_token(seq_length, causal=causal) for block in blocks)
+
+
+def counted_keys(seq_length: int, window: int | None) -> float:
+    """Keys a query is counted with where attention is counted in full: seq_length, or twice the mean that a window leaves.
+
+    With causal attention a query sees half as many on average, and kernels that skip masked tiles compute half as many.
+    """
+    window = min(window or seq_length, seq_length)
+    return window * (2 - window / seq_length)
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(arch: ModelArch) -> tuple[Layer, ...]:
+    attention = GroupedQueryAttention(
+        hidden_size=arch.hidden_size,
+        heads=arch.num_attention_heads,
+        groups=arch.num_query_groups,
+        head_dim=arch.head_dim,
+        qkv_bias=arch.qkv_bias,
+        qk_norm=arch.qk_norm,
+        sliding_window=arch.sliding_window,
+        position=arch.position,
+    )
+    feed_forward = GatedFeedForward(hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size)
+    return (Layer(hidden_size=arch.hidden_size, attention=attention, feed_forward=feed_forward),) * arch.num_layers
+
+
+@functools.lru_cache(maxsize=256)
+def parameters(arch: ModelArch) -> tuple[Parameter, ...]:
+    """Every parameter of the model, in the order of megatron-core's names. A tied output layer is the embedding."""
+    h, vocab = arch.hidden_size, arch.vocab_size
+    found = [Parameter(EMBEDDING_NAME, (vocab, h), Role.EMBEDDING, 0)]
+    for i, layer in enumerate(arch.layers):
+        found += layer.parameters(i)
+    found.append(Parameter("decoder.final_layernorm.weight", (h,), Role.NORM, None))
+    if not arch.tie_embeddings:
+        found.append(Parameter(OUTPUT_NAME, (vocab, h), Role.OUTPUT, 0))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def parameters_by_name(arch: ModelArch) -> dict[str, Parameter]:
+    """The table by the names of a built model (model.build.named_shards).
+
+    The last pipeline stage's copy of a tied embedding has the output layer's name, and the embedding's entry.
+    """
+    found = {parameter.name: parameter for parameter in parameters(arch)}
+    return found if OUTPUT_NAME in found else found | {OUTPUT_NAME: found[EMBEDDING_NAME]}
+
+
+def _padded(vocab_size: int, tp: int) -> int:
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple

@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import EMBEDDING_NAME, OUTPUT_NAME, ModelArch
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, same_box
 from flagscale_like.checkpoint.index import (
     LARGEST,
@@ -427,4 +427,4 @@ def _check_fragments(file: TensorFile, fragments: list[Fragment], forms: list[Fo
 
 def is_vocabulary(key: str) -> bool:
     """Whether a tensor's rows are the vocabulary's, padded as the layout needs it."""
-    return key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return key in (EMBEDDING_NAME, OUTPUT_NAME)

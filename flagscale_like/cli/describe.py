@@ -11,7 +11,6 @@ from flagscale_like.errors import ConfigError
 if TYPE_CHECKING:
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
-    from flagscale_like.planner.throughput import Efficiency
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
@@ -20,10 +19,10 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
-    cluster, eff = find_cluster(cluster_text, config, ranks) if cluster_text or local else (None, None)
-    cuda = eff is None  # a measured CPU has efficiencies of its own
+    cluster = find_cluster(cluster_text, config, ranks) if cluster_text or local else None
+    cuda = cluster is None or cluster.device.efficiency != "cpu"
     goal = Goal.of(config)
-    layout = configured_layout(config, ranks, goal, cluster.device if cluster and cuda else None)
+    layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
     typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
@@ -37,7 +36,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
     if not config.data.synthetic:
         typer.echo(f"data         {_describe_data(config, local=local)}")
-    plan = evaluate(goal, layout, cluster or _nominal(ranks), eff, overhead=cuda)
+    plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak of a rank of each stage\n{describe_memory(plan.memory)}")
     if cluster is None:
         typer.echo("time         give --cluster, 64x8xH100 say, for the expected tokens/s")
@@ -75,21 +74,18 @@ def _nominal(ranks: int) -> ClusterSpec:
     return parse_cluster(f"{ranks}xH100")
 
 
-def find_cluster(text: str | None, config: RunConfig, ranks: int) -> tuple[ClusterSpec, Efficiency | None]:
-    """The cluster a user named, or this machine, measured; and its efficiencies where it is a measured CPU."""
-    from dataclasses import replace
-
-    from flagscale_like.cluster import ClusterSpec, parse_cluster
-    from flagscale_like.planner.throughput import MEASURED
+def find_cluster(text: str | None, config: RunConfig, ranks: int) -> ClusterSpec:
+    """The cluster a user named, or `ranks` devices of this machine, measured. Says so where the device is not known."""
+    from flagscale_like.cluster import parse_cluster
     from flagscale_like.runtime.platform import get_platform
     from flagscale_like.runtime.roofline import measure_device
 
-    if text is not None and not text.lower().endswith("xthis"):
-        return parse_cluster(text), None
+    text = text or f"{ranks}xthis"
+    if not text.lower().endswith("xthis"):
+        return parse_cluster(text)
     platform = get_platform()
-    count = parse_cluster(text.lower().replace("xthis", "xH100")).devices if text else ranks
+    count = parse_cluster(text.lower().replace("xthis", "xH100")).devices
     device = measure_device(platform, config.train.precision, processes=1 if platform.is_cuda else count)
-    cluster = ClusterSpec(nodes=1, devices_per_node=count, device=device, network_gb_per_s=device.link_gb_per_s)
-    if text:
-        cluster = replace(parse_cluster(text, this_device=device), network_gb_per_s=device.link_gb_per_s)
-    return cluster, None if platform.is_cuda else MEASURED
+    if device.caveat:
+        typer.echo(device.caveat)
+    return parse_cluster(text, this_device=device)

@@ -35,13 +35,13 @@ def plan(
     from flagscale_like.planner.search import Goal, rank_layouts
 
     config = load_config(config_file, overrides or (), model_of_source)
-    place, eff = find_cluster(cluster, config, 1)
+    place = find_cluster(cluster, config, 1)
     if network_gb_per_s is not None:
         if network_gb_per_s <= 0:
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
     goal = Goal.of(config)
-    ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp, eff=eff)
+    ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe first: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")

@@ -28,7 +28,8 @@ from flagscale_like.engine.load import Left, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
-from flagscale_like.model.build import LanguageModel, build_chunks, initialize_weights, unwrap, wrap_chunks
+from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
+from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -100,11 +101,11 @@ class Engine:
         models = build_chunks(spec, ctx)
         left = Left([], set())
         if source is None:
-            initialize_weights(models, spec, ctx)
+            initialize_weights(models, ctx)
         else:
             left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name))
             if left.parameters:
-                initialize_weights(models, spec, ctx, only=left.parameters)
+                initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
         if optimizer is not None:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.

@@ -14,8 +14,9 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
+from flagscale_like.arch import parameters_by_name
 from flagscale_like.config import Optimizer
-from flagscale_like.model.build import DTYPES
+from flagscale_like.model.build import DTYPES, named_shards, unwrap
 from flagscale_like.model.spec import ModelSpec
 
 
@@ -40,7 +41,7 @@ def build_optimizer(chunks: list[MegatronModule], spec: ModelSpec, options: Opti
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
-    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(spec, options)}
+    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(chunks, spec, options)}
     optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -51,7 +52,9 @@ def build_optimizer(chunks: list[MegatronModule], spec: ModelSpec, options: Opti
     return optimizer
 
 
-def _mup_overrides(spec: ModelSpec, options: Optimizer) -> dict[ParamKey, ParamGroupOverride]:
+def _mup_overrides(
+    chunks: list[MegatronModule], spec: ModelSpec, options: Optimizer
+) -> dict[ParamKey, ParamGroupOverride]:
     """muP's learning rates for Adam (Yang et al. 2022, table 8): lr / m for every matrix but the embedding.
 
     The embedding keeps `lr`, and so do the norms and biases; weight decay is not touched.
@@ -60,8 +63,16 @@ def _mup_overrides(spec: ModelSpec, options: Optimizer) -> dict[ParamKey, ParamG
         return {}
     m = spec.arch.hidden_size / spec.init.mup.base_hidden_size
 
-    def grows_with_width(parameter: torch.nn.Parameter, name: str) -> bool:
-        return parameter.dim() == 2 and "word_embeddings" not in name
+    table = parameters_by_name(spec.arch)
+    matrices = {
+        id(parameter)
+        for chunk in chunks
+        for name, parameter in named_shards(unwrap(chunk)).items()
+        if table[name].role.grows_with_width
+    }
+
+    def grows_with_width(parameter: torch.nn.Parameter, _: str) -> bool:
+        return id(parameter) in matrices
 
     key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="grows with the width", fn=grows_with_width))
     return {key: ParamGroupOverride(max_lr=options.lr / m, min_lr=options.min_lr / m)}

@@ -7,11 +7,12 @@ and believe them where they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flagscale_like.arch import ModelArch, Position
 from flagscale_like.families.family import Family, Settings, common_config, rope_config
-from flagscale_like.families.weight_map import PackedQKV, Rule
+from flagscale_like.families.weight_map import PackedQKV, Rule, Shape
 
 BAICHUAN2_VOCABULARY = 125_696
 
@@ -49,9 +50,9 @@ def _write_first(arch: ModelArch) -> dict[str, Any]:
     return {**_write(arch), "architectures": [name]}
 
 
-def _w_pack(core: str, hf: str, arch: ModelArch) -> list[Rule]:
-    rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
-    return [PackedQKV(core + "linear_qkv.weight", (rows, arch.hidden_size), (hf + "W_pack.weight",))]
+def _w_pack(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
+    name = core + "linear_qkv.weight"
+    return [PackedQKV(name, shapes[name], (hf + "W_pack.weight",))]
 
 
 BAICHUAN = Family(

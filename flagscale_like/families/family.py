@@ -11,26 +11,28 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flagscale_like.arch import ModelArch, Position, RopeScaling
-from flagscale_like.errors import ConversionError
-from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule
-
-# What some families have and others do not. The names are ModelArch's, but for the positions.
-FEATURES = (
-    "rope",
-    "alibi",
-    "nlpe",
-    "qkv_bias",
-    "qk_norm",
-    "norm_head",
-    "sliding_window",
-    "tie_embeddings",
-    "query_groups",
+from flagscale_like.arch import (
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    GatedFeedForward,
+    GroupedQueryAttention,
+    ModelArch,
+    Position,
+    RopeScaling,
+    parameters,
 )
+from flagscale_like.errors import ConversionError
+from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule, Shape
+
+# The rules of one layer's q, k and v, from megatron-core's prefix, Hugging Face's prefix, and megatron-core's shapes by name.
+QKVRules = Callable[[str, str, Mapping[str, Shape]], list[Rule]]
 
 
 def features(arch: ModelArch) -> set[str]:
-    """Which of FEATURES the architecture uses."""
+    """What the architecture uses of that which some families have and others do not.
+
+    Names are ModelArch's; a position goes by its kind, and fewer KV heads than query heads are `query_groups`.
+    """
     used = {name for name in ("qkv_bias", "qk_norm", "norm_head", "tie_embeddings") if getattr(arch, name)}
     used.add(arch.position.kind)
     if arch.sliding_window is not None:
@@ -205,43 +207,66 @@ def rope_config(arch: ModelArch) -> dict[str, Any]:
     }
 
 
-def decoder_rules(arch: ModelArch, qkv: Callable[[str, str, ModelArch], list[Rule]]) -> list[Rule]:
+def decoder_rules(arch: ModelArch, qkv: QKVRules) -> list[Rule]:
     """Every tensor of a pre-norm decoder under the names that Llama gave them, in the order of the layers.
 
     Args:
-        qkv: the rules of one layer's QKV projection, from megatron-core's prefix and Hugging Face's.
+        qkv: the rules of one layer's QKV projection.
     """
-    h, f, vocab = arch.hidden_size, arch.ffn_hidden_size, arch.padded_vocab_size()
-    rules: list[Rule] = [PaddedVocab("embedding.word_embeddings.weight", (vocab, h), ("model.embed_tokens.weight",))]
-    for i in range(arch.num_layers):
+    shapes = {parameter.name: parameter.padded_shape() for parameter in parameters(arch)}
+
+    def rule(kind: type[Direct], core: str, *hf: str) -> Rule:
+        return kind(core, shapes[core], hf)
+
+    rules = [rule(PaddedVocab, EMBEDDING_NAME, "model.embed_tokens.weight")]
+    for i, layer in enumerate(arch.layers):
         core, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
-        attention = arch.num_attention_heads * arch.head_dim
         rules += [
-            Direct(core + "input_layernorm.weight", (h,), (hf + "input_layernorm.weight",)),
-            *qkv(core + "self_attention.", hf + "self_attn.", arch),
-            Direct(core + "self_attention.linear_proj.weight", (h, attention), (hf + "self_attn.o_proj.weight",)),
-            Direct(core + "pre_mlp_layernorm.weight", (h,), (hf + "post_attention_layernorm.weight",)),
-            GatedMLP(
-                core + "mlp.linear_fc1.weight", (2 * f, h), (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight")
-            ),
-            Direct(core + "mlp.linear_fc2.weight", (h, f), (hf + "mlp.down_proj.weight",)),
+            rule(Direct, core + "input_layernorm.weight", hf + "input_layernorm.weight"),
+            *ATTENTION_RULES[type(layer.attention)](core, hf, shapes, qkv),
+            rule(Direct, core + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight"),
+            *FEED_FORWARD_RULES[type(layer.feed_forward)](core, hf, shapes),
         ]
-    rules.append(Direct("decoder.final_layernorm.weight", (h,), ("model.norm.weight",)))
+    rules.append(rule(Direct, "decoder.final_layernorm.weight", "model.norm.weight"))
     if not arch.tie_embeddings:
-        rules.append(PaddedVocab("output_layer.weight", (vocab, h), ("lm_head.weight",)))
+        rules.append(rule(PaddedVocab, OUTPUT_NAME, "lm_head.weight"))
     return rules
 
 
-def split_qkv(core: str, hf: str, arch: ModelArch) -> list[Rule]:
-    """q_proj, k_proj, v_proj; their biases, and the norms of q and k, where the architecture has them."""
-    rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
-    rules: list[Rule] = [
-        QKV(core + "linear_qkv.weight", (rows, arch.hidden_size), tuple(f"{hf}{x}_proj.weight" for x in "qkv"))
+def attention_rules(core: str, hf: str, shapes: Mapping[str, Shape], qkv: QKVRules) -> list[Rule]:
+    """The QKV projection as the family stores it, and the output projection."""
+    out = core + "self_attention.linear_proj.weight"
+    return [
+        *qkv(core + "self_attention.", hf + "self_attn.", shapes),
+        Direct(out, shapes[out], (hf + "self_attn.o_proj.weight",)),
     ]
-    if arch.qkv_bias:
-        rules.append(QKV(core + "linear_qkv.bias", (rows,), tuple(f"{hf}{x}_proj.bias" for x in "qkv")))
-    if arch.qk_norm:
-        rules += [Direct(f"{core}{x}_layernorm.weight", (arch.head_dim,), (f"{hf}{x}_norm.weight",)) for x in "qk"]
+
+
+def gated_feed_forward_rules(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
+    """Gate, up and down."""
+    gate_up, down = core + "mlp.linear_fc1.weight", core + "mlp.linear_fc2.weight"
+    return [
+        GatedMLP(gate_up, shapes[gate_up], (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight")),
+        Direct(down, shapes[down], (hf + "mlp.down_proj.weight",)),
+    ]
+
+
+# The rules of each class of block in flagscale_like.arch.
+ATTENTION_RULES = {GroupedQueryAttention: attention_rules}
+FEED_FORWARD_RULES = {GatedFeedForward: gated_feed_forward_rules}
+
+
+def split_qkv(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
+    """q_proj, k_proj, v_proj; their biases, and the norms of q and k, where the architecture has them."""
+    rules: list[Rule] = []
+    for kind in ("weight", "bias"):
+        name = f"{core}linear_qkv.{kind}"
+        if name in shapes:
+            rules.append(QKV(name, shapes[name], tuple(f"{hf}{x}_proj.{kind}" for x in "qkv")))
+    for x in "qk":
+        name = f"{core}{x}_layernorm.weight"
+        if name in shapes:
+            rules.append(Direct(name, shapes[name], (f"{hf}{x}_norm.weight",)))
     return rules
 
 
@@ -253,11 +278,11 @@ class Family:
         name: ModelArch.family.
         model_type: of config.json.
         architectures: class names; the first is the one written.
-        supports, needs: what of FEATURES its published code can compute, and what it always computes.
+        supports, needs: what of `features` its published code can compute, and what it always computes.
         matches: whether a config.json of this model_type is of this family, where several share the model_type.
         read: config.json -> ModelArch.
         write: ModelArch -> config.json, without `architectures` and `model_type`.
-        qkv: see decoder_rules().
+        qkv: how it stores q, k and v.
         ignored: tensors of Hugging Face folders that carry no weights.
     """
 
@@ -269,7 +294,7 @@ class Family:
     write: Callable[[ModelArch], dict[str, Any]]
     needs: frozenset[str] = frozenset()
     matches: Callable[[Settings], bool] = lambda _: True
-    qkv: Callable[[str, str, ModelArch], list[Rule]] = split_qkv
+    qkv: QKVRules = split_qkv
     ignored: re.Pattern[str] = field(default=re.compile(r"\.rotary_emb\.inv_freq$"))
 
     def rules(self, arch: ModelArch) -> list[Rule]:

@@ -124,8 +124,8 @@ class CoreAttention(nn.Module):
             )
         self.tables = tables
         self.position = arch.position
-        # q, k and v are views of what linear_qkv wrote. Where autograd keeps rotated copies of q and k, a view of v would
-        # keep all three alive. (A norm of q and k keeps them anyway, and so does ALiBi, which rotates nothing.)
+        # q, k and v are views of what the QKV product wrote. Where autograd keeps rotated copies of q and k, a view of v
+        # would keep all three alive. (A norm of q and k keeps them anyway, and so does ALiBi, which rotates nothing.)
         self.frees_qkv = tables is not None and not arch.qk_norm
         self.softmax_scale = softmax_scale
         self.window = arch.sliding_window

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
-from flagscale_like.arch import ModelArch
-from flagscale_like.config import Init, Kernels
+from flagscale_like.config import Kernels
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.heads import HiddenHead, LanguageModelHead, ValueHead
 from flagscale_like.model.layer_spec import block_spec
@@ -253,67 +251,6 @@ def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
         return f"{head}decoder.layers.{int(layer) + offset}.{tail}"
 
     return {global_name(name): parameter for name, parameter in chunk.named_parameters()}
-
-
-def matrix_std(name: str, arch: ModelArch, init: Init) -> float:
-    """Standard deviation that a matrix is drawn with.
-
-    init_std; for the two that write to the residual stream output_init_std, or, depth-scaled, init_std / sqrt(2 * num_layers)
-    (Radford et al. 2019). muP (Yang et al. 2022, table 8) divides by sqrt(m) where both sides grow with the width,
-    m = hidden_size / base_hidden_size, and by m in the output layer. The table's output multiplier 1 / m is that second
-    factor: with Adam, a multiplier can be moved into the standard deviation and the learning rate.
-
-    Args:
-        name: from `named_shards`.
-    """
-    std, scaled = arch.init_std, init.scheme == "depth_scaled"
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std = arch.output_init_std or (std / (2 * arch.num_layers) ** 0.5 if scaled else std)
-    if init.mup and "word_embeddings" not in name:
-        width = arch.hidden_size / init.mup.base_hidden_size
-        std /= width if name.endswith("output_layer.weight") else width**0.5
-    return std
-
-
-@torch.no_grad()
-def initialize_weights(
-    chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext, only: set[nn.Parameter] | None = None
-) -> None:
-    """Fill the weights from (seed, parameter name), so that one seed gives one model on every layout.
-
-    Each rank draws the full matrix and keeps its own part. Normal, with `matrix_std`; norms are norm_init, q's and k's own
-    norms 1. Biases and the rows of the padded vocabulary are zero.
-    """
-    arch, tp, rank = spec.arch, spec.parallel.tp, ctx.tp_rank
-    for chunk in chunks:
-        for name, parameter in named_shards(chunk).items():
-            if only is not None and parameter not in only:
-                continue
-            if parameter.dim() == 1:
-                own_norm = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0 if own_norm else arch.norm_init)
-                continue
-            if chunk.share_embeddings_and_output_weights:
-                # The last stage's copy of a tied embedding must be drawn as the first stage's.
-                name = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
-            to_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1)
-            dim = 1 if to_residual else 0 if dim < 0 else dim
-            shape[dim] *= tp
-            vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-            padded = shape[0]
-            if vocabulary:
-                shape[0] = arch.vocab_size  # padding must not shift the numbers drawn
-            digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
-            generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
-            full = torch.empty(shape, device=ctx.platform.device, dtype=torch.float32)
-            full.normal_(0.0, matrix_std(name, arch, spec.init), generator=generator)
-            if vocabulary:
-                full = F.pad(full, (0, 0, 0, padded - arch.vocab_size))
-            if name.endswith("linear_fc1.weight"):  # each rank holds [its gate; its up]
-                gate, up = full.chunk(2)
-                full = torch.cat([torch.cat(pair) for pair in zip(gate.chunk(tp), up.chunk(tp), strict=True)])
-            parameter.copy_(full.chunk(tp, dim=dim)[rank])
 
 
 def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext) -> list[MegatronModule]:

@@ -12,44 +12,64 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention, Layer, ModelArch
 from flagscale_like.config import Kernels
 from flagscale_like.model.attention import CoreAttention, RotaryTables
 from flagscale_like.model.modules import RMSNorm, SwiGLU, backend_of
 
 
-def layer_spec(arch: ModelArch, kernels: Kernels) -> ModuleSpec:
-    """One decoder layer of `arch`, its operators computed as `kernels` says."""
+def attention_spec(block: GroupedQueryAttention, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
+    """Grouped-query attention. The layers that are built from one spec share the tables of RoPE."""
+    qk_norm = norm_spec(kernels) if block.qk_norm else IdentityOp
+    tables = None if block.position.kind == "alibi" else RotaryTables(arch)
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=functools.partial(CoreAttention, arch=arch, kernels=kernels, tables=tables),
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def feed_forward_spec(block: GatedFeedForward, kernels: Kernels) -> ModuleSpec:
+    """SwiGLU between two parallel linears."""
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=ColumnParallelLinear,
+            activation_func=ModuleSpec(module=SwiGLU, params={"backend": backend_of(kernels.swiglu)}),
+            linear_fc2=RowParallelLinear,
+        ),
+    )
+
+
+# The modules of each class of block in flagscale_like.arch.
+ATTENTION_SPECS = {GroupedQueryAttention: attention_spec}
+FEED_FORWARD_SPECS = {GatedFeedForward: feed_forward_spec}
+
+
+def layer_spec(layer: Layer, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
+    """One decoder layer, its operators computed as `kernels` says."""
     norm = norm_spec(kernels)
-    qk_norm = norm if arch.qk_norm else IdentityOp
-    tables = None if arch.position.kind == "alibi" else RotaryTables(arch)
+    attention, feed_forward = layer.attention, layer.feed_forward
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=functools.partial(CoreAttention, arch=arch, kernels=kernels, tables=tables),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=ATTENTION_SPECS[type(attention)](attention, arch, kernels),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    activation_func=ModuleSpec(module=SwiGLU, params={"backend": backend_of(kernels.swiglu)}),
-                    linear_fc2=RowParallelLinear,
-                ),
-            ),
+            mlp=FEED_FORWARD_SPECS[type(feed_forward)](feed_forward, kernels),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -64,5 +84,7 @@ def block_spec(
     arch: ModelArch, kernels: Kernels, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk on this pipeline stage, and the final norm."""
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, kernels)] * layers, layer_norm=norm_spec(kernels))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = arch.layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    specs = {layer: layer_spec(layer, arch, kernels) for layer in set(layers)}
+    return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm_spec(kernels))

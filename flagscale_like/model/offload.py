@@ -32,7 +32,6 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.planner.search import Goal, configured_layout
@@ -370,11 +369,8 @@ def attach_offload(
     """
     if config.offload is None:
         return None
-    device = find_device(ctx.platform.describe()) if ctx.platform.is_cuda else None
-    if device is not None:
-        device = replace(device, hbm_bytes=ctx.platform.total_memory_bytes())
-    goal = Goal.of(config)
-    layout = configured_layout(config, ctx.world_size, goal, device)
+    hbm_bytes = ctx.platform.total_memory_bytes() if ctx.platform.is_cuda else None
+    layout = configured_layout(config, ctx.world_size, Goal.of(config), hbm_bytes)
     offload = ActivationOffload(
         ctx.platform,
         share=layout.offload_share(ctx.pp_rank),

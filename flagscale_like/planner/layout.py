@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import Layer, ModelArch, counted_keys
 from flagscale_like.config import RunConfig
 
 Recompute = Literal["none", "selective", "full"]
@@ -22,8 +22,8 @@ class Shape:
         flash: attention without its [s, s] scores in memory.
         dropout: GPT's three dropouts a layer, each of which saves a mask of one byte an element.
         window: keys a query sees; all before it where it is None.
-        qk_norm, alibi, norm_head: as in ModelArch; they save tensors of their own.
-        far_rotations: of NLPE's second q and k, how many are rotated (Position.far): 1 is q alone, 2 both.
+        norm_head: as in ModelArch.
+        layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
     """
 
     layers: int
@@ -37,14 +37,12 @@ class Shape:
     flash: bool = True
     dropout: bool = False
     window: int | None = None
-    qk_norm: bool = False
-    alibi: bool = False
     norm_head: bool = False
-    far_rotations: Literal[0, 1, 2] = 0
+    layer: Layer | None = None
 
     @classmethod
     def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
-        position = arch.position
+        """The shape of a model whose layers are alike, its vocabulary padded for `tp`."""
         return cls(
             layers=arch.num_layers,
             hidden=arch.hidden_size,
@@ -54,10 +52,8 @@ class Shape:
             ffn=arch.ffn_hidden_size,
             vocab=arch.padded_vocab_size(tp),
             window=arch.sliding_window,
-            qk_norm=arch.qk_norm,
-            alibi=position.kind == "alibi",
             norm_head=arch.norm_head,
-            far_rotations=0 if position.kind != "nlpe" else 1 if position.far == "clipped" else 2,
+            layer=arch.layers[0],
         )
 
     @classmethod
@@ -93,8 +89,7 @@ class Shape:
         Args:
             recompute_layers: count the layers' second forward pass, as that paper does ("hardware FLOPs").
         """
-        window = min(self.window or seq_length, seq_length)
-        keys = window * (2 - window / seq_length)
+        keys = counted_keys(seq_length, self.window)
         layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
         return tokens * ((8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import ModelArch, Parameter, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
 from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes
@@ -56,37 +57,35 @@ class RankMemory:
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
 
 
-def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) -> list[tuple[str, int]]:
-    """Name and elements on one rank of every parameter of a model chunk, in the built model's order."""
-    tp, h, d = layout.tp, arch.hidden_size, arch.head_dim
-    n, g, f = arch.num_attention_heads // tp, arch.num_query_groups // tp, arch.ffn_hidden_size // tp
-    vocabulary = arch.padded_vocab_size(tp) // tp * h
-    parameters = []
-    if stage == 0 and chunk == 0:
-        parameters.append(("embedding.word_embeddings.weight", vocabulary))
+@functools.lru_cache(maxsize=256)
+def _by_layer(arch: ModelArch) -> dict[int | None, tuple[Parameter, ...]]:
+    """The table of parameters by layer; None holds those outside the layers."""
+    found: dict[int | None, list[Parameter]] = {}
+    for parameter in parameters(arch):
+        found.setdefault(parameter.layer, []).append(parameter)
+    return {layer: tuple(held) for layer, held in found.items()}
+
+
+def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) -> list[Parameter]:
+    """The parameters of a model chunk, in the built model's order.
+
+    A tied embedding on one stage is one parameter; over several stages the last holds a copy, listed last.
+    """
+    held = _by_layer(arch)
+    embedding, *rest = held[None]
+    found = [embedding] if stage == 0 and chunk == 0 else []
     for layer in layout.chunk_layers(arch.num_layers, stage)[chunk]:
-        bias, qk_norm = (n + 2 * g) * d if arch.qkv_bias else 0, d if arch.qk_norm else 0
-        parameters += [
-            (f"decoder.layers.{layer}.{name}", numel)
-            for name, numel in (
-                ("input_layernorm.weight", h),
-                ("self_attention.linear_proj.weight", h * n * d),
-                ("self_attention.linear_qkv.weight", h * (n + 2 * g) * d),
-                ("self_attention.linear_qkv.bias", bias),
-                ("self_attention.q_layernorm.weight", qk_norm),
-                ("self_attention.k_layernorm.weight", qk_norm),
-                ("pre_mlp_layernorm.weight", h),
-                ("mlp.linear_fc1.weight", h * 2 * f),
-                ("mlp.linear_fc2.weight", h * f),
-            )
-            if numel
-        ]
+        found += held[layer]
     if stage == layout.pp - 1 and chunk == layout.vpp - 1:
-        parameters.append(("decoder.final_layernorm.weight", h))
-        # A tied embedding on one stage is one parameter; over several stages the last holds a copy.
-        if not (arch.tie_embeddings and layout.pp == 1):
-            parameters.append(("output_layer.weight", vocabulary))
-    return parameters
+        found += rest
+        if arch.tie_embeddings and layout.pp > 1:
+            found.append(embedding)
+    return found
+
+
+def shard_numel(parameter: Parameter, tp: int) -> int:
+    """Elements on one of `tp` tensor-parallel ranks."""
+    return math.prod(parameter.shard_shape(tp))
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,17 @@ class Buffer:
         return elements, parameters
 
 
-def buffer_of(parameters: list[tuple[str, int]], dp: int, *, bucket_numel: int | None, shared: bool = False) -> Buffer:
+def buffer_of(
+    numels: Sequence[int], dp: int, *, bucket_numel: int | None, alone: Collection[int] = frozenset()
+) -> Buffer:
     """megatron-core 0.16's _ParamAndGradBuffer under the distributed optimizer.
 
     Parameters lie in reverse order, each at a multiple of 64 elements; a bucket ends at a multiple of lcm(dp, 128).
 
     Args:
+        numels: elements of each parameter on one rank.
         bucket_numel: a bucket closes at this many elements; None is one bucket.
-        shared: the embedding is tied across stages, and then has a bucket to itself.
+        alone: indices of parameters that have a bucket to themselves.
     """
     multiple = math.lcm(dp, 128)
     spans, buckets, position, bucket_start, filled = [], [], 0, 0, False
@@ -134,15 +136,14 @@ def buffer_of(parameters: list[tuple[str, int]], dp: int, *, bucket_numel: int |
         return padded
 
     end = 0
-    for name, numel in reversed(parameters):
-        alone = shared and name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    for index in reversed(range(len(numels))):
         position = -(-position // 64) * 64
-        if alone and filled:
+        if index in alone and filled:
             position = close(position)
-        end, filled = position + numel, True
+        end, filled = position + numels[index], True
         spans.append((position, end))
         full = bucket_numel is not None and end - bucket_start >= bucket_numel
-        position = close(end) if full or alone else end
+        position = close(end) if full or index in alone else end
     if filled:
         close(end)
     return Buffer(tuple(spans), tuple(buckets))
@@ -153,12 +154,14 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
     buffers = []
     for chunk in range(layout.vpp):
         bucketed = layout.dp > 1 and stage == 0 and chunk == 0
+        held = chunk_parameters(arch, layout, stage, chunk)
+        shared = arch.tie_embeddings and layout.pp > 1  # a tied embedding on two stages has a bucket to itself
         buffers.append(
             buffer_of(
-                chunk_parameters(arch, layout, stage, chunk),
+                [shard_numel(parameter, layout.tp) for parameter in held],
                 layout.dp,
                 bucket_numel=max(40_000_000, 1_000_000 * layout.dp) if bucketed else None,
-                shared=arch.tie_embeddings and layout.pp > 1,
+                alone={i for i, parameter in enumerate(held) if shared and parameter.role.is_vocabulary},
             )
         )
     return buffers
@@ -247,7 +250,7 @@ def rank_memory(
     moved = share * in_flight * chunk
     on_the_way = min(moved, 2 * min(share, 1.0) * layer)
     logits = head + rows * shape.vocab / layout.tp * e if head else 0.0
-    largest = max(n for _, n in chunk_parameters(arch, layout, stage, 0)) if weights else 0
+    largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
     working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
     if layout.recompute == "full":
         whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)

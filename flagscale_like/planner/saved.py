@@ -2,7 +2,7 @@
 
 Every entry is a storage that autograd holds on to, once, however many operators saved a view of it. Two things decide them:
 the model (Shape) and which operators run it (Operators). An operator that is changed to save something else is changed in
-`layer_saves` or `head_saves`, and nowhere else; tests/planner/test_activations.py compares the table with what
+BLOCK_SAVES' functions or `head_saves`, and nowhere else; tests/planner/test_activations.py compares the table with what
 saved_tensors_hooks see in a real step.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention
 from flagscale_like.config import Kernels
 from flagscale_like.planner.layout import Layout, Shape
 
@@ -50,44 +51,96 @@ class Saved:
     in_core_attention: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch on one rank.
+
+    Attributes:
+        rows: tokens.
+        rows_sp: tokens that this rank's norms and residuals see: a part of them under sequence parallelism.
+        tp: ranks that heads and FFN channels are cut over.
+        dtype_bytes: of an activation.
+    """
+
+    rows: float
+    rows_sp: float
+    tp: int
+    dtype_bytes: int
+
+    @classmethod
+    def of(cls, layout: Layout, seq_length: int, dtype_bytes: int) -> MicroBatch:
+        rows = seq_length * layout.micro_batch_size
+        rows_sp = rows / layout.tp if layout.sp else rows
+        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, dtype_bytes=dtype_bytes)
+
+
 def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
-    """All that one layer keeps, before recompute is thought of."""
-    if shape.dropout:
+    """All that one layer keeps without recompute."""
+    if shape.layer is None:
         return _gpt_layer(shape, layout, seq_length, dtype_bytes)
-    rows = seq_length * layout.micro_batch_size
-    rows_sp = rows / layout.tp if layout.sp else rows  # rows of norms and residuals
-    h, d, e = shape.hidden, shape.head_dim, dtype_bytes
-    n, g, f = shape.heads / layout.tp, shape.groups / layout.tp, shape.ffn / layout.tp
-    norm = _norm(rows_sp, h, e, ops)
-    saves = [
+    batch = MicroBatch.of(layout, seq_length, dtype_bytes)
+    attention, feed_forward = shape.layer.attention, shape.layer.feed_forward
+    norm = _norm(batch.rows_sp, shape.hidden, dtype_bytes, ops)
+    return [
         Saved(name="attention norm", bytes=norm),
-        Saved(name="input of linear_qkv", bytes=rows_sp * h * e),
+        *BLOCK_SAVES[type(attention)](attention, batch, ops),
+        Saved(name="MLP norm", bytes=norm),
+        *BLOCK_SAVES[type(feed_forward)](feed_forward, batch, ops),
     ]
-    if shape.alibi or shape.qk_norm:  # k is kept as linear_qkv wrote it, and so v and q with it
-        saves.append(Saved(name="output of linear_qkv", bytes=rows * (n + 2 * g) * d * e))
+
+
+def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
+    rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
+    n, g = block.heads / batch.tp, block.groups / batch.tp
+    alibi = block.position.kind == "alibi"
+    saves = [Saved(name="input of the QKV product", bytes=batch.rows_sp * block.hidden_size * e)]
+    if alibi or block.qk_norm:  # k is kept as the QKV product wrote it, and so v and q with it
+        saves.append(Saved(name="output of the QKV product", bytes=rows * (n + 2 * g) * d * e))
     else:
         saves.append(Saved(name="v, copied", bytes=rows * g * d * e, in_core_attention=True))
-    if not shape.alibi or (n > g > 1):
-        saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not shape.alibi))
-    if not shape.alibi:
+    if not alibi or (n > g > 1):
+        saves.append(Saved(name="rotated q, or a copy of q", bytes=rows * n * d * e, in_core_attention=not alibi))
+    if not alibi:
         saves.append(Saved(name="rotated k", bytes=rows * g * d * e, in_core_attention=True))
-    if shape.far_rotations:
+    if block.position.kind == "nlpe":
         saves.append(Saved(name="second q, rotated for far keys", bytes=rows * n * d * e, in_core_attention=True))
-    if shape.far_rotations == 2 or (shape.far_rotations and not shape.qk_norm):
-        saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
-    if shape.qk_norm:
+        if block.position.far == "compressed" or not block.qk_norm:
+            saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
+    if block.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
-    saves += [
-        Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True),
-        Saved(name="attention output, input of linear_proj", bytes=rows * n * d * e),
-        Saved(name="MLP norm", bytes=norm),
-        Saved(name="input of linear_fc1", bytes=rows_sp * h * e),
+    saves.append(Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True))
+    saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * d * e))
+    return saves
+
+
+def _gated_feed_forward(block: GatedFeedForward, batch: MicroBatch, ops: Operators) -> list[Saved]:
+    rows, e, f = batch.rows, batch.dtype_bytes, block.ffn_hidden_size / batch.tp
+    saves = [
+        Saved(name="input of the gate and up product", bytes=batch.rows_sp * block.hidden_size * e),
         Saved(name="gate and up", bytes=rows * 2 * f * e),
-        Saved(name="input of linear_fc2", bytes=rows * f * e),
+        Saved(name="input of the down product", bytes=rows * f * e),
     ]
     if ops.swiglu == "torch":
         saves.append(Saved(name="silu(gate)", bytes=rows * f * e))
     return saves
+
+
+def _attention_checkpoint(block: GroupedQueryAttention, batch: MicroBatch) -> float:
+    """Bytes that selective recompute keeps on top: the inputs of core attention, where nothing else keeps them."""
+    rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
+    n, g = block.heads / batch.tp, block.groups / batch.tp
+    if block.qk_norm:
+        return rows * (n + g) * d * e
+    if block.position.kind == "alibi":
+        return 0.0
+    views = rows * (n + 2 * g) * d * e  # of the QKV product's output
+    # q's heads of several groups lie apart in the QKV product's output, so megatron-core hands over a copy of q.
+    return views + (rows * n * d * e if n > g > 1 else 0.0)
+
+
+# What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.
+BLOCK_SAVES = {GroupedQueryAttention: _attention, GatedFeedForward: _gated_feed_forward}
+CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint}
 
 
 def _norm(rows: float, hidden: int, dtype_bytes: int, ops: Operators) -> float:
@@ -130,17 +183,10 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     if layout.recompute == "none":
         return sum(s.bytes for s in saves)
     kept = sum(s.bytes for s in saves if not s.in_core_attention)
-    if shape.dropout:
+    if shape.layer is None:
         return kept
-    n, g, d = shape.heads / layout.tp, shape.groups / layout.tp, shape.head_dim
-    if not shape.alibi and not shape.qk_norm:
-        kept += rows * (n + 2 * g) * d * dtype_bytes  # the checkpoint's inputs: views of linear_qkv's output
-    if shape.qk_norm:
-        kept += rows * (n + g) * d * dtype_bytes
-    elif n > g > 1 and not shape.alibi:
-        # q's heads of several groups lie apart in linear_qkv's output, so megatron-core hands over a copy of q.
-        kept += rows * n * d * dtype_bytes
-    return kept
+    attention = shape.layer.attention
+    return kept + CHECKPOINT_BYTES[type(attention)](attention, MicroBatch.of(layout, seq_length, dtype_bytes))
 
 
 def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:

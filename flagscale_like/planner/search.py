@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.cluster import GIB, ClusterSpec, DeviceSpec, with_devices
+from flagscale_like.cluster import GIB, ClusterSpec, with_devices
 from flagscale_like.config import RunConfig
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
@@ -128,11 +128,11 @@ def evaluate(
     return Plan(layout=layout, time=time, memory=memory)
 
 
-def configured_layout(config: RunConfig, world_size: int, goal: Goal, device: DeviceSpec | None) -> Layout:
+def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes: int | None) -> Layout:
     """The layout that a configuration gives on `world_size` ranks, its offload shares resolved.
 
     Args:
-        device: what `offload: {share: auto}` is to fit; None, or a CPU, keeps one micro-batch's activations.
+        hbm_bytes: device memory that `offload: {share: auto}` is to fit; None, of a CPU, keeps one micro-batch's activations.
     """
     layout = Layout.of(config, world_size)
     if config.offload is None:
@@ -141,14 +141,14 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, device: De
     if share != "auto":
         return replace(layout, offload=tuple(share) if isinstance(share, list) else (float(share),) * layout.pp)
     needed = None
-    if device is not None:
+    if hbm_bytes is not None:
         needed = needed_offload(
             goal.arch,
             layout,
             seq_length=goal.seq_length,
             precision=goal.precision,
             ops=goal.ops,
-            budget_bytes=device.hbm_bytes * USABLE,
+            budget_bytes=hbm_bytes * USABLE,
         )
     waiting = tuple(waiting_share(layout, stage) for stage in range(layout.pp))
     return replace(layout, offload=waiting if needed is None else needed)

@@ -7,9 +7,9 @@ and 3). docs/planner.md sets the result beside published rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flagscale_like.cluster import ClusterSpec, DeviceSpec
+from flagscale_like.cluster import ClusterSpec, DeviceSpec, EfficiencyKind
 from flagscale_like.planner.layout import Layout, Shape
 
 
@@ -45,13 +45,17 @@ class Efficiency:
 # GPT-3 175B on 96 H100 (Megatron-LM's README). docs/planner.md shows both beside what they are fitted to.
 AMPERE = Efficiency()
 HOPPER = Efficiency(gemm=0.70, layer_overhead_s=90e-6)
-# For a CPU whose peak is its measured matrix-product rate.
+# Where the peak is the measured rate of a large matrix product: a CPU, and a GPU that is not known.
+UNKNOWN = replace(AMPERE, gemm=1.0)
 MEASURED = Efficiency(gemm=1.0, gemm_k=32.0, gemm_mn=2e4, attention=0.4, link=1.0, network=1.0, overlap=0.0)
 
 
-def efficiency_of(device: DeviceSpec) -> Efficiency:
-    """The fitted efficiencies of a device's generation."""
-    return HOPPER if device.name.startswith("H") else AMPERE
+EFFICIENCIES: dict[EfficiencyKind, Efficiency] = {
+    "ampere": AMPERE,
+    "hopper": HOPPER,
+    "cpu": MEASURED,
+    "unknown": UNKNOWN,
+}
 
 
 PARTS_OF_STEP = ("compute", "recompute", "tp", "bubble", "p2p", "dp", "optimizer", "offload")
@@ -234,7 +238,7 @@ def step_time(
         scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
             section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
     """
-    eff = eff or efficiency_of(cluster.device)
+    eff = eff or EFFICIENCIES[cluster.device.efficiency]
     device, m, pp, vpp = cluster.device, layout.num_microbatches, layout.pp, layout.vpp
     forward, backward, again = layer_passes(shape, layout, seq_length, cluster, eff)
     head = head_pass(shape, layout, seq_length, cluster, eff)

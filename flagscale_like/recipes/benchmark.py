@@ -118,7 +118,9 @@ def peak_flops(config: RunConfig, ctx: ParallelContext) -> tuple[float, str]:
         return spec.bf16_flops, f"{spec.name} data sheet, dense bf16"
     ctx.barrier()  # all ranks multiply at once: they share cores and memory, as in training
     rate = gemm_flops(ctx.platform, config.train.precision, budget_s=1.0)
-    return ctx.sum([rate])[0] / ctx.world_size, f"measured: {config.train.precision} matrix product, all ranks at once"
+    unknown = f"{ctx.platform.describe()} is not a known device, " if ctx.platform.is_cuda else ""
+    source = f"{unknown}measured: {config.train.precision} matrix product, all ranks at once"
+    return ctx.sum([rate])[0] / ctx.world_size, source
 
 
 def _built_states(config: RunConfig, ctx: ParallelContext) -> int:
@@ -142,7 +144,7 @@ def _point(
     cuda = ctx.platform.is_cuda
     device = measure_device(ctx.platform, config.train.precision, processes=1)
     goal = Goal.of(config)
-    layout = configured_layout(config, ctx.world_size, goal, device if cuda else None)
+    layout = configured_layout(config, ctx.world_size, goal, device.hbm_bytes if cuda else None)
     plan = evaluate(goal, layout, *_cluster(device, peak, ctx), overhead=cuda)
     steps = [r for r in records if "iteration-time" in r and r["step"] > warmup]
     times = sorted(r["iteration-time"] for r in steps)

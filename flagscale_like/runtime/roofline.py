@@ -39,7 +39,8 @@ def gemm_flops(platform: Platform, precision: str, *, size: int | None = None, b
 def measure_device(platform: Platform, precision: str, *, processes: int = 1) -> DeviceSpec:
     """A DeviceSpec of what this process can reach; `processes` of them share a CPU's cores and memory.
 
-    A known GPU keeps its data-sheet peak and gets measured bandwidths; on a CPU the peak is the measured product rate.
+    A known GPU keeps its data sheet's peak, links and network, and gets measured bandwidths of memory and host copies. Of
+    another GPU, and of a CPU, the peak is the measured rate of matrix products.
     """
     numel = (256 if platform.is_cuda else 32) << 20
     source = torch.zeros(numel, dtype=torch.uint8, device=platform.device)
@@ -55,13 +56,18 @@ def measure_device(platform: Platform, precision: str, *, processes: int = 1) ->
             hbm_bytes=platform.total_memory_bytes(),
             hbm_gb_per_s=copied,
             link_gb_per_s=known.link_gb_per_s if known else host_rate,
+            network_gb_per_s=known.network_gb_per_s if known else host_rate,
             host_gb_per_s=host_rate,
+            efficiency=known.efficiency if known else "unknown",
         )
+    link = copied / 4 / processes  # gloo copies in and out of shared sockets
     return DeviceSpec(
         name=f"this machine ({torch.get_num_threads()} threads)",
         bf16_flops=gemm_flops(platform, precision) / processes,
         hbm_bytes=platform.total_memory_bytes() // processes,
         hbm_gb_per_s=copied / processes,
-        link_gb_per_s=copied / 4 / processes,  # gloo copies in and out of shared sockets
+        link_gb_per_s=link,
+        network_gb_per_s=link,
         host_gb_per_s=copied / 2 / processes,
+        efficiency="cpu",
     )

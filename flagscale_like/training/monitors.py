@@ -7,7 +7,6 @@ same events. What monitors remember (windows, highest ranks) is a part of the ch
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flagscale_like.arch import parameters, parameters_by_name
 from flagscale_like.config import EffectiveRank, LayerNorms, Monitors, Spike
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard, adam_update
@@ -27,7 +27,6 @@ from flagscale_like.training.spectrum import SplitMatrix, effective_rank
 
 # A value less than this share above the mean is no spike, however little the window varies.
 MIN_RELATIVE_RISE = 0.01
-MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 class SpikeMonitor:
@@ -59,12 +58,6 @@ class SpikeMonitor:
         return [Event(self.name, value, limit, options.action, words)]
 
 
-def unit_of(name: str) -> str:
-    """The layer, or the part outside the layers, that a parameter belongs to: `layers.3`, `embedding`, ..."""
-    layer = re.search(r"decoder\.layers\.(\d+)\.", name)
-    return f"layers.{layer[1]}" if layer else name.removeprefix("decoder.").partition(".")[0]
-
-
 class LayerMonitor:
     """Gradient norm and update-to-weight ratio of every layer, the embedding, the final norm and the output layer.
 
@@ -73,8 +66,8 @@ class LayerMonitor:
 
     def __init__(self, options: LayerNorms, engine: Engine) -> None:
         self.options, self.ctx, self.shards = options, engine.ctx, [s for s in engine.owned if s.trained]
-        layers = [f"layers.{i}" for i in range(engine.spec.arch.num_layers)]
-        units = [*layers, "embedding", "final_layernorm", "output_layer"]
+        self.table = parameters_by_name(engine.spec.arch)
+        units = dict.fromkeys(parameter.unit for parameter in parameters(engine.spec.arch))
         self.units = {unit: column for column, unit in enumerate(units)}
         self._squares: Tensor | None = None
 
@@ -95,7 +88,7 @@ class LayerMonitor:
         found = {}
         for column, unit in enumerate(self.units):
             grad, weight, *update = squares[column::columns]
-            if weight:  # a tied output layer is the embedding, and counts there
+            if weight:
                 found[f"layer-grad-norm/{unit}"] = math.sqrt(grad)
                 if update:
                     found[f"layer-update-to-weight/{unit}"] = math.sqrt(update[0] / weight)
@@ -107,7 +100,7 @@ class LayerMonitor:
         sums = torch.zeros(len(self.units), dtype=torch.float64, device=self.ctx.platform.device)
         for shard in self.shards:
             if shard.counts:
-                sums[self.units[unit_of(shard.name)]] += tensor_of(shard).detach().float().norm().double() ** 2
+                sums[self.units[self.table[shard.name].unit]] += tensor_of(shard).detach().float().norm().double() ** 2
         return sums
 
     def events(self, readings: dict[str, float]) -> list[Event]:
@@ -140,12 +133,17 @@ class EffectiveRankMonitor:
         self.low: set[str] = set()
         self._rows: dict[int, Tensor] = {}
         self._listening = False
-        self.parameters: dict[tuple[int, str], nn.Parameter] = {}
-        for chunk in engine.models:
-            for name, parameter in named_shards(chunk).items():
-                found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", name)
-                if found and int(found[1]) in self.layers and found[2] in MATRICES:
-                    self.parameters[int(found[1]), found[2]] = parameter
+        self.matrices = {
+            parameter.name: (parameter.layer, parameter.place_in_layer)
+            for parameter in parameters(engine.spec.arch)
+            if parameter.role.is_layer_matrix and parameter.layer in self.layers
+        }
+        self.parameters: dict[tuple[int, str], nn.Parameter] = {
+            self.matrices[name]: parameter
+            for chunk in engine.models
+            for name, parameter in named_shards(chunk).items()
+            if name in self.matrices
+        }
         if "activations" in options.of:
             for chunk in engine.models:
                 for layer in chunk.decoder.layers:
@@ -155,7 +153,7 @@ class EffectiveRankMonitor:
     def names(self) -> list[str]:
         """What is measured, in the order of the reduced vector; the same on every rank."""
         kinds = [kind for kind in ("weights", "gradients") if kind in self.options.of]
-        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i in self.layers for matrix in MATRICES]
+        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i, matrix in self.matrices.values()]
         return names + [f"activations/layers.{i}" for i in self.layers if "activations" in self.options.of]
 
     def listen(self) -> None:

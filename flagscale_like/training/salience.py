@@ -23,12 +23,12 @@ The scales end up in the weights: nothing is left in the forward pass, and an ex
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from flagscale_like.arch import ModelArch, Role, parameters
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batch_count, micro_batches
 from flagscale_like.data.selection import Mixture
@@ -36,8 +36,6 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard
 from flagscale_like.model.build import named_shards
 from flagscale_like.objectives.next_token import NextToken
-
-BRANCH = re.compile(r"decoder\.layers\.(\d+)\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight")
 
 
 def calibrate(config: RunConfig, engine: Engine, train_samples: int) -> str:
@@ -64,14 +62,17 @@ class SalienceCalibration:
         self.options = config.init.salience
         self.count = 2 * config.model.num_layers
         self.scales = [1.0] * self.count
+        branches = branches_of(config.model)
         named = [item for model in engine.models for item in named_shards(model).items()]
         self.matrices: dict[int, tuple[nn.Parameter, Tensor]] = {
             branch: (parameter, parameter.detach().clone())
             for name, parameter in named
-            if (branch := branch_of(name)) is not None
+            if (branch := branches.get(name)) is not None
         }
         self.shards: list[tuple[int, OwnedShard]] = [
-            (branch, shard) for shard in engine.owned if shard.trained and (branch := branch_of(shard.name)) is not None
+            (branch, shard)
+            for shard in engine.owned
+            if shard.trained and (branch := branches.get(shard.name)) is not None
         ]
         self.batches = micro_batch_count(config, self.ctx, self.options.samples)
 
@@ -132,10 +133,13 @@ class SalienceCalibration:
             self.scales[branch] = min(max(self.scales[branch] / length, 1 / limit), limit)
 
 
-def branch_of(name: str) -> int | None:
-    """The residual branch whose output matrix a parameter is."""
-    found = BRANCH.fullmatch(name)
-    return 2 * int(found[1]) + found[2].startswith("mlp") if found else None
+def branches_of(arch: ModelArch) -> dict[str, int]:
+    """The residual branches by the names of their output matrices."""
+    return {
+        parameter.name: 2 * parameter.layer + (parameter.role is Role.FFN_OUT)
+        for parameter in parameters(arch)
+        if parameter.role.writes_to_residual
+    }
 
 
 def spread(saliences: list[float]) -> float:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flagscale_like.cluster import read_hostfile
-from flagscale_like.errors import ConfigError
 from tests.harness import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -102,32 +100,40 @@ def test_settings_that_are_no_numbers_are_refused(setting, value):
 
 # Hostfiles
 
-HOSTFILES = {
-    "plain": "n1 slots=8\nn2 slots=8\n",
-    "comments, blanks, no end of line": "# all\n\n  n1  slots = 4  # first\nn2 slots=4",
-    "no slots": "n1\nn2\n",
-    "a user's name": "me@n1 slots=2\n",
-    "nothing": "# nobody\n",
-    "no slots at all": "n1 slots=0\n",
-    "words": "n1 slots=8 n2\n",
-}
+
+@pytest.mark.parametrize(
+    ("text", "hosts", "slots"),
+    [
+        ("n1 slots=8\nn2 slots=8\n", ["n1", "n2"], 8),
+        ("# all\n\n  n1  slots = 4  # first\nn2 slots=4", ["n1", "n2"], 4),
+        ("n1\nn2\n", ["n1", "n2"], 1),
+        ("me@n1 slots=2\n", ["me@n1"], 2),
+    ],
+    ids=["plain", "comments, blanks, no end of line", "no slots", "a user's name"],
+)
+def test_a_hostfile_names_hosts_and_slots(text, hosts, slots, tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    lines = script("ssh_hostfile.sh", "--dry-run", "start", path, "x.yaml").stdout.splitlines()
+    assert [line.split()[-1] for line in lines[::2]] == hosts
+    assert all(f"'NPROC_PER_NODE={slots}'" in line for line in lines[1::2])
 
 
-@pytest.mark.parametrize("text", HOSTFILES.values(), ids=HOSTFILES)
-def test_a_hostfile_means_the_same_to_the_script_and_to_the_planner(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# nobody\n", ": names no host"),
+        ("n1 slots=0\n", ":1: "),
+        ("n1 slots=8 n2\n", ":1: "),
+    ],
+    ids=["nothing", "no slots at all", "words"],
+)
+def test_a_wrong_hostfile_is_refused_with_its_line(text, message, tmp_path):
     path = tmp_path / "hosts"
     path.write_text(text)
     found = script("ssh_hostfile.sh", "--dry-run", "start", path, "x.yaml")
-    if found.returncode:
-        with pytest.raises(ConfigError) as refused:
-            read_hostfile(path)
-        assert found.returncode == 10
-        assert found.stderr.split(": ")[:2] == ["error", str(refused.value).split(": ")[0]]
-        return
-    hosts = read_hostfile(path)
-    lines = found.stdout.splitlines()
-    assert [line.split()[-1] for line in lines[::2]] == list(hosts.names)
-    assert all(f"'NPROC_PER_NODE={hosts.slots_per_node}'" in line for line in lines[1::2])
+    assert found.returncode == 10
+    assert f"error: hostfile {path}{message}" in found.stderr
 
 
 def test_nodes_with_different_slots_are_refused(tmp_path):

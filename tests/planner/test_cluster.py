@@ -1,16 +1,13 @@
-"""Clusters, hostfiles and Slurm's environment."""
+"""Clusters, and devices by name, known, measured and not known."""
 
 import pytest
+import torch
 
-from flagscale_like.cluster import (
-    expand_nodelist,
-    find_device,
-    hosts_from_slurm,
-    parse_cluster,
-    read_hostfile,
-    with_devices,
-)
+from flagscale_like.cluster import find_device, parse_cluster, with_devices
 from flagscale_like.errors import ConfigError
+from flagscale_like.planner.throughput import EFFICIENCIES, HOPPER
+from flagscale_like.runtime import roofline
+from flagscale_like.runtime.roofline import measure_device
 
 
 def test_a_cluster_is_nodes_devices_and_a_name():
@@ -32,11 +29,78 @@ def test_links_are_nvlink_inside_a_node_and_network_between():
     assert cluster.link_gb_per_s(2, stride=8) == 25
 
 
-def test_devices_are_found_by_their_drivers_names():
-    assert find_device("NVIDIA A100-SXM4-40GB").hbm_bytes >> 30 == 40
-    assert find_device("NVIDIA A100-SXM4-80GB").hbm_bytes >> 30 == 80
-    assert find_device("NVIDIA H100 PCIe").bf16_flops == 756e12
-    assert find_device("CPU (2 threads)") is None
+@pytest.mark.parametrize(
+    ("driver", "name", "tflops", "gib"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40", 312, 40),
+        ("A100-SXM4-40GB", "A100-40", 312, 40),
+        ("NVIDIA A100-SXM4-80GB", "A100-80", 312, 80),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40", 312, 40),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80", 312, 80),
+        ("NVIDIA A800-SXM4-80GB", "A800", 312, 80),
+        ("NVIDIA H100 80GB HBM3", "H100", 989, 80),
+        ("NVIDIA H100 PCIe", "H100-PCIe", 756, 80),
+        ("NVIDIA H100 NVL", "H100-NVL", 835.5, 94),
+        ("NVIDIA H200", "H200", 989, 141),
+        ("NVIDIA H800", "H800", 989, 80),
+    ],
+)
+def test_devices_are_found_by_their_drivers_whole_names(driver, name, tflops, gib):
+    device = find_device(driver)
+    assert (device.name, device.bf16_flops / 1e12, device.hbm_bytes >> 30) == (name, tflops, gib)
+    assert parse_cluster(f"8x{name}").device is device
+
+
+@pytest.mark.parametrize(
+    "driver",
+    ["NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100", "NVIDIA L40S", "CPU (2 threads)", ""],
+)
+def test_another_device_is_not_taken_for_one_that_it_resembles(driver):
+    assert find_device(driver) is None
+
+
+def test_a_card_without_nvlink_is_not_planned_with_it():
+    assert parse_cluster("8xA100-PCIe-40").link_gb_per_s(8) == 25
+    assert parse_cluster("8xH100-NVL").link_gb_per_s(8) == 50
+
+
+class Driver:
+    """Stands in for a CUDA platform on this machine's CPU: a driver's name, 16 GiB, and torch's CPU."""
+
+    is_cuda, device = True, torch.device("cpu")
+
+    def __init__(self, name):
+        self.name = name
+
+    def describe(self):
+        return self.name
+
+    def total_memory_bytes(self):
+        return 16 << 30
+
+    def synchronize(self):
+        pass
+
+    def host_buffer(self, numel, dtype):
+        return torch.empty(numel, dtype=dtype)
+
+
+def test_a_measured_h100_is_planned_as_an_h100():
+    device = measure_device(Driver("NVIDIA H100 80GB HBM3"), "bf16")
+    assert (device.bf16_flops, device.hbm_bytes) == (989e12, 16 << 30)
+    cluster = parse_cluster("2x8xthis", this_device=device)
+    assert (cluster.network_gb_per_s, cluster.link_gb_per_s(8)) == (50, 450)
+    assert EFFICIENCIES[device.efficiency] is HOPPER
+    assert device.caveat is None
+
+
+def test_a_device_that_is_not_known_is_measured_and_said_to_be(monkeypatch):
+    monkeypatch.setattr(roofline, "gemm_flops", lambda *_: 5e12)
+    device = measure_device(Driver("NVIDIA RTX A1000"), "bf16")
+    assert device.bf16_flops == 5e12
+    assert device.network_gb_per_s == device.link_gb_per_s == device.host_gb_per_s
+    assert EFFICIENCIES[device.efficiency].gemm == 1.0
+    assert device.caveat.startswith("NVIDIA RTX A1000 is not a known device: ")
 
 
 def test_a_cluster_is_cut_to_whole_nodes_or_a_part_of_one():
@@ -45,50 +109,3 @@ def test_a_cluster_is_cut_to_whole_nodes_or_a_part_of_one():
     assert with_devices(cluster, 16).nodes == 2
     with pytest.raises(ConfigError, match=r"devices \(12\) must be a multiple of devices a node \(8\)"):
         with_devices(cluster, 12)
-
-
-def test_a_hostfile_names_hosts_and_slots(tmp_path):
-    file = tmp_path / "hosts"
-    file.write_text("# rack 1\nnode-1 slots=8\nnode-2   slots = 8  # the new one\n\n")
-    hosts = read_hostfile(file)
-    assert hosts.names == ("node-1", "node-2")
-    assert hosts.slots_per_node == 8
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "names no host"),
-        ("a slots=8\na slots=8", ":2: host a is listed twice"),
-        ("a slot=8", ":1: 'a slot=8': write it as"),
-        ("a slots=0", "write it as"),
-    ],
-)
-def test_a_wrong_hostfile_is_refused_with_its_line(text, message, tmp_path):
-    (tmp_path / "hosts").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        read_hostfile(tmp_path / "hosts")
-
-
-def test_unequal_nodes_are_refused_with_both_numbers(tmp_path):
-    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
-    with pytest.raises(ConfigError, match=r"4 to 8 slots \(b: 4, a: 8\)"):
-        _ = read_hostfile(tmp_path / "hosts").slots_per_node
-
-
-def test_slurms_compressed_lists_are_written_out():
-    assert expand_nodelist("gpu[01-03,7],login") == ["gpu01", "gpu02", "gpu03", "gpu7", "login"]
-    assert expand_nodelist("r[1-2]n[08-09]") == ["r1n08", "r1n09", "r2n08", "r2n09"]
-    for wrong in ("gpu[3-1]", "gpu[a]", "gpu[1-2"):
-        with pytest.raises(ConfigError):
-            expand_nodelist(wrong)
-
-
-def test_slurms_environment_gives_hosts_and_slots():
-    job = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "8(x2),4"}
-    assert hosts_from_slurm(job).slots == (8, 8, 4)
-    one = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}
-    assert hosts_from_slurm(one).slots_per_node == 8
-    assert hosts_from_slurm({}) is None
-    with pytest.raises(ConfigError, match=r"2 nodes .* 3"):
-        hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "8(x3)"})

@@ -89,7 +89,7 @@ def test_automatic_shares_without_a_device_keep_one_micro_batch(tmp_path):
 def test_a_model_that_fits_nowhere_is_refused_with_what_binds_and_what_would_do():
     goal = Goal(arch=AQUILA2_70B, seq_length=4096, global_batch_size=64)
     with pytest.raises(
-        ConfigError, match=r"no layout fits 1x8xA100-SXM4-40GB: the nearest, .* needs .* of 38.8 GiB .* would do, with"
+        ConfigError, match=r"no layout fits 1x8xA100-40: the nearest, .* needs .* of 38.8 GiB .* would do, with"
     ):
         rank_layouts(goal, parse_cluster("1x8xA100-40"))
 

@@ -4,7 +4,7 @@ import pytest
 
 from flagscale_like.config import RunConfig
 from flagscale_like.planner.layout import Layout
-from flagscale_like.planner.memory import buffer_of, chunk_parameters, state_bytes
+from flagscale_like.planner.memory import buffer_of, chunk_parameters, shard_numel, state_bytes
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import build_engine, run_ranks, tiny_config
 
@@ -48,13 +48,14 @@ def test_planned_states_equal_the_built_ones_on_every_rank(name, tmp_path):
     config = tiny_config(tmp_path, **changes)
     layout = Layout.of(config, ranks)
     for stage, dp_rank, numels, found in run_ranks(ranks, built, config):
-        planned = [[n for _, n in chunk_parameters(config.model, layout, stage, c)] for c in range(layout.vpp)]
+        held = [chunk_parameters(config.model, layout, stage, chunk) for chunk in range(layout.vpp)]
+        planned = [[shard_numel(parameter, layout.tp) for parameter in chunk] for chunk in held]
         assert planned == numels
         assert state_bytes(config.model, layout, stage, precision=config.train.precision, dp_rank=dp_rank) == found
 
 
 def test_a_bucket_closes_when_it_is_full_and_ends_where_every_rank_gets_the_same():
-    buffer = buffer_of([("a", 100), ("b", 70), ("c", 10)], 3, bucket_numel=100)
+    buffer = buffer_of([100, 70, 10], 3, bucket_numel=100)
     assert buffer.spans == ((0, 10), (64, 134), (384, 484))
     assert buffer.buckets == ((0, 384), (384, 768))
     assert sum(buffer.owned(3, rank)[0] for rank in range(3)) == 180

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+from flagscale_like.arch import Role
 from flagscale_like.config import Init, MuP, RunConfig
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
-from flagscale_like.model.build import matrix_std, named_shards
+from flagscale_like.model.build import named_shards
+from flagscale_like.model.initialise import matrix_std
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training import salience
@@ -60,7 +62,7 @@ def test_published_schemes_and_widths_are_drawn_as_said(tmp_path):
 
 def test_an_output_init_std_that_is_given_overrides_the_scheme(tmp_path):
     config = tiny_config(tmp_path, model__output_init_std=0.5, init={"scheme": "standard"})
-    assert matrix_std("decoder.layers.0.mlp.linear_fc2.weight", config.model, config.init) == 0.5
+    assert matrix_std(Role.FFN_OUT, ModelSpec.of(config)) == 0.5
 
 
 def learning_rates(config):
