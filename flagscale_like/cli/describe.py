@@ -81,15 +81,15 @@ def find_cluster(text: str | None, config: RunConfig, ranks: int) -> tuple[Clust
 
     from flagscale_like.cluster import ClusterSpec, parse_cluster
     from flagscale_like.planner.throughput import MEASURED
-    from flagscale_like.runtime.platform import get_platform
+    from flagscale_like.runtime.platforms import get_platform
     from flagscale_like.runtime.roofline import measure_device
 
     if text is not None and not text.lower().endswith("xthis"):
         return parse_cluster(text), None
     platform = get_platform()
     count = parse_cluster(text.lower().replace("xthis", "xH100")).devices if text else ranks
-    device = measure_device(platform, config.train.precision, processes=1 if platform.is_cuda else count)
+    device = measure_device(platform, config.train.precision, processes=count if platform.ranks_share_device else 1)
     cluster = ClusterSpec(nodes=1, devices_per_node=count, device=device, network_gb_per_s=device.link_gb_per_s)
     if text:
         cluster = replace(parse_cluster(text, this_device=device), network_gb_per_s=device.link_gb_per_s)
-    return cluster, None if platform.is_cuda else MEASURED
+    return cluster, MEASURED if platform.ranks_share_device else None

@@ -22,7 +22,7 @@ from flagscale_like.errors import ConfigError
 from flagscale_like.model.layer_spec import block_spec
 from flagscale_like.model.modules import OutputLayer, backend_of
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -78,7 +78,7 @@ def transformer_config(config: RunConfig, platform: Platform, *, meta: bool = Fa
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=meta,
-        gradient_accumulation_fusion=platform.can_fuse_gradient_accumulation and not meta,
+        gradient_accumulation_fusion=platform.fuses_main_grad and not meta,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -154,6 +154,7 @@ def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False)
         meta: build on the meta device: shapes and counts of any size, no memory.
     """
     check_kernels(config, ctx.platform)
+    kernels = kernels_of(config, ctx.platform)
     tf_config = transformer_config(config, ctx.platform, meta=meta)
     vpp = config.parallel.vpp
     chunks = []
@@ -164,7 +165,7 @@ def build_chunks(config: RunConfig, ctx: ParallelContext, *, meta: bool = False)
                 LanguageModel(
                     config.model,
                     tf_config,
-                    kernels=config.kernels,
+                    kernels=kernels,
                     max_seq_length=config.train.seq_length,
                     pre=is_pp_first_stage(ctx.groups.pp) and is_vp_first_stage(vp_stage, vpp),
                     post=ctx.is_last_stage and is_vp_last_stage(vp_stage, vpp),
@@ -178,11 +179,25 @@ def check_kernels(config: RunConfig, platform: Platform) -> None:
     """Refuse a choice of kernels that this platform cannot run.
 
     Raises:
-        ConfigError: triton without CUDA.
+        ConfigError: triton, or bf16, where the platform has none.
     """
+    if config.train.precision == "bf16" and not platform.bf16:
+        raise ConfigError(f"train.precision is bf16, which {platform.name} has no products for: use fp16 or fp32")
     chosen = [name for name, choice in config.kernels.model_dump().items() if choice == "triton"]
-    if chosen and not platform.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"kernels.{chosen[0]} is triton, which needs CUDA (or TRITON_INTERPRET=1): use auto or torch")
+    if chosen and not platform.triton and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"kernels.{chosen[0]} is triton, which does not run on {platform.name} (but with TRITON_INTERPRET=1): "
+            f"use auto or torch"
+        )
+
+
+def kernels_of(config: RunConfig, platform: Platform) -> Kernels:
+    """The configured kernels; `auto` is torch on a platform that Triton kernels do not run on, whatever its tensors' type."""
+    if platform.triton:
+        return config.kernels
+    return config.kernels.model_copy(
+        update={name: "torch" for name, choice in config.kernels.model_dump().items() if choice == "auto"}
+    )
 
 
 def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
@@ -264,7 +279,7 @@ def wrap_chunks(chunks: list[LanguageModel], config: RunConfig, ctx: ParallelCon
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and ctx.platform.is_cuda,
+        overlap_param_gather=overlap and ctx.platform.overlaps_param_gather,
     )
     tf_config = chunks[0].config
     half = config.train.precision != "fp32"

@@ -32,13 +32,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.runtime.copies import CopyStream, HostPool
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 LAYERS_ON_THE_WAY = 2
 
@@ -370,7 +369,7 @@ def attach_offload(
     """
     if config.offload is None:
         return None
-    device = find_device(ctx.platform.describe()) if ctx.platform.is_cuda else None
+    device = ctx.platform.data_sheet()
     if device is not None:
         device = replace(device, hbm_bytes=ctx.platform.total_memory_bytes())
     goal = Goal.of(config)

@@ -21,7 +21,7 @@ class StepProfiler:
     def __init__(self, config: RunConfig, ctx: ParallelContext) -> None:
         self._range = config.train.profile.steps if config.train.profile else None
         self._path = Path(config.run_dir) / "profile" / f"rank_{ctx.rank:05d}.json.gz"
-        self._cuda = ctx.platform.is_cuda
+        self._device_activity = ctx.platform.profiler_activity
         self._profiler: Any = None
 
     def begin(self, step: int) -> None:
@@ -29,8 +29,8 @@ class StepProfiler:
         if self._range is None or self._profiler is not None or not self._range[0] <= step <= self._range[1]:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._cuda:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if self._device_activity is not None:
+            activities.append(self._device_activity)
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.__enter__()
 

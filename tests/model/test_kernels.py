@@ -11,7 +11,7 @@ from flagscale_like.errors import ConfigError
 from flagscale_like.model.attention import RotaryTables, alibi_slopes
 from flagscale_like.model.build import build_chunks, check_kernels, initialize_weights, wrap_chunks
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.training.optimizer import build_optimizer
 from flagscale_like.training.step import train_step
 from tests.harness import run_ranks, tiny_config
@@ -132,7 +132,7 @@ def test_beyond_the_threshold_a_clipped_score_depends_on_no_distance(tmp_path):
 
 def test_triton_without_cuda_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    cpu = Platform(torch.device("cpu"), "gloo")
-    with pytest.raises(ConfigError, match="kernels.attention is triton, which needs CUDA"):
+    cpu = CpuPlatform()
+    with pytest.raises(ConfigError, match="kernels.attention is triton, which does not run on cpu"):
         check_kernels(config_of(tmp_path, "triton"), cpu)
     check_kernels(config_of(tmp_path, "auto"), cpu)

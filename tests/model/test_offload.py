@@ -16,7 +16,7 @@ from flagscale_like.planner.memory import waiting_share
 from flagscale_like.planner.saved import layer_saves, operators_of
 from flagscale_like.runtime.copies import HostPool
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.runtime.platform import get_platform
+from flagscale_like.runtime.platforms import get_platform
 from flagscale_like.training.optimizer import build_optimizer
 from flagscale_like.training.step import train_step
 from tests.harness import cli, run_ranks, tiny_config, write_yaml
