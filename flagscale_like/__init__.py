@@ -1,8 +1,11 @@
 """flagscale_like: 3D-parallel pretraining of language models on megatron-core."""
 
+import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 __version__ = "0.1.0"
@@ -20,9 +23,15 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
-# megatron-core decorates its fusions with torch.compile while it loads, which loads inductor: seconds of every start. No
-# configuration of ours runs one of these fusions (model/build.py turns them off), so the decorator does nothing here.
-if "megatron.core.jit" not in sys.modules:
-    _jit = ModuleType("megatron.core.jit")
-    _jit.jit_fuser = _jit.noop_decorator = lambda function: function
-    sys.modules["megatron.core.jit"] = _jit
+
+class _BeforeMegatron(MetaPathFinder):
+    """Chooses the platform at the moment when megatron-core is first imported, which it may have to be prepared for."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "megatron.core":
+            sys.meta_path.remove(self)
+            importlib.import_module("flagscale_like.runtime.before_megatron").prepare()
+
+
+if "megatron.core" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMegatron())

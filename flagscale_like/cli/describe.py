@@ -77,7 +77,7 @@ def _nominal(ranks: int) -> ClusterSpec:
 def find_cluster(text: str | None, config: RunConfig, ranks: int) -> ClusterSpec:
     """The cluster a user named, or `ranks` devices of this machine, measured. Says so where the device is not known."""
     from flagscale_like.cluster import parse_cluster
-    from flagscale_like.runtime.platform import get_platform
+    from flagscale_like.runtime.platforms import get_platform
     from flagscale_like.runtime.roofline import measure_device
 
     text = text or f"{ranks}xthis"
@@ -85,7 +85,7 @@ def find_cluster(text: str | None, config: RunConfig, ranks: int) -> ClusterSpec
         return parse_cluster(text)
     platform = get_platform()
     count = parse_cluster(text.lower().replace("xthis", "xH100")).devices
-    device = measure_device(platform, config.train.precision, processes=1 if platform.is_cuda else count)
+    device = measure_device(platform, config.train.precision, processes=count if platform.ranks_share_device else 1)
     if device.caveat:
         typer.echo(device.caveat)
     return parse_cluster(text, this_device=device)

@@ -192,7 +192,7 @@ def micro_batches(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        pin_memory=ctx.platform.is_cuda,
+        pin_memory=ctx.platform.pins_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
     )

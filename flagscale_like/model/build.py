@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from flagscale_like.model.layer_spec import block_spec
 from flagscale_like.model.modules import backend_of
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,7 +80,7 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=meta,
-        gradient_accumulation_fusion=platform.can_fuse_gradient_accumulation and not meta,
+        gradient_accumulation_fusion=platform.fuses_main_grad and not meta,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -169,7 +170,9 @@ def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -
     Raises:
         ConfigError: a kernel that does not run here is asked for, or a pattern of `frozen` names no parameter.
     """
-    check_kernels(spec.kernels, ctx.platform)
+    check_platform(spec, ctx.platform)
+    fused_loss = fuses_loss(spec.kernels, ctx.platform)
+    spec = dataclasses.replace(spec, kernels=kernels_of(spec.kernels, ctx.platform))
     tf_config = transformer_config(spec, ctx.platform, meta=meta)
     vpp = spec.parallel.vpp
     chunks = []
@@ -180,7 +183,7 @@ def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -
                 LanguageModel(
                     spec,
                     tf_config,
-                    fused_loss=fuses_loss(spec.kernels, ctx.platform),
+                    fused_loss=fused_loss,
                     pre=is_pp_first_stage(ctx.groups.pp) and is_vp_first_stage(vp_stage, vpp),
                     post=ctx.is_last_stage and is_vp_last_stage(vp_stage, vpp),
                     vp_stage=vp_stage,
@@ -190,21 +193,34 @@ def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -
     return chunks
 
 
-def check_kernels(kernels: Kernels, platform: Platform) -> None:
-    """Refuse a choice of kernels that this platform cannot run.
+def check_platform(spec: ModelSpec, platform: Platform) -> None:
+    """Refuse a precision or a choice of kernels that this platform cannot run.
 
     Raises:
-        ConfigError: triton without CUDA.
+        ConfigError: triton, or bf16, where the platform has none.
     """
-    chosen = [name for name, choice in kernels.model_dump().items() if choice == "triton"]
-    if chosen and not platform.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"kernels.{chosen[0]} is triton, which needs CUDA (or TRITON_INTERPRET=1): use auto or torch")
+    if spec.precision == "bf16" and not platform.bf16:
+        raise ConfigError(f"train.precision is bf16, which {platform.name} does not compute: use fp16 or fp32")
+    chosen = [name for name, choice in spec.kernels.model_dump().items() if choice == "triton"]
+    if chosen and not platform.triton and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"kernels.{chosen[0]} is triton, which does not run on {platform.name} (only with TRITON_INTERPRET=1): "
+            "use auto or torch"
+        )
+
+
+def kernels_of(kernels: Kernels, platform: Platform) -> Kernels:
+    """The kernels with `auto` resolved to torch where Triton does not run, whatever the type of the platform's tensors."""
+    if platform.triton:
+        return kernels
+    chosen = {name: choice for name, choice in kernels.model_dump().items() if name != "linear_cross_entropy"}
+    return kernels.model_copy(update={name: "torch" for name, choice in chosen.items() if choice == "auto"})
 
 
 def fuses_loss(kernels: Kernels, platform: Platform) -> bool:
     """Whether output layer and loss are one operator; see config.Kernels."""
     choice = kernels.linear_cross_entropy
-    return choice == "fused" or (choice == "auto" and platform.is_cuda)
+    return choice == "fused" or (choice == "auto" and platform.triton)
 
 
 def freeze(chunks: list[LanguageModel], patterns: Sequence[str], ctx: ParallelContext) -> None:
@@ -260,7 +276,7 @@ def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelConte
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and ctx.platform.is_cuda,
+        overlap_param_gather=overlap and ctx.platform.overlaps_param_gather,
     )
     tf_config = chunks[0].config
     half = spec.precision != "fp32"

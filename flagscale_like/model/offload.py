@@ -37,7 +37,7 @@ from flagscale_like.model.build import LanguageModel
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.runtime.copies import CopyStream, HostPool
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 LAYERS_ON_THE_WAY = 2
 
@@ -369,7 +369,7 @@ def attach_offload(
     """
     if config.offload is None:
         return None
-    hbm_bytes = ctx.platform.total_memory_bytes() if ctx.platform.is_cuda else None
+    hbm_bytes = ctx.platform.total_memory_bytes() if ctx.platform.counts_device_memory else None
     layout = configured_layout(config, ctx.world_size, Goal.of(config), hbm_bytes)
     offload = ActivationOffload(
         ctx.platform,

@@ -92,7 +92,7 @@ def measure(
         peak, source = peak_flops(config, ctx)
         states = _built_states(config, ctx)
         pretrain(config, ctx)
-        dynamic = ctx.platform.peak_memory_bytes() - states if ctx.platform.is_cuda else 0
+        dynamic = ctx.platform.peak_memory_bytes() - states if ctx.platform.counts_device_memory else 0
         peak = max(peak, peak_flops(config, ctx)[0])  # a measured one is lower while others use the machine
         records = read_metrics(Path(config.run_dir)) if ctx.is_main else []
         largest = [max(values) for values in zip(*ctx.gather((states, dynamic)), strict=True)]
@@ -118,7 +118,7 @@ def peak_flops(config: RunConfig, ctx: ParallelContext) -> tuple[float, str]:
         return spec.bf16_flops, f"{spec.name} data sheet, dense bf16"
     ctx.barrier()  # all ranks multiply at once: they share cores and memory, as in training
     rate = gemm_flops(ctx.platform, config.train.precision, budget_s=1.0)
-    unknown = f"{ctx.platform.describe()} is not a known device, " if ctx.platform.is_cuda else ""
+    unknown = f"{ctx.platform.describe()} is not a known device, " if ctx.platform.counts_device_memory else ""
     source = f"{unknown}measured: {config.train.precision} matrix product, all ranks at once"
     return ctx.sum([rate])[0] / ctx.world_size, source
 
@@ -141,11 +141,11 @@ def _point(
     states: int,
     dynamic: int,
 ) -> Point:
-    cuda = ctx.platform.is_cuda
+    own_memory = ctx.platform.counts_device_memory
     device = measure_device(ctx.platform, config.train.precision, processes=1)
     goal = Goal.of(config)
-    layout = configured_layout(config, ctx.world_size, goal, device.hbm_bytes if cuda else None)
-    plan = evaluate(goal, layout, *_cluster(device, peak, ctx), overhead=cuda)
+    layout = configured_layout(config, ctx.world_size, goal, device.hbm_bytes if own_memory else None)
+    plan = evaluate(goal, layout, *_cluster(device, peak, ctx), overhead=own_memory)
     steps = [r for r in records if "iteration-time" in r and r["step"] > warmup]
     times = sorted(r["iteration-time"] for r in steps)
     median = statistics.median(times)
@@ -173,7 +173,7 @@ def _point(
         mfu=flops / peak,
         states=states,
         planned_states=max(m.states for m in plan.memory),
-        dynamic=dynamic if cuda else None,
+        dynamic=dynamic if own_memory else None,
         planned_dynamic=heaviest.total - heaviest.states - heaviest.overhead,
         planned_step_s=plan.time.seconds,
         data_wait_share=statistics.median(r["data-wait-share"] for r in steps),
@@ -187,7 +187,7 @@ def _cluster(device: DeviceSpec, peak: float, ctx: ParallelContext) -> tuple[Clu
     """The planner's cluster of this launch, and its efficiencies: a measured peak is reached by large products."""
     spec = replace(device, bf16_flops=peak)
     cluster = ClusterSpec(nodes=1, devices_per_node=ctx.world_size, device=spec, network_gb_per_s=spec.link_gb_per_s)
-    return cluster, None if ctx.platform.is_cuda else MEASURED
+    return cluster, MEASURED if ctx.platform.ranks_share_device else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class HostPool:
     are powers of two themselves, several to a slab.
 
     Args:
-        slab_bytes: least size of a slab; 0 allocates every buffer alone. Left out: 64 MiB on CUDA, 0 on a CPU.
+        slab_bytes: least size of a slab; 0 allocates every buffer alone. Left out: 64 MiB where memory is pinned, else 0.
     """
 
     def __init__(self, platform: Platform, *, slab_bytes: int | None = None) -> None:
         self._platform = platform
-        self._slab_bytes = (64 << 20 if platform.is_cuda else 0) if slab_bytes is None else slab_bytes
+        self._slab_bytes = (64 << 20 if platform.pins_memory else 0) if slab_bytes is None else slab_bytes
         self._free: dict[int, deque[tuple[Tensor, Any]]] = {}
         self.total_bytes = self.used_bytes = 0
 

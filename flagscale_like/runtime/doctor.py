@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from flagscale_like.errors import PlatformError
+
+if TYPE_CHECKING:
+    from flagscale_like.runtime.platforms import Platform, Surveyed
 
 
 @dataclass(frozen=True)
@@ -58,29 +65,59 @@ def _package(name: str) -> Finding:
 
 
 def _devices() -> list[Finding]:
+    """Every platform, and why this machine has it not; then what the one that is chosen is given."""
     try:
         import torch
         import torch.distributed as dist
+
+        platforms = importlib.import_module("flagscale_like.runtime.platforms")
     except ImportError as error:
         return [Finding("devices", "broken", f"torch cannot be imported: {error}")]
-    backends = [
-        name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
-    ]
-    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset, 1 will be set")
-    environment = Finding(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (on CUDA, overlap of TP communication wants 1)"
-    )
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or "no CUDA"
-        return [
-            Finding("GPU", "missing", f"optional; without it: runs on CPU + gloo (this torch is built with {built})"),
-            Finding("backends", "ok", ", ".join(backends)),
-            environment,
-        ]
     found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(Finding(f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    if dist.is_nccl_available():
-        backends[-1] += " " + ".".join(map(str, torch.cuda.nccl.version()))
-    return [*found, Finding("backends", "ok", ", ".join(backends)), environment]
+    try:
+        found += [_platform(each) for each in platforms.survey()]
+        chosen = platforms.prepared(platforms.choose())
+    except PlatformError as error:
+        return [*found, Finding("devices", "broken", str(error))]
+    backends = [name for name in dist.Backend.backend_list if name != "undefined" and dist.is_backend_available(name)]
+    if "nccl" in backends:
+        backends[backends.index("nccl")] += " " + ".".join(map(str, torch.cuda.nccl.version()))
+    found.append(Finding("backends", "ok", ", ".join(backends)))
+    reason = chosen.missing_backend()
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset")
+    return [
+        *found,
+        Finding("chosen", "broken" if reason else "ok", f"{chosen.name}, {reason or f'with {chosen.backend}'}"),
+        Finding("patches", "ok", _shim(chosen)),
+        Finding("CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (on CUDA, overlap of TP communication wants 1)"),
+    ]
+
+
+def _platform(each: Surveyed) -> Finding:
+    name = f"platform {each.name}"
+    if each.platform is None:
+        return Finding(name, "broken", each.reason)
+    if each.reason is not None:
+        return Finding(name, "missing", each.reason)
+    if each.platform.ranks_share_device:
+        return Finding(name, "ok", "the host")
+    if not each.platform.claims:
+        return Finding(
+            name, "missing", f"not told from another one: {each.name} is used where FLAGSCALE_LIKE_DEVICE says so"
+        )
+    devices = [each.platform(index) for index in range(each.devices)]
+    told = "; ".join(
+        f"{index}: {d.describe()}, {d.total_memory_bytes() / 2**30:.0f} GiB" for index, d in enumerate(devices)
+    )
+    notes = [] if each.origin == "built in" else [each.origin]
+    if each.platform.not_run:
+        notes.append("written from the vendor's documents, not run")
+    return Finding(name, "ok", f"{told} ({', '.join(notes)})" if notes else told)
+
+
+def _shim(platform: type[Platform]) -> str:
+    """What is done to megatron-core for a platform."""
+    if not platform.needs_shim:
+        return "none: megatron-core is as released"
+    fusions = "" if platform.compiles else "; its torch.compile fusions are plain functions"
+    return f"megatron-core is patched to run on {platform.torch_type} (runtime/device_shim.py){fusions}"

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import psutil
 
+from flagscale_like.runtime.platforms import choose, prepared
+
 
 def is_worker() -> bool:
     """Whether this process is one of torchrun's ranks."""
@@ -19,12 +21,13 @@ def is_worker() -> bool:
 
 
 def default_processes(model_parallel_size: int) -> int:
-    """Ranks to start on this node: one a GPU, or on CPU as many as hold one copy of the model."""
-    import torch
+    """Ranks to start on this node: one a device, or where they share it as many as hold one copy of the model.
 
-    if os.environ.get("FLAGSCALE_LIKE_DEVICE") != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return model_parallel_size
+    Raises:
+        PlatformError: no platform can be chosen.
+    """
+    platform = prepared(choose())
+    return model_parallel_size if platform.ranks_share_device else platform.count()
 
 
 def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:

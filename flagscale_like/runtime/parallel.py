@@ -21,8 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError
-from flagscale_like.runtime import cpu_shim
-from flagscale_like.runtime.platform import Platform, get_platform
+from flagscale_like.runtime import device_shim
+from flagscale_like.runtime.platforms import Platform, get_platform
 
 T = TypeVar("T")
 
@@ -181,10 +181,10 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
             f"start a multiple of {layout.model_parallel_size} processes, or change parallel.*"
         )
     platform = get_platform()
-    if not platform.is_cuda:
-        cpu_shim.install()
+    if platform.needs_shim:
+        device_shim.install(platform)
     timeout = datetime.timedelta(seconds=timeout_s)
-    device_id = platform.device if platform.is_cuda else None
+    device_id = platform.group_device
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         try:
             store, rank, world = next(rendezvous("env://", timeout=timeout))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms import Platform
 
 
 def random_states(platform: Platform) -> dict[str, Tensor]:

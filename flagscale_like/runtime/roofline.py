@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from flagscale_like.cluster import DeviceSpec, find_device
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.cluster import DeviceSpec
+from flagscale_like.runtime.platforms import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,7 +29,7 @@ def _best_seconds(platform: Platform, work: Callable[[], object], budget_s: floa
 
 def gemm_flops(platform: Platform, precision: str, *, size: int | None = None, budget_s: float = 0.4) -> float:
     """FLOP/s that a large square product reaches in this process."""
-    size = size or (8192 if platform.is_cuda else 1024)
+    size = size or platform.gemm_size
     a = torch.randn(size, size, device=platform.device).to(DTYPES[precision])
     b = torch.randn(size, size, device=platform.device).to(DTYPES[precision])
     out = torch.empty_like(a)
@@ -42,14 +42,14 @@ def measure_device(platform: Platform, precision: str, *, processes: int = 1) ->
     A known GPU keeps its data sheet's peak, links and network, and gets measured bandwidths of memory and host copies. Of
     another GPU, and of a CPU, the peak is the measured rate of matrix products.
     """
-    numel = (256 if platform.is_cuda else 32) << 20
+    numel = platform.copy_bytes
     source = torch.zeros(numel, dtype=torch.uint8, device=platform.device)
     target = torch.empty_like(source)
     copied = 2 * numel / _best_seconds(platform, lambda: target.copy_(source), 0.2) / 1e9
-    if platform.is_cuda:
+    if not platform.ranks_share_device:
         host = platform.host_buffer(numel, torch.uint8)
         host_rate = numel / _best_seconds(platform, lambda: host.copy_(source, non_blocking=True), 0.2) / 1e9
-        known = find_device(platform.describe())
+        known = platform.data_sheet()
         return DeviceSpec(
             name=platform.describe(),
             bf16_flops=known.bf16_flops if known else gemm_flops(platform, precision),

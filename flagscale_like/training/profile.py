@@ -22,15 +22,15 @@ class StepProfiler(Part):
     def __init__(self, options: Profile, folder: RunFolder, ctx: ParallelContext) -> None:
         self.first, self.last = options.steps
         self._path = folder.profile / f"rank_{ctx.rank:05d}.json.gz"
-        self._cuda = ctx.platform.is_cuda
+        self._device_activity = ctx.platform.profiler_activity
         self._profiler: Any = None
 
     def before(self, plan: StepPlan) -> None:
         if self._profiler is not None or not self.first <= plan.step <= self.last:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._cuda:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if self._device_activity is not None:
+            activities.append(self._device_activity)
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.__enter__()
 

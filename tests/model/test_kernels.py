@@ -8,10 +8,10 @@ import torch
 from flagscale_like.config import RunConfig
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.attention import RotaryTables, alibi_slopes
-from flagscale_like.model.build import build_chunks, check_kernels
+from flagscale_like.model.build import build_chunks, check_platform
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.runtime.platform import Platform
+from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 OPERATORS = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy")
@@ -123,7 +123,7 @@ def test_beyond_the_threshold_a_clipped_score_depends_on_no_distance(tmp_path):
 
 def test_triton_without_cuda_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    cpu = Platform(torch.device("cpu"), "gloo")
-    with pytest.raises(ConfigError, match="kernels.attention is triton, which needs CUDA"):
-        check_kernels(config_of(tmp_path, "triton").kernels, cpu)
-    check_kernels(config_of(tmp_path, "auto").kernels, cpu)
+    cpu = CpuPlatform()
+    with pytest.raises(ConfigError, match="kernels.attention is triton, which does not run on cpu"):
+        check_platform(ModelSpec.of(config_of(tmp_path, "triton")), cpu)
+    check_platform(ModelSpec.of(config_of(tmp_path, "auto")), cpu)

@@ -14,7 +14,7 @@ from flagscale_like.planner.memory import waiting_share
 from flagscale_like.planner.saved import layer_saves, operators_of
 from flagscale_like.runtime.copies import HostPool
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.runtime.platform import get_platform
+from flagscale_like.runtime.platforms import get_platform
 from tests.harness import build_engine, cli, run_ranks, tiny_config, train_steps, write_yaml
 
 LAYOUTS = {

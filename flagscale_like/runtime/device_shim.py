@@ -1,34 +1,43 @@
-"""Lets megatron-core 0.16.1 run on CPU + gloo. The only monkey-patches of the project, and never installed on CUDA.
+"""Lets megatron-core 0.16.1, which is written for CUDA, run on another device. The only monkey-patches of the project.
 
 megatron-core writes `device="cuda"`, `torch.cuda.current_device()` and `tensor.type() == "torch.cuda.FloatTensor"` into its
-training path. Nothing of torch itself is changed for it. Instead
+training path. On CUDA nothing is patched. A platform that asks for it (`needs_shim`) gives a device and a namespace, and
+nothing of torch itself is changed for it. Instead
 
 1. the name `torch` inside the megatron modules listed in `MODULES` is bound to a stand-in whose factories take "cuda" for
-   the CPU and whose `cuda` namespace answers for it; every other attribute is torch's own;
+   the platform's device and whose `cuda` is the platform's namespace; every other attribute is torch's own;
 2. the few functions in `SCOPED` that ask a tensor for its type string, or call `.cuda()` on it, run inside a
    TorchFunctionMode that answers for these two methods, and that ends with the call;
-3. the CUDA random-number state that activation recompute keeps is the CPU's;
-4. a pipeline output is sent as a detached alias: the schedule frees an output's storage (`out.data = empty`) after
-   `isend`, and gloo, unlike NCCL, reads it later. Without this the interleaved schedule trains on garbage, silently;
-5. a gradient reduction or parameter gather of one rank with itself, in place, is left out: gloo copies the whole buffer
-   onto itself;
+3. the CUDA random-number state that activation recompute keeps is the platform's;
+4. where there are no streams, a pipeline output is sent as a detached alias: the schedule frees an output's storage
+   (`out.data = empty`) after `isend`, and gloo, unlike NCCL, reads it later. Without this the interleaved schedule trains
+   on garbage, silently;
+5. where there are no streams, a gradient reduction or parameter gather of one rank with itself, in place, is left out:
+   gloo copies the whole buffer onto itself;
 6. `fused_weight_gradient_mlp_cuda`, apex's product that accumulates into main_grad, is torch's addmm: the linear layers then
    write a micro-batch's weight gradient where it belongs, without a temporary and a second pass over memory.
+
+Before any of it, where the platform does not compile, `without_fusions` switches megatron-core's own fusions off.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-CPU = torch.device("cpu")
+from flagscale_like.runtime.platforms import Platform
+
+logger = logging.getLogger(__name__)
 
 # module -> the place in it that needs a device
 MODULES = {
@@ -60,69 +69,36 @@ SCOPED = {
 }
 
 
-class _Stream:
-    """A stream on a machine where work is already in order."""
-
-    def wait_stream(self, *_: object) -> None: ...
-
-    def wait_event(self, *_: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def record_event(self, *_: object) -> _Stream:
-        return self
-
-    record = wait = wait_event
-
-    def query(self) -> bool:
-        return True
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 
 
-class _CudaOnCpu:
-    """Answers for torch.cuda; what is not listed here is torch.cuda's own."""
+class _Cuda:
+    """Answers for torch.cuda: the platform's namespace, with the platform's device as the current one."""
 
-    Stream = Event = _Stream
+    def __init__(self, platform: Platform) -> None:
+        self._device, self._namespace = platform.device, platform.cuda_namespace()
 
     def current_device(self) -> torch.device:
-        return CPU
-
-    def synchronize(self, *_: object) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def current_stream(self, *_: object) -> _Stream:
-        return _Stream()
-
-    default_stream = current_stream
-
-    def stream(self, *_: object) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def get_rng_state(self, *_: object) -> torch.Tensor:
-        return torch.get_rng_state()
+        return self._device
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
+        return getattr(self._namespace, name)
 
 
-class _TorchOnCpu:
-    """torch with `device="cuda"` read as the CPU; everything else is torch's own object."""
+class _Torch:
+    """torch with `device="cuda"` read as the platform's device; everything else is torch's own object."""
 
-    cuda = _CudaOnCpu()
-
-    def __init__(self) -> None:
-        for name in ("tensor", "zeros", "ones", "empty"):
-            setattr(self, name, self._on_cpu(getattr(torch, name)))
+    def __init__(self, platform: Platform) -> None:
+        self.cuda = _Cuda(platform)
+        for name in FACTORIES:
+            setattr(self, name, self._on(platform.device, getattr(torch, name)))
 
     @staticmethod
-    def _on_cpu(factory: Callable) -> Callable:
+    def _on(device: torch.device, factory: Callable) -> Callable:
         @functools.wraps(factory)
         def call(*args: Any, **kwargs: Any) -> torch.Tensor:
             if str(kwargs.get("device", "")).startswith("cuda"):
-                kwargs["device"] = CPU
+                kwargs["device"] = device
             return factory(*args, **kwargs)
 
         return call
@@ -132,20 +108,37 @@ class _TorchOnCpu:
 
 
 class _TypeNames(TorchFunctionMode):
-    """Within it `tensor.type()` gives the CUDA name and `tensor.cuda()` the tensor."""
+    """Within it `tensor.type()` gives the CUDA name, and `tensor.cuda()` the tensor on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(self._device)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
+            return "torch.cuda." + func(*args).rpartition(".")[2]
         return func(*args, **(kwargs or {}))
 
 
-def _scoped(function: Callable) -> Callable:
+class _DtypeCheck(type):
+    """A class whose instances are the tensors of one dtype, on any device."""
+
+    dtype: torch.dtype
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype == cls.dtype
+
+
+def _tensors_of(dtype: torch.dtype) -> tuple[type, ...]:
+    return (_DtypeCheck(str(dtype), (), {"dtype": dtype}),)
+
+
+def _scoped(function: Callable, device: torch.device) -> Callable:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _TypeNames():
+        with _TypeNames(device):
             return function(*args, **kwargs)
 
     return call
@@ -192,34 +185,74 @@ class _WeightGradient:
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
-@functools.cache
-def install() -> None:
-    """Patch megatron-core, once. The caller has made sure that there is no CUDA device in use."""
-    stand_in = _TorchOnCpu()
+class _WithoutFusions(MetaPathFinder):
+    """Loads the real megatron.core.jit, once, and switches its fuser off before another module takes it from there."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "megatron.core.jit":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def load_and_switch_off(module: ModuleType) -> None:
+            load(module)
+            module.disable_jit_fuser()
+
+        spec.loader.exec_module = load_and_switch_off
+        return spec
+
+
+def without_fusions() -> None:
+    """Have megatron-core's fusions run as plain functions, if it is not loaded yet.
+
+    It decorates them with torch.compile while it loads, which loads inductor: seconds of every start. No configuration of
+    ours runs one of these fusions (model/build.py turns them off), but those of mixture-of-experts layers.
+    """
+    if "megatron.core.jit" not in sys.modules and not any(isinstance(f, _WithoutFusions) for f in sys.meta_path):
+        sys.meta_path.insert(0, _WithoutFusions())
+
+
+_installed: Platform | None = None
+
+
+def install(platform: Platform) -> None:
+    """Patch megatron-core for a platform that asks for it, once a process."""
+    global _installed
+    if _installed is not None:
+        assert _installed.device == platform.device, f"megatron-core is patched for {_installed.device} already"
+        return
+    _installed = platform
+    logger.info("megatron-core is patched to run on %s (runtime/device_shim.py)", platform.device)
+    stand_in = _Torch(platform)
     for name in MODULES:
         importlib.import_module(name).torch = stand_in
     for module_name, class_name, function_name in SCOPED:
         module: ModuleType = importlib.import_module(module_name)
         owner = getattr(module, class_name) if class_name else module
-        setattr(owner, function_name, _scoped(getattr(owner, function_name)))
+        setattr(owner, function_name, _scoped(getattr(owner, function_name), platform.device))
 
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *_, **__: platform.rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: platform.set_rng_state(state)
 
-    # Float16Module compares tensors against the CUDA types, which a CPU build of torch cannot do.
+    # Float16Module tells tensors by their CUDA classes.
     transformer_module = importlib.import_module("megatron.core.transformer.module")
-    transformer_module._FLOAT_TYPES = (torch.FloatTensor,)
-    transformer_module._HALF_TYPES = (torch.HalfTensor,)
-    transformer_module._BF16_TYPES = (torch.BFloat16Tensor,)
-
-    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication").P2PCommunicator
-    p2p._communicate = _send_detached(p2p._communicate)
+    transformer_module._FLOAT_TYPES = _tensors_of(torch.float32)
+    transformer_module._HALF_TYPES = _tensors_of(torch.float16)
+    transformer_module._BF16_TYPES = _tensors_of(torch.bfloat16)
 
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = _WeightGradient
     layers._grad_accum_fusion_available = True
+    if not platform.has_streams:
+        _install_for_gloo()
 
+
+def _install_for_gloo() -> None:
+    """4. and 5. of the module's docstring."""
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication").P2PCommunicator
+    p2p._communicate = _send_detached(p2p._communicate)
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, _not_alone(getattr(buffers, name)))

@@ -9,9 +9,11 @@ from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import _loss
 from flagscale_like.engine.shards import adam_step, ensure_moments, set_adam_step
+from flagscale_like.errors import PlatformError
 from flagscale_like.objectives.next_token import NextToken
-from flagscale_like.runtime import cpu_shim
+from flagscale_like.runtime import device_shim
 from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.runtime.platforms import get_platform
 from tests.harness import build_engine, run_ranks, tiny_config
 
 PLACES = (
@@ -38,7 +40,7 @@ PLACES = (
 def compare_torch_before_and_after() -> list[str]:
     before = [getattr(owner, name) for owner, name in PLACES]
     modes = torch.overrides._get_current_function_mode_stack()
-    cpu_shim.install()
+    device_shim.install(get_platform())
     changed = [name for (owner, name), old in zip(PLACES, before, strict=True) if getattr(owner, name) is not old]
     if torch.overrides._get_current_function_mode_stack() != modes:
         changed.append("function modes")
@@ -52,7 +54,7 @@ def test_torch_is_as_it_was_for_code_outside():
 
 
 def read_stand_in() -> dict:
-    cpu_shim.install()
+    device_shim.install(get_platform())
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     return {
         "zeros": schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type,
@@ -69,9 +71,9 @@ def test_inside_megatron_core_cuda_means_the_cpu():
 
 
 def test_every_patched_place_exists_in_this_megatron_core():
-    for name in cpu_shim.MODULES:
+    for name in device_shim.MODULES:
         assert hasattr(importlib.import_module(name), "torch"), name
-    for module_name, class_name, function in cpu_shim.SCOPED:
+    for module_name, class_name, function in device_shim.SCOPED:
         module = importlib.import_module(module_name)
         assert callable(getattr(getattr(module, class_name) if class_name else module, function))
 
@@ -79,7 +81,7 @@ def test_every_patched_place_exists_in_this_megatron_core():
 def test_a_pipeline_output_that_is_freed_after_its_send_is_whole_in_what_gloo_sends():
     """Silent error 1: gloo reads the storage after isend has returned; the schedule frees it before."""
     sent = []
-    communicate = cpu_shim._send_detached(
+    communicate = device_shim._send_detached(
         lambda self, *, tensor_send_next, tensor_send_prev, **_: sent.append(tensor_send_next)
     )
     output = torch.arange(6.0).requires_grad_() * 2
@@ -126,7 +128,7 @@ def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
 
 def gradients_of_two_micro_batches(fused: bool, dtype: torch.dtype) -> tuple[list, bool]:
     """(main_grad after two backward passes of a linear layer, whether the layer itself has added to it)."""
-    cpu_shim.install()
+    device_shim.install(get_platform())
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     generator = torch.Generator().manual_seed(1)
     weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator).to(dtype))
@@ -156,9 +158,6 @@ def test_a_linear_layer_adds_its_weight_gradient_to_main_grad_itself(dtype):
 
 @pytest.mark.parametrize("value", ["tpu", "CPU"])
 def test_an_unknown_device_is_refused(monkeypatch, value):
-    from flagscale_like.errors import PlatformError
-    from flagscale_like.runtime.platform import get_platform
-
     monkeypatch.setenv("FLAGSCALE_LIKE_DEVICE", value)
     with pytest.raises(PlatformError, match=value):
         get_platform.__wrapped__()
