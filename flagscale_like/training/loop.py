@@ -35,8 +35,8 @@ def run_steps(run: Run) -> None:
         progress.stopping, first = facts.sums["stop"] > 0, False
         rate = engine.optimizer.param_groups[0]["lr"]
         step = Step(plan, outputs, facts, verdict, progress.consumed, progress.skipped, rate)
-        run.scheduler.step(increment=1)
         run.parts.after(step, run.reporter)
+        run.scheduler.step(increment=1)
         settle(run, plan, step)
 
 
@@ -44,9 +44,9 @@ def facts_of(outputs: Outputs, run: Run, add_up: NamedSum) -> Facts:
     """The numbers of objective and parts, added up over all ranks: the one time in a step that the host waits."""
     own = {"grad-square": outputs.grad_square, **outputs.sums}
     sums = add_up(own | run.parts.contributions(outputs))
-    count = sums["count"]
+    count = int(sums["count"]) if math.isfinite(sums["count"]) else 0
     loss = sums["total"] / count if count else math.nan
-    return Facts(loss, math.sqrt(sums["grad-square"]), int(count), outputs.overflow, sums)
+    return Facts(loss, math.sqrt(sums["grad-square"]), count, outputs.overflow, sums)
 
 
 def settle(run: Run, plan: StepPlan, step: Step) -> None:

@@ -14,7 +14,8 @@ from flagscale_like.model.initialise import matrix_std
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training import salience
-from flagscale_like.training.run import start
+from flagscale_like.training.learning_rate import build_scheduler
+from flagscale_like.training.run import set_steps, start
 from tests import faults
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
@@ -90,6 +91,7 @@ def movement_of_logits(config):
 
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
+        set_steps(build_scheduler(engine.optimizer, config), config.optimizer.warmup_steps)
         for steps in (0, config.train.steps):
             train_steps(engine, config, steps)
             with torch.no_grad():

@@ -275,7 +275,7 @@ def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
         "resilience/ettr": 6 / 20,
     }
     assert ledger.recovered() == {}
-    ledger.stop(6)
+    ledger.close(None)
     clock[0] += 1000  # after an orderly stop no time is lost
     later = Ledger(tmp_path, 6, now=lambda: clock[0])
     assert later.recovered() == {}

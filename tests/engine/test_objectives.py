@@ -1,0 +1,192 @@
+"""Objectives and heads: packs of documents, a value head and hidden states give the same on every layout."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.engine import Engine
+from flagscale_like.engine.objective import Loss
+from flagscale_like.model.build import build_chunks, named_shards
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.runtime.reduction import NamedSum
+from tests.harness import run_ranks, tiny_config
+
+LAYOUTS = {
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "pp4": (4, {"pp": 4}),
+    "tp2 pp2 dp1": (4, {"tp": 2, "pp": 2}),
+}
+LENGTHS = (5, 11, 1, 15)
+
+
+def tokens(count, seed=0):
+    return torch.randint(0, 250, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def documents():
+    """Batches of one document each, and the pack that holds them all."""
+    whole = tokens(sum(LENGTHS) + len(LENGTHS))
+    parts = whole.split([n + 1 for n in LENGTHS], dim=1)
+    rows = [(part[:, :-1], part[:, 1:]) for part in parts]
+    bounds = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    packed = [torch.cat(side, dim=1) for side in zip(*rows, strict=True)]
+    ones = torch.ones(packed[0].shape)
+    return rows, Batch(tokens=packed[0], labels=packed[1], loss_mask=ones, documents=bounds)
+
+
+def gradients(engine):
+    return {
+        f"{shard.name} {shard.start}": shard.main.grad.view(-1).numpy().copy() for shard in engine.owned if shard.counts
+    }
+
+
+def train_on_a_pack(config):
+    with parallel_context(config.parallel) as ctx:
+        spec = dataclasses.replace(ModelSpec.of(config), seq_length=sum(LENGTHS))
+        engine = Engine.build(spec, ctx, optimizer=config.optimizer)
+        _, pack = documents()
+        outputs = engine.forward_backward(iter([pack]), NextToken(packed=True), 1)
+        sums = NamedSum(ctx)({"norm": outputs.grad_square, **outputs.sums})
+        return sums, gradients(engine)
+
+
+def train_on_documents(config):
+    """The same documents, a row each, added up by hand."""
+    with parallel_context(config.parallel) as ctx:
+        total, count, grads = 0.0, 0, {}
+        for row, label in documents()[0]:
+            spec = dataclasses.replace(ModelSpec.of(config), seq_length=row.shape[1])
+            engine = Engine.build(spec, ctx, optimizer=config.optimizer)
+            batch = Batch(tokens=row, labels=label, loss_mask=torch.ones(row.shape))
+            sums = engine.forward_backward(iter([batch]), NextToken(), 1).sums
+            total, count = total + float(sums["total"]), count + int(sums["count"])
+            for name, grad in gradients(engine).items():
+                grads[name] = grads.get(name, 0.0) + grad * float(sums["count"])
+        return total, count, {name: grad / count for name, grad in grads.items()}
+
+
+ARCHS = {
+    "rope": {},
+    "alibi": {"model__position": {"kind": "alibi"}},
+    "window": {"model__sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_pack_gives_the_loss_and_the_gradients_of_its_documents_one_by_one(name, tmp_path):
+    config = tiny_config(tmp_path, **ARCHS[name])
+    ((sums, packed),) = run_ranks(1, train_on_a_pack, config)
+    ((total, count, expected),) = run_ranks(1, train_on_documents, config)
+    assert (sums["count"], sums["total"]) == (count, pytest.approx(total, rel=1e-6))
+    for key, grad in expected.items():
+        assert np.abs(packed[key] - grad).max() <= 1e-5 * np.abs(grad).max() + 1e-9, key
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_learns_a_pack_alike(layout, recompute, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    ((one, _),) = run_ranks(1, train_on_a_pack, tiny_config(tmp_path))
+    changes = {"parallel": parallel, "train__recompute": recompute}
+    for sums, _ in run_ranks(ranks, train_on_a_pack, tiny_config(tmp_path, **changes)):
+        assert sums == pytest.approx(one, rel=1e-5)
+
+
+class Regression:
+    """An objective of a value head: the squared distance of each token's value to a target, and the mean value."""
+
+    metric = "squared error"
+    sums = ("value",)
+    on_every_stage = False
+
+    def inputs(self, batch):
+        return {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None}
+
+    def loss(self, output, batch):
+        squares = (output - batch.extras["target"]).square() * batch.loss_mask
+        return Loss(squares.sum(), batch.loss_mask.sum(), sums={"value": output.detach().sum()})
+
+
+class Similarity(Regression):
+    """An objective of hidden states: the mean of each row's own length."""
+
+    metric = "length"
+    sums = ()
+
+    def loss(self, output, batch):
+        lengths = output.float().mean(1).square().sum(-1)
+        return Loss(lengths.sum(), torch.tensor(float(len(lengths))), samples={"length": lengths.detach()})
+
+
+def regress(config, head):
+    """(error, gradient norm, mean value) of three steps."""
+    with parallel_context(config.parallel) as ctx:
+        spec = dataclasses.replace(ModelSpec.of(config), head=head, micro_batch_size=2)
+        engine = Engine.build(spec, ctx, optimizer=config.optimizer)
+        objective, add_up = (Regression() if head == "value" else Similarity()), NamedSum(ctx)
+        found = []
+        for step in range(3):
+            rows = [torch.cat([tokens(32, seed=10 * step + 2 * i + j) for j in range(2)]) for i in range(2)]
+            batches = (
+                Batch(
+                    tokens=row,
+                    labels=row,
+                    loss_mask=torch.ones(row.shape),
+                    extras={"target": row / 250 - 0.5},
+                )
+                for row in rows
+            )
+            outputs = engine.forward_backward(batches, objective, 2)
+            sums = add_up({"square": outputs.grad_square, **outputs.sums})
+            engine.update(clip=0.0, grad_norm=1.0)
+            found.append([value / sums["count"] for value in sums.values()])
+        return found, list(outputs.samples), [n for m in engine.models for n in named_shards(m)]
+
+
+@pytest.mark.parametrize("head", ["value", "hidden"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_a_head_alike_also_where_embeddings_are_tied(layout, head, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    tied = {"model__tie_embeddings": True}
+    ((expected, _, names),) = run_ranks(1, regress, tiny_config(tmp_path, **tied), head)
+    assert ("output_layer.weight" in names) == (head == "value")
+    assert expected[0] != expected[2]
+    for found, samples, _ in run_ranks(ranks, regress, tiny_config(tmp_path, parallel=parallel, **tied), head):
+        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+        assert samples in ([], ["length"])
+
+
+def refusals(config):
+    """What core attention says to a mask, a bias and another mask type."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    with parallel_context(config.parallel) as ctx:
+        (model,) = build_chunks(ModelSpec.of(config), ctx)
+        core, said = model.decoder.layers[0].self_attention.core_attention, []
+        q, k = torch.zeros(4, 1, 4, 16), torch.zeros(4, 1, 2, 16)
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        for call in (
+            lambda: core(q, k, k, mask),
+            lambda: core(q, k, k, None, attention_bias=mask.float()),
+            lambda: core(q, k, k, None, attn_mask_type=AttnMaskType.no_mask),
+            lambda: core(q, k, k, None, unknown=1),
+        ):
+            try:
+                call()
+                said.append("computed")
+            except (ValueError, TypeError) as error:
+                said.append(str(error))
+        return said
+
+
+def test_core_attention_refuses_what_it_does_not_compute(tmp_path):
+    ((mask, bias, kind, unknown),) = run_ranks(1, refusals, tiny_config(tmp_path))
+    assert mask.startswith("attention_mask is given")
+    assert bias.startswith("attention_bias is given")
+    assert kind == "attn_mask_type is no_mask: core attention computes causal attention only"
+    assert "unexpected keyword argument 'unknown'" in unknown
