@@ -59,8 +59,8 @@ def their_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
         optimizer.zero_grad()
         total = 0.0
         for batch in itertools.islice(batches, count):
-            logits = model(input_ids=batch["tokens"], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) / count
+            logits = model(input_ids=batch.tokens, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()) / count
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.pipeline_parallel.utils import (
+    get_pp_last_rank,
+    is_pp_first_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
@@ -294,12 +301,29 @@ def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelConte
         DistributedDataParallel(tf_config, ddp, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
-    tf_config.finalize_model_grads_func = finalize_model_grads
+    tf_config.finalize_model_grads_func = functools.partial(finalize_gradients, ctx)
     if overlap:
         tf_config.no_sync_func = _each([w.no_sync for w in wrapped])
         if spec.parallel.pp > 1:
             tf_config.grad_sync_func = _each([w.start_grad_sync for w in wrapped])
     return wrapped
+
+
+def finalize_gradients(
+    ctx: ParallelContext, chunks: list[MegatronModule], num_tokens: Tensor | None = None, **options: Any
+) -> None:
+    """megatron-core's finalize_model_grads, without the wait for the device in it.
+
+    megatron-core asks the host whether `num_tokens > 0` before it divides the gradients. Dividing by at least 1 needs no
+    answer: where no token counts, the gradients are 0.
+    """
+    finalize_model_grads(chunks, None, **options)
+    if num_tokens is not None:
+        # Only the last stage has counted them.
+        dist.broadcast(num_tokens, src=get_pp_last_rank(ctx.groups.pp), group=ctx.groups.pp)
+        dist.all_reduce(num_tokens, group=ctx.groups.dp_cp)
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def _each(functions: list[Callable]) -> Callable | list[Callable]:

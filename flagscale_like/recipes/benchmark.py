@@ -275,8 +275,8 @@ def _their_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:
     while True:
         optimizer.zero_grad()
         for batch in itertools.islice(batches, count):
-            logits = model(input_ids=batch["tokens"], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
+            logits = model(input_ids=batch.tokens, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
             (loss / count).backward()
         if options.clip_grad > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)

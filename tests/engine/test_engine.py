@@ -1,6 +1,7 @@
 """What an engine holds and computes: frozen parameters, several models in one checkpoint, weights that are loaded once."""
 
 import json
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,12 @@ def test_a_spec_needs_no_run_and_refuses_what_its_layout_does_not_divide(tmp_pat
     assert issubclass(CheckpointError, ValueError)
 
 
+# The data loader's seed; gloo's gathering of names, once; the check of a CPU's labels against the vocabulary.
+CPU_ONLY = ("data/dataloader.py", "distributed_c10d.py", "flagscale_kernels/cross_entropy.py")
+
+
 def waits_of_a_step(config):
-    """Operators of one step that read a value from the device, by the place in the code that asks for it."""
+    """Where one step reads a single value from a tensor, by file, other than what happens on a CPU alone."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     waits = []
@@ -181,7 +186,9 @@ def waits_of_a_step(config):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-                waits.append(str(func))
+                frames = [f.filename for f in traceback.extract_stack()]
+                if not any(name.endswith(CPU_ONLY) for name in frames):
+                    waits.append(next(name for name in reversed(frames) if "torch" not in name and name != __file__))
             return func(*args, **(kwargs or {}))
 
     with parallel_context(config.parallel) as ctx:
