@@ -69,16 +69,32 @@ def tile_lists(
     return configs
 
 
+def median_milliseconds(call: Callable[[], None]) -> float:
+    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it."""
+    try:
+        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
 class TunedKernel:
     """A jit kernel with its lists of configs.
 
-    `configs(arch, block_d, element_bytes)` returns the list for a chip; `arch` is as in `_triton.arch()`.
+    `configs(chip, block_d, element_bytes)` returns the list for a chip, which `chip()` names as `_triton.arch()` does.
+    `milliseconds(call)` measures a launch.
     """
 
     every_config = False  # set by `run_every_config`
 
-    def __init__(self, kernel: object, configs: Callable[[int, int, int], list[Config]]) -> None:
-        self.kernel, self.configs = kernel, configs
+    def __init__(
+        self,
+        kernel: object,
+        configs: Callable[[int, int, int], list[Config]],
+        *,
+        chip: Callable[[], int] = arch,
+        milliseconds: Callable[[Callable[[], None]], float] = median_milliseconds,
+    ) -> None:
+        self.kernel, self.configs, self.chip, self.milliseconds = kernel, configs, chip, milliseconds
         self.name = kernel.__name__
         self.chosen: dict[tuple, Config] = {}
 
@@ -96,7 +112,7 @@ class TunedKernel:
         def run(config: Config) -> None:
             self.kernel[grid(config)](*args, **constexprs, **config.launch_options())
 
-        configs = self.configs(arch(), block_d, element_bytes)
+        configs = self.configs(self.chip(), block_d, element_bytes)
         if TunedKernel.every_config:
             for config in configs:
                 run(config)
@@ -119,7 +135,7 @@ class TunedKernel:
         entry = json.dumps([key, [asdict(c) for c in configs]])
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
-        best = min(configs, key=lambda config: _milliseconds(lambda: run(config)))
+        best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
         with contextlib.suppress(OSError):  # a read-only home only costs the next process a measurement
             _store(path, entry, best)
         return best
@@ -128,13 +144,6 @@ class TunedKernel:
 def length_class(length: int) -> int:
     """Sequence lengths that share a measurement: a short first batch must not decide for long ones."""
     return next(limit for limit in (1024, 4096, 1 << 62) if length <= limit)
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    try:
-        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
 
 
 def _store(path: Path, entry: str, best: Config) -> None:
