@@ -1,6 +1,6 @@
-"""Compile kernels for a GPU that is not there, and read what ptxas made of them. Nothing runs.
+"""Compile kernels for a GPU without having one, and read the resources that they need. No kernel runs.
 
-Needs Triton with its own ptxas and cuobjdump (any wheel), and a process without TRITON_INTERPRET.
+Needs Triton's wheel, which includes ptxas and cuobjdump, and a process without TRITON_INTERPRET.
 """
 
 import atexit
@@ -11,15 +11,15 @@ import shutil
 import subprocess
 import tempfile
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on a GPU; read when triton is imported
-os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # nobody debugs these kernels; compiles faster
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on a GPU; triton reads it at its import
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # compiles faster; only debuggers need it
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
-SHARED_BYTES = {80: 166912, 90: 232448}  # dynamic shared memory a block may ask for: 163 and 227 KiB
+SHARED_BYTES = {80: 166912, 90: 232448}  # the most dynamic shared memory of a block: 163 and 227 KiB
 SM_REGISTERS, SM_WARPS, SM_BLOCKS = 65536, 64, 32
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA")  # wgmma and mma in the machine code
 
@@ -39,7 +39,7 @@ _use_a_cache_folder_that_can_be_written()
 
 
 class _OfflineDriver:
-    """What the compiler asks a driver, answered for `arch`."""
+    """Answers the compiler's questions to the driver as a GPU of compute capability `arch` would."""
 
     def __init__(self, arch):
         self.arch = arch
@@ -59,9 +59,9 @@ class _OfflineDriver:
 
 @contextlib.contextmanager
 def compile_only(arch):
-    """Inside, each `kernel[grid](...)` on meta tensors compiles for sm_<arch>; the yielded list collects the results.
+    """Within this context each `kernel[grid](...)` compiles the kernel for sm_<arch> instead of running it.
 
-    Its entries are (compiled kernel, the launch's keyword arguments).
+    The tensors are meta tensors. Yields a list to which each launch adds (compiled kernel, its keyword arguments).
     """
     compiled, stock = [], KernelInterface.__getitem__
 
@@ -86,12 +86,14 @@ def _cuobjdump(option, path):
 
 
 def resources(compiled):
-    """Registers, stack (spills), shared memory, blocks an SM can hold, and counts of the matrix units' instructions."""
+    """The resources of a compiled kernel: registers per thread, stack in bytes per thread (spills), shared memory in
+    bytes per block, blocks that fit on an SM, and the number of matrix instructions in the code.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         usage = _cuobjdump("-res-usage", f.name)
-        # Disassembling takes a quarter of a second: only where there is something to count.
+        # Disassembling takes a quarter of a second, so only kernels with matrix instructions are disassembled.
         sass = _cuobjdump("-sass", f.name) if "mma" in compiled.asm["ptx"] else ""
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     meta = compiled.metadata

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # a test's parent process may have it set
+os.environ.pop("TRITON_INTERPRET", None)  # the kernels' tests set it
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import offline  # noqa: E402
@@ -84,13 +84,14 @@ def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False)
 def piecewise_attention(dtype, d, causal=True):
     module = MODULES["piecewise_attention"]
     q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
-    options = (S // 2, causal, d**-0.5, "sbnd")
-    o, lse = module._forward_triton(q, k, q, k, k, *options)
-    module._backward_triton(q, q, k, q, k, k, o, lse, *options)
+    for threshold in (S // 2, S // 2 + 1, 1):  # compiled once: the threshold is not part of the code
+        options = (threshold, causal, d**-0.5, "sbnd")
+        o, lse = module._forward_triton(q, k, q, k, k, *options)
+        module._backward_triton(q, q, k, q, k, k, o, lse, *options)
 
 
 def cases(quick):
-    """(label, function) of what is compiled; each function launches the kernels of a forward and a backward."""
+    """(label, function) of each case; the function launches the kernels of a forward and a backward."""
     bf16 = torch.bfloat16
     found = [(f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, cross_entropy)]
     found += [
@@ -127,6 +128,7 @@ def configs_to_compile(quick):
 
 
 def collect(quick=False, only=None, archs=(80, 90)):
+    """Compile the cases and return one row per compiled kernel: its resources, its config and its case."""
     rows = []
     for arch in archs:
         for label, case in cases(quick):
@@ -134,11 +136,14 @@ def collect(quick=False, only=None, archs=(80, 90)):
                 continue
             with offline.compile_only(arch) as compiled, configs_to_compile(quick):
                 case()
-            seen = set()
+            seen, hashes = set(), set()
             for kernel, options in compiled:
+                if kernel.hash in hashes:
+                    continue
+                hashes.add(kernel.hash)
                 row = {"case": label, **offline.resources(kernel), "bm": options.get("BM"), "bn": options.get("BN")}
                 row["edge"] = options.get("EDGE", "-")
-                # Configs come in the order of their list, so a kernel's first launch of a case is the default.
+                # A kernel's first launch in a case has the first config of its list, which is the default.
                 row["chosen"] = row["kernel"] not in seen or row["bn"] is None
                 seen.add(row["kernel"])
                 rows.append(row)
@@ -162,7 +167,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel, with its default config")
-    parser.add_argument("--only", help="cases whose label contains one of these, separated by commas")
+    parser.add_argument("--only", help="comma-separated parts of the labels of cases to compile")
     parser.add_argument("--arch", type=int, choices=sorted(offline.SHARED_BYTES))
     args = parser.parse_args()
     rows = collect(args.quick, args.only, (args.arch,) if args.arch else (80, 90))

@@ -1,13 +1,13 @@
-"""Measure every kernel on this machine's CUDA device, next to its peers and to the card itself.
+"""Measure every kernel on this machine's CUDA device and compare it with other implementations and with the card.
 
-    python kernels/benchmarks/run.py                   everything; JSON and plots into kernels/benchmarks/results/
+    python kernels/benchmarks/run.py                   all operators; writes JSON and plots to kernels/benchmarks/results/
     python kernels/benchmarks/run.py --only rms,flash  operators whose name contains one of these
-    python kernels/benchmarks/run.py --smoke           each entry once at a tiny size on the CPU; no times, no files
+    python kernels/benchmarks/run.py --smoke           run each operator once on the CPU at a tiny size; measures nothing
 
-Times are medians of triton.testing.do_bench. Memory-bound operators are given in GB/s of the least traffic they could
-do, and as a share of the device-to-device copy measured on the same card; attention in TFLOP/s of the products that the
-mask leaves, and as a share of the measured matrix rate. Peers that are not installed are left out. Without a CUDA
-device it says so and exits with 0.
+Times are medians of triton.testing.do_bench. For memory-bound operators it reports GB/s of the least traffic that the
+operator needs, and the share of the card's measured copy bandwidth. For attention and the fused output layer it reports
+TFLOP/s of the products that the mask does not remove, and the share of the card's measured matrix rate. It skips
+implementations that are not installed. Without a CUDA device it prints so and exits with 0.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def versions():
 
 
 def passes(workload, provider):
-    """{"forward": call, "backward": call} of a provider; a forward without gradients for the first."""
+    """{"forward": call, "backward": call} of a provider. The forward call runs without autograd."""
     tensors = workload.tensors()
     call = provider(workload)
 
@@ -78,6 +78,7 @@ def passes(workload, provider):
 
 
 def measure(workload, card):
+    """Rows of time and rate, one for each provider and direction of the workload; each is printed as it is measured."""
     rows = []
     for name, provider in workloads.providers(workload).items():
         try:
@@ -95,7 +96,7 @@ def measure(workload, card):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
-            # A peer that does not support a shape or this version is a gap in the table, not the end of the run.
+            # Another implementation may not support a shape or this version: report it and go on.
             first = (str(error).splitlines() or [""])[0]
             print(f"{workload.operator} {workload.shape}: {name} left out: {type(error).__name__}: {first}", flush=True)
         torch.cuda.empty_cache()
@@ -103,6 +104,7 @@ def measure(workload, card):
 
 
 def plot(rows, path):
+    """Write a bar chart of each operator next to `path`."""
     try:
         import matplotlib
     except ImportError:
@@ -133,7 +135,7 @@ def plot(rows, path):
 
 
 def smoke(chosen):
-    """Every workload and every provider that is installed, once, on the CPU."""
+    """Run every workload once on the CPU with every installed provider."""
     for workload in chosen(workloads.workloads("cpu", tiny=True)):
         for name, provider in workloads.providers(workload).items():
             calls = passes(workload, provider)
@@ -145,7 +147,7 @@ def smoke(chosen):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="comma-separated parts of operators' names")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="run each operator once on the CPU; measure nothing")
     args = parser.parse_args()
     parts = [part for part in args.only.split(",") if part]
 

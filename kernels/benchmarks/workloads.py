@@ -1,4 +1,4 @@
-"""What is measured: the shapes, the traffic or the work they cannot do without, and who else can do them."""
+"""The workloads of the benchmark: operators with their shapes, the least traffic or work of each, and who provides them."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,12 +12,14 @@ import flagscale_kernels as fk
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
+    """An operator at one shape. `traffic_bytes` or `flops` has the least that its "forward" and "backward" need."""
+
     operator: str
     shape: str
-    tensors: Callable[[], list[torch.Tensor]]
+    tensors: Callable[[], list[torch.Tensor]]  # makes the arguments of `ours` and `reference`
     ours: Callable
     reference: Callable
-    differentiable: tuple[int, ...]  # indices of the tensors that want a gradient
+    differentiable: tuple[int, ...]  # indices of the tensors that get a gradient
     traffic_bytes: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
@@ -28,7 +30,7 @@ def _installed(package):
 
 
 def workloads(device, tiny=False):
-    """Every workload, largest shapes of each operator first."""
+    """All workloads, or one tiny shape of each operator."""
     bf16 = torch.bfloat16
 
     def rand(*shape, dtype=bf16):
@@ -54,7 +56,7 @@ def workloads(device, tiny=False):
         found.append(Workload(
             operator="rope", shape=f"s{s} b{b} n{n}/{n_kv} d{d}", differentiable=(0, 1),
             tensors=lambda s=s, b=b, n=n, n_kv=n_kv, d=d: [rand(s, b, n, d), rand(s, b, n_kv, d)],
-            # Timed out of place: repeating an in-place rotation of one gradient would measure something else.
+            # Timed out of place: an in-place backward rotates the same gradient again at each repetition.
             ours=lambda q, k, cos=cos, sin=sin: fk.rope(q, k, cos, sin),
             reference=lambda q, k, cos=cos, sin=sin: tuple(
                 fk.rope_reference(t, cos[:, None, None], sin[:, None, None]) for t in (q, k)
@@ -70,7 +72,7 @@ def workloads(device, tiny=False):
         found.append(Workload(
             operator="cross_entropy", shape=f"{n}x{v}", differentiable=(0,),
             tensors=lambda n=n, v=v: [rand(n, v), torch.randint(v, (n,), device=device)],
-            # Timed with a gradient of its own: written over the logits it could not be repeated. Same traffic.
+            # Timed out of place: an in-place backward overwrites the logits and cannot be repeated. Same traffic.
             ours=lambda x, t: fk.cross_entropy(x, t, inplace_backward=False),
             reference=lambda x, t: F.cross_entropy(x.float(), t), traffic_bytes=both(n * v, 2, 4),
         ))  # fmt: skip
@@ -118,7 +120,7 @@ def workloads(device, tiny=False):
 
 
 def _piecewise(q1, k1, q2, k2, v, threshold):
-    """What one writes without a kernel: both scores, and the square of the sequence."""
+    """Piecewise attention in plain PyTorch, with both [s, s] scores in memory."""
     group = q1.shape[1] // k1.shape[1]
     k1, k2, v = (t.repeat_interleave(group, 1) for t in (k1, k2, v))
     i = torch.arange(q1.shape[2], device=q1.device)
@@ -128,7 +130,7 @@ def _piecewise(q1, k1, q2, k2, v, threshold):
 
 
 def providers(workload):
-    """name -> function of the workload that returns the call to time; only what is installed."""
+    """{name: function} of the installed implementations; the function takes the workload and returns the call to time."""
     found = {"flagscale_kernels": lambda w: w.ours, "torch": lambda w: w.reference}
     if not torch.cuda.is_available():
         return found

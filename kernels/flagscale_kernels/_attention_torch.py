@@ -1,7 +1,8 @@
-"""Attention over bands on the CPU: queries in chunks, so that no [seq_q, seq_k] tensor outlives its chunk.
+"""Attention over bands in plain PyTorch, for the CPU.
 
-The arithmetic and the definition of a band are those of `_bands.py`. All tensors are [b, n, s, d] views; k and v may
-have fewer heads, whose queries are stacked as rows of one product instead of expanding k and v.
+`_bands.py` defines a band and the arithmetic. Queries are processed in chunks, so that a score tensor covers one chunk
+of queries at a time. All tensors are [b, n, s, d] views. k and v may have fewer heads than q: the query heads that
+share a KV head are then stacked as rows of one product, and k and v are not expanded.
 """
 
 from typing import NamedTuple
@@ -9,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_SCORES = 1 << 21
+CHUNK_SCORES = 1 << 21  # scores computed at a time, over all batch entries and heads
 
 
 class Band(NamedTuple):
+    """The keys that (q, k) score: those from p - left to p + right for a query at position p. None is no bound."""
+
     q: Tensor
     k: Tensor
     left: int | None
@@ -20,13 +23,14 @@ class Band(NamedTuple):
 
 
 def _chunks(q, k):
-    """Ranges of query rows whose scores are about CHUNK_SCORES elements."""
+    """Ranges of queries with at most CHUNK_SCORES scores each, or one query where that has more."""
     b, n, seq_q, _ = q.shape
     step = max(1, CHUNK_SCORES // max(1, b * n * k.shape[2]))
     return [(start, min(start + step, seq_q)) for start in range(0, seq_q, step)]
 
 
 def _key_range(band, first, last, offset):
+    """The range of keys that the queries first .. last see; `offset` is seq_k - seq_q."""
     seq_k = band.k.shape[2]
     lo = 0 if band.left is None else max(0, first + offset - band.left)
     hi = seq_k if band.right is None else min(seq_k, last + offset + band.right + 1)
@@ -34,6 +38,7 @@ def _key_range(band, first, last, offset):
 
 
 def _distance(start, end, lo, hi, offset, device):
+    """p - j for each query of [start, end) and key of [lo, hi)."""
     rows = torch.arange(start, end, device=device)[:, None] + offset
     return rows - torch.arange(lo, hi, device=device)[None, :]
 
@@ -55,12 +60,16 @@ def _scores(band, start, end, lo, hi, offset, scale, slopes):
 
 
 def _widened(bands, v):
+    """The bands and v with keys and values in fp32, or fp64 where they are."""
     compute = torch.promote_types(v.dtype, torch.float32)
     return [band._replace(k=band.k.to(compute)) for band in bands], v.to(compute)
 
 
 def attention_forward(bands: list[Band], v: Tensor, scale: float, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(o [b, n, seq_q, d], lse [b, n, seq_q]); a row without keys gives 0 and -inf. The bands do not overlap."""
+    """(o [b, n, seq_q, d], lse [b, n, seq_q]) of one softmax over all bands, which do not overlap.
+
+    A query without keys gives 0, and -inf for the LSE.
+    """
     bands, v = _widened(bands, v)
     q = bands[0].q
     b, n, seq_q, d = q.shape

@@ -1,17 +1,17 @@
-r"""One band of attention: what flash attention is, and what piecewise attention is two of.
+r"""Triton functions for attention over one band of keys. Flash attention has one band, piecewise attention two.
 
-A query i stands at position p = i + (seq_k - seq_q), so that the last query meets the last key. It attends to the keys
-of its band, p - left <= j <= p + right, either bound optional. With s_ij = scale q_i . k_j (- slope |p - j| for ALiBi,
+Query i has position p = i + (seq_k - seq_q), which aligns the last query with the last key. It attends to the keys of
+its band, p - left <= j <= p + right; either bound is optional. With s_ij = scale q_i . k_j (- slope |p - j| for ALiBi,
 Press et al. 2022, arXiv:2108.12409), the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al.
 2022, arXiv:2205.14135) keeps for each row the maximum m, the sum l of exp(s - m), and the weighted sum of v. Backward,
 with P = exp(s - lse), dP = dO V^T and delta_i = sum_d o_id do_id - dlse_i:
 
     dS = P (dP - delta)      dV = P^T dO      dQ = scale dS K      dK = scale dS^T Q
 
-exp is exp2 with scale log2(e) folded into one multiplication (`qk_scale`); ALiBi slopes arrive divided by the scale.
-Tiles that lie wholly inside the band skip the masks; the loops over the few others have a pipeline depth of their own
-(EDGE), which is what keeps these kernels out of stack memory. Token offsets beyond a tile are 64-bit: [s, b, n, d] at
-long sequences passes 2^31 elements.
+exp is computed as exp2; `qk_scale` is scale * log2(e). The caller divides ALiBi slopes by the scale. Tiles that lie
+inside the band need no mask. The loops over the few tiles at its edges have their own pipeline depth, EDGE, because the
+depth of the main loop would spill registers there. Token offsets are 64-bit: a [s, b, n, d] tensor with a long sequence
+has more than 2^31 elements.
 """
 
 from flagscale_kernels._triton import tl, triton
@@ -19,7 +19,7 @@ from flagscale_kernels._triton import tl, triton
 
 @triton.jit
 def load_rows(base, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """[ROWS, BD] from row `first`; zeros beyond `count` rows (only if MASKED) and beyond D columns."""
+    """Load [ROWS, BD] from row `first`, with zeros in columns from D on and, if MASKED, in rows from `count` on."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BD)
     pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
@@ -37,6 +37,7 @@ def load_rows(base, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr, B
 
 @triton.jit
 def store_rows(base, first, count, stride, x, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Store x [ROWS, BD] from row `first` on, without rows from `count` on and columns from D on."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BD)
     pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
@@ -62,7 +63,7 @@ def _inside(distance, n, seq_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: 
 def _key_range(
     first_pos, last_pos, seq_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BN: tl.constexpr
 ):
-    """Tiles [lo, hi) hold all keys of the rows at first_pos .. last_pos; [full_lo, full_hi) only keys of every row."""
+    """[lo, hi) holds every key that a row of first_pos .. last_pos sees; [full_lo, full_hi) keys that all of them see."""
     lo = 0
     full_lo = 0
     hi = seq_k
@@ -93,7 +94,7 @@ def _attend_tile(
         if MASKED:
             s = tl.where(_inside(distance, keys, seq_k, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1) * qk_scale)
-    # Under a mask a row may have met no key yet.
+    # A masked row may have seen no key yet.
     safe_m = tl.where(new_m == float("-inf"), 0.0, new_m) if MASKED else new_m
     p = tl.exp2(s * qk_scale - safe_m[:, None])
     alpha = tl.exp2(m - safe_m)
@@ -109,7 +110,7 @@ def attend_band(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Carry (acc, l, m) of a tile of queries over the keys of its band."""
+    """Update (acc, l, m) of a tile of queries with the keys of its band."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
         for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
@@ -158,7 +159,7 @@ def dq_band(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the band; the caller multiplies by the softmax scale. lse is in base 2, +inf for an empty row."""
+    """Add dS K over the band to dq; the caller multiplies by the softmax scale. lse is in base 2, +inf for an empty row."""
     lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
     if HAS_LEFT:
         for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
@@ -217,7 +218,7 @@ def _dkdv_tiles(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Row tiles [lo, hi) of every query head of the group, as one loop: two nested ones would not fit in registers."""
+    """Process query tiles [lo, hi) of every query head of the group in one loop: two nested loops need more registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
     for i in tl.range(0, tiles * group, num_stages=EDGE if MASKED else None):
         head = tl.cast(first_head + i // tiles, tl.int64)
@@ -240,9 +241,9 @@ def dkdv_band(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO of a group of query heads; the caller multiplies dK by the softmax scale.
+    """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
 
-    `offset` is seq_k - seq_q, so that row m stands at position m + offset.
+    `offset` is seq_k - seq_q: query m has position m + offset.
     """
     keys = first_key + tl.arange(0, BN)
     last_key = tl.minimum(first_key + BN, seq_k) - 1
@@ -250,10 +251,10 @@ def dkdv_band(
     full_lo = 0
     hi = seq_q
     full_hi = seq_q
-    if HAS_RIGHT:  # a row needs m + offset + right >= key
+    if HAS_RIGHT:  # query m sees the key if m + offset + right >= key
         lo = tl.maximum(first_key - right - offset, 0) // BM * BM
         full_lo = (tl.maximum(last_key - right - offset, 0) + BM - 1) // BM * BM
-    if HAS_LEFT:  # and m + offset - left <= key
+    if HAS_LEFT:  # and if m + offset - left <= key
         hi = tl.minimum(seq_q, last_key + left - offset + 1)
         full_hi = tl.minimum(seq_q, tl.maximum(first_key + left - offset + 1, 0)) // BM * BM
     full_hi = tl.maximum(full_hi, full_lo)
@@ -287,7 +288,7 @@ def delta_kernel(
     lse_batch_stride, lse_head_stride,
     HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d o do - dlse, and the LSE in base 2: +inf for a row without keys, so that exp2(s - lse) is 0."""
+    """Store delta = sum_d o do - dlse, and the LSE in base 2, +inf for a row without keys so that exp2(s - lse) is 0."""
     first = tl.program_id(0) * BM
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)

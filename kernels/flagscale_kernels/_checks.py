@@ -1,4 +1,4 @@
-"""Which implementation runs, and what every operator checks about its arguments."""
+"""The choice between Triton and PyTorch, and the checks of arguments that the operators share."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,10 +20,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def choose_backend(x: Tensor, backend: str | None) -> str:
-    """ "triton" or "torch": what `backend` names, else triton on CUDA and torch elsewhere.
+    """Return "triton" or "torch": `backend` where given, else "triton" for CUDA tensors and "torch" for others.
 
-    Triton on a CPU tensor is the interpreter, which is for tests: it needs TRITON_INTERPRET=1 set before triton's
-    first import.
+    On CPU tensors "triton" runs Triton's interpreter, for tests. It needs TRITON_INTERPRET=1 before triton is imported.
+    Raises ValueError for an unknown backend or one that cannot run here.
     """
     require(backend in BACKENDS, f"backend ({backend!r}) must be one of {BACKENDS}")
     if backend is None:
@@ -38,12 +38,13 @@ def choose_backend(x: Tensor, backend: str | None) -> str:
 
 
 def check_float(name: str, x: Tensor, backend: str) -> None:
+    """Raise ValueError unless the backend computes in x's dtype."""
     allowed = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
     require(x.dtype in allowed, f"{name}.dtype ({x.dtype}) must be one of {[str(d) for d in allowed]}")
 
 
 def check_same(attribute: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """All of the named tensors agree on `attribute` ("dtype", "device" or "shape") with the first."""
+    """Raise ValueError unless all named tensors have the first one's `attribute`: "dtype", "device" or "shape"."""
     (first_name, first), *others = tensors
     expected = getattr(first, attribute)
     for name, tensor in others:
@@ -52,6 +53,7 @@ def check_same(attribute: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_unit_stride(name: str, x: Tensor) -> None:
+    """Raise ValueError unless the last dimension is contiguous."""
     if x.shape[-1] > 1:
         require(x.stride(-1) == 1, f"{name}.stride(-1) ({x.stride(-1)}) must be 1")
 
@@ -71,7 +73,7 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: Tensor) -> Rows:
-    """Fold the leading dimensions into two strides, which covers any slice of a packed projection; else copy."""
+    """View x [..., c] as rows. Two strides describe any slice of a packed projection; other tensors are copied."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     sizes: list[int] = []

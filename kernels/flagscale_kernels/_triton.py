@@ -1,7 +1,7 @@
-"""`triton` and `tl`, or stand-ins where Triton has no wheel, so that the PyTorch paths work everywhere.
+"""`triton` and `tl`, or stand-ins where Triton is not installed, so that the PyTorch paths work everywhere.
 
-Every kernel file imports both names from here. Nothing here, and nothing at the import of any kernel file, asks Triton
-for its driver: the package imports on a machine without a GPU.
+Every kernel file imports both names from here. Importing this package does not ask Triton for its driver, so it works
+on a machine without a GPU.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ try:
 except ImportError:  # no Triton wheel for this platform
 
     class _Absent:
-        """Lets `@triton.jit` and `tl.constexpr` annotations be evaluated; a launch is refused before it gets here."""
+        """Evaluates `@triton.jit` and `tl.constexpr` annotations. `choose_backend` refuses a launch without Triton."""
 
         def __getattr__(self, name):
             return self
@@ -27,7 +27,7 @@ except ImportError:  # no Triton wheel for this platform
     triton = tl = _Absent()
     HAS_TRITON = False
 
-INTERPRETER = 0  # what `arch()` says under TRITON_INTERPRET=1
+INTERPRETER = 0  # what `arch()` returns under TRITON_INTERPRET=1
 OTHER = -1  # a GPU that is not NVIDIA's
 
 
@@ -37,7 +37,7 @@ def interpreting():
 
 
 def arch():
-    """80 for an A100, 90 for an H100 or H200, ...; asks the driver, so only a launch may call it."""
+    """80 for an A100, 90 for an H100 or H200, and so on. It asks the driver, so only a launch may call it."""
     if interpreting():
         return INTERPRETER
     target = triton.runtime.driver.active.get_current_target()
@@ -50,7 +50,7 @@ def _cuda_sm_count(index):
 
 
 def sm_count(device):
-    """Streaming multiprocessors of `device`; a small number for the interpreter, so that its programs loop too."""
+    """Streaming multiprocessors of `device`. The interpreter has 2, so that its programs loop over rows too."""
     if device.type == "cuda":
         return _cuda_sm_count(device.index if device.index is not None else torch.cuda.current_device())
     return 2 if interpreting() else 132

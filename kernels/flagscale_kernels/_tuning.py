@@ -1,9 +1,9 @@
-"""Tile shapes: a short list for each chip, the first of which is the default, and the choice among them.
+"""Tile shapes of the attention kernels, and the choice among them.
 
-On an A100 or H100 the list is measured once for each kernel, head dimension, dtype, mask and length class; the winner
-is kept for the process, and on disk for the next one, so that a restart computes with the same tiles.
-FLAGSCALE_KERNELS_AUTOTUNE=0 takes the default without measuring: then the bits do not depend on a measurement. Other
-chips have one safe entry.
+Each chip has a short list of configs, and the first is the default. On an A100 or H100 the list is measured once for
+each kernel, head dimension, dtype, mask and length class. The fastest config is kept in the process and on disk, so
+that a restarted run computes with the same tiles. FLAGSCALE_KERNELS_AUTOTUNE=0 takes the default without measuring:
+then results do not depend on a measurement. Other chips have one conservative config.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ CACHE_VARIABLE = "FLAGSCALE_KERNELS_CACHE"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A tile: BM query rows, BN key rows, and how Triton compiles it.
+    """A tile of `bm` queries by `bn` keys, and the options that Triton compiles it with.
 
-    `stages` is the depth of the pipeline of the main loop, `edge` that of the loops over the few tiles at the edges of
-    a band: 1 saves registers there on some chips and costs some on others.
+    `stages` is the pipeline depth of the main loop, `edge` that of the loops over the tiles at the edges of a band. An
+    `edge` of 1 needs fewer registers on some chips and more on others.
     """
 
     bm: int
@@ -55,12 +55,15 @@ def tile_lists(
     float32: Config,
     interpreter: Config,
 ) -> Callable[[int, int, int], list[Config]]:
-    """Configs for TunedKernel: `wide` and `wide90` serve head dimensions above 128, `other` chips not considered."""
+    """Return the `configs` function of a TunedKernel.
+
+    `wide` and `wide90` are for head dimensions above 128, `other` is for chips that are neither sm_80 nor sm_90.
+    """
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
         if chip == INTERPRETER:
             return [interpreter]
-        if element_bytes == 4:  # exact products run without the matrix units: for tests
+        if element_bytes == 4:  # exact fp32 products do not use the matrix units; for tests
             return [float32]
         if block_d > 128:
             return [wide90 if chip == 90 else wide]
@@ -69,16 +72,32 @@ def tile_lists(
     return configs
 
 
-class TunedKernel:
-    """A jit kernel with its lists of configs.
+def median_milliseconds(call: Callable[[], None]) -> float:
+    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it."""
+    try:
+        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
-    `configs(arch, block_d, element_bytes)` returns the list for a chip; `arch` is as in `_triton.arch()`.
+
+class TunedKernel:
+    """A jit kernel and its configs for each chip.
+
+    `configs(chip, block_d, element_bytes)` returns the list for a chip, which `chip()` names as `_triton.arch()` does.
+    `milliseconds(call)` measures one launch.
     """
 
     every_config = False  # set by `run_every_config`
 
-    def __init__(self, kernel: object, configs: Callable[[int, int, int], list[Config]]) -> None:
-        self.kernel, self.configs = kernel, configs
+    def __init__(
+        self,
+        kernel: object,
+        configs: Callable[[int, int, int], list[Config]],
+        *,
+        chip: Callable[[], int] = arch,
+        milliseconds: Callable[[Callable[[], None]], float] = median_milliseconds,
+    ) -> None:
+        self.kernel, self.configs, self.chip, self.milliseconds = kernel, configs, chip, milliseconds
         self.name = kernel.__name__
         self.chosen: dict[tuple, Config] = {}
 
@@ -91,12 +110,15 @@ class TunedKernel:
         key: tuple = (),
         **constexprs: object,
     ) -> None:
-        """Launch with the config for this chip. `key` is whatever else the choice should depend on."""
+        """Launch with the config chosen for this chip, block_d, element_bytes and `key`.
+
+        `grid(config)` returns the launch grid; `args` and `constexprs` are the kernel's own arguments.
+        """
 
         def run(config: Config) -> None:
             self.kernel[grid(config)](*args, **constexprs, **config.launch_options())
 
-        configs = self.configs(arch(), block_d, element_bytes)
+        configs = self.configs(self.chip(), block_d, element_bytes)
         if TunedKernel.every_config:
             for config in configs:
                 run(config)
@@ -106,7 +128,7 @@ class TunedKernel:
             return
         full_key = (self.name, block_d, element_bytes, *key)
         if full_key not in self.chosen:
-            if torch.cuda.is_current_stream_capturing():  # a measurement would break the capture
+            if torch.cuda.is_current_stream_capturing():  # a measurement breaks the capture of a CUDA graph
                 run(configs[0])
                 return
             self.chosen[full_key] = self._choose(configs, run, full_key)
@@ -115,26 +137,22 @@ class TunedKernel:
     def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple) -> Config:
         device = torch.cuda.get_device_name().replace(" ", "_")
         path = _cache_path() / f"{device}-triton-{triton.__version__}.json"
-        # The list is part of the entry's name: an entry measured among other candidates says nothing about these.
+        # The entry's name includes the list: the choice from another list of configs does not count.
         entry = json.dumps([key, [asdict(c) for c in configs]])
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
-        best = min(configs, key=lambda config: _milliseconds(lambda: run(config)))
-        with contextlib.suppress(OSError):  # a read-only home only costs the next process a measurement
+        best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
+        with contextlib.suppress(OSError):  # where the folder is read-only, the next process measures again
             _store(path, entry, best)
         return best
 
 
 def length_class(length: int) -> int:
-    """Sequence lengths that share a measurement: a short first batch must not decide for long ones."""
+    """The upper limit of the lengths that share a measurement with `length`: 1024, 4096 or all longer ones.
+
+    A short first batch does not decide for long sequences.
+    """
     return next(limit for limit in (1024, 4096, 1 << 62) if length <= limit)
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    try:
-        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
 
 
 def _store(path: Path, entry: str, best: Config) -> None:
@@ -145,12 +163,12 @@ def _store(path: Path, entry: str, best: Config) -> None:
     entries[entry] = asdict(best)
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    scratch.replace(path)  # another rank reads the old file or the new one, never half of one
+    scratch.replace(path)  # atomic: another rank reads the old file or the new one
 
 
 @contextlib.contextmanager
 def run_every_config() -> Iterator[None]:
-    """Inside, each launch runs every config of its list: how the compile tests see them all."""
+    """Within this context each launch runs every config of its list, so that all of them are compiled."""
     TunedKernel.every_config = True
     try:
         yield

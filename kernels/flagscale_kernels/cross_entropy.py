@@ -8,14 +8,14 @@ arXiv:2204.02311, section 5):
 
 and both are 0 where t = ignore_index.
 
-Forward reads the logits once: an online maximum m and sum l = sum_j exp(x_j - m), with x_t and sum_j x_j on the way,
-all fp32. A shard of the vocabulary gives the same four numbers of its part, and the parts combine exactly
+The forward reads the logits once and computes, in fp32, the online maximum m, the sum l = sum_j exp(x_j - m), x_t and
+sum_j x_j. A rank of the group computes these four numbers for its shard of the vocabulary, and the shards combine exactly
 
     m = max_r m_r,    l = sum_r l_r exp(m_r - m),    x_t and sum_j x_j add up
 
-so a group needs one collective for a packed [tokens, 4], where the usual way takes an all-reduce each for the maximum,
-the target's logit and the sum. Backward reads the logits once more and writes the gradient over them: 6 bytes a logit
-in bf16, and no second buffer of their size.
+so a group needs one collective of [tokens, 4] numbers; the usual implementation has three all-reduces, of the maximum,
+the target's logit and the sum. The backward reads the logits again and writes the gradient over them. Both together move
+6 bytes per logit in bf16 and allocate no second buffer of the logits' size.
 """
 
 import torch
@@ -27,7 +27,7 @@ from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BLOCK = 4096
-CPU_CHUNK = 1 << 18  # logits taken at a time on the CPU: they stay in the cache from pass to pass
+CPU_CHUNK = 1 << 18  # logits that the CPU path processes at a time, so that they stay in its cache
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -84,7 +84,7 @@ def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_s
         if label_smoothing:
             x.sub_((scale * (label_smoothing / vocab))[rows, None])
         out[rows] = x.scatter_add_(1, column[rows, None], at_target[rows, None])
-    out.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # whatever their logits are
+    out.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # even where the logits are nan or inf
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -110,7 +110,7 @@ def _statistics_kernel(
         if WITH_SUM:
             total += tl.sum(tl.where(cols < v, x, 0.0), axis=0)
         new_m = tl.maximum(m, tl.max(x, axis=0))
-        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # a block of -inf only
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # all logits so far are -inf
         l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m) * LOG2E), axis=0)
         m = new_m
     column = tl.load(TARGET + row) - vocab_start
@@ -132,7 +132,7 @@ def _gradient_kernel(
     mask = cols < v
     scale = tl.load(SCALE + row)
     OUT += _row_start(row, out_inner, out_outer_stride, out_inner_stride)
-    if scale == 0.0:  # an ignored token: zero whatever its logits hold, and nothing to read
+    if scale == 0.0:  # an ignored token: the gradient is 0, even where its logits are nan or inf
         tl.store(OUT + cols, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=mask)
     else:
         lse = tl.load(LSE + row)
@@ -163,7 +163,7 @@ def _statistics_triton(logits, target, vocab_start, with_sum):
 
 def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss):
     rows, out_rows = as_rows(logits), as_rows(out)
-    assert out_rows.tensor is out, "the output is addressable by rows"
+    assert out_rows.tensor is out, "as_rows copied the output"
     v = logits.shape[-1]
     block, warps = _block(v)
     if rows.n:
@@ -178,7 +178,10 @@ def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_
 
 @torch.library.custom_op("flagscale_kernels::cross_entropy_statistics", mutates_args=())
 def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
-    """[n, 4] = (maximum, sum of exponentials, the target's logit or 0, sum of logits) of [n, v] logits; v may be 0."""
+    """Reduce [n, v] logits to [n, 4]: maximum, sum of exponentials, the target's logit, sum of logits.
+
+    The target's logit is 0 where another rank holds it, and the sum of logits is 0 unless `with_sum`. v may be 0.
+    """
     if logits.shape[1] == 0:
         empty = torch.tensor((-torch.inf, 0.0, 0.0, 0.0), dtype=torch.promote_types(logits.dtype, torch.float32))
         return empty.to(logits.device).repeat(logits.shape[0], 1)
@@ -224,7 +227,10 @@ def group_size_and_rank(group):
 
 
 def combine_statistics(stats: Tensor, group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(m, log l, target logit, sum of logits), each [n], of the whole vocabulary: one collective for a group."""
+    """Combine the ranks' [n, 4] into (m, log l, target's logit, sum of logits) of the whole vocabulary, each [n].
+
+    A group needs one all-gather.
+    """
     size = group_size_and_rank(group)[0]
     if size > 1:
         parts = stats.new_empty((size * stats.shape[0], 4))
@@ -237,10 +243,10 @@ def combine_statistics(stats: Tensor, group) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def losses_and_lse(statistics, ignored, vocab, label_smoothing, z_loss):
-    """The loss of each token, and lse for the backward."""
+    """(loss, lse), each [n]; the backward needs lse."""
     m, log_l, picked, total = statistics
     lse = m + log_l
-    loss = (m - picked) + log_l  # in this order large logits cancel before the small logarithm joins
+    loss = (m - picked) + log_l  # large logits cancel before the small logarithm is added
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * ((m - total / vocab) + log_l)
     if z_loss:
@@ -279,7 +285,7 @@ def check_target(target, rows, device, ignore_index, vocab):
     require(target.dtype in (torch.int32, torch.int64), f"target.dtype ({target.dtype}) must be torch.int32 or int64")
     require(target.shape == rows, f"target.shape ({tuple(target.shape)}) must equal the rows' shape {tuple(rows)}")
     require(target.device == device, f"target.device ({target.device}) must equal the logits' device ({device})")
-    if device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():  # free here; a wait on a GPU
+    if device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():  # on a GPU it would wait
         valid = target[target != ignore_index]
         if valid.numel():
             low, high = int(valid.min()), int(valid.max())
@@ -314,12 +320,14 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits [..., v] and target [...] (int32 or int64): fp32 [...] for reduction "none", else [].
 
-    group: a tensor-parallel group; this rank's logits are then columns [rank * v, (rank + 1) * v) of the vocabulary,
-    targets are global and equal on all ranks, and so is the result. One collective forward, none backward.
-    label_smoothing, ignore_index and "mean" (over tokens not ignored) mean what they mean in PyTorch.
-    z_loss: weight of lse^2, added to each token's loss.
-    inplace_backward: the backward writes the gradient over the logits, which nothing may read afterwards; autograd
-    raises if something does. Has no effect on a leaf, nor under torch.compile, which plans its own buffers.
+    group: a tensor-parallel group. This rank's logits are columns [rank * v, (rank + 1) * v) of the vocabulary. Every
+    rank has the same global targets and gets the same result. The forward has one collective, the backward none.
+    ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy; "mean" is over tokens that are
+    not ignored.
+    z_loss: weight of lse^2, which is added to each token's loss.
+    inplace_backward: the backward writes the gradient over the logits, so nothing may read them afterwards; autograd
+    raises RuntimeError where another backward does. Has no effect on a leaf, or under torch.compile, which plans its
+    own buffers.
     Raises ValueError for a shape, dtype or device that does not fit, or (on the CPU) a target outside the vocabulary.
     """
     backend = choose_backend(logits, backend)
@@ -331,7 +339,7 @@ def cross_entropy(
     check_target(target, logits.shape[:-1], logits.device, ignore_index, vocab)
     check_same("device", [("logits", logits), ("target", target)])
     inplace = inplace_backward and not logits.is_leaf and not torch.compiler.is_compiling()
-    # A view where strides allow it: the gradient then lands in the caller's own buffer.
+    # A view where strides allow it, so that the gradient is written into the caller's buffer.
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.shape[-1] > 1 and flat.stride(-1) != 1:
         flat = flat.contiguous()

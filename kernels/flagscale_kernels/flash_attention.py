@@ -2,12 +2,11 @@ r"""Flash attention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.086
 
     o_i = sum_j softmax_j(scale q_i . k_j - slope |p - j|) v_j,    p = i + seq_k - seq_q,    j in the band of p
 
-The maths of the online softmax and of its gradient stands in `_bands.py`. Three kernels: forward; dK and dV, one
-program for a tile of keys of a KV head, which sums over the query heads of its group in registers; dQ, one program
-for a tile of queries.
-Each element of each gradient is written once by one program in a fixed order, so the backward is deterministic; the
-price is that S and dP are computed twice, 7 products where atomics would need 5. Nothing of size [seq_q, seq_k] is
-stored.
+`_bands.py` has the maths of the online softmax and of its gradient. There are three kernels. The forward and the dQ
+kernel run one program per tile of queries. The dK and dV kernel runs one program per tile of keys of a KV head, which
+sums over the query heads of its group in registers. One program writes each element of a gradient, in a fixed order,
+so the backward is deterministic. It computes S and dP twice: 7 products, where atomics would need 5. Nothing of size
+[seq_q, seq_k] is stored.
 """
 
 import torch
@@ -35,7 +34,7 @@ def attention_reference(
     alibi_slopes: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition on [b, n, s, d], in plain PyTorch with all scores at once: (o, lse)."""
+    """The definition in plain PyTorch, with all scores in memory: [b, n, s, d] -> (o, lse)."""
     left, right = _bounds(causal, window)
     group = q.shape[1] // k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -61,7 +60,7 @@ def attention_reference(
 
 @triton.jit
 def _sequence(CU_SEQLENS, batch, length, PACKED: tl.constexpr):
-    """(batch index for strides, first token, length) of a batch entry, which in a pack lies along the sequence."""
+    """(batch index, first token, length) of a batch entry. The entries of a pack are sequences of batch index 0."""
     start = batch * 0
     if PACKED:
         start = tl.load(CU_SEQLENS + batch).to(tl.int64)
@@ -79,7 +78,7 @@ def _flash_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    # Last tiles first: under a causal mask they are the long ones.
+    # Last tiles first: under a causal mask they have the most keys.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(2).to(tl.int64)
@@ -105,7 +104,7 @@ def _flash_forward_kernel(
             tl.minimum(first + BM, seq_q) - 1 + offset, seq_k, qk_scale, slope, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_ALIBI, D, BN, BD, PRECISION, EDGE,
         )  # fmt: skip
-        safe_l = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0, and -inf below
+        safe_l = tl.where(l == 0.0, 1.0, l)  # a row without keys gives 0, and -inf for the LSE
         store_rows(O, first, seq_q, o_seq_stride, acc / safe_l[:, None], D, BM, BD)
         lse = (m + tl.log2(safe_l)) * 0.6931471805599453
         tl.store(LSE + rows, lse, mask=rows < seq_q)
@@ -230,9 +229,9 @@ dq_kernel = TunedKernel(
 
 
 def tile_options(q: Tensor) -> dict:
-    """What every attention kernel is compiled for."""
+    """The constants that q's dtype and head dimension give every attention kernel."""
     d = q.shape[-1]
-    # fp32 is for tests: exact products rather than tf32's ten bits.
+    # fp32 is for tests: exact products instead of tf32, which has a 10-bit mantissa.
     return {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "D": d, "BD": max(16, next_power_of_2(d))}
 
 
@@ -240,7 +239,7 @@ LOG2E = 1.4426950408889634
 
 
 def launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout):
-    """(LSE in base 2, delta), each laid out as the LSE: what the backward reads a row."""
+    """(LSE in base 2, delta), each of the LSE's shape: the numbers per query that the backward reads."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     d = o.shape[-1]
     delta_kernel[(cdiv(max_q, DELTA_ROWS), lse.shape[-2], entries)](
@@ -253,7 +252,7 @@ def launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout):
 
 
 def _common(q, k, slopes, cu_q, left, right, layout):
-    """Arguments shared by the three kernels: constants, and the batch stride of the slopes."""
+    """What the three kernels share: (constants, launch options, batch stride of the slopes, heads, KV heads)."""
     constants = {
         "HAS_LEFT": left != NO_BOUND,
         "HAS_RIGHT": right != NO_BOUND,
@@ -274,7 +273,7 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(_lse_shape(q, layout), dtype=torch.float32, device=q.device)
     if cu_q is not None:
-        # Tokens after the last sequence belong to no program.
+        # No program writes the tokens after the last sequence.
         o.zero_()
         lse.fill_(-torch.inf)
     if o.numel():
@@ -319,7 +318,7 @@ def _backward_triton(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k
 
 
 def _sequences(cu_q, cu_k):
-    """Slices of the queries and keys of each sequence of a pack."""
+    """(slice of the queries, slice of the keys) of each sequence of a pack."""
     q, k = cu_q.tolist(), cu_k.tolist()
     return [(slice(q[i], q[i + 1]), slice(k[i], k[i + 1])) for i in range(len(q) - 1)]
 
@@ -404,7 +403,7 @@ def _(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k, scale, left, 
 def _setup(ctx, inputs, output):
     tensors, ctx.options = inputs[:6], inputs[6:]
     ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # the LSE usually has no reader
+    ctx.set_materialize_grads(False)  # the LSE usually gets no gradient
 
 
 def _backward(ctx, do, dlse):
@@ -421,7 +420,7 @@ _flash_op.register_autograd(_backward, setup_context=_setup)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names: tuple[str, str, str]) -> None:
-    """q and k are a query and key pair with v; the errors name them as `names` does."""
+    """Raise ValueError unless q, k and v go together; the messages call them by `names`."""
     q_name, k_name, v_name = names
     check_layout(layout, zip(names, (q, k, v)))
     check_float(q_name, q, backend)
@@ -444,6 +443,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names:
 
 
 def check_scale(q: Tensor, softmax_scale: float | None) -> float:
+    """The softmax scale, by default d^-0.5. Raises ValueError unless it is positive."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     require(scale > 0, f"softmax_scale ({scale}) must be positive")
     return scale
@@ -478,7 +478,7 @@ def _check_packed(layout, cu_q, cu_k, max_q, max_k, q, k):
         require(t.dim() == 1 and t.shape[0] >= 2, f"{name}.shape ({tuple(t.shape)}) must be [sequences + 1]")
         check_same("device", [("q", q), (name, t)])
     check_same("shape", [("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)])
-    # Without the lengths, the grid covers what one sequence could take; programs beyond a sequence return at once.
+    # Without the longest lengths the grid is as if one sequence filled the pack; programs past a sequence do nothing.
     return max_q or q.shape[0], max_k or k.shape[0]
 
 
@@ -499,17 +499,20 @@ def flash_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q [b, n, s, d] over k, v [b, n_kv, s_k, d] (or as `layout` says) -> q's shape; LSE on request.
+    """Attention of q [b, n, s, d] over k, v [b, n_kv, s_k, d] -> o of q's shape, or (o, LSE) with return_lse.
 
-    layout: "bnsd", "sbnd", "bsnd", or "tnd" with cu_seqlens_q and cu_seqlens_k [sequences + 1] for a pack of sequences;
-    any strides, last one 1. n_kv divides n (grouped queries). Head dimension 16 to 256 for triton.
-    causal: the last query meets the last key, so with s != s_k query i stands at i + s_k - s.
-    softmax_scale: default d^-0.5. alibi_slopes: [n] or [b, n], fp32; the bias is -slope * |distance|; no gradient.
-    window: keys a query sees, itself included (as Mistral's sliding_window), with causal; or (left, right) distances,
-    -1 for no bound.
-    max_seqlen_q, max_seqlen_k: for "tnd", the longest sequence; the default, the whole pack, launches idle programs.
-    return_lse: also the log of the softmax's denominator, fp32 [b, n, s] ([n, t] for "tnd"), with its gradient.
-    A query without any key gives 0, and -inf for the LSE. The backward is deterministic.
+    layout: the order of the dimensions of q, k, v and o: "bnsd", "sbnd", "bsnd", or "tnd" for a pack of sequences with
+    cu_seqlens_q and cu_seqlens_k [sequences + 1]. Strides are free, but the last must be 1. n_kv divides n (grouped
+    queries). Triton takes head dimensions from 16 to 256.
+    causal: a query sees no key after it. The last query is aligned with the last key: query i is at i + s_k - s.
+    softmax_scale: by default d^-0.5.
+    alibi_slopes: [n] or [b, n], fp32, without gradient; adds -slope * |distance| to the scores.
+    window: with causal, the number of keys that a query sees, its own included, as Mistral's sliding_window; or the
+    largest distances (left, right), where -1 is no bound.
+    max_seqlen_q, max_seqlen_k: the longest sequences of a pack. The default is the length of the pack, which launches
+    programs that do nothing.
+    return_lse: also return the log of the softmax's denominator, fp32 [b, n, s] ([n, t] for "tnd"), which has a gradient.
+    A query without keys gives 0, and -inf for the LSE. The backward is deterministic.
     Raises ValueError for a shape, dtype, device, stride, layout, window or head count that does not fit.
     """
     backend = choose_backend(q, backend)
@@ -530,7 +533,7 @@ def flash_attention(
     if backend == "torch" and not return_lse and layout != PACKED and alibi_slopes is None and left == NO_BOUND:
         plain = right == NO_BOUND or (causal and max_q == max_k)
         if plain and q.numel() and k.numel():
-            # PyTorch's own kernel is the fastest on a CPU for the case it covers.
+            # PyTorch's own kernel is the fastest on a CPU for this case.
             views = [as_bnsd(t, layout) for t in (q, k, v)]
             grouped = views[0].shape[1] != views[1].shape[1]
             out = torch.nn.functional.scaled_dot_product_attention(

@@ -1,20 +1,19 @@
-r"""The output projection and the cross-entropy in one operator that never holds the full logits.
+r"""The output layer and the cross-entropy in one operator that never holds the full logits.
 
     logits = hidden W^T [n, v]        loss = cross_entropy(logits, target)
 
-The logits of a chunk of tokens are computed, reduced to four numbers a token (see cross_entropy.py), and dropped; the
-backward computes them again, writes their gradient g over them, and adds up
+The forward computes the logits of one chunk of tokens at a time, reduces them to four numbers per token (see
+cross_entropy.py), and drops them. The backward computes them again, writes their gradient g over them, and adds
 
     dhidden = g W        dW = g^T hidden
 
-so the largest buffer is one chunk of logits. The second projection costs one product in four (forward 1, backward 3
-instead of 2). Computing the gradients in the forward would avoid it, but only for a loss whose weight a token is known
-then, and it would keep dW [v, h] alive through the whole backward.
+so the largest buffer is one chunk of logits. Computing the logits twice takes 4 matrix products instead of 3. Computing
+the gradients in the forward would avoid that, but only where the weight of each token's loss is known by then, and it
+would hold dW [v, h] during the whole backward.
 
-Tensor parallelism: W holds this rank's rows [rank * v, (rank + 1) * v); the statistics of all chunks travel in one
-collective. hidden is the same on all ranks and its gradient is summed over the group (all-reduce), or, under sequence
-parallelism, hidden is this rank's [s / tp, ...]: gathered along the first dimension on the way in, its gradient
-reduce-scattered on the way out.
+Tensor parallelism: W holds this rank's rows [rank * v, (rank + 1) * v), and one collective combines the numbers of all
+chunks. Without sequence parallelism every rank has the same hidden, and an all-reduce sums its gradient. With it, hidden
+is this rank's [s / tp, ...]: it is all-gathered along the first dimension, and its gradient is reduce-scattered.
 """
 
 from typing import NamedTuple
@@ -36,29 +35,31 @@ from flagscale_kernels.cross_entropy import (
     statistics_op,
 )
 
-MIN_CHUNK_TOKENS = 1024  # below this the products are too thin for the matrix units
+MIN_CHUNK_TOKENS = 1024  # fewer rows do not keep the matrix units busy
 
 
 def default_chunk_tokens(tokens: int, hidden: int, vocab: int) -> int:
-    """Tokens whose logits take about as much memory as `hidden` does, but not fewer than the GEMMs need."""
+    """Tokens whose logits take about as much memory as `hidden`, but at least MIN_CHUNK_TOKENS (or all tokens)."""
     chunk = max(MIN_CHUNK_TOKENS, tokens * hidden // vocab)
     return max(1, min(tokens, chunk))
 
 
 def _gather_sequence(hidden, group):
+    """[s / tp, ...] of each rank -> [s, ...]."""
     whole = hidden.new_empty((dist.get_world_size(group) * hidden.shape[0], *hidden.shape[1:]))
     dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
     return whole
 
 
 def _reduce_scatter_sequence(whole, group):
+    """[s, ...] -> this rank's [s / tp, ...] of the sum over the ranks."""
     part = whole.new_empty((whole.shape[0] // dist.get_world_size(group), *whole.shape[1:]))
     dist.reduce_scatter_tensor(part, whole, group=group)
     return part
 
 
 class _Options(NamedTuple):
-    """What the forward and the backward of one call share besides tensors."""
+    """The options of one call, for its forward and its backward."""
 
     group: dist.ProcessGroup | None
     sequence_parallel: bool
@@ -72,7 +73,7 @@ class _Options(NamedTuple):
 
 
 def _rows_in_use(weight, options):
-    """This rank's rows of the weight that are not padding: the leading ones, which may be none."""
+    """The leading rows of this rank's weight that are not padding; there may be none."""
     first = group_size_and_rank(options.group)[1] * weight.shape[0]
     return weight[: min(max(options.vocab_size - first, 0), weight.shape[0])]
 
@@ -116,9 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if need_weight and one_chunk:
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             dw[used.shape[0] :] = 0
-        elif need_weight and main_grad is None:  # chunks add up in fp32: a sum kept in bf16 would lose the late ones
+        elif need_weight and main_grad is None:  # sum the chunks in fp32: a bf16 sum loses small terms
             dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        dw_used = dw[: used.shape[0]] if need_weight else None  # the padding rows of dw stay as they are
+        dw_used = dw[: used.shape[0]] if need_weight else None  # nothing is added to the padding rows
         for start in range(0, x.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             g = x[rows] @ used.t()
@@ -136,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif group_size_and_rank(group)[0] > 1:
                 dist.all_reduce(dx, group=group)
         if main_grad is not None:
-            # megatron-core's convention: the hook that sees this flag does not add .grad to main_grad again.
+            # megatron-core's convention: with this flag its hook does not add .grad to main_grad.
             weight.grad_added_to_main_grad = True
             dw = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
         return dx, dw.to(weight.dtype) if need_weight else None, None, None
@@ -145,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, target: Tensor, *, vocab_size: int | None = None, **options
 ) -> Tensor:
-    """The definition without reduction or sharding, in plain PyTorch."""
+    """The definition in plain PyTorch, without reduction or sharding: hidden [..., h], weight [v, h] -> loss [...]."""
     return cross_entropy_reference(hidden @ weight[:vocab_size].t(), target, **options)
 
 
@@ -167,14 +168,15 @@ def fused_linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(hidden @ weight.T, target): hidden [..., h], weight [v, h], target [...] -> fp32 [...] or [].
 
-    group: weight holds this rank's rows of the vocabulary, target and the result are equal on all ranks, and hidden's
-    gradient comes back summed over the group: do not sum it again.
+    group: a tensor-parallel group. weight holds this rank's rows of the vocabulary, and every rank has the same target
+    and gets the same result. The gradient of hidden is already summed over the group.
     sequence_parallel: hidden is this rank's [s / tp, b, h], in rank order; target is the whole [s, b].
-    chunk_tokens: tokens whose logits exist at a time; by default about as many as take hidden's own memory.
-    vocab_size: rows of the whole group's weight that are tokens; the rows from there on are padding, whose logits count
-    as -inf: no part in the loss or in hidden's gradient, and a gradient of exactly 0. By default all rows are tokens.
-    accumulate_main_grad: add the weight's gradient to weight.main_grad where that exists and mark it with
-    grad_added_to_main_grad, as megatron-core's gradient accumulation fusion does.
+    chunk_tokens: number of tokens whose logits are computed at a time. By default their logits take about as much memory
+    as hidden.
+    vocab_size: number of tokens in the vocabulary, over the whole group. The rows of the weight after them are padding:
+    their logits count as -inf, and their gradient is exactly 0. By default no row is padding.
+    accumulate_main_grad: add the weight's gradient to weight.main_grad, if it exists, and set
+    weight.grad_added_to_main_grad, as megatron-core's gradient accumulation fusion does.
     The other options and the errors are those of `cross_entropy`.
     """
     backend = choose_backend(hidden, backend)

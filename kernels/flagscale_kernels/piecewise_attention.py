@@ -1,19 +1,19 @@
-r"""Piecewise attention: two query and key pairs, chosen by distance, under one softmax.
+r"""Piecewise attention: one softmax over scores from two query and key pairs, chosen by distance.
 
-With the signed distance D = (seq_k - seq_q) + i - j, which lets the last query meet the last key,
+With the signed distance D = (seq_k - seq_q) + i - j, which aligns the last query with the last key,
 
     s_ij = scale q2_i . k2_j  if D >= threshold else  scale q1_i . k1_j        o = softmax(s) v
 
-the operator of NLPE (Aquila2). There (q1, k1) are rotated by RoPE at the true positions. How NLPE makes (q2, k2) is
-not public beyond "adjust the relative position, constrain its largest value". Two published schemes fit (Su 2023,
-ReRoPE and Leaky ReRoPE): clipped, with q2 rotated at the constant position `threshold` and k2 not rotated, so that
-every far pair sees the same distance; and compressed, where beyond a threshold w positions advance by 1/c: q2 at
-w - w/c + i/c, k2 at j/c. Either keeps a model from meeting a distance it has not been trained on.
+This is the operator of NLPE (Aquila2). There (q1, k1) are rotated by RoPE at the true positions. How NLPE makes (q2,
+k2) is not public beyond "adjust the relative position, constrain its largest value". Two published schemes fit (Su
+2023, ReRoPE and Leaky ReRoPE). Clipped: q2 is rotated at the constant position `threshold` and k2 is not rotated, so
+every far pair has the same distance. Compressed: beyond a threshold w positions advance by 1/c, with q2 at
+w - w/c + i/c and k2 at j/c. With either, a model sees no distance that it was not trained on.
 
-The keys of a row fall into two bands of `_bands.py`: far, j <= p - threshold, and near, p - threshold < j (<= p if
-causal). The forward walks far with (q2, k2), then near with (q1, k1), carrying one online softmax: 2 products a tile,
-and both scores only where a tile is cut by the threshold. The backward is two flash backwards that share LSE and delta;
-dV is summed over both bands in registers. Nothing about the threshold is compiled in.
+The keys of a row form two bands of `_bands.py`: far, j <= p - threshold, and near, p - threshold < j (<= p if causal).
+The forward processes the far band with (q2, k2), then the near band with (q1, k1), with one online softmax. That is 2
+products per tile; only tiles that the threshold cuts need both scores. The backward is two flash backwards with the same
+LSE and delta, and sums dV over both bands in registers. The threshold is a runtime argument: a new one compiles nothing.
 """
 
 import torch
@@ -46,7 +46,7 @@ def piecewise_reference(
     causal: bool = True,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """The definition on [b, n, s, d], in plain PyTorch with all scores at once."""
+    """The definition in plain PyTorch, with all scores in memory: [b, n, s, d] -> o."""
     group = q1.shape[1] // k1.shape[1]
     compute = torch.promote_types(q1.dtype, torch.float32)
     scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -244,7 +244,7 @@ def _constants(q, causal, seq_k):
 
 
 def _clip(threshold, seq_q, seq_k):
-    """No distance exceeds the lengths, so neither need the threshold: keeps the kernel's arithmetic in 32 bits."""
+    """The threshold, or seq_q + seq_k where that is less: no distance is larger, and the kernel computes in 32 bits."""
     return min(threshold, seq_q + seq_k)
 
 
@@ -374,12 +374,14 @@ def piecewise_attention(
     layout: str = "bnsd",
     backend: str | None = None,
 ) -> Tensor:
-    """Attention by (q2, k2) at distances of at least `threshold` and by (q1, k1) at smaller ones -> q1's shape.
+    """Attention with scores of (q2, k2) at distances of at least `threshold` and of (q1, k1) below it -> q1's shape.
 
-    q1, q2 [b, n, s, d]; k1, k2, v [b, n_kv, s_k, d], or as `layout` says ("sbnd", "bsnd"); any strides, last one 1;
-    n_kv divides n. The distance is signed and aligned at the end, (s_k - s) + i - j: keys after the query are near
-    ones, which causal=True masks. Under a causal mask threshold 0 makes every key far, one beyond the length none.
-    softmax_scale: default d^-0.5. A query without any key gives 0. The backward is deterministic.
+    q1, q2 [b, n, s, d]; k1, k2, v [b, n_kv, s_k, d], with the dimensions in the order of `layout`: "bnsd", "sbnd" or
+    "bsnd". Strides are free, but the last must be 1. n_kv divides n.
+    threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal=True masks it. With causal,
+    threshold 0 makes every key far, and a threshold of s_k or more makes every key near.
+    softmax_scale: by default d^-0.5.
+    A query without keys gives 0. The backward is deterministic.
     Raises ValueError for a shape, dtype, device, stride, layout, head count or threshold that does not fit.
     """
     backend = choose_backend(q1, backend)

@@ -1,4 +1,4 @@
-r"""RMSNorm, alone and with the residual addition in front of it (Zhang and Sennrich 2019, arXiv:1910.07467).
+r"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or fused with the residual addition before it.
 
     r = 1 / sqrt(mean_j x_j^2 + eps)        x^ = x r        y = w * x^
 
@@ -6,15 +6,16 @@ Backward, with g = dy * w (elementwise) and h the row's length:
 
     dx = r (g - x^ mean_j(g_j x^_j))        dw = sum over rows of dy * x^
 
-With a residual, z = x + residual is rounded to the input's dtype, normalised, and returned for the next layer; its
-gradient dz joins: dx = dresidual = dz + (the formula above).
+With a residual, z = x + residual is rounded to the input's dtype and normalised, and z is returned for the next layer.
+The gradient dz of z is added: dx = dresidual = dz + (the formula above).
 
-Two conventions exist for where bf16 rounds. "hf" (transformers' LlamaRMSNorm): x^ is rounded to the input's dtype, then
-multiplied by w. "megatron" (Transformer Engine, Apex, torch.nn.RMSNorm): everything in fp32, rounded once.
+There are two conventions for rounding in bf16. "hf" (transformers' LlamaRMSNorm) rounds x^ to the input's dtype before
+it multiplies by w. "megatron" (Transformer Engine, Apex, torch.nn.RMSNorm) computes all in fp32 and rounds once.
 
-Memory traffic is the cost: forward reads x and writes y; backward reads x and dy and writes dx. The weight's gradient
-is summed in registers by a fixed number of programs, each walking its share of the rows, and leaves one [programs, h]
-buffer of partial sums: no [rows, h] buffer, no atomics, the same bits on every run.
+Memory traffic limits the speed: the forward reads x and writes y; the backward reads x and dy and writes dx. In the
+backward a fixed number of programs each process a share of the rows and sum their part of the weight's gradient in
+registers. They write a [programs, h] buffer of partial sums, without a [rows, h] buffer and without atomics, so the
+result is the same on every run.
 """
 
 import torch
@@ -63,11 +64,11 @@ def _backward_torch(dy, x, weight, rstd, hf, dz):
     h = x.shape[-1]
     scale = rstd.unsqueeze(-1)
     normed = x * scale
-    saved = normed.to(x.dtype) if hf else normed  # what the forward multiplied by the weight
+    saved = normed.to(x.dtype) if hf else normed  # the factor that the forward multiplied by the weight
     dy, w = dy.to(rstd.dtype), weight.to(rstd.dtype)
     product = (dy * saved).reshape(-1, h)
     dw = product.sum(0).to(weight.dtype)
-    # sum of dy w normed over a row; `saved` would carry its rounding into dx.
+    # Sum dy w normed over a row. `saved` would add its rounding error to dx.
     inner = (product if saved is normed else (dy * normed).reshape(-1, h)).mv(w).view_as(scale)
     dx = torch.mul(dy, w, out=product.view(dy.shape)).addcmul_(normed, inner.div_(-h)).mul_(scale)
     if dz is not None:
@@ -246,7 +247,7 @@ def _setup_residual(ctx, inputs, output):
     _, _, weight, _, ctx.hf, ctx.backend = inputs
     _, z, rstd = output
     ctx.save_for_backward(z, weight, rstd)
-    ctx.set_materialize_grads(False)  # the last layer's z has no reader, and so no gradient
+    ctx.set_materialize_grads(False)  # the last layer's z gets no gradient
 
 
 def _backward_residual(ctx, dy, dz, _):
@@ -286,9 +287,9 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last dimension: [..., h] with weight [h] -> [..., h], in x's dtype.
 
-    `rounding`: "hf" rounds the normalised value before the multiplication by the weight, "megatron" rounds once after
-    it. Leading dimensions may be strided (a slice of a packed projection), the last must be contiguous. The weight may
-    be wider than x. Raises ValueError for a shape, dtype, device or stride that does not fit.
+    rounding: "hf" rounds the normalised value before it multiplies by the weight, "megatron" rounds once after it.
+    The last dimension must be contiguous; the others may be strided, as in a slice of a packed projection. The weight
+    may have a wider dtype than x. Raises ValueError for a shape, dtype, device or stride that does not fit.
     """
     backend = _check(x, weight, rounding, backend)
     return _rms_norm_op(x, weight, eps, rounding == "hf", backend)[0]
@@ -303,9 +304,9 @@ def rms_norm_residual(
     rounding: str = "hf",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z = x + residual; returns (rms_norm(z), z), both [..., h], in one pass over memory.
+    """Return (rms_norm(z), z) of z = x + residual, both [..., h], with one pass over memory.
 
-    z is the residual stream for the next layer. Errors as for `rms_norm`.
+    z is the residual of the next layer. The options and errors are those of `rms_norm`.
     """
     backend = _check(x, weight, rounding, backend)
     for attribute in ("shape", "dtype", "device"):

@@ -1,14 +1,15 @@
 r"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of q and k in one launch.
 
-A pair (x1, x2) of a head at position p is turned by the angle of its frequency:
+Each pair (x1, x2) of a head at position p is rotated by p times the frequency of the pair:
 
     y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
 
-The pair is (i, i + r/2) in the rotate-half convention, (2i, 2i + 1) in the interleaved one; dimensions from r to d pass
-through. The gradient of a rotation is the rotation by the opposite angle, so the backward is the same kernel with -sin,
-saves nothing but the tables, and can write over the incoming gradient.
+A pair is dimensions (i, i + r/2), or (2i, 2i + 1) if interleaved; dimensions from r to d are copied. The gradient of a
+rotation is the rotation by the opposite angle, so the backward runs the same kernel with -sin. It needs only the tables
+and can write over the incoming gradient.
 
-Memory traffic is 4 bytes an element of q and k in bf16, each way; the tables are read once a token, for all its heads.
+The forward and the backward each move 4 bytes per element of q and k in bf16. The tables are read once per token, for
+all its heads.
 """
 
 import torch
@@ -19,11 +20,11 @@ from flagscale_kernels._layouts import as_bnsd, check_layout, sizes, strides
 from flagscale_kernels._triton import next_power_of_2, tl, triton
 from flagscale_kernels.rope_frequencies import packed_position_ids
 
-HEADS_TILE = 2048  # elements of a tile of heads
+HEADS_TILE = 2048  # pairs in a tile of heads
 
 
 def rope_reference(t: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """The definition, in plain PyTorch: cos and sin, [..., r / 2], broadcast against t [..., d]."""
+    """The definition in plain PyTorch: rotate t [..., d]; cos and sin [..., r / 2] broadcast against it."""
     r = 2 * cos.shape[-1]
     compute = torch.promote_types(t.dtype, torch.float32)
     rotated, rest = t[..., :r].to(compute), t[..., r:]
@@ -47,14 +48,14 @@ def _rotate_torch(t, out, cos, sin, interleaved, sign):
     r = 2 * cos.shape[-1]
     x1, x2 = _pairs(t, r, interleaved)
     y1, y2 = _pairs(out, r, interleaved)
-    # cos is fp32 (or wider), so the products are; x1 is read in full before y1, perhaps the same memory, is written.
+    # cos is fp32 or wider, and so are the products. y1 may be x1's memory, so all of x1 is read before y1 is written.
     if out is not t and t.dtype == cos.dtype:
         torch.addcmul(x2 * cos, x1, sin, value=sign, out=y2)
         torch.addcmul(x1 * cos, x2, sin, value=-sign, out=y1)
     else:
-        turned = torch.addcmul(x2 * cos, x1, sin, value=sign)
+        rotated = torch.addcmul(x2 * cos, x1, sin, value=sign)
         y1.copy_(torch.addcmul(x1 * cos, x2, sin, value=-sign))
-        y2.copy_(turned)
+        y2.copy_(rotated)
     if out is not t and r < t.shape[-1]:
         out[..., r:].copy_(t[..., r:])
 
@@ -73,11 +74,11 @@ def _rotate_heads(
         source = IN + head.to(tl.int64)[:, None] * in_stride
         target = OUT + head.to(tl.int64)[:, None] * out_stride
         if INTERLEAVED:
-            # Loading whole rows and splitting them in registers keeps the accesses contiguous.
+            # Load whole rows and split them in registers, so that the accesses are contiguous.
             cols = tl.arange(0, 2 * HALF)
             mask = (head < heads)[:, None] & (cols < 2 * half)[None, :]
             x = tl.load(source + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.debug_barrier()  # in place, a thread that holds a copy of an element must not load it after the store
+            tl.debug_barrier()  # in place, all threads must load before one of them stores
             x1, x2 = tl.split(tl.reshape(x, [HEADS, HALF, 2]))
             y = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
             y = tl.reshape(y, [HEADS, 2 * HALF])
@@ -125,7 +126,7 @@ def _rope_kernel(
 
 
 def _table_strides(t):
-    """(batch, row) strides of [rows, ...] or [b or 1, rows, ...]; a batch of one serves every entry."""
+    """(batch, row) strides of [rows, ...] or [b or 1, rows, ...]. One table for all batch entries has batch stride 0."""
     if t.dim() == 1 or (t.dim() == 2 and t.is_floating_point()):
         return 0, t.stride(0)
     return (t.stride(0) if t.shape[0] > 1 else 0), t.stride(1)
@@ -159,7 +160,7 @@ def _rotate(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign, 
         return _rotate_triton(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign)
     if positions is not None:
         rows = positions.long()
-        if cos.dim() == 3:  # a table a batch entry: gather within it
+        if cos.dim() == 3:  # one table per batch entry
             index = rows.expand(cos.shape[0], -1)[..., None].expand(-1, -1, cos.shape[-1])
             cos, sin = cos.gather(1, index), sin.gather(1, index)
         else:
@@ -272,15 +273,16 @@ def rope(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned by their positions, in one launch; k may have fewer heads than q.
+    """Rotate q and k by their positions in one launch. k may have fewer heads than q.
 
-    q, k: in `layout`: "sbnd" [s, b, n, d], "bnsd", "bsnd", or "tnd" (a pack [t, n, d]); any strides, last one 1.
-    cos, sin: tables [positions, r / 2], or [b, positions, r / 2], from `rope_tables`; r <= d, the rest passes through.
-    position_ids: int [s] or [b, s], the tables' row for each token; by default 0, 1, ... . They are not checked against
-    the tables' length on a GPU, which would wait for it. cu_seqlens: int [sequences + 1], for "tnd": positions
-    start again at 0 with each sequence.
-    inplace_backward: write the result over the incoming gradients when they are contiguous. Right when nothing else
-    reads these gradients, which holds where q and k go to an attention and nowhere else.
+    q, k: [s, b, n, d] for layout "sbnd"; "bnsd", "bsnd", and "tnd" for a pack of sequences. Strides are free, but the
+    last must be 1.
+    cos, sin: tables [positions, r / 2] or [b, positions, r / 2] from `rope_tables`. Dimensions from r to d are copied.
+    position_ids: int [s] or [b, s], the row of the tables for each token; by default 0, 1, and so on. Whether they lie
+    in the tables is not checked.
+    cu_seqlens: int [sequences + 1], for "tnd": each sequence starts at position 0.
+    inplace_backward: write the gradients over the incoming ones if those are contiguous. Only correct if nothing else
+    reads the incoming gradients, as where q and k go to an attention and nowhere else.
     Raises ValueError for a shape, dtype, device, stride or layout that does not fit.
     """
     backend = choose_backend(q, backend)
@@ -296,12 +298,12 @@ def rope(
         require(position_ids is None, "cu_seqlens and position_ids exclude each other: give 1 of the 2")
         position_ids = packed_position_ids(cu_seqlens, q.shape[0])
     _check_tables(q, cos, sin, position_ids, layout, backend)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()  # the compiler plans its own buffers
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()  # torch.compile plans its own buffers
     return _Rope.apply(q, k, cos, sin, position_ids, layout, interleaved, inplace_backward, backend)
 
 
 def _angle_tables(freqs, interleaved, mscale):
-    """cos and sin [s, r / 2] of megatron-core's angles [s, 1, 1, r], which hold every angle twice."""
+    """cos and sin [s, r / 2] of megatron-core's angles [s, 1, 1, r], which have each angle twice."""
     half = freqs.shape[-1] // 2
     angles = freqs.reshape(freqs.shape[0], freqs.shape[-1])
     angles = (angles[:, ::2] if interleaved else angles[:, :half]).float()
@@ -325,10 +327,12 @@ def apply_rope(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """One tensor [s, b, n, d] turned by angles [s, 1, 1, r], with the signature of megatron-core's
-    `fused_apply_rotary_pos_emb`: freqs holds every angle twice (halves, or neighbours when interleaved).
+    """Rotate t [s, b, n, d] by the angles freqs [s, 1, 1, r]. The signature is that of megatron-core's
+    `fused_apply_rotary_pos_emb`.
 
-    cos and sin stay in fp32, where megatron-core's unfused path rounds them to t's dtype. `mscale` multiplies both.
+    freqs has each angle twice: in its two halves, or side by side if interleaved. `mscale` multiplies cos and sin. They
+    stay in fp32; megatron-core's unfused path rounds them to t's dtype.
+    Raises ValueError for a shape, dtype, device or stride that does not fit.
     """
     backend = choose_backend(t, backend)
     require(not transpose_output_memory, "transpose_output_memory (True) must be False: it is not supported")
@@ -352,11 +356,12 @@ def apply_rope_thd(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """A pack [t, n, d] turned by angles [positions, 1, 1, r], with the signature of megatron-core's
-    `fused_apply_rotary_pos_emb_thd`: positions start again at 0 with each sequence of cu_seqlens.
+    """Rotate a pack t [t, n, d] by the angles freqs [positions, 1, 1, r]. The signature is that of megatron-core's
+    `fused_apply_rotary_pos_emb_thd`.
 
-    With context parallelism, cu_seqlens counts the whole sequences, and this rank holds of each the chunks cp_rank and
-    2 cp_size - 1 - cp_rank of 2 cp_size, as megatron-core deals them.
+    Each sequence of cu_seqlens starts at position 0. With context parallelism cu_seqlens is of the whole sequences. Each
+    is split into 2 cp_size chunks, and this rank has chunks cp_rank and 2 cp_size - 1 - cp_rank, as in megatron-core.
+    Raises ValueError for a shape, dtype, device or stride that does not fit.
     """
     backend = choose_backend(t, backend)
     require(0 <= cp_rank < cp_size, f"cp_rank ({cp_rank}) must be from 0 to cp_size - 1 ({cp_size - 1})")
@@ -364,7 +369,7 @@ def apply_rope_thd(
     _check_angles(freqs)
     local = packed_position_ids(cu_seqlens // cp_size, t.shape[0])
     if cp_size > 1:
-        # The first half of a rank's part of a sequence is chunk cp_rank, the second chunk 2 cp_size - 1 - cp_rank.
+        # The first half of a rank's tokens of a sequence is chunk cp_rank, the second is 2 cp_size - 1 - cp_rank.
         bounds = cu_seqlens.to(local.device, torch.int64) // cp_size
         index = torch.arange(t.shape[0], device=local.device)
         chunk = (bounds[1:] - bounds[:-1])[torch.searchsorted(bounds[1:-1].contiguous(), index, right=True)] // 2

@@ -1,15 +1,15 @@
-"""Frequencies and tables for rotary embeddings, computed once outside the kernels.
+"""Frequencies and tables for rotary embeddings. The kernels read the tables.
 
 The unscaled inverse frequencies of a rotary dimension r are base^(-2i/r), i = 0 .. r/2 - 1 (Su et al. 2021,
-arXiv:2104.09864). Longer contexts change them:
+arXiv:2104.09864). A scaling changes them for longer contexts:
 
 * linear: divided by `factor` (position interpolation, Chen et al. 2023, arXiv:2306.15595).
-* ntk: the base becomes base * factor^(r / (r - 2)), which keeps the fastest and divides the slowest by `factor`.
-* dynamic: ntk with the factor that the sequence at hand needs; no change up to `original_max_positions`.
-* yarn: interpolates by part, and scales cos and sin by an attention factor (Peng et al. 2023, arXiv:2309.00071).
-* llama3: interpolates the wavelengths beyond a threshold, with a smooth passage (Llama 3.1).
+* ntk: the base becomes base * factor^(r / (r - 2)), which keeps the highest frequency and divides the lowest by `factor`.
+* dynamic: ntk with a factor that depends on the sequence's length; no change up to `original_max_positions`.
+* yarn: interpolates low frequencies, and scales cos and sin by an attention factor (Peng et al. 2023, arXiv:2309.00071).
+* llama3: divides low frequencies by `factor`, with a smooth transition to unchanged high ones (Llama 3.1).
 
-linear, dynamic, yarn and llama3 equal transformers' ROPE_INIT_FUNCTIONS, which a test checks.
+linear, dynamic, yarn and llama3 equal transformers' ROPE_INIT_FUNCTIONS; a test checks it.
 """
 
 import math
@@ -29,7 +29,7 @@ def _inverse_frequencies(dim, base, device):
 
 def _yarn(dim, base, factor, original_max_positions, beta_fast, beta_slow, truncate, device):
     def turns_to_dim(turns):
-        """The (real) index of the frequency that makes `turns` turns over the original context."""
+        """The index, a real number, of the frequency that makes `turns` turns over the original context."""
         return dim * math.log(original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = turns_to_dim(beta_fast), turns_to_dim(beta_slow)
@@ -70,11 +70,11 @@ def rope_frequencies(
     truncate: bool = True,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, float]:
-    """Inverse frequencies [dim / 2], fp32, and the factor that multiplies cos and sin (1.0 but for yarn).
+    """Return the inverse frequencies, fp32 [dim / 2], and the factor that multiplies cos and sin, 1.0 except for yarn.
 
-    `dim` is the rotary dimension. `original_max_positions` is the context length of pretraining: dynamic, yarn and
-    llama3 need it. `seq_len` is what dynamic scales for. The other names are those of Hugging Face's `rope_parameters`.
-    Raises ValueError for an unknown scaling, a missing number or one out of range.
+    `dim` is the rotary dimension. dynamic, yarn and llama3 need `original_max_positions`, the context length of
+    pretraining, in tokens. dynamic scales for sequences of `seq_len` tokens. The other options are named as in Hugging
+    Face's `rope_parameters`. Raises ValueError for an unknown scaling, a missing number or one out of range.
     """
     require(scaling in SCALINGS, f"scaling ({scaling!r}) must be one of {SCALINGS}")
     require(dim > 0 and dim % 2 == 0, f"dim ({dim}) must be positive and divisible by 2")
@@ -116,7 +116,7 @@ def rope_frequencies(
 
 
 def rope_tables(inv_freq: Tensor, positions: int | Tensor, *, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, each fp32 [positions, r / 2], of a number of positions (0, 1, ...) or of a tensor of them."""
+    """cos and sin, each fp32 [positions, r / 2]. `positions` is a number of positions from 0 on, or a tensor of them."""
     if not isinstance(positions, Tensor):
         positions = torch.arange(positions, device=inv_freq.device)
     angles = positions.to(torch.float32)[..., None] * inv_freq
@@ -124,9 +124,9 @@ def rope_tables(inv_freq: Tensor, positions: int | Tensor, *, attention_factor: 
 
 
 def packed_position_ids(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Positions [total] that start again at 0 with every sequence of a pack; cu_seqlens is [batch + 1], from 0.
+    """The position [total] of each token in its sequence of a pack; cu_seqlens is [sequences + 1] and starts with 0.
 
-    Tokens after the last sequence (padding) go on counting from its start. No synchronisation with the device.
+    Tokens after the last sequence (padding) continue its positions. Does not wait for the device.
     """
     index = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:-1].to(index.dtype).contiguous(), index, right=True)

@@ -1,15 +1,16 @@
-r"""SwiGLU (Shazeer 2020, arXiv:2002.05202), packed or split, with an optional weight a token for mixtures of experts.
+r"""SwiGLU (Shazeer 2020, arXiv:2002.05202) of one packed or two tensors. Mixtures of experts add a weight per token.
 
     y = w silu(g) u,    silu(g) = g s,    s = sigmoid(g)
 
-Backward, from g, u and w alone (nothing else is saved; s is computed again):
+The backward saves g, u and w only, and computes s again:
 
     dg = dy w u s (1 + g (1 - s))        du = dy w g s        dw = sum_j dy_j silu(g_j) u_j
 
-Packed input is [..., 2f] = [g; u] as megatron-core's gated MLP lays it out; its gradient is one buffer of that shape,
-both halves written by the same kernel, so no concatenation follows. All arithmetic is fp32, rounded once at the end.
+Packed input is [..., 2f] = [g; u], as in megatron-core's gated MLP. One kernel writes both halves of its gradient into
+one buffer, so nothing is concatenated. All arithmetic is in fp32 and rounded once at the end.
 
-Memory traffic in bf16: 6 bytes an element forward (read g, u; write y), 10 backward (read g, u, dy; write dg, du).
+Memory traffic per element in bf16: the forward moves 6 bytes (read g, u; write y), the backward 10 (read g, u, dy; write
+dg, du).
 """
 
 import torch
@@ -25,7 +26,7 @@ from flagscale_kernels._checks import (
 )
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
-MAX_BLOCK = 2048  # columns a program handles at a time
+MAX_BLOCK = 2048  # columns that a program processes at a time
 
 
 def swiglu_reference(gate: Tensor, up: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -51,7 +52,7 @@ def _forward_torch(gate, up, weight):
 
 
 def _backward_torch(dy, gate, up, weight, dgate, dup):
-    """Writes dgate and dup; returns the weight's gradient, or None."""
+    """Write dgate and dup, and return the weight's gradient, or None."""
     compute = torch.promote_types(gate.dtype, torch.float32)
     g = gate.to(compute)
     silu = torch.nn.functional.silu(g)
@@ -109,7 +110,7 @@ def _swiglu_backward_kernel(
     if HAS_WEIGHT:
         w = tl.load(W + row).to(tl.float32)
         dw = tl.zeros([BLOCK], tl.float32)
-    # With a weight one program owns the row, because dw sums over it; without, the blocks of a row are separate.
+    # With a weight one program processes the whole row, because dw is a sum over it; else one program per block.
     for first in range(tl.program_id(1) * BLOCK, f, tl.num_programs(1) * BLOCK):
         cols = first + tl.arange(0, BLOCK)
         mask = cols < f
@@ -257,11 +258,12 @@ _split_op.register_autograd(_split_autograd, setup_context=_setup)
 def swiglu(
     gate: Tensor, up: Tensor | None = None, *, weight: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """silu(gate) * up, times `weight` a token where given.
+    """silu(gate) * up * weight.
 
-    One argument: packed [..., 2f] with the gate in the first half -> [..., f]. Two: each [..., f] -> [..., f]. `weight`
-    (a router's probability) has one element a row, shape [...] or [..., 1], any float dtype, and gets a gradient.
-    Leading dimensions may be strided, the last must be contiguous. Raises ValueError for anything else.
+    gate, up: each [..., f] -> [..., f]; or gate alone, [..., 2f] with the gate in the first half -> [..., f].
+    weight: one number per row, such as a router's probability: [...] or [..., 1], of any float dtype, with a gradient.
+    The last dimension must be contiguous; the others may be strided. Raises ValueError for a shape, dtype, device or
+    stride that does not fit.
     """
     backend = choose_backend(gate, backend)
     require(gate.dim() >= 1, f"gate.dim() ({gate.dim()}) must be at least 1")
@@ -283,7 +285,7 @@ def swiglu(
         rows = gate.shape[:-1]
         require(
             weight.shape in (rows, (*rows, 1)),
-            f"weight.shape ({tuple(weight.shape)}) must be {tuple(rows)} or {(*rows, 1)}, one element a row of gate",
+            f"weight.shape ({tuple(weight.shape)}) must be {tuple(rows)} or {(*rows, 1)}, one element per row of gate",
         )
         weight = weight.reshape(rows)
     if up is None:

@@ -51,10 +51,19 @@ def check(rows):
             assert row[other] == 0, f"{named(row)} has {other}"
 
 
-def test_the_default_configs_fit_do_not_spill_and_use_the_matrix_units():
-    rows = compiled("--quick")
-    assert all(row["chosen"] for row in rows)
-    check(rows)
+@pytest.fixture(scope="module")
+def default_rows():
+    return compiled("--quick")
+
+
+def test_the_default_configs_fit_do_not_spill_and_use_the_matrix_units(default_rows):
+    assert all(row["chosen"] for row in default_rows)
+    check(default_rows)
+
+
+def test_a_new_threshold_of_piecewise_attention_compiles_nothing(default_rows):
+    piecewise = [(row["arch"], row["kernel"]) for row in default_rows if "piecewise" in row["kernel"]]
+    assert len(piecewise) == len(set(piecewise)) == 6, piecewise
 
 
 @pytest.mark.soak

@@ -107,7 +107,7 @@ def test_meta_tensors_give_the_shapes_of_the_real_ones(backend, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_compile_traces_through_without_a_graph_break(name):
     function, tensors = operators()[name]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert_same(outputs_and_gradients(compiled, tensors, "torch"), outputs_and_gradients(function, tensors, "torch"))
 

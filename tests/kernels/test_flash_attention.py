@@ -187,12 +187,15 @@ def test_nothing_of_size_seq_by_seq_is_allocated():
     assert Largest.numel == 123 * 16
 
 
-@pytest.mark.parametrize("chunk", [1, 1000])
-def test_cpu_path_in_several_chunks_of_queries(monkeypatch, chunk):
-    import flagscale_kernels._attention_torch as module
-
-    monkeypatch.setattr(module, "CHUNK_SCORES", chunk)
-    check("torch", qkv(n=4, n_kv=2, s=21, s_k=30), window=8, alibi_slopes=torch.rand(4))
+@pytest.mark.parametrize(
+    ("b", "n", "n_kv", "s", "s_k"),
+    [
+        (1, 4, 2, 900, 1300),  # chunks of 403, 403 and 94 queries
+        (8, 64, 1, 3, 4200),  # one query has more scores than a chunk: chunks of one query
+    ],
+)
+def test_cpu_path_in_several_chunks_of_queries(b, n, n_kv, s, s_k):
+    check("torch", qkv(b, n, n_kv, s, s_k), window=8, alibi_slopes=seeded(n).abs())
 
 
 def test_cpu_path_passes_gradcheck():

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+import triton
 from kernel_checks import assert_as_good_as_pytorch, seeded
 
 import flagscale_kernels as fk
-from flagscale_kernels._triton import interpreting
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: start the process with TRITON_INTERPRET=0"),
+    pytest.mark.skipif(
+        triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: start the process with TRITON_INTERPRET=0"
+    ),
 ]
 DTYPES = [torch.float16, torch.bfloat16]
 

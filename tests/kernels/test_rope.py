@@ -127,36 +127,43 @@ def test_the_backward_writes_over_the_gradient_only_when_told_to(backend):
     assert expanded.eq(1).all()
 
 
+class Group:
+    """Stands for a context-parallel group seen from one of its ranks."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = (lambda: rank), (lambda: size)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_with_megatron_angles_equals_megatron_core(backend, interleaved):
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+    from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+    from megatron.core.transformer import TransformerConfig
 
     angles = torch.outer(torch.arange(5.0), rope_frequencies(12)[0])
     freqs = torch.stack((angles, angles), -1).flatten(1) if interleaved else torch.cat((angles, angles), -1)
     freqs = freqs[:, None, None]  # [s, 1, 1, r]
     t = seeded(5, 2, 3, 16)
     got = apply_rope(t, freqs, interleaved=interleaved, mscale=1.1, backend=backend)
-    theirs = _apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved, mscale=1.1)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, rotary_interleaved=interleaved)
+    theirs = apply_rotary_pos_emb(t, freqs, config, mscale=1.1, cp_group=Group(0, 1))
     torch.testing.assert_close(got, theirs)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pack_with_megatron_angles_equals_megatron_core(backend, cp_size):
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+    from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+    from megatron.core.transformer import TransformerConfig
 
-    class Group:
-        def __init__(self, rank):
-            self.size, self.rank = (lambda: cp_size), (lambda: rank)
-
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
     angles = torch.outer(torch.arange(20.0), rope_frequencies(16)[0])
     freqs = torch.cat((angles, angles), -1)[:, None, None]
     cu_seqlens = torch.tensor([0, 4, 12], dtype=torch.int32)
     for rank in range(cp_size):
         t = seeded(12 // cp_size, 3, 16, seed=rank)
         got = apply_rope_thd(t, cu_seqlens, freqs, cp_size, rank, backend=backend)
-        theirs = _apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, cp_group=Group(rank))
+        theirs = apply_rotary_pos_emb(t, freqs, config, cu_seqlens, cp_group=Group(rank, cp_size))
         torch.testing.assert_close(got, theirs)
 
 

@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 
-from flagscale_kernels import _tuning
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
 FIRST, SECOND = Config(bm=64, bn=64), Config(bm=128, bn=64)
@@ -31,14 +30,25 @@ class Kernel:
         return lambda *args, **options: self.launches.append((grid, options["BM"]))
 
 
-@pytest.fixture
-def tuned(monkeypatch, tmp_path):
-    monkeypatch.setenv(_tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.delenv(_tuning.AUTOTUNE_VARIABLE, raising=False)
-    monkeypatch.setattr(_tuning, "arch", lambda: 80)
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """An A100 that captures no graph, autotuning as by default, and an empty cache folder."""
+    monkeypatch.setenv("FLAGSCALE_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLAGSCALE_KERNELS_AUTOTUNE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return TunedKernel(Kernel(), LISTS)
+    return tmp_path / "cache"
+
+
+def tuned(times, configs=LISTS):
+    """A kernel whose launches take these times when they are measured; without times it must not be measured."""
+    left = list(times)
+
+    def milliseconds(call):
+        call()
+        return left.pop(0)
+
+    return TunedKernel(Kernel(), configs, chip=lambda: 80, milliseconds=milliseconds)
 
 
 def launch(tuned, **options):
@@ -46,58 +56,41 @@ def launch(tuned, **options):
     return tuned.kernel.launches[-1]
 
 
-def faster_is(monkeypatch, times):
-    """do_bench gives these times one after the other; an empty list means it must not be called."""
-    left = list(times)
-
-    def milliseconds(call):
-        call()
-        return left.pop(0)
-
-    monkeypatch.setattr(_tuning, "_milliseconds", milliseconds)
+def test_the_faster_config_is_measured_once_and_kept():
+    kernel = tuned([2.0, 1.0])
+    assert launch(kernel) == ((128,), 128)
+    assert launch(kernel) == ((128,), 128)
+    assert [bm for _, bm in kernel.kernel.launches] == [64, 128, 128, 128]
 
 
-def test_the_faster_config_is_measured_once_and_kept(tuned, monkeypatch):
-    faster_is(monkeypatch, [2.0, 1.0])
-    assert launch(tuned) == ((128,), 128)
-    assert launch(tuned) == ((128,), 128)
-    assert [bm for _, bm in tuned.kernel.launches] == [64, 128, 128, 128]
-
-
-def test_the_choice_survives_on_disk_and_belongs_to_its_list(tuned, monkeypatch, tmp_path):
-    faster_is(monkeypatch, [2.0, 1.0])
-    launch(tuned)
-    [path] = (tmp_path / "cache").iterdir()
+def test_the_choice_survives_on_disk_and_belongs_to_its_list(cache):
+    launch(tuned([2.0, 1.0]))
+    [path] = cache.iterdir()
     assert path.name.startswith("NVIDIA_A100-triton-")
-    faster_is(monkeypatch, [])
-    assert launch(TunedKernel(Kernel(), LISTS)) == ((128,), 128)
-    faster_is(monkeypatch, [1.0, 2.0])
-    assert launch(TunedKernel(Kernel(), lambda *_: [FIRST, SECOND, FIRST][:2][::-1])) == ((128,), 128)
+    assert launch(tuned([])) == ((128,), 128)
+    assert launch(tuned([1.0, 2.0], configs=lambda *_: [SECOND, FIRST])) == ((128,), 128)
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_a_damaged_cache_file_is_measured_again(tuned, monkeypatch, tmp_path):
-    faster_is(monkeypatch, [2.0, 1.0])
-    launch(tuned)
-    [path] = (tmp_path / "cache").iterdir()
+def test_a_damaged_cache_file_is_measured_again(cache):
+    launch(tuned([2.0, 1.0]))
+    [path] = cache.iterdir()
     path.write_text("{half a file")
-    faster_is(monkeypatch, [1.0, 2.0])
-    assert launch(TunedKernel(Kernel(), LISTS)) == ((64,), 64)
+    assert launch(tuned([1.0, 2.0])) == ((64,), 64)
 
 
-def test_a_key_of_its_own_is_measured_on_its_own(tuned, monkeypatch):
-    faster_is(monkeypatch, [2.0, 1.0, 1.0, 2.0])
-    assert launch(tuned, key=(True,)) == ((128,), 128)
-    assert launch(tuned, key=(False,)) == ((64,), 64)
+def test_a_key_of_its_own_is_measured_on_its_own():
+    kernel = tuned([2.0, 1.0, 1.0, 2.0])
+    assert launch(kernel, key=(True,)) == ((128,), 128)
+    assert launch(kernel, key=(False,)) == ((64,), 64)
 
 
-def test_without_autotuning_and_while_capturing_a_graph_the_first_config_runs(tuned, monkeypatch):
-    faster_is(monkeypatch, [])
-    monkeypatch.setenv(_tuning.AUTOTUNE_VARIABLE, "0")
-    assert launch(tuned) == ((64,), 64)
-    monkeypatch.delenv(_tuning.AUTOTUNE_VARIABLE)
+def test_without_autotuning_and_while_capturing_a_graph_the_first_config_runs(monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_KERNELS_AUTOTUNE", "0")
+    assert launch(tuned([])) == ((64,), 64)
+    monkeypatch.delenv("FLAGSCALE_KERNELS_AUTOTUNE")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert launch(tuned) == ((64,), 64)
+    assert launch(tuned([])) == ((64,), 64)
 
 
 def test_each_chip_has_its_list():
