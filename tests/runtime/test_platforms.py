@@ -1,7 +1,9 @@
 """Platforms are found by name, by what the machine has and as plug-ins; a plug-in trains as gloo does, bit for bit."""
 
 import importlib
+import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from flagscale_like.errors import ConfigError, PlatformError
 from flagscale_like.model.build import build_chunks, check_kernels, initialize_weights, kernels_of, wrap_chunks
 from flagscale_like.runtime import launch
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.runtime.platforms import CHIPS, Chip, choose, get_platform, prepared, survey
+from flagscale_like.runtime.platforms import CHIPS, Chip, Platform, choose, get_platform, prepared, survey
 from flagscale_like.runtime.platforms.choice import candidates
 from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.runtime.platforms.cuda import CudaPlatform
@@ -403,3 +405,57 @@ def test_megatron_cores_fusions_are_left_alone_on_cuda_and_keep_their_names_on_t
 def test_a_platform_is_prepared_once():
     assert prepared(CpuPlatform) is CpuPlatform
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+PAGE = (REPOSITORY / "docs" / "devices.md").read_text(encoding="utf-8")
+
+
+def rows_under(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading of docs/devices.md, without marks of code."""
+    lines = PAGE.partition(heading)[2].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_the_page_has_the_tables_chips():
+    documented = {
+        (
+            name,
+            kind,
+            package if package.startswith("torch_") else None,
+            backend.split()[0],
+            visible,
+            triton == "yes",
+            state,
+        )
+        for name, _, kind, package, backend, visible, triton, state in rows_under("## The chips of the table")
+    }
+    assert documented == {
+        (c.name, c.torch_type, c.module, c.backend, c.visible_env, c.triton, "not run") for c in CHIPS
+    }
+    assert all(chip.bf16 and chip.pinned and chip.streams for chip in CHIPS)
+
+
+def test_the_page_has_every_capability_and_its_default():
+    words = {True: "true", False: "false", None: "none", 8192: "8192", 256 << 20: "256 MiB"}
+    documented = {}
+    for names, defaults, _ in rows_under("## Add a chip as a class"):
+        documented |= dict(zip(names.split(", "), defaults.split(", "), strict=True))
+    described = ("module", "visible_env", "environment", "not_run", "claims")
+    here = {
+        name: words[value]
+        for name, value in vars(Platform).items()
+        if name in Platform.__annotations__ and name not in described
+    }
+    assert documented == here
+
+
+def test_the_pages_examples_are_platforms():
+    row, subclass = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    found: dict = {}
+    exec(row, found)
+    assert platform_of(found["CHIP"]).missing() == "the package torch_example is not installed"
+    exec(subclass, found)
+    assert found["ExampleChip"].missing() == "the package torch_example is not installed"
+    assert not found["ExampleChip"].pins_memory
