@@ -1,6 +1,6 @@
 """Copies between device and host beside the compute: one side stream a direction, ordered by events, timed.
 
-On a CPU the same calls copy at once, in order; all of their time is exposed.
+Where there are no streams the same calls copy at once, in order; all of their time is exposed.
 """
 
 from __future__ import annotations

@@ -99,20 +99,24 @@ def _platform(each: Surveyed) -> Finding:
         return Finding(name, "broken", each.reason)
     if each.reason is not None:
         return Finding(name, "missing", each.reason)
-    if each.platform.ranks_share_device:
-        return Finding(name, "ok", "the host")
-    if not each.platform.claims:
-        return Finding(
-            name, "missing", f"not told from another one: {each.name} is used where FLAGSCALE_LIKE_DEVICE says so"
-        )
-    devices = [each.platform(index) for index in range(each.devices)]
-    told = "; ".join(
-        f"{index}: {d.describe()}, {d.total_memory_bytes() / 2**30:.0f} GiB" for index, d in enumerate(devices)
-    )
-    notes = [] if each.origin == "built in" else [each.origin]
+    if each.platform.claims:
+        told = "; ".join(f"{index}: {_device(each.platform, index)}" for index in range(each.devices))
+    elif each.platform.ranks_share_device:
+        told = "the host"
+    else:
+        told = f"not told from cuda here: FLAGSCALE_LIKE_DEVICE={each.name} chooses it"
+    notes = [] if each.origin in ("built in", "table") else [each.origin]
     if each.platform.not_run:
         notes.append("written from the vendor's documents, not run")
-    return Finding(name, "ok", f"{told} ({', '.join(notes)})" if notes else told)
+    return Finding(name, "ok", f"{told} ({'; '.join(notes)})" if notes else told)
+
+
+def _device(platform: type[Platform], index: int) -> str:
+    device = platform(index)
+    try:
+        return f"{device.describe()}, {device.total_memory_bytes() / 2**30:.0f} GiB"
+    except (AttributeError, RuntimeError) as error:  # of a vendor's namespace; the other lines are still worth reading
+        return f"{device.device} ({str(error).partition(chr(10))[0]})"
 
 
 def _shim(platform: type[Platform]) -> str:

@@ -14,14 +14,14 @@ class HostCopies:
     - `wait` returns when the copies are there; any thread may call it;
     - `hold_compute` must come before the sources are overwritten; it stops the device's compute queue, not the caller.
 
-    On CUDA the buffers are pinned and the copies run on a stream of their own, so that `begin` to `end` takes the time to
-    enqueue them. On CPU each `copy` is complete when it returns.
+    Where there are streams, the copies run on one of their own, so that `begin` to `end` takes the time to enqueue them.
+    Elsewhere each `copy` is complete when it returns.
     """
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
         self._stream = platform.side_stream()
-        self._event: torch.cuda.Event | None = None
+        self._event: torch.Event | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def begin(self) -> None:

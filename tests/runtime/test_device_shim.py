@@ -9,11 +9,11 @@ from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import _loss
 from flagscale_like.engine.shards import adam_step, ensure_moments, set_adam_step
-from flagscale_like.errors import PlatformError
 from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime import device_shim
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platforms import get_platform
+from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from tests.harness import build_engine, run_ranks, tiny_config
 
 PLACES = (
@@ -61,12 +61,56 @@ def read_stand_in() -> dict:
         "tensor": schedules.torch.tensor([1.0], device=torch.device("cuda", 0)).device.type,
         "current_device": schedules.torch.cuda.current_device().type,
         "passed through": schedules.torch.nn is torch.nn,
+        "timed": schedules.torch.cuda.Event(enable_timing=True).elapsed_time(None),
+        "stream": schedules.torch.cuda.Stream(device=schedules.torch.cuda.current_device(), priority=-1).query(),
     }
 
 
 def test_inside_megatron_core_cuda_means_the_cpu():
     assert run_ranks(1, read_stand_in) == [
-        {"zeros": "cpu", "tensor": "cpu", "current_device": "cpu", "passed through": True}
+        {"zeros": "cpu", "tensor": "cpu", "current_device": "cpu", "passed through": True, "timed": 0.0, "stream": True}
+    ]
+
+
+class MetaPlatform(CpuPlatform):
+    """Stands for a chip: its tensors have a device and a type string that are neither the CPU's nor CUDA's."""
+
+    name = torch_type = "meta"
+
+    def __init__(self) -> None:
+        self.device = torch.device("meta")
+
+
+def use_another_device() -> dict:
+    device_shim.install(MetaPlatform())
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    module = importlib.import_module("megatron.core.transformer.module")
+    grad_scaler = importlib.import_module("megatron.core.optimizer.grad_scaler")
+    scaler = grad_scaler.DynamicGradScaler(4.0, 1.0, 2.0, 0.5, 10, 2)
+    scaler.load_state_dict({"scale": torch.ones(1), "growth_tracker": 0, "hysteresis_tracker": 2})
+    half = module.fp32_to_float16(torch.ones(2, device="meta"), lambda x: x.bfloat16())
+    with device_shim._TypeNames(torch.device("meta")):
+        type_name = half.type()
+    return {
+        "zeros": schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type,
+        "current_device": schedules.torch.cuda.current_device().type,
+        "left on the host": schedules.torch.zeros([]).device.type,
+        "scale": scaler._scale.device.type,
+        "type": type_name,
+        "back": str(module.float16_to_fp32(half).dtype),
+    }
+
+
+def test_the_same_mechanism_serves_any_device():
+    assert run_ranks(1, use_another_device) == [
+        {
+            "zeros": "meta",
+            "current_device": "meta",
+            "left on the host": "cpu",
+            "scale": "meta",
+            "type": "torch.cuda.BFloat16Tensor",
+            "back": "torch.float32",
+        }
     ]
 
 
@@ -154,10 +198,3 @@ def test_a_linear_layer_adds_its_weight_gradient_to_main_grad_itself(dtype):
     fused, plain = torch.tensor(fused), torch.tensor(plain)
     torch.testing.assert_close(fused, plain)
     assert fused.abs().max() > 1
-
-
-@pytest.mark.parametrize("value", ["tpu", "CPU"])
-def test_an_unknown_device_is_refused(monkeypatch, value):
-    monkeypatch.setenv("FLAGSCALE_LIKE_DEVICE", value)
-    with pytest.raises(PlatformError, match=value):
-        get_platform.__wrapped__()

@@ -34,8 +34,12 @@ class Platform:
     """The Python package that brings the device to torch; None: torch has it."""
     visible_env: ClassVar[str | None] = None
     """The environment variable that lists the devices a process sees."""
-    environment: ClassVar[Mapping[str, str]] = {}
-    """Environment variables that are set where they are unset, before the device is first used."""
+    environment: ClassVar[Mapping[str, str]] = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    """Environment variables that are set where they are unset, before the device is first used.
+
+    megatron-core overlaps TP communication with matrix products by the order in which CUDA launches kernels
+    (tensor_parallel/layers.py), and warns on every rank, CUDA or not, where this one is not set.
+    """
     not_run: ClassVar[bool] = False
     """Written from the vendor's documents, and never run on the device."""
     claims: ClassVar[bool] = True

@@ -37,7 +37,7 @@ def candidates() -> dict[str, Candidate]:
     found = {p.name: Candidate(p.name, "built in", functools.partial(_itself, p)) for p in built_in}
     found |= {chip.name: Candidate(chip.name, "table", functools.partial(platform_of, chip)) for chip in CHIPS}
     plug_ins: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name in (p.name for p in built_in):
             raise PlatformError(f"{_origin(entry)} gives a platform named {entry.name}, which is built in: rename it")
         other = plug_ins.setdefault(entry.name, entry)

@@ -70,8 +70,6 @@ class CpuPlatform(Platform):
     """All ranks of a node share its cores and its memory."""
 
     name, torch_type, backend = "cpu", "cpu", "gloo"
-    # megatron-core warns on every rank, CPU or not, where this is not set.
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # noqa: RUF012
     claims = False  # what is left where nothing else claims the machine
     has_streams = pins_memory = overlaps_param_gather = counts_device_memory = False
     ranks_share_device = True

@@ -15,8 +15,6 @@ class CudaPlatform(Platform):
     """The platform that megatron-core is written for: nothing of it is patched."""
 
     name, torch_type, backend, visible_env = "cuda", "cuda", "nccl", "CUDA_VISIBLE_DEVICES"
-    # megatron-core overlaps TP communication with GEMMs by the order of kernel launches (tensor_parallel/layers.py).
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # noqa: RUF012
     needs_shim = False
     compiles = True
     triton = True

@@ -91,7 +91,7 @@ CHIPS = (
         torch_type="cuda",
         module="torch_xmlir",
         backend="nccl",  # torch_xmlir answers to this name with BKCL
-        visible_env="XPU_VISIBLE_DEVICES",
+        visible_env="CUDA_VISIBLE_DEVICES",
     ),
     Chip(
         name="gcu",
