@@ -3,10 +3,10 @@
     python benchmarks/checkpoint_scale.py --ranks 256 1024 4096 16384 --folder /path/on/the/disk
     python benchmarks/checkpoint_scale.py --ranks 1024 --folder /path/on/the/disk --no-index
 
-For each number of ranks it makes a folder of as many files. A file holds 60 fragments of two elements, each with a weight and
-two moments, so that the cost of planning is all there is: headers, index, search. The saving layout has 8 tensor-parallel
-ranks; of the rest, either the pipeline stages grow with the ranks (a larger model, the default) or the replicas (--grow
-replicas: the same model on more data-parallel ranks). A process of its own then loads what one rank in the middle wants:
+For each number of ranks it makes a folder of as many files. A file holds 60 fragments of two elements, each with a weight
+and two moments, so that the cost of planning is all there is: headers, index, search. The saving layout has 8
+tensor-parallel ranks, 32 replicas (--replicas), and as many pipeline stages as there are ranks for: more ranks save a larger
+model, unless the replicas grow with them. A process of its own then loads what one rank in the middle wants:
 
     own range     the range of each tensor whose optimizer state the rank holds, on the layout that saved
     and weights   also the rank's whole weights: as many files as the layout has replicas
@@ -41,7 +41,6 @@ from flagscale_like.checkpoint.fragments import Fragment
 
 TENSORS = 60  # of a stage; a rank has a fragment of each
 TP = 8
-DP = 32  # where the stages grow
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 LOADS = ("own range", "and weights", "half tp")
 
@@ -53,11 +52,6 @@ class Layout:
     stages: int
     dp: int
     tp: int = TP
-
-    @staticmethod
-    def of(ranks: int, grow: str) -> Layout:
-        """`ranks` must be a multiple of 256."""
-        return Layout(ranks // (TP * DP), DP) if grow == "stages" else Layout(1, ranks // TP)
 
     @property
     def ranks(self) -> int:
@@ -148,15 +142,15 @@ def read(folder: Path, load: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--grow", choices=["stages", "replicas"], default="stages")
+    parser.add_argument("--replicas", type=int, default=32, help="data-parallel ranks of the layout that saves")
     parser.add_argument("--folder", type=Path, help="where the folders are made, and removed again")
     parser.add_argument("--no-index", action="store_true", help="without an index, as older versions saved")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=LOADS)
     parser.add_argument("--keep", action="store_true", help="leave the folders for --read")
     parser.add_argument("--read", type=Path, help="measure this folder, and print JSON")
     options = parser.parse_args()
-    if any(ranks % (TP * DP) for ranks in options.ranks):
-        parser.error(f"--ranks must be multiples of {TP * DP}")
+    if any(ranks % (TP * options.replicas) for ranks in options.ranks):
+        parser.error(f"--ranks must be multiples of {TP} x --replicas")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     if options.read:
@@ -165,7 +159,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="checkpoint_scale_", dir=options.folder))
     try:
         for ranks in options.ranks:
-            layout = Layout.of(ranks, options.grow)
+            layout = Layout(ranks // (TP * options.replicas), options.replicas)
             folder = root / f"ranks_{ranks}"
             cost = make(folder, layout, index=not options.no_index)
             print(
