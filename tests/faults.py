@@ -1,13 +1,17 @@
 """Faults for tests: what a rank does to itself at a named moment. The product knows nothing of them."""
 
 import functools
+import itertools
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flagscale_like.checkpoint import format, manifest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from flagscale_like.checkpoint import manifest
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine, Outputs
 from flagscale_like.jsonl import read_records
@@ -77,8 +81,9 @@ def after(call: Callable) -> None:
     kill_self()
 
 
-def _is_latest(path: Path, *_: Any, **__: Any) -> bool:
-    return path.name == manifest.LATEST
+def _moved_to(name: str) -> Callable:
+    """Of os.replace: whether a file gets this name."""
+    return lambda source, target: Path(target).name == name
 
 
 def poison(steps: set[int], *names: str) -> None:
@@ -99,22 +104,55 @@ def poison(steps: set[int], *names: str) -> None:
     Engine.forward_backward = forward_backward
 
 
-# Moments of a run that saves at steps 2, 4 and 6; the faults hit step 5, or the save of step 4.
-# The tensors a snapshot copies are the same each time, and so are the pieces of a file: both count from the first save.
-MOMENTS: dict[str, Callable[[int], None]] = {
-    "in mid-step": lambda pieces: at_call(Engine, "forward_backward", 5, after),
-    # One call more than a snapshot has: `reserve` is the first, the save of step 2 the second.
-    "during staging": lambda pieces: at_call(host_copy.HostCopies, "copy", 2 * pieces + pieces // 2, before),
-    "during a shard's write": lambda pieces: at_call(manifest.Checksum, "update", 1 + pieces + 1 + pieces // 2, before),
-    "before the metadata": lambda pieces: at_call(format, "write_manifest", 2, before),
-    "after the metadata": lambda pieces: at_call(format, "write_manifest", 2, after),
-    "before the latest pointer moves": lambda pieces: at_call(manifest, "write_json", 2, before, when=_is_latest),
-    "after the latest pointer moved": lambda pieces: at_call(manifest, "write_json", 2, after, when=_is_latest),
+def _synced(name: str) -> Callable:
+    """Of os.fsync: whether it is of a file whose name begins so."""
+    return lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name.startswith(name)
+
+
+def opened_for_writing(path: Any, mode: str = "r", *_: Any, **__: Any) -> bool:
+    """Of open: whether it begins a rank's file of a checkpoint."""
+    return "w" in mode and Path(str(path)).name.startswith("rank_")
+
+
+def _killed_in_mid_step() -> None:
+    """After the gradients of step 5, before its update."""
+    steps = itertools.count(1)
+    register_optimizer_step_pre_hook(lambda *_: kill_self() if next(steps) == 5 else None)
+
+
+def _killed_half_through_a_file() -> None:
+    """Once the first save's file is on disk, no file may grow past half its size: the kernel kills whoever tries."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        original(handle)
+        if _synced("rank_")(handle):
+            half = os.fstat(handle).st_size // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (half, resource.RLIM_INFINITY))
+
+    os.fsync = fsync
+
+
+# Moments of a run that saves at steps 2, 4 and 6: in step 5, or in the save of step 4. A call is counted over the saves.
+MOMENTS: dict[str, Callable[[], None]] = {
+    "in mid-step": _killed_in_mid_step,
+    # A tensor is copied once when the buffers are made, once for step 2, and the third time for step 4.
+    "during staging": lambda: at_call(
+        host_copy.HostCopies, "copy", 3, before, when=lambda copies, name, source: name == "1.param"
+    ),
+    "during a shard's write": _killed_half_through_a_file,
+    "before the index": lambda: at_call(os, "fsync", 2, before, when=_synced(manifest.INDEX)),
+    "before the manifest": lambda: at_call(os, "replace", 2, before, when=_moved_to(manifest.MANIFEST)),
+    "after the manifest": lambda: at_call(os, "replace", 2, after, when=_moved_to(manifest.MANIFEST)),
+    "before the latest pointer moves": lambda: at_call(os, "replace", 2, before, when=_moved_to(manifest.LATEST)),
+    "after the latest pointer moved": lambda: at_call(os, "replace", 2, after, when=_moved_to(manifest.LATEST)),
 }
 
 
-def die(config: RunConfig, rank: int, moment: str, pieces: int) -> None:
-    """Train, and SIGKILL this process at the moment, if it is the rank."""
+def die(config: RunConfig, rank: int, moment: str) -> None:
+    """Train; the process of this rank is killed at the moment."""
     if int(os.environ["RANK"]) == rank:
-        MOMENTS[moment](pieces)
+        MOMENTS[moment]()
     train_run(config)

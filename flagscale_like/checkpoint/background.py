@@ -12,10 +12,13 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs `function` at once in a daemon thread: it ends with its process, and nothing waits for it at exit.
+    """Runs `function` at once in a daemon thread, which ends with its process: nothing waits for it at exit.
 
-    A thread and not a process: a fork of a process that holds CUDA or gloo state is not safe, a spawned one would have
+    A thread and not a process: to fork a process that holds CUDA or gloo state is not safe, a spawned process would have
     to be sent the data, and both can outlive a killed trainer.
+
+    Args:
+        name: the thread's name.
 
     Attributes:
         seconds: how long the function ran, once it is done.
@@ -39,17 +42,18 @@ class Background(Generic[T]):
 
     @property
     def done(self) -> bool:
+        """Whether the function has returned or raised."""
         return self._future.done()
 
     def wait(self) -> None:
-        """Until the function has returned or raised."""
+        """Wait until the function has returned or raised."""
         self._future.exception()
 
     @property
     def error(self) -> Exception | None:
-        """What the function raised; waits for it."""
+        """What the function raised, or None; waits for its end."""
         return self._future.exception()
 
     def result(self) -> T:
-        """What the function returned, or raises what it raised; waits for it."""
+        """Wait for the function's end. Returns what it returned, or raises what it raised."""
         return self._future.result()

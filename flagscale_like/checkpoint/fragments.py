@@ -1,9 +1,9 @@
-"""Index arithmetic of checkpoints that load anywhere: flat ranges of shards, as boxes of the global tensor.
+"""Index arithmetic of checkpoints that load on any layout: flat ranges of shards, as boxes of the global tensor.
 
 The distributed optimizer owns flat ranges of each local shard: `[start, stop)` of the row-major elements of a box of the
 global tensor. A flat range of a box is at most 2 * ndim - 1 boxes itself (a partial first row, whole rows, a partial last
 row, and so on inwards). Saved and wanted ranges thus become boxes in one coordinate system, and loading into any layout is
-copying the overlaps.
+to copy what overlaps.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Fragment:
 
     @property
     def numel(self) -> int:
+        """How many elements it has."""
         return self.stop - self.start
 
     def boxes(self) -> Iterator[Box]:
@@ -51,6 +52,7 @@ class Box:
         return storage[self.flat : self.flat + prod(self.shape)].view(self.shape)
 
     def slices(self, low: Index, high: Index) -> tuple[slice, ...]:
+        """The part between two corners in global coordinates, as slices of `view`."""
         return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, self.offset, strict=True))
 
 
@@ -77,7 +79,7 @@ def _boxes(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index, 
 
 
 def same_box(a: Fragment, b: Fragment) -> bool:
-    """Whether both are ranges of one box: what they share is then a range of either."""
+    """Whether both are ranges of the same box: the elements they share are then one range of it."""
     return (a.offset, a.shape) == (b.offset, b.shape)
 
 
@@ -107,7 +109,7 @@ def copy_overlap(source: Fragment, source_flat: Tensor, target: Fragment, target
 
 
 def elements_within(fragment: Fragment, shape: Index) -> int:
-    """How many of the fragment's elements lie inside a global tensor of `shape` (a smaller padded vocabulary, say)."""
+    """How many of the fragment's elements lie inside a global tensor of `shape`, such as one of a smaller vocabulary."""
     return sum(
         prod(max(0, min(o + s, limit) - o) for o, s, limit in zip(box.offset, box.shape, shape, strict=True))
         for box in fragment.boxes()

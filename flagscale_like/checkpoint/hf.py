@@ -1,7 +1,7 @@
-"""Hugging Face folder <-> native checkpoint, a tensor at a time, by several processes.
+"""Convert a Hugging Face folder to a native checkpoint and back, one tensor at a time, in several processes.
 
-Both ways: plan the files from names and shapes alone, let the processes write them, then put the small files beside and
-rename the folder. An interrupted conversion leaves a hidden temporary folder, and none that looks whole.
+Both ways work alike: plan the files from names and shapes alone, let the processes write them, write the small files beside
+them, and rename the folder. An interrupted conversion leaves a hidden temporary folder, and no folder that looks whole.
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int, max_bytes: int) -> list[list[Rule]]:
-    """Consecutive rules a file: at least `files` of about the same size, none above `max_bytes` unless by one tensor."""
+    """Divide the rules into consecutive groups, one for each file.
+
+    Args:
+        nbytes: the bytes of a rule's tensors.
+        files: the least number of files, of about the same size.
+        max_bytes: the most bytes of a file. One rule may exceed it alone.
+    """
     sizes = [nbytes(rule) for rule in rules]
     limit = min(max_bytes, -(-sum(sizes) // files))
     groups: list[list[Rule]] = [[]]
@@ -72,10 +78,10 @@ def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int,
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, and is removed on an error.
+    """Yield a temporary folder beside `out`. It takes the name `out` at the end, and is removed on an error.
 
     Raises:
-        ConversionError: `out` exists, or cannot be written.
+        ConversionError: `out` exists, or could not be written.
     """
     if out.exists():
         raise ConversionError(f"{out}: exists; choose another folder or remove it")
@@ -102,12 +108,12 @@ def _in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[A
         return list(pool.map(job, range(count)))
 
 
-# Hugging Face -> native
+# From Hugging Face to native
 
 
 @dataclass(frozen=True)
 class _ImportFile:
-    """Writes file `index` of an import. Picklable: another process opens the folder anew."""
+    """Writes one file of an import; called with its number. Picklable: its process opens the folder itself."""
 
     source: Path
     target: Path
@@ -123,10 +129,14 @@ class _ImportFile:
 
 
 def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
-    """Write a native checkpoint of weights alone, in the dtypes of the Hugging Face folder. It loads on any layout.
+    """Write a native checkpoint that holds the weights alone, in the Hugging Face folder's dtypes. It loads on any layout.
 
     Args:
-        workers: processes that write, a file each.
+        workers: how many processes write; each writes one file at a time.
+        max_file_bytes: the most bytes of a file, unless one tensor has more.
+
+    Returns:
+        The model's architecture.
 
     Raises:
         ConversionError: the folder cannot be read (see HfFolder), or `out` exists or cannot be written.
@@ -153,7 +163,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, those that are there."""
+    """Copy those of the tokenizer's files that exist."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if found:
         target.mkdir(exist_ok=True)
@@ -166,17 +176,20 @@ def _folder_token_ids(folder: Path) -> dict[str, Any]:
     return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
 
 
-# Native -> Hugging Face
+# From native to Hugging Face
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which tensors go to which file of a Hugging Face folder; from names and shapes alone. Picklable.
+    """Which tensors go to which file of a Hugging Face folder, from names and shapes alone. Picklable.
 
     Attributes:
-        arch: as the target family sees it: without a NormHead where that family has none.
-        dtype: of the weights; None keeps each tensor's own.
-        specs: by file.
+        source: the native checkpoint.
+        arch: the model's, without a NormHead where the target family has none.
+        dtype: of all weights; None where each tensor keeps its own.
+        normalize_head: write the output matrix with normalised rows, in place of a NormHead.
+        groups: the rules of each file.
+        specs: the tensors of each file.
     """
 
     source: Path
@@ -194,13 +207,14 @@ class ExportPlan:
 
     @property
     def files(self) -> list[str]:
+        """Names of the files with weights."""
         count = len(self.groups)
         return [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 @dataclass(frozen=True)
 class ExportFile:
-    """Writes file `index` of an export. Picklable: another process opens the checkpoint anew."""
+    """Writes one file of an export; called with its number. Picklable: its process opens the checkpoint itself."""
 
     plan: ExportPlan
     target: Path
@@ -231,13 +245,14 @@ def plan_export(
     files: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> ExportPlan:
-    """Lay out an export, and find what is wrong with it before anything is written.
+    """Lay out an export, and check it before anything is written.
 
     Args:
-        family: to write the model as; its own where it is None. Only where the maths is the same, or NormHead is all that
-            differs: its normalised matrix is then written.
-        dtype: bf16, fp16, fp32, or stored: each tensor's own.
-        files: at least so many.
+        family: the family to write the model as; None for its own. Another family must compute the same, or differ in
+            NormHead alone: then the output matrix is written with normalised rows.
+        dtype: bf16, fp16, fp32, or stored (each tensor's own).
+        files: the least number of files.
+        max_file_bytes: the most bytes of a file, unless one tensor has more.
 
     Raises:
         ConversionError: the family is not known, or cannot compute the model.
@@ -276,10 +291,11 @@ def plan_export(
 
 
 def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, token_ids: dict[str, Any]) -> None:
-    """The files beside the weights: index, config.json, generation_config.json, tokenizer.
+    """Write the files beside the weights: index, config.json, generation_config.json, tokenizer.
 
     Args:
-        token_ids: bos, eos and pad, for where there is no tokenizer to ask.
+        tokenizer: its folder, or None.
+        token_ids: ids of bos, eos and pad, used where the tokenizer has none.
     """
     if len(plan.groups) > 1:
         weight_map = {spec.name: file for file, specs in zip(plan.files, plan.specs, strict=True) for spec in specs}
@@ -307,8 +323,9 @@ def export(
     """Write a Hugging Face folder: safetensors with their index, config.json, generation_config.json, the tokenizer.
 
     Args:
-        workers: processes that write, a file each.
-        family, dtype: see plan_export().
+        workers: how many processes write; each writes one file at a time.
+        family, dtype, max_file_bytes: see plan_export().
+        tokenizer: folder of the tokenizer to copy, or None.
 
     Raises:
         ConversionError: `out` exists or cannot be written; the family cannot compute the model.
@@ -324,10 +341,10 @@ def export(
 def export_on_ranks(
     reader: CheckpointReader, out: Path, ctx: ParallelContext, *, dtype: str, tokenizer: Path | None
 ) -> None:
-    """export(), the files shared out over the ranks of a run, and what was at `out` replaced. All ranks call it.
+    """Like export(), but each rank of a run writes some of the files, and a folder at `out` is replaced. All ranks call it.
 
     Raises:
-        ConversionError: on every rank, where any rank could not write.
+        ConversionError: a rank could not write. Raised on every rank.
     """
     plan = plan_export(reader, dtype=dtype, files=ctx.world_size)
     aside = out.with_name(str(ctx.broadcast(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")))
@@ -359,7 +376,7 @@ def export_on_ranks(
 
 
 def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
-    """bos, eos and pad ids, as the tokenizer folder names them.
+    """The ids of bos, eos and pad that a tokenizer folder has.
 
     Raises:
         ConversionError: transformers cannot load it.
@@ -377,7 +394,7 @@ def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
-    """model.safetensors.index.json: which file holds which tensor."""
+    """Write model.safetensors.index.json, which says which file holds which tensor."""
     _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 

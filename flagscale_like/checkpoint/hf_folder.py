@@ -1,6 +1,6 @@
-"""A Hugging Face folder, read as if it were a native checkpoint: the same keys, the same shapes, any layout.
+"""A Hugging Face folder, read like a native checkpoint: the same keys and shapes, on any layout.
 
-Everything is checked against config.json before the first tensor is read: names, shapes, sizes of files.
+Names, shapes and file sizes are compared with config.json before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class HfFolder:
     """The weights of a Hugging Face folder under megatron-core's names.
 
     Attributes:
-        family, arch: what config.json says.
-        rules: every tensor of the model.
+        family, arch: from config.json.
+        rules: the weight map's rule of every tensor of the model.
 
     Raises:
         ConversionError: an unknown family; a file missing, truncated or damaged; a tensor missing, unknown, or of another
@@ -44,7 +44,7 @@ class HfFolder:
         self._last: tuple[str, Tensor] | None = None
 
     def _open_files(self) -> dict[str, TensorFile]:
-        """Tensor name -> the file that holds it."""
+        """The file that holds each tensor, by the tensor's name."""
         if (self.folder / INDEX).is_file():
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -111,18 +111,18 @@ class HfFolder:
         return self._files[name].get_tensor(name, whole=True)
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor that carries weights, under its Hugging Face name."""
+        """Every tensor with weights, under its Hugging Face name."""
         return [f.specs[name] for name, f in self._files.items() if not self.family.ignored.search(name)]
 
     def files(self) -> dict[str, list[TensorSpec]]:
-        """specs(), by file."""
+        """The tensors of specs(), by the name of their file."""
         found: dict[str, list[TensorSpec]] = {}
         for spec in self.specs():
             found.setdefault(self._files[spec.name].path.name, []).append(spec)
         return found
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """The dtype that holds all tensors of a rule."""
+        """The dtype that all tensors of a rule convert to without loss."""
         dtypes = [self._files[name].specs[name].dtype for name in rule.hf]
         wide = dtypes[0]
         for dtype in dtypes[1:]:
@@ -130,7 +130,7 @@ class HfFolder:
         return wide
 
     def keys(self) -> list[str]:
-        """megatron-core's names of the tensors."""
+        """The tensors, under megatron-core's names."""
         return sorted(self._by_core)
 
     def global_shape(self, key: str) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""The files of a checkpoint and how they are trusted: a manifest with size and checksum of each. Imports no torch.
+"""The files of a checkpoint, and the manifest that lists each with its size and checksum. Imports no torch.
 
-A file counts once the manifest names it, and the manifest is written after every file is on disk; so a folder without a
-manifest is unfinished, and one whose files do not match it is damaged. Nothing here reads what the files mean.
+The manifest is written after every other file is on disk. So a folder without a manifest is unfinished, and a folder whose
+files do not match it is damaged. Nothing here parses a tensor file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flagscale_like.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST, INDEX = "manifest.json", "state.json", "latest", "index.safetensors"
-TEMPORARY = ".tmp-"  # what starts with it in a checkpoints/ folder is unfinished or given up
+TEMPORARY = ".tmp-"  # a name in a checkpoints/ folder that starts with it is an unfinished or a removed checkpoint
 REPLACED = f"{TEMPORARY}replaced-"
 READ_BYTES = 16 << 20
 # json.loads raises RecursionError on nesting that only an attacker writes.
@@ -33,7 +33,7 @@ BAD_JSON = (ValueError, RecursionError)
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One line of the manifest. xxh3 finds damage; sha256, where it was asked for, also finds forgery."""
+    """One file in the manifest. xxh3 finds damage; sha256, where the configuration asks for it, also finds forgery."""
 
     name: str
     size_bytes: int
@@ -42,9 +42,12 @@ class FileRecord:
 
 
 class Checksum:
-    """The checksums of a file, as its bytes go by.
+    """Computes the checksums of a file from its bytes, piece by piece.
 
-    Both hashes let other threads run while they work on a large piece.
+    Both hashes release the interpreter lock while they work on a large piece.
+
+    Args:
+        sha256: compute sha256 beside xxh3.
     """
 
     def __init__(self, *, sha256: bool) -> None:
@@ -53,13 +56,14 @@ class Checksum:
         self.size_bytes = 0
 
     def update(self, data: bytes | memoryview) -> None:
+        """Take the file's next bytes."""
         self._xxh3.update(data)
         if self._sha256 is not None:
             self._sha256.update(data)
         self.size_bytes += len(data)
 
     def record(self, name: str) -> FileRecord:
-        """The manifest's line for a file of these bytes."""
+        """The record of a file that has the bytes taken so far."""
         sha256 = self._sha256.hexdigest() if self._sha256 is not None else None
         return FileRecord(name, self.size_bytes, self._xxh3.hexdigest(), sha256)
 
@@ -74,7 +78,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object, *, sha256: bool = False) -> FileRecord:
-    """Write JSON through a temporary file and a rename, fsynced."""
+    """Write JSON through a temporary file, an fsync and a rename, and return the file's record."""
     data = json.dumps(value, indent=1).encode()
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -107,8 +111,11 @@ def write_manifest(folder: Path, records: Iterable[FileRecord], index: FileRecor
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished checkpoint its name, then move the latest pointer to it; each is durable before the next.
 
-    A step saved twice (after a rewind): the new one takes the place of the old one, which `restore_replaced` finds where
-    this is interrupted in between.
+    Where a checkpoint of this step exists (the run went back and saved the step again), the new one takes its place. If this
+    is interrupted between the two renames, `restore_replaced` gives the old one its name back.
+
+    Raises:
+        OSError: a rename or a write failed; the old checkpoint has its name.
     """
     root = final.parent
     replaced = root / f"{REPLACED}{final.name}-{uuid.uuid4().hex[:8]}" if final.exists() else None
@@ -128,7 +135,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def restore_replaced(root: Path) -> None:
-    """Give a checkpoint its name back that was to be replaced by another, which did not come."""
+    """Give each checkpoint its name back that `publish` had moved aside when it was interrupted."""
     for replaced in Path(root).glob(f"{REPLACED}step_*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED).rpartition("-")[0])
         if not final.exists():
@@ -175,7 +182,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """state.json: step, consumed samples, layout, model, configuration, versions.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: the file is missing, or holds no JSON object.
     """
     try:
         state = json.loads((folder / STATE).read_bytes())
@@ -187,7 +194,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, or None: missing, wrong size, wrong checksum."""
+    """Compare a file with its record. Returns what is wrong (missing, wrong size, wrong checksum), or None."""
     path, checksum = folder / record.name, Checksum(sha256=record.sha256 is not None)
     try:
         size = path.stat().st_size
@@ -255,12 +262,15 @@ def step_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint folder's name tells."""
+    """The step in a checkpoint folder's name."""
     return int(folder.name[5:])
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself, a checkpoints/ folder or a run folder: the newest one there.
+    """The checkpoint folder for a path that a user gives.
+
+    Args:
+        path: a checkpoint folder, or a checkpoints/ or run folder, whose newest checkpoint is taken.
 
     Raises:
         CheckpointError: there is none.
@@ -275,7 +285,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_latest(root: Path) -> Path | None:
-    """The folder that the latest pointer names, if it is there."""
+    """The folder that the latest pointer names; None where there is no pointer, or a damaged one."""
     try:
         return Path(root) / Path(json.loads((Path(root) / LATEST).read_bytes())).name
     except (OSError, *BAD_JSON, TypeError):
@@ -283,18 +293,18 @@ def read_latest(root: Path) -> Path | None:
 
 
 def to_remove(root: Path, *, keep: int, keep_every: int, good: Path | None = None) -> list[Path]:
-    """What retention lets go of: all but the newest `keep`, the multiples of `keep_every` steps, and `good`.
+    """The checkpoints to remove: all but the newest `keep`, those of every `keep_every`-th step, and `good`.
 
     Args:
-        keep_every: keep the checkpoints of these steps for ever; 0 for none.
-        good: the checkpoint known to be whole; folders newer than it may be damaged, so it never goes.
+        keep_every: also keep the checkpoints whose step is a multiple of it; 0 for none.
+        good: a checkpoint that is known to be whole. It stays: newer ones may be damaged.
     """
     whole = [folder for folder in step_folders(root) if (folder / MANIFEST).is_file()]
     return [f for f in whole[keep:] if f != good and not (keep_every and step_of(f) % keep_every == 0)]
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Remove what interrupted saves left behind; returns their names."""
+    """Remove the folders of interrupted saves; returns their names."""
     restore_replaced(root)
     leftovers = sorted(Path(root).glob(f"{TEMPORARY}*"))
     for leftover in leftovers:
@@ -306,10 +316,11 @@ def remove(folders: Iterable[Path], *, wait: bool = True) -> list[str]:
     """Remove checkpoints. Each loses its name first, so that a half-removed one is never taken for a whole one.
 
     Args:
-        wait: else their files go in a thread, which the process waits for at its end: gigabytes take a while.
+        wait: return when the files are gone. Otherwise a thread removes them (gigabytes take seconds), and the process waits
+            for it before it exits.
 
     Returns:
-        Which could not be removed, and why. One that is gone already is removed.
+        The folders that could not be removed, and why. A folder that does not exist is no problem.
     """
     doomed, problems = [], []
     for folder in folders:

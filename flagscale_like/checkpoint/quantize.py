@@ -1,7 +1,7 @@
 """INT8 and INT4 weights, group-wise, in the compressed-tensors format ("pack-quantized").
 
-The format is safetensors and JSON like the folder it is made from; transformers (with the compressed-tensors package), vLLM
-and SGLang load it, on CPU and GPU. Writing it needs no library.
+The output is safetensors and JSON, like the source folder; transformers (with the compressed-tensors package), vLLM and
+SGLang load it, on CPU and GPU. To write it needs no library.
 
 The rows of every projection matrix are cut into groups of `group_size` weights, which share a scale and, unless symmetric,
 a zero point: w ~ scale * (q - zero). The range of a group is shrunk to where its squared error is least: cutting off a few
@@ -105,7 +105,7 @@ class Quantized:
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Integers, scales and zero points of least squared error over the shrunk ranges.
+    """Quantize a matrix. Of the ranges in SHRINK, each group takes that of the least squared error.
 
     Args:
         weight: [rows, columns]; columns a multiple of the group size.
@@ -154,9 +154,13 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """[rows, columns] int8 in the signed range -> [rows, ceil(columns * bits / 32)] int32, the first value lowest.
+    """Pack integers into 32-bit words, the first value in the lowest bits, each raised by 2^(bits - 1).
 
-    Values are stored from 0 up: offset by 2^(bits - 1).
+    Args:
+        values: [rows, columns] int8 in the signed range.
+
+    Returns:
+        [rows, ceil(columns * bits / 32)] int32.
     """
     unsigned = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     a_word = 32 // bits
@@ -168,7 +172,13 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Summary:
-    """What quantize_folder() did. `relative_error`: root of the summed squared errors over that of the weights."""
+    """What quantize_folder() did.
+
+    Attributes:
+        matrices: how many were quantized.
+        bytes_before, bytes_after: of the tensors, without the headers of their files.
+        relative_error: root of the summed squared errors over the root of the summed squared weights.
+    """
 
     matrices: int
     bytes_before: int
@@ -222,12 +232,12 @@ class _Tally:
 
 
 def _is_quantized(spec: TensorSpec) -> bool:
-    """The matrices of the layers' linear modules; not embedding and output matrix."""
+    """Whether it is a matrix of a layer's linear module. Embedding and output matrix are not."""
     return len(spec.shape) == 2 and spec.name.startswith("model.layers.") and spec.name.endswith(".weight")
 
 
 def _stored_specs(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
-    """What is stored for a tensor, in the order of _stored_tensors()."""
+    """The tensors that are stored for a tensor, in the order of _stored_tensors()."""
     if not _is_quantized(spec):
         return [spec]
     rows, columns = spec.shape

@@ -1,4 +1,4 @@
-"""safetensors files, a tensor at a time: memory in use is that of the tensors held, whatever the size of the file.
+"""Read and write safetensors files one tensor at a time, so that memory holds the tensors in use and not the file.
 
 The safetensors library maps a whole file, whose pages stay resident once touched, and writes from a whole dictionary. Here
 a tensor is mapped when it is asked for and unmapped with its last reference; a file is written from an iterator.
@@ -43,7 +43,7 @@ LARGEST_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor, but for its elements."""
+    """A tensor's name, dtype and shape."""
 
     name: str
     dtype: torch.dtype
@@ -57,9 +57,13 @@ class TensorSpec:
 class TensorFile:
     """Reads one safetensors file.
 
+    Attributes:
+        metadata: the header's `__metadata__`.
+        specs: every tensor, by name.
+
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no safetensors file, or truncated; with both sizes.
+        OSError: the file cannot be opened.
+        ValueError: it is no safetensors file, or it is shorter than its header says; the message gives both sizes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,10 +104,10 @@ class TensorFile:
         """A tensor on the host. Its pages are read when touched; writing to it does not reach the file.
 
         Args:
-            whole: all of it will be read: the disk may begin.
+            whole: the caller will read all of it: the system may begin to read ahead.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: the file has no tensor of this name.
         """
         spec = self.specs[name]
         if not spec.nbytes:
@@ -121,7 +125,7 @@ class TensorFile:
         return flat.view(spec.dtype).view(spec.shape)
 
     def read_into(self, name: str, first: int, out: Tensor) -> None:
-        """Fill `out`, a contiguous host tensor of the same dtype, with elements from `first` on: no page is mapped.
+        """Fill `out`, a contiguous host tensor of the same dtype, with the tensor's elements from `first` on. Maps no page.
 
         Raises:
             OSError: the file ended, or the disk failed.
@@ -143,12 +147,12 @@ class TensorFile:
 
 @contextmanager
 def _write_back(handle: int) -> Iterator[Callable[[int], None]]:
-    """Sends what is written to the disk while the rest is prepared, where the kernel would wait for gigabytes of it.
+    """Send written data to the disk in a thread, while the caller prepares the next: the kernel alone would start late.
 
-    The system reports an error of the disk once for a file: that of the thread's fsync is raised here.
+    The system reports an error of the disk once for a file, so an error of the thread's fsync is raised here.
 
     Yields:
-        To be called with the bytes of each write.
+        A function to call after each write, with the number of bytes written.
     """
     fresh = 0
     with ThreadPoolExecutor(1) as thread:
@@ -168,7 +172,7 @@ def _write_back(handle: int) -> Iterator[Callable[[int], None]]:
 
 
 def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same tensors, the next one read by a thread while the caller writes the one it has."""
+    """The same tensors; a thread reads the next one while the caller uses the last."""
     source, end = iter(tensors), object()
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(next, source, end)
@@ -187,11 +191,16 @@ def write_tensors(
 ) -> FileRecord:
     """Write a safetensors file from an iterator, checksummed in the same pass, and fsynced.
 
-    Hashing and writing let other threads run, a whole tensor at a time: taking the interpreter lock back from a busy
-    thread costs 5 ms, so small pieces would be slow.
+    Each call of a hash or a write takes a whole tensor, and releases the interpreter lock meanwhile: to take the lock back
+    from a busy thread costs 5 ms, so small pieces would be slow.
 
     Args:
-        specs: what `tensors` yields, in its order.
+        specs: name, dtype and shape of each tensor, in the order of `tensors`.
+        metadata: for the header's `__metadata__`.
+        sha256: also compute the file's sha256.
+
+    Returns:
+        The file's record for the manifest.
 
     Raises:
         OSError: no space, no permission.

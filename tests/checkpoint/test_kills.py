@@ -1,4 +1,4 @@
-"""SIGKILL of a rank at every moment of a save: the run goes on from a whole checkpoint, bit for bit."""
+"""A rank is killed at every moment of a save: the run goes on from a whole checkpoint, bit for bit."""
 
 from pathlib import Path
 
@@ -26,21 +26,12 @@ def never_stopped(tmp_path_factory):
     return Path(config.run_dir)
 
 
-def pieces_of(folder: Path, rank: int) -> int:
-    """Tensors in a rank's file."""
-    from safetensors import safe_open
-
-    with safe_open(folder / f"rank_{rank:05d}.safetensors", framework="pt") as file:
-        return len(list(file.keys()))
-
-
 @pytest.mark.parametrize(("moment", "rank"), WHO)
 def test_a_rank_killed(moment, rank, never_stopped, tmp_path):
     config = tiny_config(tmp_path / "run", **OPTIONS)
     root = tmp_path / "run" / "checkpoints"
-    pieces = pieces_of(never_stopped / "checkpoints" / "step_00000004", rank)
     with pytest.raises(AssertionError, match=f"rank {rank}: died"):
-        run_ranks(2, faults.die, config, rank, moment, pieces)
+        run_ranks(2, faults.die, config, rank, moment)
 
     whole = [folder.name for folder in step_folders(root)]
     assert all(verify_files(folder, processes=1) == [] for folder in step_folders(root))
@@ -48,7 +39,7 @@ def test_a_rank_killed(moment, rank, never_stopped, tmp_path):
     published = moment in ("before the latest pointer moves", "after the latest pointer moved")
     if moment != "in mid-step":
         assert whole[0] == ("step_00000004" if published else "step_00000002")
-    if moment in ("during a shard's write", "before the metadata", "after the metadata"):
+    if moment in ("during a shard's write", "before the index", "before the manifest", "after the manifest"):
         assert [p.name for p in root.glob(f"{TEMPORARY}step_00000004-*")]  # recognisably unfinished
     if moment == "before the latest pointer moves":
         assert read_latest(root).name == "step_00000002"

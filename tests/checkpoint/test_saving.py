@@ -1,5 +1,6 @@
 """Asynchronous saves: copies, order of durability, failures, saves that meet, retention."""
 
+import builtins
 import errno
 import os
 import resource
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_like.checkpoint import manifest, store
+from flagscale_like.checkpoint import manifest
 from flagscale_like.checkpoint.manifest import (
     TEMPORARY,
     publish,
@@ -28,15 +29,17 @@ from tests.harness import run_ranks, tiny_config
 
 
 def slow_writer(config, seconds):
-    """Train with a writer that starts late: the steps go on meanwhile."""
-    original = store.write_fragments
+    """Train with a writer that opens its files late: the steps go on meanwhile."""
 
-    def late(*args, **kwargs):
-        time.sleep(seconds)
-        return original(*args, **kwargs)
+    def open_late(path, *args, **kwargs):
+        if faults.opened_for_writing(path, *args, **kwargs):
+            time.sleep(seconds)
+        return original(path, *args, **kwargs)
+
+    original = builtins.open
 
     def patch():
-        store.write_fragments = late
+        builtins.open = open_late
 
     return faults.train_and_listen(config, patch)
 
@@ -80,14 +83,14 @@ def test_a_save_that_is_due_while_one_is_under_way_waits_or_is_skipped_and_says_
 
 
 def failing_writer(config, error):
-    """Train on two ranks; the first write of rank 1 fails."""
+    """Train on two ranks; the first file of rank 1 cannot be opened."""
 
     def fail(call):
         raise OSError(error, os.strerror(error))
 
     def patch():
         if os.environ["RANK"] == "1":
-            faults.at_call(store, "write_fragments", 1, fail)
+            faults.at_call(builtins, "open", 1, fail, when=faults.opened_for_writing)
 
     return faults.train_and_listen(config, patch)
 

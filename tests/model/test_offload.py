@@ -103,12 +103,14 @@ def test_most_copies_in_are_started_before_they_are_needed(tmp_path):
         assert report["prefetched"] > 0.9 * (report["prefetched"] + report["late"])
 
 
-@pytest.mark.timeout(300)
-def test_nothing_leaks_over_200_steps(tmp_path):
-    config = config_of(tmp_path, {"pp": 2}, "none", share=1.0, train__seq_length=16, model__hidden_size=32)
-    for found in run_ranks(2, steps, config, 200):
+def test_no_step_leaves_host_memory_behind(tmp_path):
+    """The pool has its size after the second step, and nothing in it is in use between steps."""
+    changes = {"train__seq_length": 16, "train__global_batch_size": 4, "model__hidden_size": 32}
+    config = config_of(tmp_path, {"pp": 2}, "none", share=1.0, **changes)
+    for found in run_ranks(2, steps, config, 10):
+        assert found["report"]["tensors"] > 0
         totals = [total for total, _ in found["pools"]]
-        assert totals[1:] == totals[1:2] * 199  # the pool has its size after the first steps
+        assert totals[1:] == totals[1:2] * 9
         assert not any(used for _, used in found["pools"])
 
 
@@ -258,18 +260,22 @@ def test_checkpoint_without_output_is_refused():
         ActivationOffload(get_platform(), share=1.0, min_tensor_bytes=64).attach(Block(), config)
 
 
-def test_layers_that_run_inside_the_backward_pass_are_not_offloaded():
-    def checkpointed(x):
-        return torch.utils.checkpoint.checkpoint(lambda y: y.sin().cos(), x, use_reentrant=True)
+class CheckpointedBlock(Block):
+    """Recomputes its layers in the backward pass."""
 
-    inner = Function(lambda x: x.sin().cos())
-    block, offload = offloaded(Function(lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)))
-    inner.register_forward_pre_hook(lambda *_: offload._begin_layer(0, 1))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+        return x
+
+
+def test_layers_that_run_inside_the_backward_pass_are_not_offloaded():
+    offload = ActivationOffload(get_platform(), share=1.0, min_tensor_bytes=64)
+    block = CheckpointedBlock(Function(lambda x: x.sin().cos()))
+    offload.attach(block, Recompute())
     grad = run(block, X)
     assert offload.stats.tensors == 1  # the checkpoint's input, not what sin and cos save when they run again
-    plain = X.clone().requires_grad_()
-    checkpointed(plain).sum().backward()
-    assert torch.equal(grad, plain.grad)
+    assert torch.equal(grad, run(Block(*block.layers), X))
 
 
 def test_1f1b_prefetches_the_oldest_micro_batch_next():
@@ -300,12 +306,13 @@ def test_any_order_of_backward_passes_is_learnt_in_a_step():
 
 
 def test_earlier_layers_move_first():
-    block, offload = offloaded(*[Function(torch.exp) for _ in range(4)], share=0.5)
-    moved = []
-    original = offload._out.copy
-    offload._out.copy = lambda *a, **k: (moved.append(offload._group.layer), original(*a, **k))[1]
+    def exp_of_rows(rows):
+        return Function(lambda x: torch.cat([x[:rows].exp(), x[rows:]]))
+
+    block, offload = offloaded(*[exp_of_rows(rows) for rows in (1, 2, 4, 8)], share=0.5)
     run(block, X)
-    assert moved == [0, 1]
+    row = X[0].nbytes
+    assert (offload.stats.bytes_out, offload.stats.bytes_kept) == ((1 + 2) * row, (4 + 8) * row)
 
 
 def test_evaluation_moves_nothing():

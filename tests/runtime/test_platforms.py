@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flagscale_like.training.optimizer import build_optimizer
-from flagscale_like.training.step import train_step
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.errors import ConfigError, PlatformError
-from flagscale_like.model.build import build_chunks, check_kernels, initialize_weights, kernels_of, wrap_chunks
+from flagscale_like.model.build import check_platform, kernels_of
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime import launch
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platforms import CHIPS, Chip, Platform, choose, get_platform, prepared, survey
@@ -24,7 +22,7 @@ from flagscale_like.runtime.platforms.choice import candidates
 from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.runtime.platforms.cuda import CudaPlatform
 from flagscale_like.runtime.platforms.table import platform_of
-from tests.harness import REPOSITORY, cli, run_ranks, tiny_config
+from tests.harness import REPOSITORY, build_engine, cli, run_ranks, tiny_config, train_steps
 
 PLUGIN = Path(__file__).parent / "plugin"
 
@@ -70,14 +68,7 @@ def train_layouts(folder: Path, name: str) -> dict:
         config = tiny_config(folder, **layout, train__steps=3)
         with parallel_context(config.parallel) as ctx:
             backends.add(torch.distributed.get_backend())
-            models = build_chunks(config, ctx)
-            initialize_weights(models, config, ctx)
-            chunks = wrap_chunks(models, config, ctx)
-            optimizer = build_optimizer(chunks, config)
-            data, _ = build_datasets(config, ctx, train_samples=24, valid_samples=0)
-            batches = micro_batches(data, config, ctx)
-            results = [train_step(chunks, optimizer, config, ctx, batches, 8 // ctx.dp) for _ in range(3)]
-            steps.append([(result.loss, result.grad_norm) for result in results])
+            steps.append(train_steps(build_engine(config, ctx), config, 3))
     found = {"steps": steps, "backends": backends}
     if name == "example":
         plugin = importlib.import_module("example_chip")
@@ -352,28 +343,26 @@ def kernels_asked(folder: Path, platform: type) -> set:
     parallel.get_platform = platform
     config = tiny_config(folder)
     with parallel_context(config.parallel) as ctx:
-        models = build_chunks(config, ctx)
-        initialize_weights(models, config, ctx)
-        chunks = wrap_chunks(models, config, ctx)
-        optimizer = build_optimizer(chunks, config)
-        data, _ = build_datasets(config, ctx, train_samples=8, valid_samples=0)
-        train_step(chunks, optimizer, config, ctx, micro_batches(data, config, ctx), 8)
+        train_steps(build_engine(config, ctx), config, 1)
     return asked
 
 
 def test_without_triton_every_operator_of_a_step_is_told_to_take_its_torch_path(tmp_path):
     (without,) = run_ranks(1, kernels_asked, tmp_path, CpuPlatform)
     (with_triton,) = run_ranks(1, kernels_asked, tmp_path, Interpreting)
-    operators = {"rms_norm", "swiglu", "rope", "flash_attention", "cross_entropy"}
-    assert without == {(operator, "torch") for operator in operators}
-    assert with_triton == {(operator, None) for operator in operators}  # chosen by the tensor's device
+    layers = {"rms_norm", "swiglu", "rope", "flash_attention"}
+    assert without == {(operator, "torch") for operator in (*layers, "cross_entropy")}
+    # Chosen by the tensor's device; where Triton runs, output layer and loss are one operator.
+    assert with_triton == {(operator, None) for operator in (*layers, "linear_cross_entropy")}
 
 
 def test_what_a_platform_lacks_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="train.precision is bf16, which cpu has no products for: use fp16 or fp32"):
-        check_kernels(tiny_config(tmp_path, train__precision="bf16"), Narrow())
+    with pytest.raises(ConfigError, match="train.precision is bf16, which cpu does not compute: use fp16 or fp32"):
+        check_platform(ModelSpec.of(tiny_config(tmp_path, train__precision="bf16")), Narrow())
     config = tiny_config(tmp_path, kernels={"rope": "triton"})
-    assert kernels_of(config, CpuPlatform()).rope == "triton"  # what is asked for by name is not changed in silence
+    assert (
+        kernels_of(config.kernels, CpuPlatform()).rope == "triton"
+    )  # what is asked for by name is not changed in silence
 
 
 JIT = """
