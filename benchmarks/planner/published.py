@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.planner.layout import Layout, Recompute, Shape
-from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ class Row:
             parse_cluster(self.cluster),
             seq_length=self.seq_length,
             eff=eff,
-            overlap_dp=self.today,
-            scatter_gather=not self.today,
+            software=Software(overlap_dp=self.today, scatter_gather=not self.today),
         )
 
     def ours(self, eff: Efficiency | None = None) -> float:

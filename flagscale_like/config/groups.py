@@ -21,8 +21,8 @@ class Parallel(Frozen):
         pp: pipeline stages.
         vpp: model chunks a stage holds in the interleaved schedule (Narayanan et al. 2021); 1 is plain 1F1B.
         sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022).
-        cp: context parallel: the sequence split over ranks.
-        ep: expert parallel; reserved, 1.
+        cp: context parallelism; reserved, 1.
+        ep: expert parallelism; reserved, 1.
         first_stage_layers, last_stage_layers: layers of the first and last stage where they differ from the others.
     """
 
@@ -323,10 +323,16 @@ class Resilience(Frozen):
 
 
 class Kernels(Frozen):
-    """Which implementation computes each operator: auto is Triton on CUDA and torch on CPU."""
+    """Which implementation computes each operator: auto is Triton on CUDA and torch on CPU.
+
+    Attributes:
+        linear_cross_entropy: `fused` computes the output layer's logits a chunk of tokens at a time, in the loss and again in
+            its backward pass, so that they are never held whole; auto is fused on CUDA and off on CPU.
+    """
 
     attention: KernelChoice = "auto"
     rope: KernelChoice = "auto"
     rms_norm: KernelChoice = "auto"
     swiglu: KernelChoice = "auto"
     cross_entropy: KernelChoice = "auto"
+    linear_cross_entropy: Literal["auto", "fused", "off"] = "auto"

@@ -15,11 +15,14 @@ from dataclasses import dataclass, fields, replace
 from flagscale_like.arch import ModelArch, Parameter, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
-from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes
+from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes, logits_for_a_moment
 
 # CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of what comes and goes.
 CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.06
+# Layers whose offloaded activations have a copy on the device: forward the one that runs and the one before it, whose copies
+# out may still run; backward the one that runs and the one after it, whose copies come in.
+LAYERS_ON_THE_WAY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class RankMemory:
         gradients: the fp32 gradient buffers, padding counted.
         optimizer: this rank's fp32 master weights (none in fp32 training), Adam's two moments and its step counters.
         activations: saved for the backward pass, all micro-batches in flight, less what is offloaded.
-        logits: the loss's saved tensors and the logits' own copy.
+        logits: what the head saves, and the logits, or a chunk of them, that it holds for a moment.
         working: of the layer that runs: its gradients, one weight gradient, gathered inputs, a recomputed layer.
         offload_buffers: device copies on their way out and back.
         overhead: CUDA context, communication buffers, fragmentation.
@@ -248,8 +251,8 @@ def rank_memory(
         saved += in_flight * rows_sp * shape.hidden * e
     share = layout.offload_share(stage)
     moved = share * in_flight * chunk
-    on_the_way = min(moved, 2 * min(share, 1.0) * layer)
-    logits = head + rows * shape.vocab / layout.tp * e if head else 0.0
+    on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
+    logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
     largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
     working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
     if layout.recompute == "full":
@@ -274,7 +277,7 @@ def needed_offload(
 ) -> tuple[float, ...] | None:
     """The least share of each stage's activations to move so that it fits `budget_bytes`; None where none is enough.
 
-    Overheads are counted in the budget as in rank_memory(). One layer in two is kept for the copies under way.
+    Overheads are counted in the budget as in rank_memory(). The device copies of LAYERS_ON_THE_WAY layers are not saved.
     """
     shares = []
     for stage in range(layout.pp):
@@ -286,8 +289,8 @@ def needed_offload(
         chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
         layers = max(1, len(layout.chunk_layers(arch.num_layers, stage)[0]))
         in_flight = layout.chunks_in_flight(stage)
-        # Moving everything saves all but the two layers on their way.
-        saves = (in_flight * chunk - 2 * chunk / layers) * (1 + FRAGMENTATION)
+        # What moving everything saves.
+        saves = (in_flight * chunk - LAYERS_ON_THE_WAY * chunk / layers) * (1 + FRAGMENTATION)
         if saves <= 0 or over > saves:
             return None
         shares.append(over / saves)

@@ -82,14 +82,9 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
     return rows
 
 
-def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int, configured: Layout | None = None) -> str:
-    """The table of the `top` fastest distinct layouts, the configured one, and the closest that do not fit."""
-    shown = distinct(ranking.plans)[:top]
-    if configured is not None:
-        own = next((plan for plan in ranking.plans if plan.layout == configured), None)
-        if own is not None and own not in shown:
-            shown.append(own)
-    rows = [COLUMNS, *ranking_rows(ranking, [*shown, *ranking.misfits])]
+def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str:
+    """The table of the `top` fastest distinct layouts, and the closest that do not fit."""
+    rows = [COLUMNS, *ranking_rows(ranking, [*distinct(ranking.plans)[:top], *ranking.misfits])]
     found = (
         f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
     )

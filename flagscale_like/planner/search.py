@@ -12,8 +12,8 @@ from flagscale_like.config import RunConfig
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import RankMemory, microbatch_bytes, needed_offload, rank_memory, waiting_share
-from flagscale_like.planner.saved import FUSED, Operators, operators_of
-from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+from flagscale_like.planner.saved import FUSED_ON_GPU, Operators, operators_of
+from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
 # Of the device's memory: the driver and other processes hold the rest.
 USABLE = 0.97
@@ -38,17 +38,21 @@ class Goal:
     seq_length: int
     global_batch_size: int
     precision: str = "bf16"
-    ops: Operators = FUSED
+    ops: Operators = FUSED_ON_GPU
 
     @classmethod
-    def of(cls, config: RunConfig) -> Goal:
-        """What a configuration trains, with the operators that its kernels are."""
+    def of(cls, config: RunConfig, *, cuda: bool) -> Goal:
+        """What a configuration trains, with the operators that its kernels are.
+
+        Args:
+            cuda: the devices are GPUs.
+        """
         return cls(
             arch=config.model,
             seq_length=config.train.seq_length,
             global_batch_size=config.train.global_batch_size,
             precision=config.train.precision,
-            ops=operators_of(config.kernels),
+            ops=operators_of(config.kernels, cuda=cuda),
         )
 
 
@@ -124,6 +128,7 @@ def evaluate(
         parameters_per_rank=max(m.gradients for m in memory) / 4,
         offloaded_bytes=moved,
         eff=eff,
+        software=Software(logits_twice=goal.ops.linear_cross_entropy),
     )
     return Plan(layout=layout, time=time, memory=memory)
 

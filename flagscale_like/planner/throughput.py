@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flagscale_like.arch import counted_keys
 from flagscale_like.cluster import ClusterSpec, DeviceSpec, EfficiencyKind
 from flagscale_like.planner.layout import Layout, Shape
 
@@ -162,7 +163,8 @@ def _core_attention(
     b, d = layout.micro_batch_size, shape.head_dim
     heads = shape.heads / layout.tp
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        forward = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.attention)
+        keys = counted_keys(seq_length, shape.window)
+        forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2
     product = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.gemm * d / (d + eff.gemm_k))
@@ -203,18 +205,36 @@ def layer_passes(
     return fwd, bwd, again
 
 
-def head_pass(shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency) -> Pass:
+def head_pass(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, logits_twice: bool
+) -> Pass:
     """Forward and backward of the output layer and the loss on one micro-batch."""
     device, rows = cluster.device, float(seq_length * layout.micro_batch_size)
     v, h = shape.vocab / layout.tp, shape.hidden
     products = (
-        gemm_seconds(rows, v, h, device, eff)
+        gemm_seconds(rows, v, h, device, eff) * (2 if logits_twice else 1)
         + gemm_seconds(v, h, rows, device, eff)
         + gemm_seconds(rows, h, v, device, eff)
     )
     # fp32 logits are written, exponentiated in place, summed, normalised; the gradient is scaled and rounded.
     loss = _move(rows * v * 22, device, eff)
     return Pass(products + loss, 2 * ring_seconds(rows * h * 2, layout.tp, cluster, eff))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """What the training software does that changes the time of a step.
+
+    Attributes:
+        overlap_dp: gradient reduction and parameter gather run beside the backward and forward passes.
+        scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
+            section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
+        logits_twice: the backward pass computes the logits again (Operators.linear_cross_entropy).
+    """
+
+    overlap_dp: bool = True
+    scatter_gather: bool = False
+    logits_twice: bool = False
 
 
 def step_time(
@@ -226,50 +246,29 @@ def step_time(
     parameters_per_rank: float | None = None,
     offloaded_bytes: tuple[float, ...] = (),
     eff: Efficiency | None = None,
-    overlap_dp: bool = True,
-    scatter_gather: bool = False,
+    software: Software = Software(),
 ) -> StepTime:
     """Time of one optimizer step.
 
     Args:
         parameters_per_rank: of the largest stage; the layers' and the output layer's share where it is left out.
         offloaded_bytes: that each stage copies out, and back, for a micro-batch.
-        overlap_dp: gradient reduction and parameter gather run beside the backward and forward passes.
-        scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
-            section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
+        eff: the device's own where it is left out.
     """
     eff = eff or EFFICIENCIES[cluster.device.efficiency]
     device, m, pp, vpp = cluster.device, layout.num_microbatches, layout.pp, layout.vpp
     forward, backward, again = layer_passes(shape, layout, seq_length, cluster, eff)
-    head = head_pass(shape, layout, seq_length, cluster, eff)
+    head = head_pass(shape, layout, seq_length, cluster, eff, logits_twice=software.logits_twice)
     layers = layout.stage_layers(shape.layers) if vpp == 1 else [shape.layers // pp] * pp
     stages = [(forward + backward + again) * count for count in layers]
     stages[-1] = stages[-1] + head
     slowest = max(range(pp), key=lambda stage: stages[stage].seconds)
     busy = stages[slowest]
-    recompute = again.seconds * layers[slowest]
-    mean = sum(stage.seconds for stage in stages) / pp
-    bubble = (pp - 1) / vpp * mean
-    # Point to point: an activation forward and a gradient backward, a chunk each; one port a device.
-    p2p = 0.0
-    if pp > 1:
-        rows = seq_length * layout.micro_batch_size / (layout.tp if layout.sp or scatter_gather else 1)
-        stride = layout.tp * layout.dp
-        inside = stride < cluster.devices_per_node
-        rate = (device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
-        one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
-        # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
-        p2p = (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
     if parameters_per_rank is None:
         heaviest = max(layers) * shape.layer_matrix_parameters + shape.hidden * shape.vocab
         parameters_per_rank = heaviest / layout.tp
-    reduce = ring_seconds(parameters_per_rank * 4, layout.dp, cluster, eff, stride=layout.tp)
-    gather = ring_seconds(parameters_per_rank * 2, layout.dp, cluster, eff, stride=layout.tp)
-    if overlap_dp:  # behind one micro-batch's passes: only the last accumulates complete gradients
-        reduce = max(reduce * 0.1, reduce - eff.overlap * backward.compute * max(layers))
-        gather = max(gather * 0.1, gather - eff.overlap * forward.compute * max(layers))
-    # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
-    optimizer = _move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff)
+    # Where it overlaps, behind one micro-batch's passes: only the last one accumulates complete gradients.
+    hides = (backward.compute * max(layers), forward.compute * max(layers)) if software.overlap_dp else None
     offload = 0.0
     if offloaded_bytes:
         copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
@@ -277,15 +276,51 @@ def step_time(
     tokens = layout.dp * m * layout.micro_batch_size * seq_length
     return StepTime(
         compute=m * (busy.compute - again.compute * layers[slowest]),
-        recompute=m * recompute,
+        recompute=m * again.seconds * layers[slowest],
         tp=m * (busy.tp - again.tp * layers[slowest]),
-        bubble=bubble,
-        p2p=p2p,
-        dp=reduce + gather,
-        optimizer=optimizer,
+        bubble=(pp - 1) / vpp * sum(stage.seconds for stage in stages) / pp,
+        p2p=_point_to_point(shape, layout, seq_length, cluster, eff, split=layout.sp or software.scatter_gather),
+        dp=_data_parallel(parameters_per_rank, layout, cluster, eff, hides),
+        # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
+        optimizer=_move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff),
         offload=offload,
         model_flops=shape.model_flops(tokens, seq_length),
         tokens=tokens,
         devices=layout.world_size,
         peak_flops=device.bf16_flops,
     )
+
+
+def _point_to_point(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, split: bool
+) -> float:
+    """Seconds of a step for activations sent forward and gradients sent backward, a chunk each; one port a device.
+
+    Args:
+        split: a rank sends 1/tp of them.
+    """
+    pp, vpp, m = layout.pp, layout.vpp, layout.num_microbatches
+    if pp == 1:
+        return 0.0
+    rows = seq_length * layout.micro_batch_size / (layout.tp if split else 1)
+    inside = layout.tp * layout.dp < cluster.devices_per_node
+    rate = (cluster.device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
+    one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
+    # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
+    return (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
+
+
+def _data_parallel(
+    parameters: float, layout: Layout, cluster: ClusterSpec, eff: Efficiency, hides: tuple[float, float] | None
+) -> float:
+    """Seconds of a step for the fp32 gradients' reduction and the 16-bit parameters' gather that nothing hides.
+
+    Args:
+        hides: seconds of compute that each of the two runs beside; None where they run alone.
+    """
+    reduce = ring_seconds(parameters * 4, layout.dp, cluster, eff, stride=layout.tp)
+    gather = ring_seconds(parameters * 2, layout.dp, cluster, eff, stride=layout.tp)
+    if hides is None:
+        return reduce + gather
+    traffic = zip((reduce, gather), hides, strict=True)
+    return sum(max(seconds * 0.1, seconds - eff.overlap * compute) for seconds, compute in traffic)

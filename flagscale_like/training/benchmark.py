@@ -149,7 +149,7 @@ def _point(
 ) -> Point:
     cuda = ctx.platform.is_cuda
     device = measure_device(ctx.platform, config.train.precision, processes=1)
-    goal = Goal.of(config)
+    goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ctx.world_size, goal, device.hbm_bytes if cuda else None)
     plan = evaluate(goal, layout, *_cluster(device, peak, ctx), overhead=cuda)
     steps = [r for r in records if "iteration-time" in r and r["step"] > warmup]
