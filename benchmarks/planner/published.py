@@ -1,4 +1,4 @@
-"""Published measurements that the planner is compared with, as their papers print them."""
+"""Published measurements that the planner is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Row:
     Attributes:
         figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`), seconds a step,
             tokens/s a device, or MFU.
-        today: trained with overlapped data-parallel traffic; the older rows were not, and sent 1/tp between stages.
+        today: data-parallel traffic overlaps compute, and stages send whole activations. The older rows have neither.
     """
 
     name: str

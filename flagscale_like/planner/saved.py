@@ -1,7 +1,7 @@
-"""What one layer keeps for its backward pass, entry by entry: the table that all activation figures come from.
+"""The table of tensors that are saved for the backward pass, from which all activation figures come.
 
-Every entry is a storage that autograd holds on to, once, however many operators saved a view of it. Two things decide them:
-the model (Shape) and which operators run it (Operators). An operator that is changed to save something else is changed in
+An entry is a storage that autograd holds; a storage of which several operators saved a view is one entry. Entries depend on
+the model (Shape) and on its operators (Operators). An operator that is changed to save something else is changed in
 BLOCK_SAVES' functions or `head_saves`, and nowhere else; tests/planner/test_activations.py compares the table with what
 saved_tensors_hooks see in a real step.
 """
@@ -21,9 +21,7 @@ MIN_CHUNK_TOKENS = 1024  # of flagscale_kernels.linear_cross_entropy, which this
 
 @dataclass(frozen=True, kw_only=True)
 class Operators:
-    """How the operators are computed, as far as it changes what they save.
-
-    `torch` is autograd over plain operators; `fused` saves its inputs and a number a row, as flagscale_kernels do.
+    """What the operators save: `torch` is autograd over plain operators, `fused` saves inputs and a number a row.
 
     Attributes:
         linear_cross_entropy: the output layer and the loss are one operator, which holds a chunk of the logits at a time and

@@ -1,8 +1,8 @@
 """Time of a training step from FLOPs, bytes and links: a roofline with a few measured or fitted efficiencies.
 
-A stage's micro-batch is the sum of its operators; the step is m of them on the slowest stage, the pipeline's bubble, and what
-data-parallel traffic, point-to-point traffic and offload copies cannot hide behind compute (Narayanan et al. 2021, sections 2
-and 3). docs/planner.md sets the result beside published rows.
+The time of a micro-batch on a stage is the sum of its operators' times. The time of a step is that of m micro-batches on the
+slowest stage, plus the pipeline's bubble, plus the data-parallel traffic, point-to-point traffic and offload copies that
+compute does not hide (Narayanan et al. 2021, sections 2 and 3). docs/planner.md compares the result with published rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from flagscale_like.planner.layout import Layout, Shape
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """What share of each roofline real kernels and collectives reach.
+    """The share of each roofline that kernels and collectives reach.
 
     Attributes:
-        gemm: of the dense peak, for a product too large for edges to matter.
-        gemm_k: inner dimension at which a product reaches half of that: each tile's prologue and epilogue.
-        gemm_mn: output elements at which it does: tiles that do not fill the device.
+        gemm: of the dense peak, by a very large product.
+        gemm_k: inner dimension at which a product reaches half of that (each tile has a prologue and an epilogue).
+        gemm_mn: output elements at which a product reaches half of that (its tiles do not fill the device).
         attention: of the dense peak, by a fused causal attention that skips the upper triangle.
         memory: of the memory bandwidth, by elementwise operators.
         link, network: of a link's bandwidth, by large collectives inside a node and between nodes.
@@ -42,8 +42,8 @@ class Efficiency:
     layer_overhead_s: float = 180e-6
 
 
-# AMPERE is fitted to published rows by benchmarks/planner/fit.py; HOPPER keeps all of it but `gemm`, which is set by one row,
-# GPT-3 175B on 96 H100 (Megatron-LM's README). docs/planner.md shows both beside what they are fitted to.
+# AMPERE is fitted to published rows by benchmarks/planner/fit.py. HOPPER differs in `gemm` and in the launch overhead, set by
+# hand with the rows of GPT-3 175B on H100 (Megatron-LM's README) in view. docs/planner.md compares both with their rows.
 AMPERE = Efficiency()
 HOPPER = Efficiency(gemm=0.70, layer_overhead_s=90e-6)
 # Where the peak is the measured rate of a large matrix product: a CPU, and a GPU that is not known.
@@ -64,7 +64,7 @@ PARTS_OF_STEP = ("compute", "recompute", "tp", "bubble", "p2p", "dp", "optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step, by what they are spent on; they add up to `seconds`.
+    """Seconds of a step, by part; the parts add up to `seconds`.
 
     Attributes:
         compute: matrix products, attention, elementwise operators, on the slowest stage.
@@ -110,7 +110,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of one pass over something: compute, and exposed tensor-parallel traffic."""
+    """Seconds of a forward or backward pass: compute, and the tensor-parallel traffic that it does not hide."""
 
     compute: float = 0.0
     tp: float = 0.0
@@ -175,7 +175,7 @@ def _core_attention(
 def layer_passes(
     shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency
 ) -> tuple[Pass, Pass, Pass]:
-    """Forward, backward, and what recompute repeats, of one layer on one micro-batch."""
+    """Forward pass, backward pass, and the part that recompute repeats, of one layer on one micro-batch."""
     device, t = cluster.device, layout.tp
     rows = float(seq_length * layout.micro_batch_size)
     rows_sp = rows / t if layout.sp else rows

@@ -1,4 +1,4 @@
-"""Ranking layouts: what is found, what is refused, and what is said about it."""
+"""Ranking layouts: the order, the refusals and the messages."""
 
 import re
 from dataclasses import replace

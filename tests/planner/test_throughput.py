@@ -1,4 +1,4 @@
-"""The planner against published rows, and against what its parts must do."""
+"""The planner's time of a step against published rows, and part by part."""
 
 from dataclasses import replace
 
