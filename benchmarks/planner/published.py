@@ -50,6 +50,7 @@ class Row:
         return flops / time.seconds / time.devices / 1e12
 
 
+# Its many parameters are the columns of the tables below, one call a row.
 def _gpt(
     name: str,
     layers: int,
