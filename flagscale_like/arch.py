@@ -1,7 +1,7 @@
 """ModelArch: the shape of a decoder-only transformer, and what follows from it: layers, parameters and FLOPs.
 
-`parameters(arch)` is the one table of a model's parameters. Initialisation, muP, monitors, the planner, checkpoints and the
-Hugging Face families read it; a parameter's part in the model is its `role`, and nobody else looks at names.
+`parameters(arch)` lists a model's parameters. Initialisation, muP, monitors, the planner, checkpoints and the Hugging Face
+families read this table, and ask for a parameter's `role` instead of matching its name.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Position(Frozen):
 
     Attributes:
         kind: `rope` rotates q and k (Su et al. 2021); `alibi` adds to a score the head's slope times the distance (Press et
-            al. 2022); `nlpe` is RoPE up to a distance and constrained beyond it, so that a model reads longer texts than it
-            was trained on without meeting a distance that it does not know (Aquila2).
+            al. 2022); `nlpe` is RoPE up to a distance and constrained beyond it, so that a text longer than those of training
+            has no distance that training had not (Aquila2).
         base, scaling: RoPE's theta, and its scaling for long contexts.
-        threshold: of nlpe: the first distance, in tokens, that is constrained.
-        far: of nlpe: how. What Aquila2 does is not published; these are the two schemes that fit its operator (Su 2023).
-            `clipped` (ReRoPE): every such distance counts as `threshold`. `compressed` (Leaky ReRoPE): beyond it,
-            positions advance by 1 / far_factor.
+        threshold: the first distance, in tokens, that nlpe constrains.
+        far: how nlpe constrains it. Aquila2's scheme is not published; these two fit its operator (Su 2023). `clipped`
+            (ReRoPE): a distance of `threshold` or more counts as `threshold`. `compressed` (Leaky ReRoPE): from `threshold`
+            on, positions advance by 1 / far_factor.
     """
 
     kind: Literal["rope", "alibi", "nlpe"] = "rope"

@@ -42,6 +42,10 @@ class DeviceSpec:
     efficiency: EfficiencyKind
 
     @property
+    def is_gpu(self) -> bool:
+        return self.efficiency != "cpu"
+
+    @property
     def caveat(self) -> str | None:
         """What is assumed of a device that is not known, in one line; None of others."""
         if self.efficiency != "unknown":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.planner.fit
 
-Eight constants, 19 rows: the ten of Narayanan et al. 2021, the eight of Korthikanti et al. 2022, and Baichuan-7B's 182
-TFLOP/s on about 1000 A800, which alone has fused attention. The last names no layout; tp 2 with 4 sequences is the planner's.
+Nine constants, 19 rows: the ten of Narayanan et al. 2021, the eight of Korthikanti et al. 2022, and Baichuan-7B's 182
+TFLOP/s on about 1000 A800, the only row with fused attention. Its layout is not published; published.py says what is assumed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def loss(eff: Efficiency) -> float:
 
 
 def fit(start: Efficiency = AMPERE, *, rounds: int = 6000, seed: int = 0) -> Efficiency:
-    """The best of `rounds` random changes to two constants at a time, in ever smaller steps."""
+    """The best of `rounds` random changes of two constants each. Changes get smaller in four stages."""
     draw = random.Random(seed)
     best, lowest = start, loss(start)
     for step in range(rounds):

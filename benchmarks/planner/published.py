@@ -1,4 +1,4 @@
-"""Published measurements that the planner is compared with, as their papers print them."""
+"""Published measurements that the planner is compared with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.planner.layout import Layout, Recompute, Shape
-from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Row:
     Attributes:
         figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`), seconds a step,
             tokens/s a device, or MFU.
-        today: trained with overlapped data-parallel traffic; the older rows were not, and sent 1/tp between stages.
+        today: data-parallel traffic overlaps compute, and stages send whole activations. The older rows have neither.
     """
 
     name: str
@@ -35,8 +35,7 @@ class Row:
             parse_cluster(self.cluster),
             seq_length=self.seq_length,
             eff=eff,
-            overlap_dp=self.today,
-            scatter_gather=not self.today,
+            software=Software(overlap_dp=self.today, scatter_gather=not self.today),
         )
 
     def ours(self, eff: Efficiency | None = None) -> float:
@@ -51,6 +50,7 @@ class Row:
         return flops / time.seconds / time.devices / 1e12
 
 
+# Its many parameters are the columns of the tables below, one call a row.
 def _gpt(
     name: str,
     layers: int,

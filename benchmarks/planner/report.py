@@ -2,8 +2,8 @@
 
     python -m benchmarks.planner.report [--check]
 
-Everything between the `<!-- tables -->` and `<!-- end -->` marks is replaced. --check writes nothing and fails where the page
-is not what the code gives.
+The text between the marks `<!-- tables -->` and `<!-- end -->` is replaced. --check writes nothing, and fails if the page
+differs from what the code computes.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
 
     par, train, model = config.parallel, config.train, config.model
     cluster = find_cluster(cluster_text, config, ranks) if cluster_text or local else None
-    cuda = cluster is None or cluster.device.efficiency != "cpu"
-    goal = Goal.of(config)
+    cuda = cluster is None or cluster.device.is_gpu
+    goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))

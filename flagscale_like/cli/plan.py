@@ -40,7 +40,7 @@ def plan(
         if network_gb_per_s <= 0:
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
-    goal = Goal.of(config)
+    goal = Goal.of(config, cuda=place.device.is_gpu)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     typer.echo(describe_ranking(ranking, place, top=top))

@@ -21,8 +21,8 @@ class Parallel(Frozen):
         pp: pipeline stages.
         vpp: model chunks a stage holds in the interleaved schedule (Narayanan et al. 2021); 1 is plain 1F1B.
         sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022).
-        cp: context parallel: the sequence split over ranks.
-        ep: expert parallel; reserved, 1.
+        cp: context parallelism; reserved, 1.
+        ep: expert parallelism; reserved, 1.
         first_stage_layers, last_stage_layers: layers of the first and last stage where they differ from the others.
     """
 

@@ -1,4 +1,4 @@
-"""Model families: the only place that knows their names. A new family is one file, and one line in FAMILIES."""
+"""Model families. A new family is one file in this folder and one line in FAMILIES; no other module names a family."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> tuple[Family, ModelArch]:
     """Family and architecture of a Hugging Face folder, from its config.json alone.
 
     Raises:
-        ConversionError: the model_type is not known, a key is missing, or the model does what ours does not.
+        ConversionError: the model_type is not known, a key is missing, or the model has a part that ours has not.
     """
     settings = Settings.read(folder)
     model_type, classes = settings.get("model_type"), settings.get("architectures", [])

@@ -1,8 +1,8 @@
 """Baichuan-7B (RoPE), Baichuan-13B (ALiBi), Baichuan2-7B and 13B (NormHead). q, k and v are one matrix, W_pack.
 
-The published config.json files do not say which is which. 7B and 13B differ in that 13B gives `model_max_length` alone and
-7B `max_position_embeddings` too; version 2 has another vocabulary. We write `position_embedding` and `norm_head` as well,
-and believe them where they are.
+The published config.json files do not name the model. 13B has `model_max_length` alone, 7B has `max_position_embeddings` too;
+version 2 has another vocabulary. An export also has the keys `position_embedding` and `norm_head`; where they are present,
+they decide.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a family is: a table of rules for its tensors, and how its config.json says what ModelArch says."""
+"""A family: rules for its tensors, and the translation between its config.json and ModelArch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ QKVRules = Callable[[str, str, Mapping[str, Shape]], list[Rule]]
 
 
 def features(arch: ModelArch) -> set[str]:
-    """What the architecture uses of that which some families have and others do not.
+    """The parts of the architecture that not every family has.
 
-    Names are ModelArch's; a position goes by its kind, and fewer KV heads than query heads are `query_groups`.
+    Returns:
+        names of ModelArch's fields that are on, the kind of the position, and `query_groups` where there are fewer KV heads
+        than query heads.
     """
     used = {name for name in ("qkv_bias", "qk_norm", "norm_head", "tie_embeddings") if getattr(arch, name)}
     used.add(arch.position.kind)
@@ -43,10 +45,10 @@ def features(arch: ModelArch) -> set[str]:
 
 
 class Settings:
-    """config.json, read key by key: a key that is missing or not of its type is an error that names the file.
+    """The values of a config.json. A missing key or one of another type is an error that names the file.
 
     Args:
-        source: what messages call it.
+        source: the file's name in messages.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
@@ -95,10 +97,10 @@ class Settings:
         return kind(value)
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Refuse a value other than those the native model computes; a missing key passes.
+        """Check that a key is missing, null or has one of the allowed values.
 
         Raises:
-            ConversionError: with the value, and those allowed.
+            ConversionError: it has another value, which the native model does not compute.
         """
         value = self.values.get(key)
         if value is not None and value not in allowed:
@@ -137,7 +139,7 @@ class Settings:
         return Position(base=base, scaling=scaling)
 
     def arch(self, family: str, **more: Any) -> ModelArch:
-        """ModelArch from the keys that all families share, and `more`.
+        """ModelArch from the keys that all families share, and the fields in `more`.
 
         Raises:
             ConversionError: a key is missing, or the numbers do not fit each other.
@@ -175,7 +177,7 @@ def _first_message(error: ValidationError) -> str:
 
 
 def common_config(arch: ModelArch) -> dict[str, Any]:
-    """The keys of config.json that all families write alike."""
+    """The keys of config.json that are the same in all families."""
     return {
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,
@@ -191,7 +193,7 @@ def common_config(arch: ModelArch) -> dict[str, Any]:
 
 
 def rope_config(arch: ModelArch) -> dict[str, Any]:
-    """RoPE as transformers 5 reads it, and as transformers 4 and others do."""
+    """RoPE's keys of config.json: those of transformers 5 (rope_parameters), and those of transformers 4 and others."""
     scaling = arch.position.scaling
     kind = scaling.kind if scaling else "default"
     numbers: dict[str, Any] = {}
@@ -208,7 +210,7 @@ def rope_config(arch: ModelArch) -> dict[str, Any]:
 
 
 def decoder_rules(arch: ModelArch, qkv: QKVRules) -> list[Rule]:
-    """Every tensor of a pre-norm decoder under the names that Llama gave them, in the order of the layers.
+    """The rules of a pre-norm decoder with Llama's tensor names, in the order of the layers.
 
     Args:
         qkv: the rules of one layer's QKV projection.
@@ -278,12 +280,13 @@ class Family:
         name: ModelArch.family.
         model_type: of config.json.
         architectures: class names; the first is the one written.
-        supports, needs: what of `features` its published code can compute, and what it always computes.
-        matches: whether a config.json of this model_type is of this family, where several share the model_type.
+        supports: the `features` that its published code can compute.
+        needs: the `features` that its published code always computes.
+        matches: whether a config.json is of this family, for families that share a model_type.
         read: config.json -> ModelArch.
         write: ModelArch -> config.json, without `architectures` and `model_type`.
-        qkv: how it stores q, k and v.
-        ignored: tensors of Hugging Face folders that carry no weights.
+        qkv: the rules of its QKV projection.
+        ignored: names of tensors in Hugging Face folders that are no weights.
     """
 
     name: str
@@ -298,7 +301,7 @@ class Family:
     ignored: re.Pattern[str] = field(default=re.compile(r"\.rotary_emb\.inv_freq$"))
 
     def rules(self, arch: ModelArch) -> list[Rule]:
-        """Every tensor of the model, in the order of the layers."""
+        """The rules of all tensors of the model, in the order of the layers."""
         return decoder_rules(arch, self.qkv)
 
     def hf_config(self, arch: ModelArch) -> dict[str, Any]:
@@ -307,15 +310,15 @@ class Family:
         Raises:
             ConversionError: the architecture does something that this family does not.
         """
-        more, less = features(arch) - self.supports, self.needs - features(arch)
-        if less:
+        unsupported, missing = features(arch) - self.supports, self.needs - features(arch)
+        if missing:
             raise ConversionError(
-                f"a model without {', '.join(sorted(less))} cannot be written as {self.name}, which always has it; choose "
+                f"a model without {', '.join(sorted(missing))} cannot be written as {self.name}, which always has it; choose "
                 f"another family with --as or model.family"
             )
-        if more:
+        if unsupported:
             raise ConversionError(
-                f"a model with {', '.join(sorted(more))} cannot be written as {self.name}, whose maths has no such part; "
-                f"choose another family with --as or model.family"
+                f"a model with {', '.join(sorted(unsupported))} cannot be written as {self.name}, which has no such "
+                f"part; choose another family with --as or model.family"
             )
         return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}

@@ -1,4 +1,4 @@
-"""Llama 1, 2, 3 and SmolLM2; and models of the same maths under other names: Mistral, Aquila2."""
+"""Llama 1, 2, 3 and SmolLM2; Mistral and Aquila2, which compute the same under other names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: a bias on q, k and v. Qwen3: none, but a norm on each head of q and k."""
+"""Qwen2 and Qwen2.5 have a bias on q, k and v. Qwen3 has a norm on each head of q and k instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _window(settings: Settings) -> int | None:
     """The sliding window, where all layers have it.
 
     Raises:
-        ConversionError: some layers have it and some have not.
+        ConversionError: only some layers have it.
     """
     layers = settings.number("num_hidden_layers")
     if settings.get("use_sliding_window", False):
@@ -47,7 +47,7 @@ def _read_qwen2(settings: Settings) -> ModelArch:
 
 def _read_qwen3(settings: Settings) -> ModelArch:
     settings.require("attention_bias", False)
-    # transformers' default; a Qwen3 head has 128 channels whatever hidden_size / num_attention_heads is.
+    # transformers' default: 128 channels a head, not hidden_size / num_attention_heads.
     head_dim = settings.number("head_dim", default=128)
     return settings.arch(
         "qwen3", position=settings.rope(), qk_norm=True, head_dim=head_dim, sliding_window=_window(settings)

@@ -1,4 +1,4 @@
-"""Reversible rules between Hugging Face tensors and megatron-core's, on full (not sharded) tensors."""
+"""Reversible rules between Hugging Face tensors and megatron-core's. Tensors are whole, not sharded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Direct:
-    """The same tensor under two names. The other rules change its rows.
+    """The same tensor under two names. Subclasses rearrange its rows.
 
     Attributes:
         core: megatron-core's name, layers counted over the whole model.
-        shape: megatron-core's shape; its vocabulary padded for tp 1.
-        hf: Hugging Face's names of the tensors that it becomes.
+        shape: megatron-core's shape, the vocabulary padded for tp 1.
+        hf: names of the Hugging Face tensors that hold the same weights.
     """
 
     core: str
@@ -49,7 +49,7 @@ Rule = Direct
 
 @dataclass(frozen=True)
 class PaddedVocab(Direct):
-    """A matrix with a row a token: megatron-core pads the rows, Hugging Face does not."""
+    """A matrix with one row for each token of the vocabulary: megatron-core pads the rows, Hugging Face does not."""
 
     def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
         return (tensor[: arch.vocab_size],)
@@ -61,7 +61,7 @@ class PaddedVocab(Direct):
 
 @dataclass(frozen=True)
 class QKV(Direct):
-    """q, k, v <-> linear_qkv, whose rows are, a KV group at a time, [its queries, its key, its value]. Biases alike."""
+    """q, k, v <-> linear_qkv, whose rows are [queries, key, value] of one KV group after the other. Biases likewise."""
 
     def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
         g, d, rest = arch.num_query_groups, arch.head_dim, tensor.shape[1:]

@@ -34,12 +34,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flagscale_like.config import RunConfig
 from flagscale_like.model.build import LanguageModel
+from flagscale_like.planner.memory import LAYERS_ON_THE_WAY
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.runtime.copies import CopyStream, HostPool
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
-
-LAYERS_ON_THE_WAY = 2
 
 
 @dataclass
@@ -370,7 +369,7 @@ def attach_offload(
     if config.offload is None:
         return None
     hbm_bytes = ctx.platform.total_memory_bytes() if ctx.platform.counts_device_memory else None
-    layout = configured_layout(config, ctx.world_size, Goal.of(config), hbm_bytes)
+    layout = configured_layout(config, ctx.world_size, Goal.of(config, cuda=ctx.platform.triton), hbm_bytes)
     offload = ActivationOffload(
         ctx.platform,
         share=layout.offload_share(ctx.pp_rank),

@@ -1,1 +1,1 @@
-"""Memory, time and ranked layouts of a run before it starts. Pure functions: no torch, no devices, units in the names."""
+"""Memory, time and ranked layouts of a run before it starts. Pure functions: no torch, no devices."""

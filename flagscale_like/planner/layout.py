@@ -1,4 +1,4 @@
-"""What is planned: the shape of a decoder, and how it is cut over ranks and time."""
+"""The planner's inputs: the shape of a decoder, and a parallel layout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder, as far as its time and activations depend on it.
+    """What of a decoder its time and activations depend on.
 
     Attributes:
         ffn: channels of the MLP; of one half where it is gated.
         gated: SwiGLU's two up projections, or one (GPT).
         flash: attention without its [s, s] scores in memory.
-        dropout: GPT's three dropouts a layer, each of which saves a mask of one byte an element.
+        dropout: GPT's three dropouts a layer, each with a saved mask of one byte an element.
         window: keys a query sees; all before it where it is None.
         norm_head: as in ModelArch.
         layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
@@ -96,12 +96,12 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is cut: degrees, micro-batches, recompute. Ranks are numbered tp fastest, then dp, then pp.
+    """A parallel layout: degrees, micro-batches, recompute, offload. Ranks are numbered tp fastest, then dp, then pp.
 
     Attributes:
         num_microbatches: micro-batches a data-parallel rank runs a step.
-        offload: share of the activations that each stage moves to host memory; () is none.
-        first_stage_layers, last_stage_layers: where they differ from the other stages.
+        offload: share of its activations that each stage moves to host memory; () moves none.
+        first_stage_layers, last_stage_layers: layers of these stages where they differ from the others'.
     """
 
     tp: int = 1
@@ -143,7 +143,7 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     def chunk_layers(self, num_layers: int, stage: int) -> list[list[int]]:
-        """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core deals them out."""
+        """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core assigns them."""
         if self.vpp > 1:
             each = num_layers // (self.pp * self.vpp)
             starts = [(chunk * self.pp + stage) * each for chunk in range(self.vpp)]
@@ -165,8 +165,11 @@ class Layout:
         return counts
 
     def chunks_in_flight(self, stage: int) -> int:
-        """Most forward passes of a chunk whose backward pass is still to come: 1F1B holds pp - stage micro-batches, the
-        interleaved schedule 2 (pp - stage - 1) + (vpp - 1) pp + 1 chunks (Narayanan et al. 2021, figure 4)."""
+        """Most forward passes of a chunk that wait for their backward pass at once.
+
+        1F1B: pp - stage micro-batches; interleaved: 2 (pp - stage - 1) + (vpp - 1) pp + 1 chunks (Narayanan et al. 2021,
+        figure 4).
+        """
         if self.vpp == 1:
             return min(self.pp - stage, self.num_microbatches)
         warmup = 2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp

@@ -1,8 +1,8 @@
 """Bytes a rank needs, by component.
 
 Weights, gradients and optimizer states are exact: they repeat how megatron-core lays parameters out in its buffers and how
-its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) deals them to data-parallel ranks. Activations come from the table
-in saved.py (Korthikanti et al. 2022). What is on the device for a moment only, and what the allocator loses, are estimates.
+its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over data-parallel ranks. Activations come from the
+table in saved.py (Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from dataclasses import dataclass, fields, replace
 from flagscale_like.arch import ModelArch, Parameter, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
-from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes
+from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes, logits_for_a_moment
 
-# CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of what comes and goes.
+# CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of all but weights, gradients and
+# optimizer states.
 CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.06
+# Layers whose offloaded activations have a copy on the device: forward the one that runs and the one before it, whose copies
+# out may still run; backward the one that runs and the one after it, whose copies come in.
+LAYERS_ON_THE_WAY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,9 @@ class RankMemory:
         weights: the parameter buffers, padding counted.
         gradients: the fp32 gradient buffers, padding counted.
         optimizer: this rank's fp32 master weights (none in fp32 training), Adam's two moments and its step counters.
-        activations: saved for the backward pass, all micro-batches in flight, less what is offloaded.
-        logits: the loss's saved tensors and the logits' own copy.
-        working: of the layer that runs: its gradients, one weight gradient, gathered inputs, a recomputed layer.
+        activations: saved for the backward pass by all micro-batches in flight, less what is offloaded.
+        logits: what the output layer and the loss save, and the logits, or a chunk of them, that they hold while they run.
+        working: of the layer that runs: activation gradients, one weight gradient, gathered inputs, a recomputed layer.
         offload_buffers: device copies on their way out and back.
         overhead: CUDA context, communication buffers, fragmentation.
         host: pinned host memory; not part of `total`.
@@ -198,7 +202,7 @@ def saved_activation_bytes(
 ) -> float:
     """Most bytes that autograd holds at once on a stage, embedding and loss included, nothing offloaded.
 
-    Under full recompute a layer that is run again holds all of its own for a moment.
+    With recompute, the layer that is being recomputed holds all that it saves without.
     """
     shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
@@ -248,8 +252,8 @@ def rank_memory(
         saved += in_flight * rows_sp * shape.hidden * e
     share = layout.offload_share(stage)
     moved = share * in_flight * chunk
-    on_the_way = min(moved, 2 * min(share, 1.0) * layer)
-    logits = head + rows * shape.vocab / layout.tp * e if head else 0.0
+    on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
+    logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
     largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
     working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
     if layout.recompute == "full":
@@ -272,9 +276,9 @@ def rank_memory(
 def needed_offload(
     arch: ModelArch, layout: Layout, *, seq_length: int, precision: str, ops: Operators, budget_bytes: float
 ) -> tuple[float, ...] | None:
-    """The least share of each stage's activations to move so that it fits `budget_bytes`; None where none is enough.
+    """The least share of its activations that each stage has to move to fit `budget_bytes`; None where all is too little.
 
-    Overheads are counted in the budget as in rank_memory(). One layer in two is kept for the copies under way.
+    Overheads count as in rank_memory(). Moving everything frees all but the copies of LAYERS_ON_THE_WAY layers.
     """
     shares = []
     for stage in range(layout.pp):
@@ -286,14 +290,13 @@ def needed_offload(
         chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
         layers = max(1, len(layout.chunk_layers(arch.num_layers, stage)[0]))
         in_flight = layout.chunks_in_flight(stage)
-        # Moving everything saves all but the two layers on their way.
-        saves = (in_flight * chunk - 2 * chunk / layers) * (1 + FRAGMENTATION)
-        if saves <= 0 or over > saves:
+        frees = (in_flight * chunk - LAYERS_ON_THE_WAY * chunk / layers) * (1 + FRAGMENTATION)
+        if frees <= 0 or over > frees:
             return None
-        shares.append(over / saves)
+        shares.append(over / frees)
     return tuple(shares)
 
 
 def waiting_share(layout: Layout, stage: int) -> float:
-    """The share of a stage's activations that only waits: all but one micro-batch's. 0 on the last stage and on one."""
+    """The share of a stage's activations that belongs to all micro-batches in flight but one. 0 on the last stage."""
     return 1.0 - 1.0 / max(1.0, layout.chunks_in_flight(stage) / layout.vpp)

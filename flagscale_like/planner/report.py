@@ -1,4 +1,4 @@
-"""Plans as text: the table of ranked layouts, and one layout in detail."""
+"""Plans as text: a table of ranked layouts, and the memory and time of one layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; `right` names those that are aligned to the right."""
+    """Rows of equal length as aligned text.
+
+    Args:
+        right: columns that are aligned to the right.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -44,7 +48,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
 
 
 def distinct(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest of the plans that differ only in vpp, sp or recompute; the order is kept."""
+    """Of each group of plans that differ only in vpp, sp or recompute, the first one, in the given order."""
     seen, kept = set(), []
     for plan in plans:
         key = (plan.layout.tp, plan.layout.pp, plan.layout.micro_batch_size)
@@ -55,7 +59,7 @@ def distinct(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...]]:
-    """A row a plan, under COLUMNS."""
+    """One row of cells for each plan, in the order of COLUMNS."""
     places = {id(plan): str(place) for place, plan in enumerate(ranking.plans, 1)}
     rows = []
     for plan in plans:
@@ -82,14 +86,9 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
     return rows
 
 
-def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int, configured: Layout | None = None) -> str:
-    """The table of the `top` fastest distinct layouts, the configured one, and the closest that do not fit."""
-    shown = distinct(ranking.plans)[:top]
-    if configured is not None:
-        own = next((plan for plan in ranking.plans if plan.layout == configured), None)
-        if own is not None and own not in shown:
-            shown.append(own)
-    rows = [COLUMNS, *ranking_rows(ranking, [*shown, *ranking.misfits])]
+def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str:
+    """The table of the `top` fastest distinct layouts, and the closest that do not fit."""
+    rows = [COLUMNS, *ranking_rows(ranking, [*distinct(ranking.plans)[:top], *ranking.misfits])]
     found = (
         f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
     )
@@ -99,7 +98,7 @@ def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int, config
 
 
 def describe_memory(memory: Sequence[RankMemory]) -> str:
-    """A row a stage (equal neighbours joined), a column a component, in GiB or MiB."""
+    """A table with a row for each stage and a column for each component, in GiB or MiB."""
     unit, name = (GIB, "GiB") if max(m.total for m in memory) > GIB else (1 << 20, "MiB")
     components = [f.name for f in fields(RankMemory) if any(getattr(m, f.name) for m in memory)]
     rows: list[tuple[str, ...]] = [(f"stage ({name})", *components, "total")]
@@ -109,7 +108,7 @@ def describe_memory(memory: Sequence[RankMemory]) -> str:
 
 
 def describe_time(plan: Plan) -> str:
-    """Where the seconds of a step go."""
+    """Seconds of a step, throughput, and the share of each part of the step."""
     time = plan.time
     parts = ", ".join(
         f"{label} {getattr(time, part) / time.seconds:.1%}"
@@ -124,7 +123,7 @@ def describe_time(plan: Plan) -> str:
 
 
 def updated_config(config: RunConfig, layout: Layout) -> RunConfig:
-    """The configuration with a planned layout in place of its own."""
+    """The configuration with its layout replaced by a planned one."""
     parallel = config.parallel.model_copy(
         update={
             "tp": layout.tp,

@@ -1,14 +1,14 @@
-"""What one layer keeps for its backward pass, entry by entry: the table that all activation figures come from.
+"""The table of tensors that are saved for the backward pass, from which all activation figures come.
 
-Every entry is a storage that autograd holds on to, once, however many operators saved a view of it. Two things decide them:
-the model (Shape) and which operators run it (Operators). An operator that is changed to save something else is changed in
+An entry is a storage that autograd holds; a storage of which several operators saved a view is one entry. Entries depend on
+the model (Shape) and on its operators (Operators). An operator that is changed to save something else is changed in
 BLOCK_SAVES' functions or `head_saves`, and nowhere else; tests/planner/test_activations.py compares the table with what
 saved_tensors_hooks see in a real step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention
@@ -16,26 +16,38 @@ from flagscale_like.config import Kernels
 from flagscale_like.planner.layout import Layout, Shape
 
 Saves = Literal["torch", "fused"]
+MIN_CHUNK_TOKENS = 1024  # of flagscale_kernels.linear_cross_entropy, which this module does not import: it needs torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operators:
-    """How the operators are computed, as far as it changes what they save.
+    """What the operators save: `torch` is autograd over plain operators, `fused` saves inputs and a number a row.
 
-    `torch` is autograd over plain operators; `fused` saves its inputs and a number a row, as flagscale_kernels do.
+    Attributes:
+        linear_cross_entropy: the output layer and the loss are one operator, which holds a chunk of the logits at a time and
+            computes them again in the backward pass.
     """
 
     rms_norm: Saves = "torch"
     swiglu: Saves = "torch"
     cross_entropy: Saves = "torch"
+    linear_cross_entropy: bool = False
 
 
 FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
+FUSED_ON_GPU = replace(FUSED, linear_cross_entropy=True)
 
 
-def operators_of(kernels: Kernels) -> Operators:
-    """What the model runs, for the configured kernels: flagscale_kernels save the same with Triton and with torch."""
-    return FUSED
+def operators_of(kernels: Kernels, *, cuda: bool) -> Operators:
+    """What the model runs with the configured kernels.
+
+    flagscale_kernels save the same with Triton and with torch; only kernels.linear_cross_entropy changes what is saved.
+
+    Args:
+        cuda: the devices are GPUs.
+    """
+    choice = kernels.linear_cross_entropy
+    return replace(FUSED, linear_cross_entropy=choice == "fused" or (choice == "auto" and cuda))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +213,23 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
     if shape.norm_head:
         matrix = shape.vocab / layout.tp * (shape.hidden + 2) * dtype_bytes
         saves.append(Saved(name="output matrix with rows of length 1, and their lengths", bytes=matrix))
-    if ops.cross_entropy == "fused":
+    if ops.linear_cross_entropy:
+        saves.append(Saved(name="labels, log-sum-exp and mask", bytes=rows * (8 + 4 + 1)))
+    elif ops.cross_entropy == "fused":
         saves.append(Saved(name="logits", bytes=logits * dtype_bytes))
         saves.append(Saved(name="labels, log-sum-exp and mask", bytes=rows * (8 + 4 + 1)))
     else:
         saves.append(Saved(name="softmax of the logits, fp32", bytes=logits * 4))
         saves.append(Saved(name="labels and mask", bytes=rows * (8 + 1)))
     return saves
+
+
+def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Operators) -> float:
+    """Elements of logits that the last stage holds beside what is saved: all of one micro-batch's, or one chunk's."""
+    rows, columns = seq_length * layout.micro_batch_size, shape.vocab / layout.tp
+    if ops.linear_cross_entropy:
+        rows = min(rows, max(MIN_CHUNK_TOKENS, rows * shape.hidden // int(columns)))
+    return rows * columns
 
 
 def embedding_saves(layout: Layout, seq_length: int) -> list[Saved]:

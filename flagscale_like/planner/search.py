@@ -1,4 +1,4 @@
-"""Ranked layouts of a model on a cluster, and why the others lost."""
+"""The layouts of a model on a cluster, ranked by speed, and why each is slower than the first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flagscale_like.config import RunConfig
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import RankMemory, microbatch_bytes, needed_offload, rank_memory, waiting_share
-from flagscale_like.planner.saved import FUSED, Operators, operators_of
-from flagscale_like.planner.throughput import Efficiency, StepTime, step_time
+from flagscale_like.planner.saved import FUSED_ON_GPU, Operators, operators_of
+from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
 # Of the device's memory: the driver and other processes hold the rest.
 USABLE = 0.97
@@ -32,29 +32,33 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What is to be trained: everything a layout does not change."""
+    """What is trained: all that no layout changes."""
 
     arch: ModelArch
     seq_length: int
     global_batch_size: int
     precision: str = "bf16"
-    ops: Operators = FUSED
+    ops: Operators = FUSED_ON_GPU
 
     @classmethod
-    def of(cls, config: RunConfig) -> Goal:
-        """What a configuration trains, with the operators that its kernels are."""
+    def of(cls, config: RunConfig, *, cuda: bool) -> Goal:
+        """What a configuration trains, with the operators that its kernels are.
+
+        Args:
+            cuda: the devices are GPUs.
+        """
         return cls(
             arch=config.model,
             seq_length=config.train.seq_length,
             global_batch_size=config.train.global_batch_size,
             precision=config.train.precision,
-            ops=operators_of(config.kernels),
+            ops=operators_of(config.kernels, cuda=cuda),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A layout with its time and the memory of every stage."""
+    """A layout, the time of its step and the memory of each of its stages."""
 
     layout: Layout
     time: StepTime
@@ -67,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Plans that fit, fastest first, and the closest of those that do not."""
+    """The plans that fit, the fastest first, and those that exceed the memory by the least."""
 
     plans: tuple[Plan, ...]
     misfits: tuple[Plan, ...]
@@ -124,6 +128,7 @@ def evaluate(
         parameters_per_rank=max(m.gradients for m in memory) / 4,
         offloaded_bytes=moved,
         eff=eff,
+        software=Software(logits_twice=goal.ops.linear_cross_entropy),
     )
     return Plan(layout=layout, time=time, memory=memory)
 
@@ -197,12 +202,12 @@ def rank_layouts(
     """All layouts, ranked by tokens a second.
 
     Args:
-        offload: where a layout does not fit, try moving the share of its activations that makes it fit.
+        offload: plan a layout that does not fit with as much activation offload as makes it fit.
         max_vpp: most model chunks a stage; 1 leaves the interleaved schedule out.
-        misfits: how many of those that do not fit to keep, the closest first.
+        misfits: how many plans that do not fit to return.
 
     Raises:
-        ConfigError: no layout divides model, batch and cluster, or none fits; with the nearest that would.
+        ConfigError: no layout divides model, batch and cluster, or none fits. The message names one that would.
     """
     budget = cluster.device.hbm_bytes * USABLE
     fitting, others = [], []
@@ -236,7 +241,7 @@ def rank_layouts(
 
 
 def _no_layout(goal: Goal, cluster: ClusterSpec) -> str:
-    """One line for a batch or a layer count that nothing divides."""
+    """The message for a batch or a layer count that no layout divides, with a batch that one would."""
     tried = [b for b in range(1, 4 * cluster.devices + 1) if any(layouts(replace(goal, global_batch_size=b), cluster))]
     head = f"no layout divides {goal.arch.num_layers} layers and a global batch of {goal.global_batch_size} over "
     head += f"{cluster.devices} devices"
@@ -247,7 +252,7 @@ def _no_layout(goal: Goal, cluster: ClusterSpec) -> str:
 
 
 def _no_fit(goal: Goal, cluster: ClusterSpec, nearest: Plan, budget: float) -> str:
-    """One line for a model that is too large: what binds, the nearest layout, and the cluster that would do."""
+    """The message for a model that fits nowhere: the nearest layout, its memory, and a cluster that is large enough."""
     stage = max(range(nearest.layout.pp), key=lambda i: nearest.memory[i].total)
     memory = nearest.memory[stage]
     head = (

@@ -1,26 +1,27 @@
 """Time of a training step from FLOPs, bytes and links: a roofline with a few measured or fitted efficiencies.
 
-A stage's micro-batch is the sum of its operators; the step is m of them on the slowest stage, the pipeline's bubble, and what
-data-parallel traffic, point-to-point traffic and offload copies cannot hide behind compute (Narayanan et al. 2021, sections 2
-and 3). docs/planner.md sets the result beside published rows.
+The time of a micro-batch on a stage is the sum of its operators' times. The time of a step is that of m micro-batches on the
+slowest stage, plus the pipeline's bubble, plus the data-parallel traffic, point-to-point traffic and offload copies that
+compute does not hide (Narayanan et al. 2021, sections 2 and 3). docs/planner.md compares the result with published rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flagscale_like.arch import counted_keys
 from flagscale_like.cluster import ClusterSpec, DeviceSpec, EfficiencyKind
 from flagscale_like.planner.layout import Layout, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """What share of each roofline real kernels and collectives reach.
+    """The share of each roofline that kernels and collectives reach.
 
     Attributes:
-        gemm: of the dense peak, for a product too large for edges to matter.
-        gemm_k: inner dimension at which a product reaches half of that: each tile's prologue and epilogue.
-        gemm_mn: output elements at which it does: tiles that do not fill the device.
+        gemm: of the dense peak, by a very large product.
+        gemm_k: inner dimension at which a product reaches half of that (each tile has a prologue and an epilogue).
+        gemm_mn: output elements at which a product reaches half of that (its tiles do not fill the device).
         attention: of the dense peak, by a fused causal attention that skips the upper triangle.
         memory: of the memory bandwidth, by elementwise operators.
         link, network: of a link's bandwidth, by large collectives inside a node and between nodes.
@@ -41,8 +42,8 @@ class Efficiency:
     layer_overhead_s: float = 180e-6
 
 
-# AMPERE is fitted to published rows by benchmarks/planner/fit.py; HOPPER keeps all of it but `gemm`, which is set by one row,
-# GPT-3 175B on 96 H100 (Megatron-LM's README). docs/planner.md shows both beside what they are fitted to.
+# AMPERE is fitted to published rows by benchmarks/planner/fit.py. HOPPER differs in `gemm` and in the launch overhead, set by
+# hand with the rows of GPT-3 175B on H100 (Megatron-LM's README) in view. docs/planner.md compares both with their rows.
 AMPERE = Efficiency()
 HOPPER = Efficiency(gemm=0.70, layer_overhead_s=90e-6)
 # Where the peak is the measured rate of a large matrix product: a CPU, and a GPU that is not known.
@@ -63,7 +64,7 @@ PARTS_OF_STEP = ("compute", "recompute", "tp", "bubble", "p2p", "dp", "optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step, by what they are spent on; they add up to `seconds`.
+    """Seconds of a step, by part; the parts add up to `seconds`.
 
     Attributes:
         compute: matrix products, attention, elementwise operators, on the slowest stage.
@@ -109,7 +110,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of one pass over something: compute, and exposed tensor-parallel traffic."""
+    """Seconds of a forward or backward pass: compute, and the tensor-parallel traffic that it does not hide."""
 
     compute: float = 0.0
     tp: float = 0.0
@@ -162,7 +163,8 @@ def _core_attention(
     b, d = layout.micro_batch_size, shape.head_dim
     heads = shape.heads / layout.tp
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        forward = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.attention)
+        keys = counted_keys(seq_length, shape.window)
+        forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2
     product = 2.0 * b * heads * seq_length**2 * d / (device.bf16_flops * eff.gemm * d / (d + eff.gemm_k))
@@ -173,7 +175,7 @@ def _core_attention(
 def layer_passes(
     shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency
 ) -> tuple[Pass, Pass, Pass]:
-    """Forward, backward, and what recompute repeats, of one layer on one micro-batch."""
+    """Forward pass, backward pass, and the part that recompute repeats, of one layer on one micro-batch."""
     device, t = cluster.device, layout.tp
     rows = float(seq_length * layout.micro_batch_size)
     rows_sp = rows / t if layout.sp else rows
@@ -203,18 +205,36 @@ def layer_passes(
     return fwd, bwd, again
 
 
-def head_pass(shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency) -> Pass:
+def head_pass(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, logits_twice: bool
+) -> Pass:
     """Forward and backward of the output layer and the loss on one micro-batch."""
     device, rows = cluster.device, float(seq_length * layout.micro_batch_size)
     v, h = shape.vocab / layout.tp, shape.hidden
     products = (
-        gemm_seconds(rows, v, h, device, eff)
+        gemm_seconds(rows, v, h, device, eff) * (2 if logits_twice else 1)
         + gemm_seconds(v, h, rows, device, eff)
         + gemm_seconds(rows, h, v, device, eff)
     )
     # fp32 logits are written, exponentiated in place, summed, normalised; the gradient is scaled and rounded.
     loss = _move(rows * v * 22, device, eff)
     return Pass(products + loss, 2 * ring_seconds(rows * h * 2, layout.tp, cluster, eff))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """What the training software does that changes the time of a step.
+
+    Attributes:
+        overlap_dp: gradient reduction and parameter gather run beside the backward and forward passes.
+        scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
+            section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
+        logits_twice: the backward pass computes the logits again (Operators.linear_cross_entropy).
+    """
+
+    overlap_dp: bool = True
+    scatter_gather: bool = False
+    logits_twice: bool = False
 
 
 def step_time(
@@ -226,50 +246,29 @@ def step_time(
     parameters_per_rank: float | None = None,
     offloaded_bytes: tuple[float, ...] = (),
     eff: Efficiency | None = None,
-    overlap_dp: bool = True,
-    scatter_gather: bool = False,
+    software: Software = Software(),
 ) -> StepTime:
     """Time of one optimizer step.
 
     Args:
         parameters_per_rank: of the largest stage; the layers' and the output layer's share where it is left out.
         offloaded_bytes: that each stage copies out, and back, for a micro-batch.
-        overlap_dp: gradient reduction and parameter gather run beside the backward and forward passes.
-        scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
-            section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
+        eff: the device's own where it is left out.
     """
     eff = eff or EFFICIENCIES[cluster.device.efficiency]
     device, m, pp, vpp = cluster.device, layout.num_microbatches, layout.pp, layout.vpp
     forward, backward, again = layer_passes(shape, layout, seq_length, cluster, eff)
-    head = head_pass(shape, layout, seq_length, cluster, eff)
+    head = head_pass(shape, layout, seq_length, cluster, eff, logits_twice=software.logits_twice)
     layers = layout.stage_layers(shape.layers) if vpp == 1 else [shape.layers // pp] * pp
     stages = [(forward + backward + again) * count for count in layers]
     stages[-1] = stages[-1] + head
     slowest = max(range(pp), key=lambda stage: stages[stage].seconds)
     busy = stages[slowest]
-    recompute = again.seconds * layers[slowest]
-    mean = sum(stage.seconds for stage in stages) / pp
-    bubble = (pp - 1) / vpp * mean
-    # Point to point: an activation forward and a gradient backward, a chunk each; one port a device.
-    p2p = 0.0
-    if pp > 1:
-        rows = seq_length * layout.micro_batch_size / (layout.tp if layout.sp or scatter_gather else 1)
-        stride = layout.tp * layout.dp
-        inside = stride < cluster.devices_per_node
-        rate = (device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
-        one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
-        # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
-        p2p = (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
     if parameters_per_rank is None:
         heaviest = max(layers) * shape.layer_matrix_parameters + shape.hidden * shape.vocab
         parameters_per_rank = heaviest / layout.tp
-    reduce = ring_seconds(parameters_per_rank * 4, layout.dp, cluster, eff, stride=layout.tp)
-    gather = ring_seconds(parameters_per_rank * 2, layout.dp, cluster, eff, stride=layout.tp)
-    if overlap_dp:  # behind one micro-batch's passes: only the last accumulates complete gradients
-        reduce = max(reduce * 0.1, reduce - eff.overlap * backward.compute * max(layers))
-        gather = max(gather * 0.1, gather - eff.overlap * forward.compute * max(layers))
-    # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
-    optimizer = _move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff)
+    # Where it overlaps, behind one micro-batch's passes: only the last one accumulates complete gradients.
+    hides = (backward.compute * max(layers), forward.compute * max(layers)) if software.overlap_dp else None
     offload = 0.0
     if offloaded_bytes:
         copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
@@ -277,15 +276,51 @@ def step_time(
     tokens = layout.dp * m * layout.micro_batch_size * seq_length
     return StepTime(
         compute=m * (busy.compute - again.compute * layers[slowest]),
-        recompute=m * recompute,
+        recompute=m * again.seconds * layers[slowest],
         tp=m * (busy.tp - again.tp * layers[slowest]),
-        bubble=bubble,
-        p2p=p2p,
-        dp=reduce + gather,
-        optimizer=optimizer,
+        bubble=(pp - 1) / vpp * sum(stage.seconds for stage in stages) / pp,
+        p2p=_point_to_point(shape, layout, seq_length, cluster, eff, split=layout.sp or software.scatter_gather),
+        dp=_data_parallel(parameters_per_rank, layout, cluster, eff, hides),
+        # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
+        optimizer=_move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff),
         offload=offload,
         model_flops=shape.model_flops(tokens, seq_length),
         tokens=tokens,
         devices=layout.world_size,
         peak_flops=device.bf16_flops,
     )
+
+
+def _point_to_point(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, split: bool
+) -> float:
+    """Seconds of a step for activations sent forward and gradients sent backward, a chunk each; one port a device.
+
+    Args:
+        split: a rank sends 1/tp of them.
+    """
+    pp, vpp, m = layout.pp, layout.vpp, layout.num_microbatches
+    if pp == 1:
+        return 0.0
+    rows = seq_length * layout.micro_batch_size / (layout.tp if split else 1)
+    inside = layout.tp * layout.dp < cluster.devices_per_node
+    rate = (cluster.device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
+    one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
+    # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
+    return (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
+
+
+def _data_parallel(
+    parameters: float, layout: Layout, cluster: ClusterSpec, eff: Efficiency, hides: tuple[float, float] | None
+) -> float:
+    """Seconds of a step for the fp32 gradients' reduction and the 16-bit parameters' gather that nothing hides.
+
+    Args:
+        hides: seconds of compute that each of the two runs beside; None where they run alone.
+    """
+    reduce = ring_seconds(parameters * 4, layout.dp, cluster, eff, stride=layout.tp)
+    gather = ring_seconds(parameters * 2, layout.dp, cluster, eff, stride=layout.tp)
+    if hides is None:
+        return reduce + gather
+    traffic = zip((reduce, gather), hides, strict=True)
+    return sum(max(seconds * 0.1, seconds - eff.overlap * compute) for seconds, compute in traffic)

@@ -143,7 +143,7 @@ def _point(
 ) -> Point:
     own_memory = ctx.platform.counts_device_memory
     device = measure_device(ctx.platform, config.train.precision, processes=1)
-    goal = Goal.of(config)
+    goal = Goal.of(config, cuda=ctx.platform.triton)
     layout = configured_layout(config, ctx.world_size, goal, device.hbm_bytes if own_memory else None)
     plan = evaluate(goal, layout, *_cluster(device, peak, ctx), overhead=own_memory)
     steps = [r for r in records if "iteration-time" in r and r["step"] > warmup]

@@ -138,13 +138,13 @@ def _alarm(event: dict[str, Any]) -> Mark:
     return Mark(step=event["step"], kind=kind, text=text)
 
 
-def planned_memory(config: RunConfig, world_size: int) -> tuple[Layout, Sequence[RankMemory]]:
+def planned_memory(config: RunConfig, world_size: int, *, cuda: bool = False) -> tuple[Layout, Sequence[RankMemory]]:
     """The layout of the run and what the planner says of each stage's memory, without a device's own overhead.
 
     Raises:
         ConfigError: the configuration does not fit the ranks (it was changed since).
     """
-    goal = Goal.of(config)
+    goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, world_size, goal, None)
     return layout, [
         rank_memory(
@@ -182,7 +182,8 @@ def write_report(run_dir: Path, out: Path) -> Story:
 
 def _parts(story: Story, run_dir: Path) -> dict[str, str]:
     config, last = story.config, story.last
-    layout, memory = planned_memory(config, story.world_size)
+    # Of what a run writes, an MFU alone tells GPUs from CPUs: it is in the records of devices whose peak is known.
+    layout, memory = planned_memory(config, story.world_size, cuda="mfu" in last)
     layers = config.model.num_layers
     chunks = [layout.chunk_layers(layers, stage) for stage in range(layout.pp)]
     alarms = [mark for mark in story.happened if mark.kind != "checkpoint"]

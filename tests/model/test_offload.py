@@ -81,7 +81,7 @@ def test_each_stage_moves_its_share_to_within_a_tensor_a_layer(name, precision, 
     config = config_of(tmp_path, layout, "none", share="auto", train__precision=precision)
     planned = Layout.of(config, ranks)
     shape, size = Shape.of(config.model), 2 if precision == "bf16" else 4
-    saves = layer_saves(shape, planned, config.train.seq_length, size, operators_of(config.kernels))
+    saves = layer_saves(shape, planned, config.train.seq_length, size, operators_of(config.kernels, cuda=False))
     layer = sum(s.bytes for s in saves if s.bytes >= MIN_BYTES)
     layers_run = 4 // (planned.pp) * planned.num_microbatches
     largest = max(s.bytes for s in saves)

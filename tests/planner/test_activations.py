@@ -3,11 +3,21 @@
 import pytest
 import torch
 
+from flagscale_kernels.linear_cross_entropy import default_chunk_tokens, fused_linear_cross_entropy
 from flagscale_like.arch import ModelArch
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Kernels, RunConfig
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
-from flagscale_like.planner.saved import FUSED, Operators, layer_bytes, layer_saves, operators_of
+from flagscale_like.planner.saved import (
+    FUSED,
+    FUSED_ON_GPU,
+    Operators,
+    head_saves,
+    layer_bytes,
+    layer_saves,
+    logits_for_a_moment,
+    operators_of,
+)
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
@@ -83,7 +93,7 @@ def check(name: str, config: RunConfig) -> None:
             stage,
             seq_length=config.train.seq_length,
             precision=config.train.precision,
-            ops=operators_of(config.kernels),
+            ops=operators_of(config.kernels, cuda=False),
         )
         assert planned == pytest.approx(found, rel=0.05), f"stage {stage}: planned {planned:,.0f}, held {found:,}"
 
@@ -157,3 +167,32 @@ def test_fused_operators_save_only_inputs_and_a_number_a_row():
     assert "silu(gate)" not in fused_names
     assert fused_names["MLP norm"] == 32 * (64 * 2 + 4)
     assert torch_names["MLP norm"] == 32 * (64 * 8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "choice", "fused"),
+    [(True, "auto", True), (False, "auto", False), (False, "fused", True), (True, "off", False)],
+)
+def test_the_fused_head_is_planned_where_it_runs(cuda, choice, fused):
+    found = operators_of(Kernels(linear_cross_entropy=choice), cuda=cuda)
+    assert found == (FUSED_ON_GPU if fused else FUSED)
+
+
+def test_the_fused_head_saves_its_input_and_numbers_a_token_and_holds_a_chunk_of_logits():
+    s, b, h, v = 96, 2, 64, 256
+    hidden, weight = torch.randn(s, b, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+    meter = Meter({weight.untyped_storage().data_ptr()})
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
+        labels = torch.randint(0, v, (b, s)).t()
+        loss = fused_linear_cross_entropy(hidden, weight, labels, reduction="none")
+    arch = ModelArch(num_layers=1, hidden_size=h, num_attention_heads=4, ffn_hidden_size=96, vocab_size=v)
+    shape, layout = Shape.of(arch), Layout(micro_batch_size=b)
+    norm, *head = head_saves(shape, layout, s, 4, FUSED_ON_GPU)
+    assert norm.name == "final norm"
+    assert sum(saved.bytes for saved in head) == meter.now
+    del loss
+    for rows, hidden_size, vocab, tp in ((8192, 4096, 100352, 1), (512, 64, 256, 1), (65536, 8192, 32000, 8)):
+        shape = Shape(layers=1, hidden=hidden_size, heads=8, groups=8, head_dim=8, ffn=8, vocab=vocab)
+        chunk = default_chunk_tokens(rows, hidden_size, vocab // tp)
+        assert logits_for_a_moment(shape, Layout(tp=tp), rows, FUSED_ON_GPU) == chunk * vocab / tp
+        assert logits_for_a_moment(shape, Layout(tp=tp), rows, FUSED) == rows * vocab / tp

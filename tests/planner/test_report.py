@@ -1,4 +1,4 @@
-"""docs/planner.md says what the planner says."""
+"""The tables of docs/planner.md are the planner's."""
 
 import subprocess
 import sys

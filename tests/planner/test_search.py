@@ -1,4 +1,4 @@
-"""Ranking layouts: what is found, what is refused, and what is said about it."""
+"""Ranking layouts: the order, the refusals and the messages."""
 
 import re
 from dataclasses import replace
@@ -10,7 +10,10 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.config import load_config
 from flagscale_like.errors import ConfigError
+from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.memory import needed_offload, rank_memory
 from flagscale_like.planner.report import describe_ranking, updated_config
+from flagscale_like.planner.saved import Operators, layer_bytes
 from flagscale_like.planner.search import Goal, configured_layout, evaluate, rank_layouts
 from tests.harness import cli, tiny_config, write_yaml
 
@@ -80,9 +83,23 @@ def test_offload_makes_a_layout_fit_that_did_not():
     assert evaluate(goal, replace(plan.layout, offload=()), cluster).peak_bytes > found.budget_bytes
 
 
+def test_two_layers_keep_their_copies_whatever_is_offloaded():
+    """model.offload lets a layer's copies go when the layer after the next begins."""
+    ops, layout = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused"), Layout(pp=4, num_microbatches=16)
+    numbers = {"seq_length": 4096, "precision": "bf16", "ops": ops}
+    whole = rank_memory(AQUILA2_34B, replace(layout, offload=(1.0,) * 4), 0, **numbers)
+    layer = layer_bytes(Shape.of(AQUILA2_34B), layout, 4096, 2, ops)
+    assert whole.offload_buffers == 2 * layer
+    assert whole.host == 4 * 15 * layer
+    budget = rank_memory(AQUILA2_34B, layout, 0, **numbers).total - 20 * layer
+    shares = needed_offload(AQUILA2_34B, layout, budget_bytes=budget, **numbers)
+    fitted = rank_memory(AQUILA2_34B, replace(layout, offload=shares), 0, **numbers)
+    assert fitted.total == pytest.approx(budget)
+
+
 def test_automatic_shares_without_a_device_keep_one_micro_batch(tmp_path):
     config = tiny_config(tmp_path, parallel={"pp": 4}, offload={"share": "auto"})
-    layout = configured_layout(config, 4, Goal.of(config), None)
+    layout = configured_layout(config, 4, Goal.of(config, cuda=False), None)
     assert layout.offload == pytest.approx((3 / 4, 2 / 3, 1 / 2, 0.0))
 
 
@@ -142,7 +159,7 @@ def test_dry_run_prints_memory_by_component_bubble_and_tokens_a_second(tmp_path)
 
 def test_an_updated_configuration_keeps_everything_but_the_layout(tmp_path):
     config = tiny_config(tmp_path, train__global_batch_size=16)
-    goal = Goal.of(config)
+    goal = Goal.of(config, cuda=False)
     plan = rank_layouts(goal, parse_cluster("1x4xA100")).plans[-1]
     changed = updated_config(config, plan.layout)
     assert changed.model == config.model

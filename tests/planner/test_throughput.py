@@ -1,4 +1,4 @@
-"""The planner against published rows, and against what its parts must do."""
+"""The planner's time of a step against published rows, and part by part."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from benchmarks.planner.published import BAICHUAN_7B, GPT3_H100, KORTHIKANTI_202
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.throughput import PARTS_OF_STEP, step_time
+from flagscale_like.planner.throughput import AMPERE, PARTS_OF_STEP, Software, gemm_seconds, step_time
 
 ROWS = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]
 CLUSTER = parse_cluster("2x8xA100-80")
@@ -70,6 +70,31 @@ def test_recompute_costs_a_forward_pass_and_offload_only_what_does_not_hide():
 
 def test_traffic_over_a_slower_network_takes_longer():
     layout = Layout(tp=1, dp=16)
-    fast = step_time(SHAPE, layout, CLUSTER, seq_length=1024, overlap_dp=False)
-    slow = step_time(SHAPE, layout, replace(CLUSTER, network_gb_per_s=2.5), seq_length=1024, overlap_dp=False)
+    fast = step_time(SHAPE, layout, CLUSTER, seq_length=1024, software=Software(overlap_dp=False))
+    slow = step_time(
+        SHAPE, layout, replace(CLUSTER, network_gb_per_s=2.5), seq_length=1024, software=Software(overlap_dp=False)
+    )
     assert slow.dp == pytest.approx(10 * fast.dp, rel=0.05)
+
+
+def test_a_sliding_window_saves_the_attention_that_lies_outside_it():
+    b, s, w, n, d, layers, m = 2, 8192, 2048, 32, 128, 4, 3
+    whole = Shape(layers=layers, hidden=4096, heads=n, groups=8, head_dim=d, ffn=11008, vocab=32000)
+    layout = Layout(micro_batch_size=b, num_microbatches=m)
+    times = [step_time(replace(whole, window=window), layout, CLUSTER, seq_length=s) for window in (None, w, s, 2 * s)]
+    # A query sees at most w keys: w (w + 1) / 2 pairs of the first w queries, and w of each of the others. A forward pass
+    # has two products of 2 d FLOPs a pair, a backward pass five.
+    pairs = n * b * ((s * s) / 2 - (w * w / 2 + (s - w) * w))
+    saved = layers * m * (4 + 10) * d * pairs / (312e12 * AMPERE.attention)
+    assert times[0].compute - times[1].compute == pytest.approx(saved, rel=1e-9)
+    assert times[0].seconds == times[2].seconds == times[3].seconds
+
+
+def test_logits_that_are_computed_twice_cost_one_more_product():
+    layout = Layout(micro_batch_size=2, num_microbatches=3)
+    once, twice = (
+        step_time(SHAPE, layout, CLUSTER, seq_length=1024, software=Software(logits_twice=logits_twice))
+        for logits_twice in (False, True)
+    )
+    product = gemm_seconds(2048, SHAPE.vocab, SHAPE.hidden, CLUSTER.device, AMPERE)
+    assert twice.compute - once.compute == pytest.approx(3 * product)
