@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from flagscale_like.checkpoint.hf_check import compare_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export, plan_export
 from flagscale_like.config import Parallel
+from flagscale_like.engine.hf_check import compare_logits
 from flagscale_like.errors import ConversionError
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import REPOSITORY, cli, run_ranks
