@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from tests.commands import invoke, run_commands
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
 
@@ -42,28 +43,29 @@ def test_a_rank_loads_megatron_core_without_the_compiler():
     ids=" ".join,
 )
 def test_every_help_ends_with_an_example(command):
-    result = cli(*command, "--help")
-    assert result.returncode == 0
-    last = " ".join(result.stdout.split())
+    found = invoke([*command, "--help"])
+    assert found.exit_code == 0
+    last = " ".join(found.printed.split())
     assert "Example: flagscale-like " + command[0] in last[-200:]
 
 
 def test_the_resolved_configuration_can_be_printed_and_used_again(tmp_path):
     path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
-    result = cli("train", str(path), "train.steps=7", "--print-config")
-    assert result.returncode == 0
-    printed = yaml.safe_load(result.stdout)
+    first = invoke(["train", str(path), "train.steps=7", "--print-config"])
+    assert first.exit_code == 0
+    printed = yaml.safe_load(first.printed)
     assert printed["train"]["steps"] == 7
     assert printed["optimizer"]["beta2"] == 0.95
-    (tmp_path / "again.yaml").write_text(result.stdout)
-    assert cli("train", str(tmp_path / "again.yaml"), "--print-config").stdout == result.stdout
+    (tmp_path / "again.yaml").write_text(first.printed)
+    assert invoke(["train", str(tmp_path / "again.yaml"), "--print-config"]) == first
 
 
 def test_a_dry_run_checks_a_layout_that_this_machine_does_not_have(tmp_path):
     path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
-    good = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "16")
-    assert good.returncode == 0
-    assert "16 ranks = tp 2 x pp 1 x cp 1 x dp 8" in good.stdout
+    good = invoke(["train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "16"])
+    assert good.exit_code == 0
+    assert "16 ranks = tp 2 x pp 1 x cp 1 x dp 8" in good.printed
+    # In a process of its own: the exit code and the line on stderr are what a script sees.
     bad = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "15")
     assert bad.returncode == 10
     assert bad.stderr.startswith("error: world size (15) must be divisible by tp*pp*cp (2*1*1)")
@@ -95,7 +97,8 @@ def _numbers(printed: str) -> list[list[str]]:
 
 def test_a_run_leaves_what_scripts_rely_on(tmp_path):
     path = write_yaml(tiny_config(tmp_path / "run", train__steps=2, train__eval_interval=1), tmp_path / "run.yaml")
-    assert cli("train", str(path)).returncode == 0
+    ((first, again),) = run_commands([["train", str(path)], ["train", str(path)]])
+    assert (first.exit_code, again.exit_code) == (0, 0), first.error + again.error
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
@@ -106,17 +109,14 @@ def test_a_run_leaves_what_scripts_rely_on(tmp_path):
         "events.jsonl",
     }
     records = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first = records[0]
-    assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= first.keys()
+    assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= records[0].keys()
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    finished = cli("train", str(path))
-    assert finished.returncode == 0
-    assert "resuming from step 2" in finished.stdout
+    assert "resuming from step 2" in again.printed
 
 
 def test_doctor_says_what_is_there_and_what_is_missing():
-    result = cli("doctor")
-    assert result.returncode == 0, result.stderr
-    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    found = invoke(["doctor"])
+    assert found.exit_code == 0, found.error
+    lines = {line.split()[0]: line for line in found.printed.splitlines() if line.strip()}
     assert "0.16.1" in lines["megatron-core"]
     assert "without it" in lines["apex"] or "in use" in lines["apex"]
