@@ -9,12 +9,36 @@ import yaml
 from tests.commands import invoke, run_commands
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
+HEAVY = ("torch", "megatron", "transformers", "numpy")
 
-def test_help_imports_nothing_heavy():
-    heavy = ("torch", "megatron", "transformers", "numpy")
-    code = f"import flagscale_like.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+
+def heavy_modules(*commands: list[str]) -> str:
+    """The heavy modules that a process has loaded after these commands, as a list in text."""
+    code = (
+        "import sys; from flagscale_like.cli import app; from typer.testing import CliRunner\n"
+        f"for words in {commands}: assert CliRunner().invoke(app, words).exit_code == 0, words\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert result.stdout.strip() == "[]", result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two steps, its YAML, and what it and a second start of it did."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_yaml(tiny_config(folder / "run", train__steps=2, train__eval_interval=1), folder / "run.yaml")
+    (outcomes,) = run_commands([["train", str(path)], ["train", str(path)]])
+    assert [found.exit_code for found in outcomes] == [0, 0], outcomes
+    return folder / "run", path, outcomes
+
+
+def test_what_computes_nothing_loads_nothing_heavy(finished):
+    run, path, _ = finished
+    reading = [["train", str(path), "--print-config"], ["ckpt", "list", str(run)], ["report", str(run)]]
+    assert heavy_modules(["--help"], *([*words, "--help"] for words in (["train"], ["ckpt"], ["data"]))) == "[]"
+    assert heavy_modules(*reading) == "[]"
 
 
 def loaded_modules() -> list[str]:
@@ -72,22 +96,17 @@ def test_a_dry_run_checks_a_layout_that_this_machine_does_not_have(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_starts_the_ranks_itself_as_torchrun_does(tmp_path):
+def test_train_starts_the_ranks_itself_and_they_do_what_a_launchers_ranks_do(tmp_path):
     config = tiny_config(tmp_path / "run", train__steps=2, checkpoint={"interval": 0}, parallel={"pp": 2})
     path = write_yaml(config, tmp_path / "run.yaml")
     itself = cli("train", str(path))
     assert itself.returncode == 0, itself.stderr
     assert "pp 2 vpp 1 dp 1 on 2 x CPU" in itself.stdout
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun = subprocess.run(
-        [*launcher, "-m", "flagscale_like", "train", str(path), f"run_dir={tmp_path / 'other'}"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-    )
-    assert torchrun.returncode == 0, torchrun.stderr
+    # Here the harness is the launcher; torchrun is, in tests/launch.
+    (launched,), _ = run_commands([["train", str(path), f"run_dir={tmp_path / 'other'}"]], ranks=2)
+    assert launched.exit_code == 0, launched.error
     assert len(_numbers(itself.stdout)) == 2
-    assert _numbers(itself.stdout) == _numbers(torchrun.stdout)
+    assert _numbers(itself.stdout) == _numbers(launched.printed)
 
 
 def _numbers(printed: str) -> list[list[str]]:
@@ -95,11 +114,9 @@ def _numbers(printed: str) -> list[list[str]]:
     return [line.split(" | ")[1:4] for line in printed.splitlines() if line.startswith("step ")]
 
 
-def test_a_run_leaves_what_scripts_rely_on(tmp_path):
-    path = write_yaml(tiny_config(tmp_path / "run", train__steps=2, train__eval_interval=1), tmp_path / "run.yaml")
-    ((first, again),) = run_commands([["train", str(path)], ["train", str(path)]])
-    assert (first.exit_code, again.exit_code) == (0, 0), first.error + again.error
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+def test_a_run_leaves_what_scripts_rely_on(finished):
+    run, _, (_, again) = finished
+    assert {p.name for p in run.iterdir()} - {"report.html"} == {
         "config.yaml",
         "metrics.jsonl",
         "tensorboard",
@@ -108,9 +125,9 @@ def test_a_run_leaves_what_scripts_rely_on(tmp_path):
         "resilience.jsonl",
         "events.jsonl",
     }
-    records = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= records[0].keys()
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "resuming from step 2" in again.printed
 
 
