@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from typer.testing import CliRunner
 
 from flagscale_like.cli import app
@@ -48,6 +47,8 @@ def run_commands(lines: list[list[str]], folder: Path | str = REPOSITORY, *, ran
 
 
 def _run_here(lines: list[list[str]], folder: str) -> list[Outcome]:
+    from megatron.core import parallel_state  # not before flagscale_like, which prepares for it
+
     warnings.simplefilter("ignore")
     multiprocessing.current_process().daemon = False  # the harness's ranks are; some commands start workers
     if os.environ.get("WORLD_SIZE") == "1":

@@ -20,7 +20,13 @@ from tests.harness import REPOSITORY
 # Added to commands as they are written: fewer steps, less text.
 SMALLER = {
     "train": ["train.steps=4", "optimizer.warmup_steps=1", "train.eval_interval=0", "checkpoint.interval=2"],
-    "tiny.yaml": ["data.prepare.input=[text]", "model.vocab_size=512", "data.prepare.tokenizer_vocab_size=512"],
+    "tiny.yaml": [
+        "data.prepare.input=[text]",
+        "model.vocab_size=512",
+        "data.prepare.tokenizer_vocab_size=512",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+    ],
     "bench": ["--steps", "1", "--warmup", "0"],
     "evaluate": ["--seq-length", "32"],
 }
