@@ -29,9 +29,10 @@ REPOSITORY = Path(__file__).parents[1]
 AFTER_A_FAILURE_S = 5  # what the other ranks get to end once one has failed
 
 # Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups. torch loads
-# torch._dynamo with the first optimizer that is made: a second of every rank.
+# torch._dynamo with the first optimizer that is made, and rank 0 loads matplotlib to draw the losses: a second and a half
+# of a rank.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["flagscale_like.recipes.pretrain", "torch._dynamo"])
+_context.set_forkserver_preload(["flagscale_like.recipes.pretrain", "torch._dynamo", "matplotlib.pyplot"])
 
 
 def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:

@@ -6,14 +6,39 @@ import sys
 import pytest
 import yaml
 
+from tests.commands import invoke, run_commands
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
+HEAVY = ("torch", "megatron", "transformers", "numpy")
 
-def test_help_imports_nothing_heavy():
-    heavy = ("torch", "megatron", "transformers", "numpy")
-    code = f"import flagscale_like.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+
+def heavy_modules(*commands: list[str]) -> str:
+    """The heavy modules that a process has loaded after these commands, as a list in text."""
+    code = (
+        "import sys; from flagscale_like.cli import app; from typer.testing import CliRunner\n"
+        f"for words in {commands}: assert CliRunner().invoke(app, words).exit_code == 0, words\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert result.stdout.strip() == "[]", result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two steps, its YAML, and what it and a second start of it did."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_yaml(tiny_config(folder / "run", train__steps=2, train__eval_interval=1), folder / "run.yaml")
+    (outcomes,) = run_commands([["train", str(path)], ["train", str(path)]])
+    assert [found.exit_code for found in outcomes] == [0, 0], outcomes
+    return folder / "run", path, outcomes
+
+
+def test_what_computes_nothing_loads_nothing_heavy(finished):
+    run, path, _ = finished
+    reading = [["train", str(path), "--print-config"], ["ckpt", "list", str(run)], ["report", str(run)]]
+    assert heavy_modules(["--help"], *([*words, "--help"] for words in (["train"], ["ckpt"], ["data"]))) == "[]"
+    assert heavy_modules(*reading) == "[]"
 
 
 def loaded_modules() -> list[str]:
@@ -42,50 +67,46 @@ def test_a_rank_loads_megatron_core_without_the_compiler():
     ids=" ".join,
 )
 def test_every_help_ends_with_an_example(command):
-    result = cli(*command, "--help")
-    assert result.returncode == 0
-    last = " ".join(result.stdout.split())
+    found = invoke([*command, "--help"])
+    assert found.exit_code == 0
+    last = " ".join(found.printed.split())
     assert "Example: flagscale-like " + command[0] in last[-200:]
 
 
 def test_the_resolved_configuration_can_be_printed_and_used_again(tmp_path):
     path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
-    result = cli("train", str(path), "train.steps=7", "--print-config")
-    assert result.returncode == 0
-    printed = yaml.safe_load(result.stdout)
+    first = invoke(["train", str(path), "train.steps=7", "--print-config"])
+    assert first.exit_code == 0
+    printed = yaml.safe_load(first.printed)
     assert printed["train"]["steps"] == 7
     assert printed["optimizer"]["beta2"] == 0.95
-    (tmp_path / "again.yaml").write_text(result.stdout)
-    assert cli("train", str(tmp_path / "again.yaml"), "--print-config").stdout == result.stdout
+    (tmp_path / "again.yaml").write_text(first.printed)
+    assert invoke(["train", str(tmp_path / "again.yaml"), "--print-config"]) == first
 
 
 def test_a_dry_run_checks_a_layout_that_this_machine_does_not_have(tmp_path):
     path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
-    good = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "16")
-    assert good.returncode == 0
-    assert "16 ranks = tp 2 x pp 1 x cp 1 x dp 8" in good.stdout
+    good = invoke(["train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "16"])
+    assert good.exit_code == 0
+    assert "16 ranks = tp 2 x pp 1 x cp 1 x dp 8" in good.printed
+    # In a process of its own: the exit code and the line on stderr are what a script sees.
     bad = cli("train", str(path), "parallel.tp=2", "--dry-run", "--world-size", "15")
     assert bad.returncode == 10
     assert bad.stderr.startswith("error: world size (15) must be divisible by tp*pp*cp (2*1*1)")
     assert not (tmp_path / "run").exists()
 
 
-def test_train_starts_the_ranks_itself_as_torchrun_does(tmp_path):
+def test_train_starts_the_ranks_itself_and_they_do_what_a_launchers_ranks_do(tmp_path):
     config = tiny_config(tmp_path / "run", train__steps=2, checkpoint={"interval": 0}, parallel={"pp": 2})
     path = write_yaml(config, tmp_path / "run.yaml")
     itself = cli("train", str(path))
     assert itself.returncode == 0, itself.stderr
     assert "pp 2 vpp 1 dp 1 on 2 x CPU" in itself.stdout
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun = subprocess.run(
-        [*launcher, "-m", "flagscale_like", "train", str(path), f"run_dir={tmp_path / 'other'}"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-    )
-    assert torchrun.returncode == 0, torchrun.stderr
+    # Here the harness is the launcher; torchrun is, in tests/launch.
+    (launched,), _ = run_commands([["train", str(path), f"run_dir={tmp_path / 'other'}"]], ranks=2)
+    assert launched.exit_code == 0, launched.error
     assert len(_numbers(itself.stdout)) == 2
-    assert _numbers(itself.stdout) == _numbers(torchrun.stdout)
+    assert _numbers(itself.stdout) == _numbers(launched.printed)
 
 
 def _numbers(printed: str) -> list[list[str]]:
@@ -93,10 +114,9 @@ def _numbers(printed: str) -> list[list[str]]:
     return [line.split(" | ")[1:4] for line in printed.splitlines() if line.startswith("step ")]
 
 
-def test_a_run_leaves_what_scripts_rely_on(tmp_path):
-    path = write_yaml(tiny_config(tmp_path / "run", train__steps=2, train__eval_interval=1), tmp_path / "run.yaml")
-    assert cli("train", str(path)).returncode == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+def test_a_run_leaves_what_scripts_rely_on(finished):
+    run, _, (_, again) = finished
+    assert {p.name for p in run.iterdir()} - {"report.html"} == {
         "config.yaml",
         "metrics.jsonl",
         "tensorboard",
@@ -105,18 +125,15 @@ def test_a_run_leaves_what_scripts_rely_on(tmp_path):
         "resilience.jsonl",
         "events.jsonl",
     }
-    records = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first = records[0]
-    assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= first.keys()
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    finished = cli("train", str(path))
-    assert finished.returncode == 0
-    assert "resuming from step 2" in finished.stdout
+    records = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "lm loss", "grad-norm", "learning-rate", "batch-size", "iteration-time"} <= records[0].keys()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "resuming from step 2" in again.printed
 
 
 def test_doctor_says_what_is_there_and_what_is_missing():
-    result = cli("doctor")
-    assert result.returncode == 0, result.stderr
-    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    found = invoke(["doctor"])
+    assert found.exit_code == 0, found.error
+    lines = {line.split()[0]: line for line in found.printed.splitlines() if line.strip()}
     assert "0.16.1" in lines["megatron-core"]
     assert "without it" in lines["apex"] or "in use" in lines["apex"]

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,13 @@ def complete(folder: Path, prompt: str, new_tokens: int) -> str:
     return tokenizer.decode(out[0])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, run: Callable[..., None] = run) -> None:
+    """The demo with these arguments; `run` runs a command of flagscale-like."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="made anew")
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps, half on each layout")
     parser.add_argument("--input", default="python-stdlib", help="text to train on")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     began, run_dir, half = time.perf_counter(), args.run_dir, args.steps // 2
     shutil.rmtree(run_dir, ignore_errors=True)
 

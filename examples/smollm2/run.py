@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -96,9 +97,10 @@ def command(*arguments: str | Path) -> str:
     return "".join(lines)
 
 
-def native_loss(weights: list[str | Path], text: Path, seq_length: int, pp: int = 2) -> float:
-    """Loss of our model, nats a token, on `pp` stages."""
-    printed = command("evaluate", *weights, "--data", text, "--seq-length", str(seq_length), "--pp", str(pp))
+def native_loss(command: Callable[..., str], checkpoint: Path, text: Path, seq_length: int) -> float:
+    """Loss of our model, nats a token, on two pipeline stages."""
+    options = ["--data", text, "--seq-length", str(seq_length), "--pp", "2"]
+    printed = command("evaluate", "--checkpoint", checkpoint, *options)
     return float(re.search(r"loss ([\d.]+)", printed).group(1))
 
 
@@ -119,7 +121,8 @@ def transformers_loss(folder: Path, text: Path, seq_length: int) -> float:
     return total / (len(ids) - 1)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, command: Callable[..., str] = command) -> None:
+    """The example with these arguments; `command` runs a command of flagscale-like and returns what it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/smollm2"), help="folder for everything made here")
     parser.add_argument("--cache", type=Path, help="where the model file is kept")
@@ -127,7 +130,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=128, help="tokens a training sample")
     parser.add_argument("--held-out-chars", type=int, default=12_000, help="held-out text, in characters")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), help="to quantize to")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     began = time.perf_counter()
     cache = options.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flagscale_like"
     gguf = fetch(cache)
@@ -145,7 +148,7 @@ def main() -> None:
     command("convert", "import", "--hf", work / "hf", "--out", work / "native")
     window = min(512, 4 * options.seq_length)
     losses = {
-        "SmolLM2-135M": native_loss(["--checkpoint", work / "native"], text, window),
+        "SmolLM2-135M": native_loss(command, work / "native", text, window),
         "the same in transformers": transformers_loss(work / "hf", text, window),
     }
     command(
@@ -161,7 +164,7 @@ def main() -> None:
         f"optimizer.warmup_steps={min(4, options.steps - 1)}",
     )
     exported = work / "train" / "hf"
-    losses[f"after {options.steps} steps"] = native_loss(["--checkpoint", work / "train"], text, window)
+    losses[f"after {options.steps} steps"] = native_loss(command, work / "train", text, window)
     losses["its export in transformers"] = transformers_loss(exported, text, window)
     for name in options.schemes:
         out = work / name.lower().replace(" ", "-")

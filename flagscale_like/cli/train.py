@@ -34,12 +34,13 @@ def train(
 ) -> None:
     """Train, or go on with, the run that a YAML file describes; under torchrun, or starting the ranks itself."""
     from flagscale_like.config import load_config
-    from flagscale_like.runtime.launch import default_processes, is_worker, launch
 
     config = load_config(config_file, overrides or (), model_of_source)
-    if print_config:
+    if print_config:  # loads no torch
         typer.echo(config.to_yaml(), nl=False)
         return
+    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+
     if is_worker():
         _train_here(config)
         return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 620, 236
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 34, 26
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 34, 26
 MOST_POINTS = 1200
 
 Point = tuple[float, float]
@@ -126,12 +126,12 @@ def chart(key: str, title: str, curves: Sequence[Curve], marks: Sequence[Mark], 
         if curve.dots or len(places) == 1:
             out += [f'<circle class="dot {curve.style}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places]
     out.append(f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
-    names = [c for c in curves if c.style != "given-up"]
+    names = {c.name: c.style for c in curves}  # several stretches were given up: one name
     if len(names) > 1:
         at = WIDTH - RIGHT
-        for curve in reversed(names):
-            out.append(f'<text class="legend {curve.style}" text-anchor="end" x="{at}" y="16">{curve.name}</text>')
-            at -= 14 + 6.6 * len(curve.name)
+        for name, style in reversed(names.items()):
+            out.append(f'<text class="legend {style}" text-anchor="end" x="{at:.0f}" y="16">{name}</text>')
+            at -= 14 + 7 * len(name)
     return "\n".join([*out, "</svg>"])
 
 
@@ -143,7 +143,7 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
     """
     stages, boxes = len(chunks), min(tp, 8)
     box, gap, row, left, top = 76, 8, 58, 132, 42
-    width = max(left + boxes * (box + gap) + 170, left + 350)
+    width = max(left + boxes * (box + gap) + 170, 482)  # the line below the drawing is about 430 long
     height = top + stages * row + 26
     out = [f'<svg class="layout" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img">']
     out.append(f'<text class="title" x="{left}" y="18">one copy of the model: {tp * stages} ranks</text>')
@@ -168,7 +168,7 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
     words = f"x {dp} data-parallel copies" if dp > 1 else "one copy"
     out.append(f'<text x="{side}" y="{top + 38}">{words}</text>')
     under = f"each layer's matrices are cut over {tp} ranks" + (", its sequence too (sp)" if sp else "")
-    out.append(f'<text class="small" x="{left}" y="{height - 6}">{under if tp > 1 else ""}</text>')
+    out.append(f'<text class="small" x="0" y="{height - 6}">{under if tp > 1 else ""}</text>')
     return "\n".join([*out, "</svg>"])
 
 
@@ -176,8 +176,15 @@ def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
     """A bar a row, of (component, bytes) parts; the bars share one scale."""
     most = max((sum(size for _, size in parts) for _, parts in rows), default=0.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, size in parts if size))
-    left, row, width = 130, 32, 600
-    out = [f'<svg class="bars" viewBox="0 0 {width} {len(rows) * row + 30}" role="img">']
+    left, row, width, line = 130, 32, 600, 18
+    keys, across, down = [], float(left), len(rows) * row + 18
+    for name in names:
+        long = 30 + 6.6 * len(name)
+        if across + long > width and across > left:
+            across, down = float(left), down + line
+        keys.append((name, across, down))
+        across += long
+    out = [f'<svg class="bars" viewBox="0 0 {width} {down + 12}" role="img">']
     for n, (label, parts) in enumerate(rows):
         at, place = 4 + n * row, float(left)
         out.append(f'<text x="0" y="{at + 16}">{html.escape(label)}</text>')
@@ -189,11 +196,9 @@ def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
                 out.append(f'<rect class="part p{names.index(name)}" {shape}>{title}</rect>')
                 place += long
         out.append(f'<text x="{place + 8:.1f}" y="{at + 16}">{readable(sum(size for _, size in parts))}</text>')
-    at, place = len(rows) * row + 18, float(left)
-    for n, name in enumerate(names):
+    for n, (name, place, at) in enumerate(keys):
         out.append(f'<rect class="part p{n}" x="{place:.0f}" y="{at - 9}" width="10" height="10" rx="2"/>')
-        out.append(f'<text class="small" x="{place + 14:.0f}" y="{at}">{name}</text>')
-        place += 30 + 6.2 * len(name)
+        out.append(f'<text class="small" x="{place + 14:.0f}" y="{at}">{html.escape(name)}</text>')
     return "\n".join([*out, "</svg>"])
 
 

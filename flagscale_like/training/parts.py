@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from flagscale_like.engine.engine import Outputs
-from flagscale_like.runtime.reduction import Value
 from flagscale_like.training.plan import StepPlan
+
+if TYPE_CHECKING:  # so that what reads a run's files loads no torch
+    from flagscale_like.engine.engine import Outputs
+    from flagscale_like.runtime.reduction import Value
 
 
 class Verdict(Enum):

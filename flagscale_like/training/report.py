@@ -188,6 +188,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
     chunks = [layout.chunk_layers(layers, stage) for stage in range(layout.pp)]
     alarms = [mark for mark in story.happened if mark.kind != "checkpoint"]
     saves = len(story.happened) - len(alarms)
+    saved = "1 checkpoint" if saves == 1 else f"{saves} checkpoints"
     rows = "".join(
         f'<tr><td><span class="key {m.kind}"></span>{KINDS[m.kind]}</td><td>{html.escape(m.text)}</td></tr>'
         for m in alarms[:200]
@@ -206,7 +207,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
             for kind, words in KINDS.items()
             if any(m.kind == kind for m in story.happened)
         ),
-        "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saves} checkpoints saved</td></tr>'),
+        "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
         "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
@@ -252,12 +253,12 @@ def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> s
     ]
     rows.append(("measured, rank 0", [("measured", measured)]))
     what = (
-        "On a CPU what is measured is the most memory the process of rank 0 had: Python and its packages, some hundred MiB, "
-        "are in it, and the plan counts them not."
+        "Measured on a CPU: the most memory that the process of rank 0 held. Python and its packages take some hundred MiB "
+        "of it, which the plan does not count."
         if on_cpu
-        else "Measured is the most that the allocator of rank 0 held; the plan leaves the driver's own memory out."
+        else "Measured: the most memory that the allocator of rank 0 held. The plan does not count the driver's own memory."
     )
-    share = f"The plan of stage 0 is {memory[0].total / measured:.0%} of it." if measured else ""
+    share = f"Planned for stage 0: {memory[0].total / measured:.1%} of what was measured." if measured else ""
     return memory_bars(rows) + f'<p class="quiet">{what} {share}</p>'
 
 

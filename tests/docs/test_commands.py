@@ -4,59 +4,33 @@ The commands run in order, in a folder that has what they name, on ranks forked 
 its layout has, the others on one. What would take minutes is made smaller where SMALLER says so.
 """
 
-import multiprocessing
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import traceback
-import warnings
 
 import pytest
-import torch.distributed as dist
-from megatron.core import parallel_state
-from typer.testing import CliRunner
 
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export
-from flagscale_like.cli import app
-from flagscale_like.errors import UserError
+from tests.commands import run_commands
 from tests.docs.pages import commands, messages
-from tests.harness import REPOSITORY, run_ranks
+from tests.harness import REPOSITORY
 
 # Added to commands as they are written: fewer steps, less text.
 SMALLER = {
     "train": ["train.steps=4", "optimizer.warmup_steps=1", "train.eval_interval=0", "checkpoint.interval=2"],
-    "tiny.yaml": ["data.prepare.input=[text]", "model.vocab_size=512", "data.prepare.tokenizer_vocab_size=512"],
+    "tiny.yaml": [
+        "data.prepare.input=[text]",
+        "model.vocab_size=512",
+        "data.prepare.tokenizer_vocab_size=512",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+    ],
     "bench": ["--steps", "1", "--warmup", "0"],
     "evaluate": ["--seq-length", "32"],
 }
 RUN = [command for command in commands() if not command.not_run]
-
-
-def invoke(lines: list[list[str]], folder: str) -> list[tuple[int, str, str]]:
-    """Run commands in one process, one after the other: exit code, what they printed, the error line."""
-    warnings.simplefilter("ignore")
-    multiprocessing.current_process()._config["daemon"] = False  # the harness's ranks are; some commands start workers
-    if os.environ.get("WORLD_SIZE") == "1":  # as in a user's shell: no launcher
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
-            del os.environ[name]
-    os.chdir(folder)
-    found = []
-    for words in lines:
-        result = CliRunner().invoke(app, words, prog_name="flagscale-like")
-        error = result.exception
-        if isinstance(error, UserError):
-            found.append((error.exit_code, result.output, f"error: {error}"))
-        elif error is not None and not isinstance(error, SystemExit):
-            found.append((1, result.output, "".join(traceback.format_exception(error))))
-        else:
-            found.append((result.exit_code, result.output, ""))
-        if dist.is_initialized():  # an error leaves it to the end of the process, which is not here
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    return found
 
 
 def ranks_of(words):
@@ -97,9 +71,9 @@ def place(tmp_path_factory):
     tiny = "examples/aquila2/tiny.yaml"
     prepared = ["preprocess", "text", "--train-tokenizer", "300", "--out", "corpus"]
     demo = ["train", tiny, "run_dir=runs/demo", "model.hidden_size=64", *SMALLER["train"], *SMALLER["tiny.yaml"]]
-    made = run_ranks(1, invoke, [prepared, demo, ["train", tiny, "--print-config"]], str(folder))[0]
-    assert [code for code, *_ in made] == [0, 0, 0], made
-    (folder / "X.yaml").write_text(made[2][1])
+    (made,) = run_commands([prepared, demo, ["train", tiny, "--print-config"]], folder)
+    assert [found.exit_code for found in made] == [0, 0, 0], made
+    (folder / "X.yaml").write_text(made[2].printed)
     export(CheckpointReader(folder / "runs/demo/checkpoints/step_00000004"), folder / "SmolLM2-135M", dtype="fp32")
     shutil.copytree(folder / "runs/demo/data/tokenizer", folder / "SmolLM2-135M", dirs_exist_ok=True)
     (folder / "Llama-3.2-1B").symlink_to("SmolLM2-135M")
@@ -121,11 +95,10 @@ def test_every_command_of_a_page_runs(page, place):
 
     def flush():
         if batch:
-            for words, (code, printed, error) in zip(
-                shown, run_ranks(1, invoke, list(batch), str(folder))[0], strict=True
-            ):
-                assert code == 0, f"{page}: {shlex.join(words)}: {error}\n{printed[-1500:]}"
-                assert "\x1b" not in printed, f"{page}: {shlex.join(words)}: colours into a pipe"
+            for words, found in zip(shown, run_commands(batch, folder)[0], strict=True):
+                said = f"{page}: {shlex.join(words)}: {found.error}\n{found.printed[-1500:]}"
+                assert found.exit_code == 0, said
+                assert "\x1b" not in found.printed, f"{page}: {shlex.join(words)}: colours into a pipe"
             batch.clear()
             shown.clear()
 
@@ -141,8 +114,8 @@ def test_every_command_of_a_page_runs(page, place):
                 flush()
             continue
         flush()
-        found = run_ranks(ranks, invoke, [smaller(words)], str(folder))
-        assert [rank[0][0] for rank in found] == [0] * ranks, f"{command}: {found[0]}"
+        found = run_commands([smaller(words)], folder, ranks=ranks)
+        assert [rank[0].exit_code for rank in found] == [0] * ranks, f"{command}: {found[0]}"
     flush()
 
 
@@ -173,10 +146,10 @@ def first_run(tmp_path_factory):
     """A folder as `init` and a short run leave it, with the broken files that the troubleshooting page meets."""
     folder = tmp_path_factory.mktemp("trouble")
     steps = [["init", "here"], ["train", "run.yaml", "train.steps=4", *SMALLER["train"][1:]]]
-    run_ranks(1, invoke, steps[:1], str(folder))
+    run_commands(steps[:1], folder)
     folder = folder / "here"
-    ((code, _, error),) = run_ranks(1, invoke, steps[1:], str(folder))[0]
-    assert code == 0, error
+    ((trained,),) = run_commands(steps[1:], folder)
+    assert trained.exit_code == 0, trained.error
     (folder / "tab.yaml").write_text("run_dir: x\nmodel:\n\tnum_layers: 2\n")
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
@@ -196,8 +169,8 @@ def split_arguments(text):
 def test_the_messages_on_the_troubleshooting_page_are_real(first_run):
     shown = messages(REPOSITORY / "docs" / "troubleshooting.md")
     assert len(shown) > 15
-    found = run_ranks(1, invoke, [split_arguments(m.arguments) for m in shown], str(first_run))[0]
+    (outcomes,) = run_commands([split_arguments(m.arguments) for m in shown], first_run)
     hexes = re.compile(r"\b[0-9a-f]{16}\b")
-    for message, (code, _, error) in zip(shown, found, strict=True):
-        assert code >= 10, message.arguments
-        assert hexes.sub("#", error) == hexes.sub("#", message.text), message.arguments
+    for message, found in zip(shown, outcomes, strict=True):
+        assert found.exit_code >= 10, message.arguments
+        assert hexes.sub("#", found.error) == hexes.sub("#", message.text), message.arguments

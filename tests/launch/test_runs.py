@@ -19,6 +19,7 @@ from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import REPOSITORY, free_port, tiny_config, write_yaml
 from tests.launch.test_scripts import FAKE_SSH, SETTINGS
+from tests.tools import find_program, missing
 
 STEPS = 2000  # more than any of these runs reaches
 
@@ -157,8 +158,9 @@ IN_NAMESPACE = FAKE_SSH.replace('exec sh -c "$3"', 'exec ip netns exec "$NAMESPA
 @pytest.fixture
 def namespaces():
     """Two network namespaces with a cable between them: their common prefix. Removed afterwards."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
+    if os.geteuid() != 0:
+        missing("network namespaces need root")
+    find_program("ip")
     prefix = f"fl{uuid.uuid4().hex[:6]}"
     steps = [f"ip netns add {prefix}-1", f"ip netns add {prefix}-2"]
     steps += [f"ip link add eth0 netns {prefix}-1 type veth peer name eth0 netns {prefix}-2"]
@@ -176,7 +178,7 @@ def namespaces():
         for step in steps:
             done = subprocess.run(step.split(), capture_output=True, text=True)
             if done.returncode:
-                pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
+                missing(f"network namespaces are not allowed here: {done.stderr.strip()}")
         yield prefix
     finally:
         for n, folder in enumerate(folders, 1):

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from tests.harness import REPOSITORY
+from tests.tools import find_program
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ("torchrun.sh", "ssh_hostfile.sh", "slurm.sbatch")
@@ -47,11 +47,9 @@ def test_the_scripts_are_valid_bash_and_can_be_started(name):
     assert "--dry-run" in (LAUNCH / name).read_text()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*(f"launch/{name}" for name in SCRIPTS), ".ci/run"])
 def test_shellcheck_has_nothing_to_say(name):
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", str(LAUNCH / name)], capture_output=True, text=True)
+    found = subprocess.run([find_program("shellcheck"), str(REPOSITORY / name)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 

@@ -9,9 +9,11 @@ import subprocess
 import pytest
 
 from flagscale_like.errors import ConfigError, DataError
-from flagscale_like.training.charts import short, thinned, ticks
+from flagscale_like.training.charts import Curve, chart, layout_drawing, short, thinned, ticks
 from flagscale_like.training.report import planned_memory, read_story, write_report
-from tests.harness import cli, tiny_config
+from tests.commands import invoke
+from tests.harness import tiny_config
+from tests.tools import find_program
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 STEPS, WORLD = 60, 4
@@ -94,17 +96,25 @@ def test_the_page_asks_for_nothing_and_runs_no_word_of_the_run(run, tmp_path):
     assert len(page) < 200_000
     for part in ("layers 0-1", "planned, stage 1", "num_query_groups: 2", "restart 1, 2 steps lost, back after 7.5 s"):
         assert part in page
+    assert "1 checkpoint saved" in page
 
 
+# Drawings of a larger run, to see that their words fit too.
+LARGE = chart("large", "loss", [Curve(name="training", points=[(0, 1e5), (10_000, 2e5)])], [], last_step=10_000)
+LARGE += layout_drawing([[range(8), range(16, 24)], [range(8, 16), range(24, 32)]], tp=16, dp=8, sp=True)
 PROBE = """<script>
 const curves = [...document.querySelectorAll("path.curve")].map(path => {
   const box = path.getBBox(), style = getComputedStyle(path);
   return {name: path.dataset.name, chart: path.closest("svg").dataset.key, length: path.getTotalLength(),
           width: box.width, height: box.height, stroke: style.stroke, shown: style.display};
 });
+const cut = [...document.querySelectorAll("svg text")].filter(text => {
+  const box = text.getBBox(), view = text.closest("svg").viewBox.baseVal;
+  return box.x < 0 || box.y < 0 || box.x + box.width > view.width || box.y + box.height > view.height;
+}).map(text => text.textContent);
 const svg = document.querySelector("svg.chart"), place = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent("pointermove", {clientX: place.left + place.width / 2, clientY: place.top + 50}));
-const found = {curves, marks: document.querySelectorAll("svg.chart .mark").length,
+const found = {curves, cut, marks: document.querySelectorAll("svg.chart .mark").length,
   asked: performance.getEntriesByType("resource").map(entry => entry.name),
   readout: document.getElementById("readout").textContent, wide: document.documentElement.scrollWidth > innerWidth};
 document.title = "probe:" + JSON.stringify(found);
@@ -112,12 +122,10 @@ document.title = "probe:" + JSON.stringify(found);
 
 
 def test_a_browser_draws_the_curves(run, tmp_path):
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)}): the page was not opened")
+    browser = find_program(*BROWSERS)
     page = tmp_path / "page.html"
     write_report(run, page)
-    page.write_text(page.read_text() + PROBE)
+    page.write_text(page.read_text() + LARGE + PROBE)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1200", "--virtual-time-budget=2000"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     shown = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120)
@@ -126,16 +134,18 @@ def test_a_browser_draws_the_curves(run, tmp_path):
     found = json.loads(probe[1].replace("&lt;", "<").replace("&amp;", "&"))
     drawn = {(c["chart"], c["name"]): c for c in found["curves"]}
     charts = ("lm loss", "tokens-per-second", "learning-rate", "grad-norm")
-    assert {(chart, name) for chart in charts for name in ("training", "given up")} | {
-        ("lm loss", "validation")
+    assert {(key, name) for key in charts for name in ("training", "given up")} | {
+        ("lm loss", "validation"),
+        ("large", "training"),
     } == set(drawn)
-    for chart in charts:
-        curve = drawn[chart, "training"]
+    for key in charts:
+        curve = drawn[key, "training"]
         assert curve["width"] > 400  # of 620: steps 1 to 60 across the chart
         assert curve["height"] > 60
         assert curve["length"] > curve["width"]
         assert curve["stroke"].startswith("rgb")
         assert curve["shown"] != "none"
+    assert found["cut"] == []  # every word is inside its drawing
     assert found["marks"] == 4 * 5
     assert found["asked"] == []
     assert re.match(r"step 2[0-9]: lm loss ", found["readout"])
@@ -152,9 +162,9 @@ def test_a_folder_without_a_run_is_one_line(tmp_path):
 
 def test_the_command_writes_beside_the_run(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    result = cli("report", str(copy))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"wrote {copy}/report.html: 60 steps on record, 4 events; open it in a browser\n"
+    found = invoke(["report", str(copy)])
+    assert found.exit_code == 0, found.error
+    assert found.printed == f"wrote {copy}/report.html: 60 steps on record, 4 events; open it in a browser\n"
     assert (copy / "report.html").is_file()
 
 

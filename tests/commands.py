@@ -1,0 +1,64 @@
+"""The command line inside a process that has torch and megatron-core loaded: no command pays for their import."""
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+from flagscale_like.cli import app
+from flagscale_like.errors import UserError
+from tests.harness import REPOSITORY, run_ranks
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did. `error` is the line that a user reads on stderr; a traceback, where it is no UserError."""
+
+    exit_code: int
+    printed: str
+    error: str = ""
+
+
+def invoke(words: list[str]) -> Outcome:
+    """`flagscale-like WORDS` in this process and folder. Only what starts no process group: `run_commands` has ranks."""
+    result = CliRunner().invoke(app, words, prog_name="flagscale-like")
+    error = result.exception
+    if isinstance(error, UserError):
+        return Outcome(error.exit_code, result.output, f"error: {error}")
+    if error is not None and not isinstance(error, SystemExit):
+        return Outcome(1, result.output, "".join(traceback.format_exception(error)))
+    return Outcome(result.exit_code, result.output)
+
+
+def run_commands(lines: list[list[str]], folder: Path | str = REPOSITORY, *, ranks: int = 1) -> list[list[Outcome]]:
+    """Run commands one after the other in `folder`, in new processes that fork from the warm server.
+
+    One rank is a user's shell, without a launcher; several are torchrun's. Returns, for each rank, an outcome a command.
+    """
+    return run_ranks(ranks, _run_here, lines, str(folder))
+
+
+def _run_here(lines: list[list[str]], folder: str) -> list[Outcome]:
+    from megatron.core import parallel_state  # not before flagscale_like, which prepares for it
+
+    warnings.simplefilter("ignore")
+    multiprocessing.current_process().daemon = False  # the harness's ranks are; some commands start workers
+    if os.environ.get("WORLD_SIZE") == "1":
+        for name in LAUNCHER:
+            os.environ.pop(name, None)
+    found = []
+    with contextlib.chdir(folder):
+        for words in lines:
+            found.append(invoke(words))
+            if dist.is_initialized():  # an error leaves it to the end of the process, which is not here
+                parallel_state.destroy_model_parallel()
+                dist.destroy_process_group()
+    return found
