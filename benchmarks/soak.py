@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.recovery import effective_time_ratio

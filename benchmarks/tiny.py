@@ -11,7 +11,7 @@ from typing import Any
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import prepare_once
 from flagscale_like.errors import DivergedError
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.metrics import read_metrics

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from flagscale_like.checkpoint import manifest
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine, Outputs
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime import host_copy
 from flagscale_like.runtime.parallel import parallel_context

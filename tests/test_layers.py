@@ -1,4 +1,4 @@
-"""Imports point down: a module imports lower layers only, and there are no cycles."""
+"""The house's rules that can be read from the source: imports point down, functions are short."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ LAYER = {
     "config": 0,
     "arch": 0,
     "cluster": 0,
-    "jsonl": 0,
+    "json_files": 0,
     "run_folder": 0,
     "planner": 1,
     "families": 1,
@@ -99,6 +99,54 @@ def module_cycles(root: Path) -> list[str]:
 
 def _is_typing_only(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+MAX_LINES, MAX_PARAMETERS = 60, 8
+
+
+def large_functions(path: Path, root: Path) -> list[str]:
+    """Functions over the limits without a reason: a comment behind the line of their `def`."""
+    text = path.read_text()
+    lines, found = text.splitlines(), []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        count = len(arguments) - (arguments[:1] in (["self"], ["cls"]))
+        length = node.end_lineno - node.lineno + 1
+        if (length > MAX_LINES or count > MAX_PARAMETERS) and "  # " not in lines[node.lineno - 1]:
+            where = f"{path.relative_to(root)}:{node.lineno}"
+            found.append(
+                f"{where}: {node.name} has {length} lines and {count} parameters, and no reason behind its def"
+            )
+    return found
+
+
+def test_functions_are_short_or_say_why_not():
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert [found for path in paths for found in large_functions(path, PACKAGE.parent)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("def f(a, b, c, d, e, f, g, h): ...", 0),
+        ("def f(self, a, b, c, d, e, f, g, h): ...", 0),
+        ("def f(a, b, c, d, e, *, f, g, h, i): ...", 1),
+        ("def f(a, b, c, d, e, *, f, g, h, i):  # the signature is torch's\n    ...", 0),
+        ("def f():\n" + "    x = 1\n" * 59, 0),
+        ("def f():\n" + "    x = 1\n" * 60, 1),
+    ],
+)
+def test_the_check_of_functions_sees(tmp_path, source, count):
+    (tmp_path / "x.py").write_text(source)
+    assert len(large_functions(tmp_path / "x.py", tmp_path)) == count
+
+
+def test_the_training_loop_is_at_most_fifty_lines():
+    tree = ast.parse((PACKAGE / "training" / "loop.py").read_text())
+    (loop,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run_steps"]
+    assert loop.end_lineno - loop.lineno + 1 <= 50
 
 
 def test_imports_point_down():

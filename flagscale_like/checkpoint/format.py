@@ -37,7 +37,6 @@ from flagscale_like.checkpoint.index import (
     write_index,
 )
 from flagscale_like.checkpoint.manifest import (
-    BAD_JSON,
     STATE,
     FileRecord,
     check_file,
@@ -47,6 +46,7 @@ from flagscale_like.checkpoint.manifest import (
 )
 from flagscale_like.checkpoint.tensor_file import DTYPES, TensorFile, TensorSpec, write_tensors
 from flagscale_like.errors import CheckpointError
+from flagscale_like.json_files import BAD_JSON
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flagscale_like import json_files
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.format import CheckpointReader, WrittenFile, finish_folder, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
@@ -34,12 +35,11 @@ from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
 from flagscale_like.families.weight_map import Rule
+from flagscale_like.runtime.precision import DTYPES, dtype_word
 
 if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
     from flagscale_like.runtime.parallel import ParallelContext
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 MAX_FILE_BYTES = 4 << 30
 TOKENIZER = "tokenizer"  # folder beside a native checkpoint's files
 TOKENIZER_FILES = (
@@ -303,9 +303,11 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, tok
         write_index(folder, weight_map, total)
     ids = token_ids | tokenizer_ids(tokenizer)
     dtypes = {spec.dtype for specs in plan.specs for spec in specs}
-    word = DTYPE_WORDS[dtypes.pop() if len(dtypes) == 1 else torch.float32]
-    _write_json(folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids})
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    json_files.write_json(
+        folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids}
+    )
+    json_files.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 
@@ -395,8 +397,4 @@ def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
     """Write model.safetensors.index.json, which says which file holds which tensor."""
-    _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    json_files.write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})

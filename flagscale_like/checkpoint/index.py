@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from flagscale_like.checkpoint.fragments import Fragment, Index, overlaps
-from flagscale_like.checkpoint.manifest import BAD_JSON, INDEX, FileRecord
+from flagscale_like.checkpoint.manifest import INDEX, FileRecord
 from flagscale_like.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, TensorSpec, write_tensors
+from flagscale_like.json_files import BAD_JSON
 
 LARGEST = 1 << 62  # sizes and flat positions stay below it, so that int64 sums of two do not overflow
 KEY, FORM, START, STOP, BOX = 0, 1, 2, 3, 4  # columns of packed rows; offset and shape follow from BOX on

@@ -20,15 +20,15 @@ from typing import Any
 
 import xxhash
 
+from flagscale_like import json_files
 from flagscale_like.errors import CheckpointError
+from flagscale_like.json_files import BAD_JSON
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST, INDEX = "manifest.json", "state.json", "latest", "index.safetensors"
 TEMPORARY = ".tmp-"  # a name in a checkpoints/ folder that starts with it is an unfinished or a removed checkpoint
 REPLACED = f"{TEMPORARY}replaced-"
 READ_BYTES = 16 << 20
-# json.loads raises RecursionError on nesting that only an attacker writes.
-BAD_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,9 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object, *, sha256: bool = False) -> FileRecord:
-    """Write JSON through a temporary file, an fsync and a rename, and return the file's record."""
-    data = json.dumps(value, indent=1).encode()
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a JSON file of a checkpoint, and return its record."""
     checksum = Checksum(sha256=sha256)
-    checksum.update(data)
+    checksum.update(json_files.write_json(path, value))
     return checksum.record(path.name)
 
 

@@ -24,6 +24,7 @@ from flagscale_like.checkpoint.hf import TOKENIZER_FILES, write_index, written_a
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.tensor_file import TensorSpec, write_tensors
 from flagscale_like.errors import ConversionError
+from flagscale_like.json_files import write_json
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 ROWS_AT_ONCE = 1024
@@ -214,7 +215,7 @@ def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
             write_index(temporary, weight_map, tally.bytes_after)
         config = json.loads((folder.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = scheme.config()
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / "config.json", config)
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (folder.folder / name).is_file():
                 shutil.copyfile(folder.folder / name, temporary / name)

@@ -10,13 +10,14 @@ import typer
 
 from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
 from flagscale_like.errors import ConfigError
+from flagscale_like.json_files import write_json
 
 if TYPE_CHECKING:
     from flagscale_like.config import RunConfig
 
 
 @app.command(epilog=example("flagscale-like bench examples/aquila2/tiny.yaml --sweep train.micro_batch_size=1,2,4"))
-def bench(
+def bench(  # typer makes an option of every parameter
     config_file: ConfigFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
@@ -77,7 +78,7 @@ def bench(
                 found.append({"point": name, "error": f"failed with exit code {code}"})
                 continue
             found.append({"point": name, **json.loads(file.read_text(encoding="utf-8"))})
-    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "bench.json", found)
     typer.echo(table(rows(found), right=(2, 4, 5, 6, 7, 8, 9, 10)))
     good = [entry["measured"] for entry in found if "measured" in entry]
     if good:
@@ -101,7 +102,6 @@ def bench(
 def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save: bool, result: Path | None) -> None:
     """One point, on this rank; rank 0 writes it to `result`."""
     import contextlib
-    import json
     from dataclasses import asdict
 
     from flagscale_like.recipes.benchmark import compare_with_transformers, measure
@@ -113,4 +113,4 @@ def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save:
             compared = compare_with_transformers(config, ctx, rounds=steps, warmup=warmup) if compare else None
         if ctx.is_main and result is not None:
             found = {"measured": asdict(point)} | ({"compared": asdict(compared)} if compared else {})
-            result.write_text(json.dumps(found), encoding="utf-8")
+            write_json(result, found)

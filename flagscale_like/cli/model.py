@@ -13,7 +13,7 @@ from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
-def evaluate(
+def evaluate(  # typer makes an option of every parameter
     data: Annotated[Path, typer.Option(help="Text (a file, a folder, jsonl, parquet) or the prefix of a .bin/.idx.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flagscale_like.errors import DataError
-from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.json_files import append_record, read_records
 from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from flagscale_like.data.selection import Mixture
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
-from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.json_files import append_record, read_records
 from flagscale_like.run_folder import RunFolder
 
 

@@ -16,8 +16,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from flagscale_like.arch import parameters_by_name
 from flagscale_like.config import Optimizer
-from flagscale_like.model.build import DTYPES, named_shards, unwrap
+from flagscale_like.model.build import named_shards, unwrap
 from flagscale_like.model.spec import ModelSpec
+from flagscale_like.runtime.precision import DTYPES
 
 
 def build_optimizer(chunks: list[MegatronModule], spec: ModelSpec, options: Optimizer) -> MegatronOptimizer:

@@ -33,8 +33,7 @@ from flagscale_like.model.modules import backend_of
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from flagscale_like.runtime.precision import DTYPES
 
 
 def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = False) -> TransformerConfig:

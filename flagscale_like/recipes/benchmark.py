@@ -35,6 +35,7 @@ from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.planner.throughput import MEASURED, Efficiency
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.precision import DTYPES
 from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.runtime.roofline import gemm_flops, measure_device
 from flagscale_like.training.metrics import read_metrics
@@ -263,7 +264,7 @@ def _their_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[object]:
     if family is None:
         raise ConfigError(f"--compare: transformers has no model of {config.model.family}'s shape without custom code")
     shape = AutoConfig.for_model(family.model_type, **family.write(config.model))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+    dtype = DTYPES[config.train.precision]
     with torch.device(ctx.platform.device):
         model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa", dtype=dtype)
     if config.train.recompute == "full":

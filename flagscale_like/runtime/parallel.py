@@ -130,12 +130,12 @@ def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
     return result
 
 
-def _name_of_this_start(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
-    """A name for this start of the ranks, which rank 0 makes up and each other rank has confirmed.
+def agree_on_a_launch(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name for this launch of the ranks: rank 0 makes it up, and every other rank confirms it.
 
-    torchrun keeps one store over restarts, in which a start would find the dead ranks' addresses. Its restart count is no
-    name: each node's agent counts for itself, and not the restarts that another node asked for. What dead ranks left in the
-    store does no harm here: they are answered too, and confirm nothing.
+    torchrun keeps one store over its restarts, and a launch would find the addresses of dead ranks in it. The keys of a
+    launch therefore begin with its name. torchrun's restart count cannot be that name, because each node's agent counts its
+    own restarts only. Keys that dead ranks left in the store do no harm here: rank 0 answers them, and nobody confirms.
 
     Raises:
         PlatformError: a rank did not come.
@@ -157,6 +157,28 @@ def _name_of_this_start(store: dist.Store, rank: int, world: int, timeout_s: flo
             raise PlatformError(f"ranks {sorted(missing)} of {world} did not come within {timeout_s:.0f} s")
         time.sleep(0.01)
     return mine
+
+
+def _meet(platform: Platform, timeout_s: float) -> int:
+    """Start torch.distributed: with the other ranks at torchrun's address, or alone. Returns the world size.
+
+    Raises:
+        PlatformError: the port is taken, or nobody answers there.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    options = {"timeout": timeout, "device_id": platform.group_device}
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        return 1
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(agree_on_a_launch(store, rank, world, timeout_s), store)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
+        raise PlatformError(f"the ranks cannot meet at {where}: {cause} ({str(error).splitlines()[0]})") from None
+    return world
 
 
 @contextmanager
@@ -183,23 +205,7 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     platform = get_platform()
     if platform.needs_shim:
         device_shim.install(platform)
-    timeout = datetime.timedelta(seconds=timeout_s)
-    device_id = platform.group_device
-    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-        try:
-            store, rank, world = next(rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(_name_of_this_start(store, rank, world, timeout_s), store)
-            dist.init_process_group(
-                platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
-            )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-            cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
-            raise PlatformError(f"the ranks cannot meet at {where}: {cause} ({str(error).splitlines()[0]})") from None
-    else:
-        dist.init_process_group(
-            platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+    world = _meet(platform, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -9,8 +9,7 @@ import torch
 
 from flagscale_like.cluster import DeviceSpec
 from flagscale_like.runtime.platforms import Platform
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from flagscale_like.runtime.precision import DTYPES
 
 
 def _best_seconds(platform: Platform, work: Callable[[], object], budget_s: float) -> float:

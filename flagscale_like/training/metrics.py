@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flagscale_like.jsonl import keep_records, open_records, read_records, write_record
+from flagscale_like.json_files import keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale_like.errors import DivergedError
-from flagscale_like.jsonl import append_record, read_records
+from flagscale_like.json_files import append_record, read_records
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.parts import Part, Report, Step

@@ -15,7 +15,7 @@ from typing import Any
 
 from flagscale_like.config import RunConfig, load_config
 from flagscale_like.errors import ConfigError, DataError
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout

@@ -6,13 +6,13 @@ import pytest
 import torch.distributed as dist
 
 from flagscale_like.errors import PlatformError
-from flagscale_like.runtime.parallel import _name_of_this_start
+from flagscale_like.runtime.parallel import agree_on_a_launch
 
 
 def start(store, world, *, timeout_s=20.0):
     """The names that the ranks of a start come to, each in a thread of its own."""
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(lambda rank: _name_of_this_start(store, rank, world, timeout_s), range(world)))
+        return list(pool.map(lambda rank: agree_on_a_launch(store, rank, world, timeout_s), range(world)))
 
 
 def test_each_start_agrees_on_a_name_that_no_start_before_it_had():
@@ -35,7 +35,7 @@ def test_a_rank_that_does_not_come_is_named():
     store = dist.HashStore()
     store.set("meet/2", "dead")
     with ThreadPoolExecutor(2) as pool:
-        other = pool.submit(_name_of_this_start, store, 1, 3, 1.0)
+        other = pool.submit(agree_on_a_launch, store, 1, 3, 1.0)
         with pytest.raises(PlatformError, match=r"ranks \[2\] of 3 did not come within 1 s"):
-            _name_of_this_start(store, 0, 3, 1.0)
+            agree_on_a_launch(store, 0, 3, 1.0)
         other.result(timeout=60)

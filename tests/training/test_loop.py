@@ -8,7 +8,7 @@ import pytest
 
 from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.engine.engine import Engine
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training import clock as clock_module
 from flagscale_like.training import loop

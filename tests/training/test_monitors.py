@@ -11,7 +11,7 @@ import torch
 from flagscale_like.config import Spike
 from flagscale_like.data.pretrain import SyntheticDataset
 from flagscale_like.engine.engine import Engine
-from flagscale_like.jsonl import read_records
+from flagscale_like.json_files import read_records
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.monitors import (
     LayerMonitor,

@@ -15,8 +15,8 @@ BAD_JSON = (ValueError, RecursionError)
 
 
 def write_json(path: Path, value: object) -> bytes:
-    """Write one JSON value through a temporary file and a rename, fsynced; returns the bytes written."""
-    data = json.dumps(value, indent=1).encode()
+    """Write one JSON value through a temporary file, an fsync and a rename; returns the bytes written."""
+    data = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
     replace_file(path, data)
     return data
 
