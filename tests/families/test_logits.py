@@ -1,4 +1,4 @@
-"""Native logits are transformers' logits, or for the families that it does not ship our reference's, on every layout."""
+"""Native logits equal those of transformers, or of our reference for families that it does not ship, on every layout."""
 
 import functools
 
