@@ -231,11 +231,51 @@ def data_parallel() -> str:
     return d.done()
 
 
+def step() -> str:
+    """One training step: what each of the three nouns does, in time from left to right."""
+    d = Drawing(980, 396)
+    d.text(24, 34, "One step of the training loop", size=16, bold=True)
+    rows = {"plan": 62, "engine": 122, "objective": 182, "parts": 242, "guard": 302}
+    words = {
+        "plan": "StepPlan",
+        "engine": "Engine",
+        "objective": "Objective",
+        "parts": "Parts",
+        "guard": "loop, guard",
+    }
+    for name, y in rows.items():
+        d.text(24, y + 27, words[name], bold=True)
+    left = 134
+    d.frame(left + 96, 52, 560, 300)
+    d.text(left + 376, 374, "step time: only what is inside is counted", ink=SOFT, anchor="middle")
+    d.box(left, rows["plan"], 84, 42, GREY, "next_step", ink=INK)
+    d.box(left, rows["parts"], 84, 42, PURPLE, "before")
+    d.box(left + 108, rows["engine"], 188, 42, BLUE, "forward_backward")
+    d.box(left + 108, rows["objective"], 90, 42, GREEN, "inputs")
+    d.box(left + 206, rows["objective"], 90, 42, GREEN, "loss")
+    d.box(left + 304, rows["parts"], 92, 42, PURPLE, "contribute")
+    d.box(left + 304, rows["guard"], 92, 42, ORANGE, "one all-reduce", size=11)
+    d.box(left + 404, rows["parts"], 70, 42, PURPLE, "judge")
+    d.box(left + 404, rows["guard"], 70, 42, ORANGE, "verdict")
+    d.box(left + 482, rows["parts"], 92, 42, PURPLE, "before_update", size=11)
+    d.box(left + 582, rows["engine"], 66, 42, BLUE, "update")
+    d.box(left + 668, rows["parts"], 66, 42, PURPLE, "after")
+    d.box(left + 742, rows["guard"], 92, 42, ORANGE, "settle")
+    d.text(left + 834, rows["guard"] + 60, "rewind, evaluate, save", ink=SOFT, size=11, anchor="end")
+    d.arrow(left + 84, rows["plan"] + 21, left + 94, rows["plan"] + 21)
+    d.arrow(left + 350, rows["parts"] + 42, left + 350, rows["guard"] - 2)
+    d.arrow(left + 439, rows["guard"], left + 439, rows["parts"] + 44)
+    d.arrow(left + 296, rows["engine"] + 21, left + 580, rows["engine"] + 21)
+    d.text(left + 438, rows["engine"] + 12, "if the verdict is UPDATE", ink=SOFT, size=11, anchor="middle")
+    return d.done()
+
+
 DRAWINGS = {
     "ranks.svg": ranks,
     "tensor_parallel.svg": tensor_parallel,
     "pipeline.svg": pipeline,
     "data_parallel.svg": data_parallel,
+    "step.svg": step,
 }
 
 
