@@ -177,7 +177,9 @@ class _RankFiles:
             fragments = [Fragment(k, tuple(g), tuple(o), tuple(s), a, b) for k, g, o, s, a, b in listed]
             forms = forms_of(file.specs.values(), len(fragments))
             _check_fragments(file, fragments, forms)
-        except (OSError, *BAD_JSON, KeyError, TypeError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
+        except (*BAD_JSON, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.folder}: {name} is damaged: {error}") from None
         return _RankFile(file, fragments, forms)
 

@@ -33,6 +33,19 @@ def good(tmp_path_factory):
     return Path(config.run_dir) / "checkpoints" / "step_00000002"
 
 
+def test_a_run_saves_an_index_that_agrees_with_the_headers(good, tmp_path):
+    reader = CheckpointReader(good)
+    assert (reader.notes, reader.opened) == ((), frozenset())
+    folder = shutil.copytree(good, tmp_path / good.name)
+    manifest.write_manifest(folder, read_manifest(folder))
+    headers = CheckpointReader(folder)
+    assert headers.opened == {"rank_00000.safetensors", SHARD}
+    assert reader.shapes() == headers.shapes()
+    for key in reader.keys():
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(reader.full(key, kind), headers.full(key, kind))
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

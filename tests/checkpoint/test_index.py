@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from dataclasses import replace
 from math import prod
 
@@ -137,6 +138,24 @@ def test_a_folder_without_an_index_still_loads(folder):
     reader = CheckpointReader(folder)
     assert reader.notes == ()
     assert_whole(reader)
+
+
+def test_more_files_are_read_than_a_process_may_open(tmp_path):
+    shape = (300, 2)
+    weight = torch.arange(600.0).view(shape)
+    files = [
+        [(Fragment("w", shape, (0, 0), shape, 2 * n, 2 * n + 2), {"param": weight[n].clone()})] for n in range(300)
+    ]
+    folder = save(tmp_path / "c", files)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        reader = CheckpointReader(folder)
+        assert torch.equal(reader.full("w"), weight)
+        assert torch.equal(reader.full("w"), weight)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(reader.opened) == 300
 
 
 def change(arrays=None, **names):
