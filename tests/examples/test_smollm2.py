@@ -62,10 +62,13 @@ def test_int4_costs_little(work):
 
 def test_our_reading_of_the_gguf_is_transformers_own(work):
     """transformers reads GGUF too: same weights, same tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     gguf = Path(json.loads((work / "result.json").read_text())["gguf"])
-    theirs = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(work / "hf")  # of the same model; reading it from the file takes seconds
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, config=config, dtype=torch.float32
+    )
     ours = AutoModelForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
     expected = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
