@@ -1,4 +1,4 @@
-"""What mkdocs adds to the pages: the reference, written from the code, and links that lead out of docs/ as plain text."""
+"""mkdocs hooks: they generate the reference pages from the code, and replace links to files outside docs/ by their paths."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
+    """mkdocs event: add the generated pages to the site."""
     for path, write in PAGES.items():
         files.append(File.generated(config, path, content=write()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A link to a file of the repository names the file: the site does not have it."""
+    """mkdocs event: replace each link to a file outside docs/ by the file's path, because the site does not have the file."""
     return OUTSIDE.sub(lambda link: f"{link[1]} (`{link[2].lstrip('./')}`)", markdown)
 
 
@@ -39,33 +39,41 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def configuration() -> str:
-    """Every key of a YAML, with its type, default and meaning, from the classes that read it."""
+    """The page of all configuration keys, with type, default and meaning, from the fields and docstrings of the classes.
+
+    Raises:
+        ValueError: a key has no meaning in its class's docstring.
+    """
     lines = [
         "# Configuration",
         "",
-        "Every key of a run's YAML. A group is a mapping; `train.steps=100` on the command line sets a key of it. What has",
-        "no default must be given. An unknown key is an error that names the file, the line and the nearest known key.",
-        "`flagscale-like train X.yaml --print-config` prints all of this with a run's values.",
+        "All keys of a run's YAML file. A group is a mapping of keys. On the command line, `train.steps=100` sets the key",
+        "`steps` of the group `train`. A required key has no default. An unknown key is an error that names the file, the",
+        "line and the nearest known key. `flagscale-like train X.yaml --print-config` prints all keys with a run's values.",
         "",
-        "This page is written from `flagscale_like/config/` and `flagscale_like/arch.py`.",
+        "This page is generated from `flagscale_like/config/` and `flagscale_like/arch.py`.",
     ]
     top = {name: info for name, info in RunConfig.model_fields.items() if not _group(info.annotation)}
     lines += ["", "## Top level", "", *_table(RunConfig, top)]
     for name, info in RunConfig.model_fields.items():
         group = _group(info.annotation)
         if group is not None:
-            lines += _section(name, group, optional=_is_optional(info.annotation))
+            lines += _section(name, group, info)
     return "\n".join(lines) + "\n"
 
 
-def _section(name: str, group: type[BaseModel], *, optional: bool) -> list[str]:
+def _section(name: str, group: type[BaseModel], field: FieldInfo) -> list[str]:
     level = "#" * (2 + name.count("."))
-    off = " Off where it is left out." if optional else ""
-    lines = ["", f"{level} {name}", "", f"{_summary(group)}{off}", "", *_table(group, group.model_fields)]
+    note = ""
+    if typing.get_origin(field.annotation) is list:
+        note = " A list; each entry has these keys."
+    elif _is_optional(field.annotation):
+        note = " Off unless the group is given." if field.default is None else f" `{name}: null` turns it off."
+    lines = ["", f"{level} {name}", "", f"{_summary(group)}{note}", "", *_table(group, group.model_fields)]
     for key, info in group.model_fields.items():
         inner = _group(info.annotation)
         if inner is not None:
-            lines += _section(f"{name}.{key}", inner, optional=_is_optional(info.annotation))
+            lines += _section(f"{name}.{key}", inner, info)
     return lines
 
 
@@ -74,7 +82,11 @@ def _table(group: type[BaseModel], fields: dict[str, FieldInfo]) -> list[str]:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, info in fields.items():
         key = info.alias or name
-        cells = (f"`{key}`", f"`{_type(info)}`", _default(info), meanings.get(name, ""))
+        if not meanings.get(name):
+            raise ValueError(
+                f"{group.__name__}.{name}: has no meaning: describe it under `Attributes:` in the docstring"
+            )
+        cells = (f"`{key}`", f"`{_type(info)}`", _default(info), meanings[name])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
 
@@ -84,7 +96,7 @@ def _summary(group: type[BaseModel]) -> str:
 
 
 def _meanings(group: type[BaseModel]) -> dict[str, str]:
-    """The entries of a docstring's `Attributes:`; an entry may name several keys."""
+    """Each key's meaning, from the `Attributes:` section of the group's docstring. An entry may name several keys."""
     found: dict[str, str] = {}
     text = (inspect.getdoc(group) or "").partition("Attributes:\n")[2]
     for entry in re.split(r"\n {4}(?=\S)", "\n" + text):
@@ -95,7 +107,7 @@ def _meanings(group: type[BaseModel]) -> dict[str, str]:
 
 
 def _group(annotation: Any) -> type[BaseModel] | None:
-    """The group of keys that a field is, if it is one, alone, optional, or in a list."""
+    """The group that a field holds, directly, optionally or in a list. None: the field is not a group."""
     options = [annotation, *typing.get_args(annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
@@ -135,7 +147,7 @@ def _default(info: FieldInfo) -> str:
         return "*required*"
     value = info.default if info.default is not PydanticUndefined else info.default_factory()
     if isinstance(value, BaseModel):
-        return "its defaults"
+        return "the group's defaults"
     if value is None or value == []:
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -145,15 +157,15 @@ def _default(info: FieldInfo) -> str:
 
 
 def command_line() -> str:
-    """Every command with its arguments and options, from the application itself."""
+    """The page of all commands with their arguments and options, from the typer application."""
     root = typer.main.get_command(app)
     lines = [
         "# Command line",
         "",
         str(root.help),
         "",
-        "`flagscale-like COMMAND --help` says the same, with an example. `--install-completion` sets up completion in your",
-        "shell, `--show-completion` prints it. `python -m flagscale_like` is the same program.",
+        "`flagscale-like COMMAND --help` prints the same text, with an example. `--install-completion` installs completion",
+        "for your shell, `--show-completion` prints it. `python -m flagscale_like` runs the same program.",
     ]
     for name, command in root.commands.items():
         lines += _command(name, command, "##")
@@ -193,21 +205,21 @@ def _cell(text: str | None) -> str:
 
 
 def exit_codes() -> str:
-    """The table of flagscale_like/errors.py."""
+    """The page of all exit codes, from the docstring of flagscale_like/errors.py."""
     rows = [line.strip() for line in (errors.__doc__ or "").splitlines() if line.strip().startswith("|")]
     lines = [
         "# Exit codes",
         "",
-        "What a user can mend ends with one line, `error: cause, and the way out`, and a code of its own. A traceback and",
-        "code 1 are a bug of ours.",
+        "An error that the user can fix ends the program with one line, `error: ...`, which says the cause and what to do,",
+        "and with the exit code of its class. A traceback with exit code 1 is a bug in flagscale-like.",
         "",
         *rows,
         "",
-        "0 is success, and also a run that SIGTERM or SIGINT stopped in order. 128 + n: signal n ended a rank, or the",
-        "launcher; 137 is SIGKILL, as the kernel sends it when memory runs out.",
+        "0 is success; a run that saved and stopped after SIGTERM or SIGINT also exits with 0. 128 + n means that signal n",
+        "ended a rank or the launcher: 137 is SIGKILL, which the kernel sends when memory runs out.",
         "",
-        "`flagscale-like train` ends with the code of the rank that failed first. Under `torchrun`, and so under the scripts",
-        "in `launch/`, the code is torchrun's own, 1; the line in the log is the rank's.",
+        "`flagscale-like train` exits with the code of the rank that failed first. After a failure, `torchrun`, and so the",
+        "scripts in `launch/`, exits with 1; the rank's error line is in the log.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -31,6 +31,15 @@ class RopeScaling(Frozen):
 
     `linear` divides positions by `factor` (Chen et al. 2023); `llama3` divides only the low frequencies and blends
     between (Llama 3.1).
+
+    Attributes:
+        kind: `linear` or `llama3`.
+        factor: factor by which the frequencies are divided.
+        low_freq_factor: frequencies whose wavelength is above original_max_position_embeddings / low_freq_factor are divided
+            by `factor` (llama3 only).
+        high_freq_factor: frequencies whose wavelength is below original_max_position_embeddings / high_freq_factor are not
+            changed (llama3 only). Frequencies in between are interpolated.
+        original_max_position_embeddings: tokens of the context before scaling (llama3 only).
     """
 
     kind: Literal["linear", "llama3"]
@@ -52,6 +61,7 @@ class Position(Frozen):
         far: how nlpe constrains it. Aquila2's scheme is not published; these two fit its operator (Su 2023). `clipped`
             (ReRoPE): a distance of `threshold` or more counts as `threshold`. `compressed` (Leaky ReRoPE): from `threshold`
             on, positions advance by 1 / far_factor.
+        far_factor: the factor of `compressed`.
     """
 
     kind: Literal["rope", "alibi", "nlpe"] = "rope"
@@ -76,6 +86,14 @@ class ModelArch(Frozen):
     """A pre-norm decoder with RMSNorm, SwiGLU and grouped-query attention.
 
     Attributes:
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads of each layer.
+        ffn_hidden_size: width of the SwiGLU FFN, after the gate.
+        max_position_embeddings: longest sequence, in tokens, that training accepts; 0 sets no limit.
+        position: how attention receives the order of the tokens.
+        norm_eps: epsilon of the RMSNorms.
+        tie_embeddings: the output layer uses the weights of the embedding.
         head_dim: channels a head; hidden_size / num_attention_heads where it is left out.
         num_query_groups: KV heads (Ainslie et al. 2023); equal to num_attention_heads where it is left out.
         vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.

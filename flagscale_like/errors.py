@@ -1,21 +1,21 @@
-"""Errors a user can cause, each with its own exit code. Anything else is a bug and keeps its traceback.
+"""The errors that a user can cause or fix, each with its own exit code. Any other exception is a bug and shows its traceback.
 
 | code | class             | meaning                                                              |
 |------|-------------------|----------------------------------------------------------------------|
 | 2    | (typer)           | wrong command line                                                   |
 | 10   | ConfigError       | the YAML, an override, or the layout is not valid                    |
 | 11   | DataError         | input text, .bin/.idx or tokenizer cannot be used                    |
-| 12   | CheckpointError   | a checkpoint is missing, damaged or of another model                 |
-| 13   | ConversionError   | a Hugging Face folder cannot be read, written or does not match      |
+| 12   | CheckpointError   | a checkpoint is missing, damaged or belongs to another model         |
+| 13   | ConversionError   | a Hugging Face folder cannot be read or written, or does not match   |
 | 14   | DivergedError     | the loss or the gradients are not finite, or a monitor stopped the run |
 | 15   | PlatformError     | the machine, an installation or the launch is at fault               |
 | 16   | HangError         | a rank made no progress for resilience.step_timeout_s                |
-| 17   | PeerLostError     | another rank ended in the middle of a step; its message says why     |
+| 17   | PeerLostError     | another rank ended in the middle of a step; that rank's message gives the cause |
 """
 
 
 class UserError(ValueError):
-    """Base of the errors that are shown as one line (cause, fix) and end the program with `exit_code`."""
+    """Base class. The command line prints the message as one line (cause and fix) and exits with `exit_code`."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that --help answers at once."""
+"""The command line. Each command imports its modules when it runs, so that --help does not load torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from flagscale_like.errors import PeerLostError, UserError
 
 
 def main() -> None:
-    """Run the command line. A UserError is one line on stderr and its own exit code; anything else is a traceback."""
+    """Run the command line. A UserError is printed as one line and sets the exit code; other exceptions show a traceback."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         app()
     except UserError as error:
         if rank or isinstance(error, PeerLostError):
-            # Rank 0 usually has the same error, and a lost rank its own: let it speak alone. torchrun then ends this one.
+            # Usually rank 0 prints the same error, and a lost rank prints the cause. After the first failure torchrun ends
+            # the other ranks, within this time, so that the error is printed once.
             time.sleep(2.0)
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        # Not sys.exit: process groups would wait at exit for ranks that are inside a collective.
+        # sys.exit would destroy the process groups, which waits for ranks that are inside a collective.
         os._exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""What the commands share: the application, common arguments, and how a checkpoint or a YAML is opened."""
+"""Shared by all commands: the typer application, common arguments, and functions that open a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def example(text: str) -> str:
-    """The last line of a command's help."""
+    """The last line of a command's help: an example."""
     return f"Example: {text}"
 
 
@@ -30,11 +30,20 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=100", metavar="[KEY=VALUE]...")
 ]
 Checkpoint = Annotated[Path, typer.Option(help="A run folder, a checkpoints/ folder, or one step_* folder.")]
-Processes = Annotated[int | None, typer.Option(help="Processes that read; as many as CPUs, if left out.")]
+Processes = Annotated[
+    int | None, typer.Option(help="Number of processes that read files. Default: the number of CPUs.")
+]
 
 
 def model_of_source(values: dict) -> dict | None:
-    """`model` of a YAML that leaves it out: that of the checkpoint or Hugging Face folder that training starts from."""
+    """Read the group `model` from the checkpoint or the Hugging Face folder that training starts from.
+
+    Args:
+        values: the parsed YAML file; checkpoint.init_from_hf or checkpoint.load names the folder.
+
+    Returns:
+        The keys of `model`. None: the YAML names no such folder.
+    """
     options = values.get("checkpoint")
     if not isinstance(options, dict):
         return None
@@ -51,7 +60,12 @@ def model_of_source(values: dict) -> dict | None:
 
 
 def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
-    """The newest checkpoint at a path, and the tokenizer folder that its run used, or that was imported with it."""
+    """Open the newest checkpoint at a path.
+
+    Returns:
+        The reader, and the tokenizer folder that the run used or that was imported with the checkpoint; None if the folder
+        does not exist.
+    """
     from flagscale_like.checkpoint.format import CheckpointReader
     from flagscale_like.checkpoint.manifest import find_checkpoint
 

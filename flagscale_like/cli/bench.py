@@ -1,4 +1,4 @@
-"""`bench`: the training loop, timed."""
+"""`bench`: times the training loop."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ def bench(  # typer makes an option of every parameter
     config_file: ConfigFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before them that are left out.")] = 3,
-    sweep: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE; several make every combination.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before the timed ones.")] = 3,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE,VALUE: time each value. Several --sweep options time every combination."),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Run transformers on the same shape; one process.")
+        bool, typer.Option("--compare", help="Also time a transformers model of the same shape, in one process.")
     ] = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Save a checkpoint after the last step; report the stall.")
+        bool, typer.Option("--save", help="Save a checkpoint after the last step, and report how long training waits.")
     ] = False,
     nproc_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks; one a GPU, or as many as the layout.")
+        int | None, typer.Option(min=1, help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
-    result: Annotated[Path | None, typer.Option(hidden=True, help="Where a rank writes its point.")] = None,
+    result: Annotated[Path | None, typer.Option(hidden=True, help="File to which rank 0 writes its result.")] = None,
 ) -> None:
-    """Time the training loop on synthetic tokens: tokens/s, TFLOP/s, MFU, memory, next to what is planned."""
+    """Time the training loop on synthetic tokens. Print tokens/s, TFLOP/s, MFU and memory beside the planner's estimates."""
     import json
     import tempfile
 
@@ -92,15 +95,15 @@ def bench(  # typer makes an option of every parameter
         if "compared" in entry:
             c = entry["compared"]
             typer.echo(
-                f"{entry['point'] or 'as configured'}: a step of ours {c['ours_s']:.4g} s, of transformers "
-                f"{c['theirs_s']:.4g} s, in turn: ours / transformers in tokens/s {c['ratio']:.2f} "
+                f"{entry['point'] or 'as configured'}: a step takes {c['ours_s']:.4g} s here, {c['theirs_s']:.4g} s in "
+                f"transformers, in alternation; tokens/s relative to transformers: {c['ratio']:.2f} "
                 f"(median of {c['rounds']} pairs; {c['note']})"
             )
     typer.echo(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if good else ""))
 
 
 def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save: bool, result: Path | None) -> None:
-    """One point, on this rank; rank 0 writes it to `result`."""
+    """Time one configuration on this rank. Rank 0 writes the result to the file `result`."""
     import contextlib
     from dataclasses import asdict
 

@@ -23,7 +23,7 @@ def _checkpoints_root(run: Path) -> Path:
 
 @ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))
 def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder.")]) -> None:
-    """List a run's checkpoints, newest first; reads manifests, not the data."""
+    """List a run's checkpoints, the newest first. Reads the manifests only."""
     from rich.console import Console
     from rich.table import Table
 
@@ -45,7 +45,7 @@ def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its chec
     for folder in sorted(root.glob(f"{TEMPORARY}*")):
         table.add_row("", "unfinished", "", "", str(folder))
     if not table.row_count:
-        raise CheckpointError(f"{root}: holds no checkpoints")
+        raise CheckpointError(f"{root}: holds no checkpoints: give a run folder or its checkpoints/ folder")
     console = Console()
     Console(width=console.width if console.is_terminal else 1000).print(table)
 
@@ -55,7 +55,7 @@ def ckpt_verify(
     checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
     processes: Processes = None,
 ) -> None:
-    """Compare every file of a checkpoint with its size and checksum in the manifest; the newest one of a run."""
+    """Compare the size and checksum of each file of a checkpoint, or of a run's newest checkpoint, with the manifest."""
     from flagscale_like.checkpoint.manifest import find_checkpoint, read_records, verify_files
     from flagscale_like.errors import CheckpointError
 
@@ -67,15 +67,15 @@ def ckpt_verify(
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
     size = sum(record.size_bytes for record in records)
-    typer.echo(f"{folder}: {len(records)} files are whole ({size / 1e6:,.1f} MB, {size / 1e9 / seconds:.2f} GB/s)")
+    typer.echo(f"{folder}: {len(records)} files are intact ({size / 1e6:,.1f} MB, {size / 1e9 / seconds:.2f} GB/s)")
 
 
 @ckpt_app.command("show", epilog=example("flagscale-like ckpt show runs/demo --tensors"))
 def ckpt_show(
     checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
-    tensors: Annotated[bool, typer.Option(help="Also list every tensor and its shape.")] = False,
+    tensors: Annotated[bool, typer.Option(help="Also list each tensor, its shape and its dtype.")] = False,
 ) -> None:
-    """Say what a checkpoint holds: step, model, layout, versions, files, tensors."""
+    """Print the content of a checkpoint: step, model, layout, versions, files, number of tensors."""
     import yaml
 
     from flagscale_like.checkpoint.format import CheckpointReader
@@ -99,12 +99,12 @@ def ckpt_show(
 def ckpt_reshard(
     checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoints/ or a step_* folder.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
-    files: Annotated[int, typer.Option(min=1, help="Files to write, of equal size.")] = 1,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's moments out.")] = False,
-    sha256: Annotated[bool, typer.Option("--sha256", help="Also record each file's sha256.")] = False,
+    files: Annotated[int, typer.Option(min=1, help="Number of files to write, of equal size.")] = 1,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Omit the optimizer's moments.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Also record the sha256 of each file.")] = False,
     processes: Processes = None,
 ) -> None:
-    """Write a checkpoint anew in another number of files. Not needed to load it on another layout: any layout loads it."""
+    """Rewrite a checkpoint as another number of files. Training on another layout does not need this: any layout loads it."""
     from flagscale_like.checkpoint.manifest import find_checkpoint
     from flagscale_like.checkpoint.reshard import reshard
 
@@ -117,13 +117,16 @@ def ckpt_reshard(
 
 @ckpt_app.command("prune", epilog=example("flagscale-like ckpt prune runs/demo --keep 2 --keep-every 1000"))
 def ckpt_prune(
-    run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder; no training may write to it.")],
-    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],
-    keep_every: Annotated[int, typer.Option(min=0, help="Also keep multiples of so many steps; 0 for none.")] = 0,
-    dry_run: Annotated[bool, typer.Option(help="Say what would go, and remove nothing.")] = False,
+    run: Annotated[Path, typer.Argument(help="A run folder or its checkpoints/ folder. The run must not be training.")],
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
+    keep_every: Annotated[
+        int,
+        typer.Option(min=0, help="Also keep checkpoints whose step is a multiple of this number; 0 turns this off."),
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option(help="List the checkpoints to remove, without removing them.")] = False,
     processes: Processes = None,
 ) -> None:
-    """Remove old checkpoints and what interrupted saves left. The newest one whose files are whole always stays."""
+    """Remove old checkpoints and the files of interrupted saves. The newest checkpoint that is intact is never removed."""
     from flagscale_like.checkpoint.manifest import newest_whole, remove, remove_leftovers, to_remove
     from flagscale_like.errors import CheckpointError
 
@@ -132,7 +135,7 @@ def ckpt_prune(
     for reason in rejected:
         typer.echo(f"damaged: {reason}")
     if good is None:
-        raise CheckpointError(f"{root}: holds no whole checkpoint; nothing was removed")
+        raise CheckpointError(f"{root}: holds no intact checkpoint: nothing was removed")
     gone = to_remove(root, keep=keep, keep_every=keep_every, good=good)
     if not dry_run:
         problems = remove(gone)
@@ -141,4 +144,4 @@ def ckpt_prune(
             raise CheckpointError("; ".join(problems))
     for folder in gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
-    typer.echo(f"{len(gone)} checkpoints {'would go' if dry_run else 'removed'}; {good} is whole")
+    typer.echo(f"{len(gone)} checkpoints {'would be removed' if dry_run else 'removed'}; {good} is intact")

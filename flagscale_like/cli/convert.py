@@ -1,4 +1,4 @@
-"""`convert`: from and to Hugging Face, and INT8 / INT4."""
+"""`convert`: converts from and to Hugging Face folders, and quantizes to INT8 or INT4."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ app.add_typer(convert_app, name="convert")
 
 @convert_app.command("import", epilog=example("flagscale-like convert import --hf Llama-3.2-1B --out ckpt --workers 4"))
 def import_(
-    hf: Annotated[Path, typer.Option(help="Hugging Face folder: config.json and safetensors.")],
+    hf: Annotated[Path, typer.Option(help="Hugging Face folder with config.json and safetensors files.")],
     out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
-    workers: Annotated[int, typer.Option(help="Processes that write, a file each.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
 ) -> None:
-    """Write a native checkpoint from a Hugging Face folder, tensor by tensor; it loads on any layout."""
+    """Convert a Hugging Face folder to a native checkpoint, one tensor at a time. Any layout loads the checkpoint."""
     from flagscale_like.checkpoint.hf import import_folder
 
     began = time.perf_counter()
@@ -39,18 +39,21 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     as_family: Annotated[
         str | None,
-        typer.Option("--as", help="Family to write it as, where the maths is the same; its own, if left out."),
+        typer.Option("--as", help="Family to export as; it must compute the same function. Default: the model's."),
     ] = None,
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32", "stored"], typer.Option(help="Of the weights; stored: as in the checkpoint.")
+        Literal["bf16", "fp16", "fp32", "stored"],
+        typer.Option(help="Data type of the weights; stored: as in the checkpoint."),
     ] = "bf16",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder to put beside; the run's, if left out.")
+        Path | None, typer.Option(help="Tokenizer folder to copy to the export. Default: the run's tokenizer.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that write, a file each.", min=1)] = 1,
-    verify: Annotated[bool, typer.Option(help="Compare logits with the native model; needs memory for both.")] = True,
+    workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits with the native model's; needs memory for both models.")
+    ] = True,
 ) -> None:
-    """Write a Hugging Face folder from a native checkpoint, and check that transformers computes the same logits."""
+    """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits."""
     import shutil
 
     from flagscale_like.checkpoint.hf import export
@@ -62,7 +65,7 @@ def export(
         typer.echo("not verified: --no-verify was given")
         return
 
-    # Only now: a conversion by itself needs none of megatron-core.
+    # Imported here, because a conversion without verification does not need megatron-core.
     from flagscale_like.config import Parallel
     from flagscale_like.engine.hf_check import compare_logits, transformers_ships
     from flagscale_like.errors import ConversionError
@@ -81,8 +84,8 @@ def export(
         typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
     else:
         typer.echo(
-            f"verified by reading it back: logits differ by {difference:.1e} of the largest; transformers has no "
-            f"{plan.family.model_type} of its own"
+            f"verified by importing the export again: logits differ by {difference:.1e} of the largest; transformers has no "
+            f"model class for {plan.family.model_type}"
         )
 
 
@@ -90,11 +93,13 @@ def export(
 def quantize(
     hf: Annotated[Path, typer.Option(help="Hugging Face folder to quantize.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights of a row that share a scale.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="A scale a group; else a zero point too.")] = True,
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Number of weights of a row that share a scale.")] = 128,
+    symmetric: Annotated[
+        bool, typer.Option(help="Store only a scale for each group; --no-symmetric also stores a zero point.")
+    ] = True,
 ) -> None:
-    """Write INT8 or INT4 weights in the compressed-tensors format, which transformers and vLLM load."""
+    """Quantize a Hugging Face folder to INT8 or INT4 in the compressed-tensors format, which transformers and vLLM load."""
     from flagscale_like.checkpoint.quantize import Scheme, quantize_folder
 
     summary = quantize_folder(hf, out, Scheme(bits=bits, group_size=group_size, symmetric=symmetric))

@@ -1,4 +1,4 @@
-"""`preprocess`, and `data`: what goes into training, and which of it a step was made of."""
+"""`preprocess` tokenizes text; `data` shows tokenized data and the documents that a training step read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flagscale_like.data.report import Report
 
 data_app = typer.Typer(
-    help="Look at training data, and at the data of a training step.",
+    help="Inspect tokenized data, and find the documents that a training step read.",
     epilog=example("flagscale-like data inspect data/corpus"),
     no_args_is_help=True,
 )
@@ -31,44 +31,51 @@ data_app = typer.Typer(
 def preprocess(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="jsonl or text (also .gz, .zst), or parquet: files, folders, globs, or python-stdlib."),
+        typer.Argument(help="Files, folders or globs of jsonl or text (also .gz, .zst) or parquet, or python-stdlib."),
     ],
-    out: Annotated[Path, typer.Option(help="Prefix of the .bin, .idx, .documents.parquet and .report.json to write.")],
+    out: Annotated[
+        Path, typer.Option(help="Path without suffix of the .bin, .idx, .documents.parquet and .report.json to write.")
+    ],
     tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder.")] = None,
-    train_tokenizer: Annotated[int | None, typer.Option(help="Train a byte-level BPE of this size.")] = None,
+    train_tokenizer: Annotated[
+        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.")
+    ] = None,
     key: Annotated[str, typer.Option(help="jsonl field or parquet column with the text.")] = "text",
     unit: Annotated[
-        Literal["file", "line", "paragraph"], typer.Option(help="A document of a plain text file.")
+        Literal["file", "line", "paragraph"], typer.Option(help="What one document is in a plain text file.")
     ] = "file",
-    workers: Annotated[int, typer.Option(help="Processes that tokenize.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.")] = 1,
     bad_lines: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At a line without a document: stop, or count it and go on.")
+        Literal["stop", "skip"],
+        typer.Option(help="Lines without a document: stop at the first, or count and skip them."),
     ] = "stop",
     fix_text: Annotated[
-        bool, typer.Option("--fix-text", help="Mend text decoded with a wrong encoding (ftfy).")
+        bool, typer.Option("--fix-text", help="Repair text that was decoded with a wrong encoding (ftfy).")
     ] = False,
     min_characters: Annotated[int, typer.Option(min=0, help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int | None, typer.Option(min=1, help="Drop longer documents.")] = None,
     quality: Annotated[
-        Literal["none", "gopher"], typer.Option(help="Rules of quality; gopher's are made for English prose.")
+        Literal["none", "gopher"],
+        typer.Option(help="Drop documents that break these rules; gopher suits English prose."),
     ] = "none",
     duplicates: Annotated[
         Literal["keep", "exact", "near"],
-        typer.Option(help="Drop repeated documents; near: also similar ones (MinHash)."),
+        typer.Option(help="exact: drop documents whose text is repeated; near: also similar ones (MinHash)."),
     ] = "keep",
     near_threshold: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Jaccard resemblance from which documents are near duplicates.")
+        float, typer.Option(min=0.1, max=1.0, help="Jaccard similarity from which documents are near duplicates.")
     ] = 0.8,
     max_document_mb: Annotated[
-        float, typer.Option(min=0.001, help="Longer lines (or files) are bad ones; bounds a process's memory.")
+        float, typer.Option(min=0.001, help="Longer lines (or files) are bad lines. Bounds the memory of a process.")
     ] = 64.0,
     shard_mb: Annotated[
-        float | None, typer.Option(min=0.001, help="Input of a shard, the unit that an interruption can cost.")
+        float | None,
+        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
     ] = None,
 ) -> None:
-    """Tokenize text into the .bin/.idx that training reads, with a table from each document to its source line.
+    """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
-    After an interruption, the same command goes on where it was.
+    After an interruption, the same command continues with the shards that are complete.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -80,7 +87,7 @@ def preprocess(
 
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
-        raise ConfigError("give --tokenizer FOLDER, or --train-tokenizer SIZE to make one")
+        raise ConfigError("give either --tokenizer FOLDER, or --train-tokenizer SIZE to train one")
     if workers < 1:
         raise ConfigError(f"--workers ({workers}) must be 1 or more")
     cleaning = Cleaning(
@@ -93,7 +100,7 @@ def preprocess(
     )
     if tokenizer is None:
         tokenizer = Path(f"{out}-tokenizer")
-        if not (tokenizer / "tokenizer_config.json").is_file():  # the last file of one: an interrupted run made it
+        if not (tokenizer / "tokenizer_config.json").is_file():  # exists if an interrupted run trained the tokenizer
             train_bpe(
                 (d.text for d in read_documents(files, key=key, unit=unit, bad_lines=bad_lines)),
                 train_tokenizer,
@@ -121,12 +128,12 @@ def preprocess(
     seconds = time.perf_counter() - began
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
-        f"{report.empty:,} empty ones left out -> {out}.bin, .idx, .documents.parquet, .report.json"
+        f"{report.empty:,} empty documents skipped; wrote {out}.bin, .idx, .documents.parquet, .report.json"
     )
 
 
 def _print_report(report: Report, cleaning: Cleaning) -> None:
-    """The table of what was dropped and why, where anything could be."""
+    """Print how many documents were dropped for each reason. Prints nothing if cleaning is off and no line was bad."""
     from rich.console import Console
     from rich.table import Table
 
@@ -143,13 +150,13 @@ def _print_report(report: Report, cleaning: Cleaning) -> None:
 
 @data_app.command("inspect", epilog=example("flagscale-like data inspect data/corpus --samples 3"))
 def inspect(
-    prefix: Annotated[Path, typer.Argument(help="Prefix of .bin and .idx.")],
+    prefix: Annotated[Path, typer.Argument(help="Path of the .bin and .idx without the suffix.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder for the samples; the one it was made with, if left out.")
+        Path | None, typer.Option(help="Tokenizer folder. Default: the tokenizer that `preprocess` used.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to show, spread over the data.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Number of documents to show, evenly spaced in the data.")] = 3,
 ) -> None:
-    """Show documents, tokens, a histogram of lengths, and documents decoded, with where they came from."""
+    """Print the number of documents and tokens, a histogram of lengths, and some documents with their source lines."""
     from flagscale_like.data.inspect import describe_index
 
     typer.echo(describe_index(Path(str(prefix).removesuffix(".idx").removesuffix(".bin")), tokenizer, samples=samples))
@@ -157,17 +164,19 @@ def inspect(
 
 @data_app.command("locate", epilog=example("flagscale-like data locate --run runs/demo --step 1200 --top 5"))
 def locate(
-    run: Annotated[Path, typer.Option(help="The run's folder, or a checkpoint of it.")],
+    run: Annotated[Path, typer.Option(help="A run folder, or one checkpoint of it.")],
     step: Annotated[int, typer.Option(min=1, help="The training step.")],
-    rank: Annotated[int | None, typer.Option(help="Only what this rank read.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Show only the samples that this rank read.")] = None,
     attempt: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a step made several times, because the run went back: which; else the last."),
+        typer.Option(min=1, help="If the step ran several times because of rewinds: which time. Default: the last."),
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Samples to show, the worst loss first; 0 for all.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample, with the whole text.")] = False,
+    top: Annotated[int, typer.Option(min=0, help="Number of samples to show, the largest loss first; 0 for all.")] = 10,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each sample, with the whole text.")
+    ] = False,
 ) -> None:
-    """Show which documents a training step was made of: source file, line and text, the worst first."""
+    """Show the documents that a training step read, with source file, line and text, in the order of their loss."""
     import json
     from dataclasses import asdict
 
@@ -179,11 +188,11 @@ def locate(
     run_dir, segments, draws = _order_records(run)
     readings = readings_of(segments, step)
     if attempt is not None and attempt > len(readings):
-        raise ConfigError(f"--attempt ({attempt}): step {step} was made {len(readings)} times")
+        raise ConfigError(f"--attempt ({attempt}): step {step} ran {len(readings)} times: give 1 to {len(readings)}")
     reading = readings[(attempt or len(readings)) - 1]
     segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
     if step > config.train.steps:
-        raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps)")
+        raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps): give one of them")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)
     dp_rank = dp_rank_of(segment, rank) if rank is not None else None
     found = locate(run_dir, reading, provenance, dp_rank=dp_rank)
@@ -196,7 +205,7 @@ def locate(
             typer.echo(json.dumps({"step": step, **asdict(sample), "parts": parts}, ensure_ascii=False))
         return
     again = f"; attempt {readings.index(reading) + 1} of {len(readings)}" if len(readings) > 1 else ""
-    order = "the worst loss first" if any(s.loss is not None for s in found) else "no losses were noted at this step"
+    order = "the worst loss first" if any(s.loss is not None for s in found) else "no losses are recorded for this step"
     typer.echo(
         f"step {step} read samples {reading.first:,} to {reading.first + reading.count - 1:,}{again}; "
         f"{len(shown)} of {len(found)} shown, {order}"
@@ -210,7 +219,14 @@ def locate(
 
 
 def _order_records(run: Path) -> tuple[Path, list[Segment], list[DrawState]]:
-    """The run's folder, and what it, or its checkpoints, say about the order of its data."""
+    """Read the records from which the order of the samples follows: the run folder's, or those of its checkpoints.
+
+    Returns:
+        The run folder, the segments of the run, and the draw states of dynamic data selection.
+
+    Raises:
+        DataError: the folder holds neither samples.jsonl nor a readable checkpoint.
+    """
     from flagscale_like.checkpoint.manifest import read_state, step_folders
     from flagscale_like.data.draws import read_draws
     from flagscale_like.data.provenance import draws_of_states, read_journal, segments_of_states
@@ -226,9 +242,12 @@ def _order_records(run: Path) -> tuple[Path, list[Segment], list[DrawState]]:
         try:
             states.append(read_state(folder))
         except CheckpointError:
-            continue  # a damaged one says nothing; others may
+            continue  # the others may be readable
     if not states:
-        raise DataError(f"{run}: holds neither samples.jsonl, which training with sources writes, nor a checkpoint")
+        raise DataError(
+            f"{run}: holds neither a samples.jsonl, which training with data.sources writes, nor a readable checkpoint: give "
+            "a run folder"
+        )
     return run_dir, segments_of_states(states), draws_of_states(states)
 
 

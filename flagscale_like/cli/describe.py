@@ -1,4 +1,4 @@
-"""The plan of a configured layout, as `train --dry-run` prints it, and the cluster that a user names."""
+"""Prints the plan of the configured layout for `train --dry-run`, and finds the cluster that the user names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """The plan of the configured layout; times where the cluster is given, or the ranks are this machine's."""
+    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+
+    Args:
+        ranks: world size.
+        dp: data-parallel degree on that world size.
+        cluster_text: the cluster that the user names; None for this machine.
+        local: whether the ranks run on this machine.
+
+    Raises:
+        ConfigError: a rank needs more memory than the device has.
+        DataError: `local` is true and the data cannot be used.
+    """
     from flagscale_like.planner.report import describe_memory, describe_time
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
@@ -37,9 +48,9 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     if not config.data.synthetic:
         typer.echo(f"data         {_describe_data(config, local=local)}")
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
-    typer.echo(f"memory       planned peak of a rank of each stage\n{describe_memory(plan.memory)}")
+    typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
     if cluster is None:
-        typer.echo("time         give --cluster, 64x8xH100 say, for the expected tokens/s")
+        typer.echo("time         give --cluster, for example 64x8xH100, for the expected tokens/s")
     else:
         typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
         if plan.peak_bytes > cluster.device.hbm_bytes:
@@ -51,7 +62,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
 
 
 def _describe_data(config: RunConfig, *, local: bool) -> str:
-    """What is known of the sources. A plan for other machines' ranks does not need the data that lies there."""
+    """Check the data and describe it in a few words. For ranks of other machines, missing data is not an error."""
     from flagscale_like.data.pretrain import check_sources
     from flagscale_like.data.readers import find_inputs
     from flagscale_like.errors import DataError
@@ -68,14 +79,18 @@ def _describe_data(config: RunConfig, *, local: bool) -> str:
 
 
 def _nominal(ranks: int) -> ClusterSpec:
-    """A cluster for plans whose time is not shown."""
+    """A placeholder cluster for a plan whose times are not printed."""
     from flagscale_like.cluster import parse_cluster
 
     return parse_cluster(f"{ranks}xH100")
 
 
 def find_cluster(text: str | None, config: RunConfig, ranks: int) -> ClusterSpec:
-    """The cluster a user named, or `ranks` devices of this machine, measured. Says so where the device is not known."""
+    """Find the cluster that the user names, or measure `ranks` devices of this machine.
+
+    Args:
+        text: such as 64x8xH100; the device name `this`, or None, measures this machine's device.
+    """
     from flagscale_like.cluster import parse_cluster
     from flagscale_like.runtime.platforms import get_platform
     from flagscale_like.runtime.roofline import measure_device

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed."""
+"""`doctor`: checks the installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flagscale_like.errors import PlatformError
 
 @app.command(epilog=example("flagscale-like doctor"))
 def doctor() -> None:
-    """Say what is installed, and what each missing piece costs."""
+    """List the installed components, and what does not work without each missing one."""
     from rich.console import Console
     from rich.table import Table
 
@@ -23,5 +23,5 @@ def doctor() -> None:
     Console(soft_wrap=True, highlight=False).print(table)
     broken = [f.name for f in findings if f.status == "broken"]
     if broken:
-        raise PlatformError(f"missing and required: {', '.join(broken)}")
+        raise PlatformError(f"required and missing: {', '.join(broken)}: install them")
     typer.echo("training works here")

@@ -1,4 +1,4 @@
-"""`init`: a folder with a YAML that trains as it stands."""
+"""`init`: makes a folder with a YAML file and text, ready for training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flagscale_like.errors import ConfigError
 
 STARTER = """\
 # A Llama-shaped model of 1.6 M parameters on the text in data/: a minute on a CPU.
-#   flagscale-like train run.yaml                                      # stopped or killed, the same command goes on
-#   flagscale-like train run.yaml parallel.tp=2 parallel.pp=2          # on four processes, 3D-parallel
-#   flagscale-like train run.yaml --print-config                       # every key and its default
-#   flagscale-like report runs/first                                   # the run as one HTML page
+#   flagscale-like train run.yaml                                      # after a stop or a kill, this command resumes the run
+#   flagscale-like train run.yaml parallel.tp=2 parallel.pp=2          # on four processes, with two kinds of parallelism
+#   flagscale-like train run.yaml --print-config                       # all keys with their values
+#   flagscale-like report runs/first                                   # write an HTML page of the run
 run_dir: runs/first
 
 model:
@@ -42,8 +42,8 @@ optimizer:
   warmup_steps: 10
 
 data:
-  prepare:                   # tokenized once, into runs/first/data
-    input: [data]            # your text: .txt, .md, .jsonl, .parquet; Python's own source beside it, to begin with
+  prepare:                   # the first run tokenizes the input to runs/first/data
+    input: [data]            # text: .txt, .md, .jsonl, .parquet, .py; `init` puts some source files of Python there
     tokenizer_vocab_size: 2048
   split: "85,15,0"           # shares of the documents: training, validation, test
 
@@ -65,14 +65,14 @@ SAMPLES = (
 
 @app.command(epilog=example("flagscale-like init first-run"))
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder to make, or an empty one.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A new or an empty folder.", metavar="DIR")],
 ) -> None:
-    """Make a folder with a YAML and some text to train on; it trains as it stands."""
+    """Make a folder with a YAML file and some text, ready for training."""
     import shutil
     import sysconfig
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is there, and not empty: give a new folder")
+        raise ConfigError(f"{folder}: exists and is not empty: give a new folder")
     stdlib = Path(sysconfig.get_path("stdlib"))
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)

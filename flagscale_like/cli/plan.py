@@ -1,4 +1,4 @@
-"""`plan`: the best layouts of a model on a cluster."""
+"""`plan`: ranks the layouts of a model on a cluster."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ def plan(
     config_file: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[
-        str, typer.Option(help="NODESxDEVICESxNAME, 64x8xH100 say; NAME `this` is the machine at hand, measured.")
+        str,
+        typer.Option(help="NODESxDEVICESxNAME, for example 64x8xH100. The NAME `this` measures this machine's device."),
     ] = "1x8xH100",
-    network_gb_per_s: Annotated[float | None, typer.Option(help="A device's share of the network, one way.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 10,
-    max_vpp: Annotated[int | None, typer.Option(min=1, help="Most model chunks a stage; 1: no interleaving.")] = None,
+    network_gb_per_s: Annotated[
+        float | None, typer.Option(help="Network bandwidth of one device in one direction, GB/s.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of layouts to list.")] = 10,
+    max_vpp: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of model chunks on a stage; 1: no interleaving.")
+    ] = None,
     offload: Annotated[
-        bool, typer.Option("--offload", help="Try activation offload where a layout is too big.")
+        bool, typer.Option("--offload", help="Try activation offload for layouts that do not fit the memory.")
     ] = False,
-    write: Annotated[Path | None, typer.Option(help="Write the YAML of the best layout here.")] = None,
+    write: Annotated[Path | None, typer.Option(help="File to write the YAML of the best layout to.")] = None,
 ) -> None:
-    """Rank the layouts of a model on a cluster by tokens a second, and say why the others lost."""
+    """Rank the layouts of a model on a cluster by expected tokens per second, and say why the other layouts are slower."""
     from dataclasses import replace
 
     from flagscale_like.config import load_config
@@ -44,7 +49,7 @@ def plan(
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     typer.echo(describe_ranking(ranking, place, top=top))
-    typer.echo(f"\nthe first: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if write is not None:
         try:
             write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")

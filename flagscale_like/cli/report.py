@@ -1,4 +1,4 @@
-"""`report`: a run's page."""
+"""`report`: writes an HTML page about a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flagscale_like.run_folder import RunFolder
 
 @app.command(epilog=example("flagscale-like report runs/demo"))
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder: what run_dir of the YAML says.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html, if left out.")] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder: run_dir of its YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
 ) -> None:
-    """Write one HTML file of a run: curves, what happened, configuration, layout, memory planned and measured."""
+    """Write an HTML file about a run: curves, events, configuration, layout, planned and measured memory."""
     from flagscale_like.training.report import write_report
 
     target = out or RunFolder(run).report

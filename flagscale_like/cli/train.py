@@ -1,4 +1,4 @@
-"""`train`: the run that a YAML file describes."""
+"""`train`: trains the run that a YAML file describes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start here; one a GPU, or tp*pp*cp on CPU.")
+        int | None, typer.Option(help="Ranks to start on this machine. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(help="Restarts of all ranks after one fails; they resume by themselves.")
+        int,
+        typer.Option(help="How often all ranks are restarted after a failure. They resume from the last checkpoint."),
     ] = 0,
-    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, and stop.")] = False,
-    world_size: Annotated[int | None, typer.Option(help="Ranks to check the layout for, with --dry-run.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="What to plan time and memory for, with --dry-run.")] = None,
+    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check the configuration and the data, print the plan, and exit.")
+    ] = False,
+    world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="With --dry-run: cluster to plan for, for example 64x8xH100.")
+    ] = None,
 ) -> None:
-    """Train, or go on with, the run that a YAML file describes; under torchrun, or starting the ranks itself."""
+    """Start or resume the run that a YAML file describes. Starts the ranks, or runs as a rank of torchrun."""
     from flagscale_like.config import load_config
 
     config = load_config(config_file, overrides or (), model_of_source)
@@ -67,7 +72,7 @@ def _train_here(config: RunConfig) -> None:
     config.data_parallel_size(world_size_from_env())
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:
         _make_run_folder(config, ctx)
-        # Rank 0 makes the files; a failure there is every rank's error.
+        # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
         agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
         pretrain(prepare_once(config), ctx)
 

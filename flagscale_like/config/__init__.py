@@ -1,4 +1,4 @@
-"""RunConfig: one YAML file, dotted overrides, and errors that name the file, the line and the nearest known key."""
+"""RunConfig: the configuration of a run, read from one YAML file and dotted overrides."""
 
 from flagscale_like.config.groups import (
     Checkpoint,

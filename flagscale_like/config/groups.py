@@ -1,4 +1,4 @@
-"""The groups of a run's configuration: what each key means, its default, and what it may be."""
+"""The groups of keys in a run's configuration. Each class docstring gives the meaning of its keys (see docs/hooks.py)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ KernelChoice = Literal["auto", "triton", "torch"]
 
 
 class Parallel(Frozen):
-    """Degrees of parallelism. Data parallelism is what is left of the world size.
+    """Degrees of parallelism. The data-parallel degree is the world size divided by tp * pp * cp.
 
     Attributes:
-        tp: tensor parallel (Shoeybi et al. 2019).
+        tp: tensor-parallel ranks (Shoeybi et al. 2019).
         pp: pipeline stages.
-        vpp: model chunks a stage holds in the interleaved schedule (Narayanan et al. 2021); 1 is plain 1F1B.
-        sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022).
-        cp: context parallelism; reserved, 1.
-        ep: expert parallelism; reserved, 1.
-        first_stage_layers, last_stage_layers: layers of the first and last stage where they differ from the others.
+        vpp: model chunks on each stage in the interleaved schedule (Narayanan et al. 2021); 1 uses the 1F1B schedule.
+        sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022); needs tp above 1.
+        cp: context-parallel ranks, which split the sequence. Only 1 is supported.
+        ep: expert-parallel ranks. Only 1 is supported.
+        first_stage_layers: layers of the first pipeline stage; without it, as many as the other stages.
+        last_stage_layers: layers of the last pipeline stage; without it, as many as the other stages.
     """
 
     tp: int = Field(default=1, gt=0)
@@ -56,7 +57,13 @@ class Parallel(Frozen):
 
 
 class RampUp(Frozen):
-    """Batch-size ramp-up: from `start`, by `increment`, over `samples` samples."""
+    """Batch-size ramp-up: the global batch size grows in equal increments until it reaches train.global_batch_size.
+
+    Attributes:
+        start: global batch size of the first step.
+        increment: sequences that each increase adds. It divides global_batch_size - start.
+        samples: samples over which the ramp-up is spread. Each batch size gets an equal number of them.
+    """
 
     start: int = Field(gt=0)
     increment: int = Field(gt=0)
@@ -64,7 +71,7 @@ class RampUp(Frozen):
 
 
 class Profile(Frozen):
-    """A torch profiler trace, one file a rank, under RUN_DIR/profile.
+    """Record a torch profiler trace of some steps, one file for each rank, in RUN_DIR/profile.
 
     Attributes:
         steps: the first and the last step to record, counted from 1.
@@ -81,16 +88,27 @@ class Profile(Frozen):
 
 
 class Train(Frozen):
-    """The loop. Sizes count sequences; `steps` counts optimizer steps.
+    """The training loop. Batch sizes are in sequences.
 
     Attributes:
-        profile: write a torch profiler trace of some steps.
-        exit_at_step: save and stop after this step; learning rate and data stay planned for `steps`.
-        recompute: activations recomputed in the backward pass: `selective` the attention core, `full` every layer.
-        log_interval, eval_interval: steps between log lines and evaluations; eval_interval 0 evaluates never.
-        eval_steps: global batches an evaluation reads.
-        frozen: shell patterns of parameter names that training leaves as they are: `embedding.*`, `decoder.layers.0.*`.
-        gc_interval: steps between Python's garbage collections, at the same step on every rank; 0 leaves them to Python.
+        steps: optimizer steps of the whole run. The learning-rate schedule and the order of the data are planned for them.
+        micro_batch_size: sequences of one forward pass on one data-parallel rank.
+        global_batch_size: sequences of one step over all ranks.
+        seq_length: tokens of a sequence.
+        seed: seed of the initial weights and of the order of the data.
+        precision: data type of weights and activations in the model. The optimizer keeps fp32 weights.
+        recompute: activations that are recomputed in the backward pass: `selective` recomputes the attention core, `full`
+            every layer.
+        ramp_up: batch-size ramp-up.
+        profile: torch profiler trace of some steps.
+        exit_at_step: save and stop after this step. The schedules stay planned for `steps`, so that the run can resume.
+        log_interval: steps between log lines.
+        eval_interval: steps between evaluations on the validation data; 0 turns evaluation off.
+        eval_steps: global batches that one evaluation reads.
+        frozen: shell patterns of parameter names, such as `embedding.*` or `decoder.layers.0.*`. Training does not change
+            these parameters.
+        gc_interval: steps between runs of Python's garbage collector, at the same step on every rank; 0 leaves garbage
+            collection to Python.
     """
 
     steps: int = Field(gt=0)
@@ -110,7 +128,7 @@ class Train(Frozen):
     gc_interval: int = Field(default=100, ge=0)
 
     def batch_size_at(self, consumed: int) -> int:
-        """Global batch size of the step that follows `consumed` samples: equal stretches of samples an increment."""
+        """Global batch size of the step that begins after `consumed` samples."""
         ramp = self.ramp_up
         if ramp is None or consumed >= ramp.samples:
             return self.global_batch_size
@@ -118,7 +136,7 @@ class Train(Frozen):
         return ramp.start + ramp.increment * (consumed * increments // ramp.samples)
 
     def total_samples(self) -> int:
-        """Samples that `steps` steps consume."""
+        """Samples that all `steps` steps consume together."""
         consumed = step = 0
         if self.ramp_up is not None:
             while step < self.steps and consumed < self.ramp_up.samples:
@@ -128,13 +146,22 @@ class Train(Frozen):
 
 
 class Optimizer(Frozen):
-    """AdamW with ZeRO-1 sharding (megatron-core's distributed optimizer) and the learning-rate schedule.
+    """AdamW with ZeRO-1 sharding (megatron-core's distributed optimizer), and the learning-rate schedule.
 
     Attributes:
-        warmup_steps: linear warm-up from 0 to `lr`.
-        schedule: `wsd` is constant, then a linear decay over the last `decay_steps` steps.
-        clip_grad: largest global gradient norm; 0 does not clip.
-        initial_loss_scale: of the dynamic loss scaler; fp16 only.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the decay.
+        schedule: how the learning rate falls from `lr` after the warm-up: `cosine` and `linear` decay to `min_lr` over the
+            remaining steps, `wsd` stays at `lr` and decays linearly over the last `decay_steps` steps, `constant` stays at
+            `lr`.
+        warmup_steps: steps of the linear warm-up from 0 to `lr`.
+        decay_steps: steps of the decay at the end of the schedule `wsd`, which needs it.
+        weight_decay: AdamW's decoupled weight decay.
+        beta1: AdamW's decay rate of the first moment.
+        beta2: AdamW's decay rate of the second moment.
+        eps: AdamW's epsilon, added to the denominator.
+        clip_grad: maximum global gradient norm; larger gradients are scaled down to it. 0 turns clipping off.
+        initial_loss_scale: first value of the dynamic loss scale; used with fp16 only.
     """
 
     lr: float = Field(gt=0)
@@ -157,10 +184,12 @@ class Optimizer(Frozen):
 
 
 class Source(Frozen):
-    """One source of a blend: a prefix of .bin/.idx files and its weight.
+    """One data source: a pair of .bin/.idx files and its weight in the blend.
 
     Attributes:
-        name: what reports call it; the prefix's last part, if left out.
+        path: path of the .bin/.idx pair without the suffix.
+        weight: share of the samples that come from this source, relative to the weights of the other sources.
+        name: name of the source in logs and reports; without it, the last part of `path`.
     """
 
     path: str
@@ -169,11 +198,11 @@ class Source(Frozen):
 
 
 class Prepare(Frozen):
-    """Raw text that is turned into .bin/.idx under the run folder before the first step, once.
+    """Tokenize raw text before the first step. The first run writes the .bin/.idx to RUN_DIR/data; later runs reuse them.
 
     Attributes:
-        input: files, folders or globs; `python-stdlib` is the running Python's own source.
-        tokenizer_vocab_size: trains a byte-level BPE of this size on the input, where data.tokenizer is not given.
+        input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
+        tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
     """
 
     input: list[str] = Field(min_length=1)
@@ -181,14 +210,18 @@ class Prepare(Frozen):
 
 
 class Data(Frozen):
-    """What to train on: prepared sources, or raw text to prepare; `synthetic: true` needs neither.
+    """The training data. Exactly one of `sources`, `prepare` and `synthetic` must be given.
 
     Attributes:
-        split: shares of documents for training, validation and test. Where evaluations are on and there is a test share,
-            its loss is reported once, after the last step.
-        num_workers: loader processes a rank; 0 loads in the training process.
-        cache_dir: the sample index is kept here; the run folder where it is left out.
-        selection: let the sources' weights follow the model; off where it is left out.
+        sources: tokenized data sources, which are blended by their weights.
+        prepare: raw text to tokenize before the first step.
+        synthetic: train on random tokens, for benchmarks.
+        tokenizer: the Hugging Face tokenizer folder that the sources were tokenized with. Required with `sources`.
+        split: shares of the documents for training, validation and test. If evaluation is on and the test share is above 0,
+            the test loss is reported once, after the last step.
+        num_workers: data loader processes of each rank; 0 loads data in the training process.
+        cache_dir: folder of the sample index; without it, a folder in the run folder.
+        selection: dynamic data selection, which adapts the weights of the sources during training.
     """
 
     sources: list[Source] = Field(default_factory=list)
@@ -202,12 +235,12 @@ class Data(Frozen):
 
     @property
     def tests(self) -> bool:
-        """Whether documents are set aside for a test."""
+        """Whether `split` has a test share."""
         return float(self.split.split(",")[2]) > 0
 
     @property
     def source_names(self) -> list[str]:
-        """What reports call the sources; the whole prefix where two would share a name."""
+        """The name of each source in logs and reports; the whole path if two sources would have the same name."""
         names = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in self.sources]
         return [s.path if names.count(n) > 1 else n for n, s in zip(names, self.sources, strict=True)]
 
@@ -230,24 +263,26 @@ class Data(Frozen):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(
-                f"sources lists {twice} twice: list it once, with the weights added up, or give it two names"
+                f"sources lists {twice} twice: list it once with the sum of the weights, or give the two entries names"
             )
         if self.selection and len(self.sources) < 2:
             raise ValueError(f"selection needs two or more sources to choose from ({len(self.sources)} given)")
         if self.selection and self.num_workers:
             raise ValueError(
-                f"selection needs num_workers 0 ({self.num_workers} given): workers read ahead of the weights' changes"
+                f"selection needs num_workers 0 ({self.num_workers} given): loader processes would read ahead of a change of "
+                "the weights"
             )
         return self
 
 
 class Offload(Frozen):
-    """Move activations to host memory while they wait for their backward pass; off where the group is left out.
+    """Move activations to host memory between their forward and their backward pass.
 
     Attributes:
-        share: of each stage's activations: one share for all stages, a list of one a stage, or `auto`: the least that fits
-            the device, and on a CPU all but one micro-batch's (Baichuan 3: 1 - 1/(pp - stage)).
-        min_tensor_bytes: smaller tensors stay.
+        share: share of a pipeline stage's activations to move, from 0 to 1: one number for all stages, or a list with one
+            number for each stage. `auto` takes the smallest share with which the run fits the device; on a CPU, it takes the
+            activations of all micro-batches but one (Baichuan 3: 1 - 1/(pp - stage)).
+        min_tensor_bytes: tensors that are smaller stay on the device.
     """
 
     share: Literal["auto"] | float | list[float] = "auto"
@@ -258,7 +293,9 @@ class Offload(Frozen):
     def _share(cls, value: object) -> object:
         numbers = value if isinstance(value, list) else [value]
         if value != "auto" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-            raise ValueError(f"share must be auto, a share from 0 to 1, or a list of one a stage (got {value!r})")
+            raise ValueError(
+                f"share must be auto, a number from 0 to 1, or a list of one number for each stage (got {value!r})"
+            )
         return value
 
     @model_validator(mode="after")
@@ -271,21 +308,24 @@ class Offload(Frozen):
 
 
 class Checkpoint(Frozen):
-    """When to save, what to keep.
+    """Which checkpoints are saved and kept, and the weights that training starts from.
 
     Attributes:
-        interval: steps between saves; the last step is always saved; 0 saves never.
-        keep: newest checkpoints kept.
-        keep_every: also keep, for ever, the checkpoints of the multiples of so many steps; 0 keeps none.
-        asynchronous: `async` in YAML: training waits for a copy in host memory, not for the disk.
-        when_busy: a save that is due while one is under way waits for it, or is skipped.
-        on_error: a save that fails stops the run, or is reported and the run goes on.
-        sha256: also record each file's sha256, which slows the writing down.
-        load: start from the weights of this checkpoint (another run's, or an imported one), with a fresh optimizer.
-        load_strict: false takes what fits from `load` and leaves the rest at its initial values.
-        init_from_hf: start from a Hugging Face folder, read without a conversion. `model` may then be left out: it is
-            read from the folder's config.json, as it is from the checkpoint that `load` names.
-        export_hf: write RUN_DIR/hf, a Hugging Face folder, when the last step is done.
+        interval: steps between saves. The last step is saved, too. 0 saves no checkpoint.
+        keep: number of newest checkpoints to keep; older ones are removed.
+        keep_every: never remove the checkpoint of a step that is a multiple of this number; 0 turns this off.
+        asynchronous: written `async` in YAML. Training continues as soon as the state is copied to host memory; a background
+            thread writes the copy to disk.
+        when_busy: what happens to a save that is due before the previous one is written: `wait` waits for the previous save,
+            `skip` leaves the new one out.
+        on_error: what happens if a save fails: `stop` stops the run, `continue` logs the failure.
+        sha256: also record the sha256 of each file, which makes saves slower.
+        load: start from the weights of this checkpoint, from another run or imported, with a new optimizer state.
+        load_strict: `false` loads the tensors of `load` that fit the model and leaves the other parameters at their initial
+            values.
+        init_from_hf: start from the weights in this Hugging Face folder. With `init_from_hf` or `load`, the group `model`
+            may be omitted: it is read from the folder's config.json or from the checkpoint.
+        export_hf: write the model as a Hugging Face folder to RUN_DIR/hf after the last step.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
@@ -312,13 +352,13 @@ class Checkpoint(Frozen):
 
 
 class Resilience(Frozen):
-    """How a run that hangs or is told to stop comes to its end.
+    """How a run ends that hangs or receives a signal.
 
     Attributes:
-        first_step_timeout_s: a rank that shows no progress for so long, before its first step is done, ends the job, with
-            every rank's last step, phase and Python stack written to RUN_DIR/hang; 0 waits for ever.
-        step_timeout_s: the same for later steps, evaluations and saves.
-        grace_s: after SIGTERM or SIGINT, the step at hand and the save have so long; then the process ends.
+        first_step_timeout_s: seconds that a rank may make no progress before its first step is done. After that time the job
+            ends, and the last step, phase and Python stack of every rank are in RUN_DIR/hang. 0 turns the timeout off.
+        step_timeout_s: the same limit for later steps, evaluations and saves, in seconds.
+        grace_s: seconds that the current step and the save may take after SIGTERM or SIGINT. Then the process ends.
     """
 
     first_step_timeout_s: float = Field(default=1800.0, ge=0)
@@ -327,11 +367,16 @@ class Resilience(Frozen):
 
 
 class Kernels(Frozen):
-    """Which implementation computes each operator: auto is Triton where it runs, and torch elsewhere.
+    """The implementation of each operator. `auto` is the Triton kernel on devices that Triton supports, and torch elsewhere.
 
     Attributes:
-        linear_cross_entropy: `fused` computes the output layer and the loss in one operator, which holds the logits of a
-            chunk of tokens at a time; `off` computes all logits first. auto is fused where Triton runs.
+        attention: core attention, without the projections.
+        rope: rotary position embedding.
+        rms_norm: RMSNorm.
+        swiglu: the SwiGLU activation of the FFN.
+        cross_entropy: the cross-entropy loss over the vocabulary.
+        linear_cross_entropy: `fused` computes the output layer and the loss in one operator, which holds the logits of one
+            chunk of tokens at a time. `off` computes all logits first. `auto` is `fused` on devices that Triton supports.
     """
 
     attention: KernelChoice = "auto"

@@ -1,4 +1,4 @@
-"""The groups that keep a run in good health: monitors, initialisation, dynamic data selection."""
+"""The configuration groups of monitors, initialisation and dynamic data selection."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from pydantic import Field, model_validator
 
 from flagscale_like.arch import Frozen
 
-# What a monitor that finds something asks for: a line in the log alone, or also to drop the step, go back, or end.
+# What happens when a monitor finds an anomaly: `log` logs it; `skip` also skips the optimizer step, `rewind` returns to an
+# earlier checkpoint, `stop` stops the run.
 Action = Literal["log", "skip", "rewind", "stop"]
 
 
 class Spike(Frozen):
-    """A value that leaps: above mean + `sigma` standard deviations of the last `window` steps, or above `limit`.
+    """Detects spikes: a value above the mean + `sigma` standard deviations of the last `window` steps, or above `limit`.
 
     Attributes:
-        window: steps remembered; nothing is judged by them before a quarter of them is there.
-        limit: an absolute ceiling, from the first step on.
-        action: what is done with such a step.
+        sigma: standard deviations above the mean from which a value is a spike.
+        window: steps over which mean and standard deviation are computed. Until a quarter of them is recorded, only `limit`
+            is checked.
+        limit: a value above this limit is a spike, from the first step on.
+        action: what happens at a spike: log it, skip the step, rewind, or stop the run.
     """
 
     sigma: float = Field(default=6.0, gt=0)
@@ -28,10 +31,11 @@ class Spike(Frozen):
 
 
 class LayerNorms(Frozen):
-    """Each layer's gradient norm and update-to-weight ratio, every `interval` steps.
+    """Measures each layer's gradient norm and update-to-weight ratio.
 
     Attributes:
-        update_limit: a ratio above it is an event.
+        interval: steps between measurements.
+        update_limit: an update-to-weight ratio above this limit is recorded as an event.
     """
 
     interval: int = Field(default=100, gt=0)
@@ -39,18 +43,22 @@ class LayerNorms(Frozen):
 
 
 class EffectiveRank(Frozen):
-    """How many directions matrices use (Roy and Vetterli 2007), every `interval` steps.
+    """Measures the effective rank of matrices (Roy and Vetterli 2007): the number of directions that they use.
 
     Attributes:
-        of: what is measured: the layers' four weight matrices, their gradients, the residual stream behind each layer.
-        layers: so many layers are watched, evenly spaced, the first and the last among them.
-        exact_up_to: matrices whose smaller side is larger are sketched.
-        tokens: of the residual stream, so many tokens a data-parallel rank.
-        drop: an effective rank below this share of the highest that the matrix had is an event.
-        after: steps whose ranks are not judged by `drop`: those of the residual stream and of gradients fall far from a
-            random model's while training begins.
-        least: an effective rank below it is an event, from the first step on. Below 2, one direction stands for nearly all.
-        action: what is done with the step that shows it.
+        interval: steps between measurements.
+        of: what is measured: `weights` are the four weight matrices of a layer, `gradients` the gradients of these matrices,
+            `activations` the residual stream after a layer.
+        layers: number of layers to measure, evenly spaced, with the first and the last layer.
+        exact_up_to: the rank is exact for matrices whose smaller side is at most this, and estimated by sketching for larger
+            ones.
+        tokens: tokens of the residual stream that each data-parallel rank measures.
+        drop: an effective rank below this share of the highest one that the matrix had is an event.
+        after: steps at the start of training in which `drop` is not checked, because the ranks of the residual stream and of
+            gradients fall far below those of a random model.
+        least: an effective rank below this number is an event, from the first step on. Below 2, nearly all of the matrix is
+            in one direction.
+        action: what happens at such an event: log it, skip the step, rewind, or stop the run.
     """
 
     interval: int = Field(default=100, gt=0)
@@ -67,17 +75,21 @@ class EffectiveRank(Frozen):
 
 
 class Monitors(Frozen):
-    """What to watch, and what to do when training goes wrong.
+    """The quantities that are monitored during training, and the reaction to an anomaly.
 
     Attributes:
-        non_finite: a loss or gradient norm that is NaN or Inf is skipped before the optimizer step, makes the run go back,
-            or stops it.
-        loss, grad_norm: spikes; null watches none.
-        layers, effective_rank: off where they are left out.
-        max_consecutive_skips: more skipped steps than this in a row do what `on_max_skips` says.
-        rewind_steps: to go back is to load the newest checkpoint that is at least so many steps old, and to go on from
-            it with the data that follows: what was read in between is skipped (Chowdhery et al. 2022, PaLM).
-        max_rewinds: going back once more than this stops the run.
+        non_finite: what happens if the loss or the gradient norm is NaN or Inf: `skip` skips the optimizer step, `rewind`
+            returns to an earlier checkpoint, `stop` stops the run.
+        loss: spikes of the loss.
+        grad_norm: spikes of the global gradient norm.
+        layers: gradient norm and update-to-weight ratio of each layer.
+        effective_rank: effective rank of weights, gradients and activations.
+        max_consecutive_skips: number of consecutive skipped steps that is tolerated; one more triggers `on_max_skips`.
+        on_max_skips: what happens after too many consecutive skipped steps.
+        rewind_steps: a rewind loads the newest checkpoint that is at least this many steps old. Training continues from it
+            with the samples that follow the last step; the samples read in between are not read again (Chowdhery et al.
+            2022, PaLM).
+        max_rewinds: number of rewinds that is tolerated; one more stops the run.
     """
 
     non_finite: Literal["skip", "rewind", "stop"] = "skip"
@@ -92,29 +104,31 @@ class Monitors(Frozen):
 
     @property
     def may_rewind(self) -> bool:
+        """Whether any monitor can trigger a rewind."""
         watched = (self.loss, self.grad_norm, self.effective_rank)
         return "rewind" in (self.non_finite, self.on_max_skips, *(m.action for m in watched if m is not None))
 
 
 class MuP(Frozen):
-    """Width scaling by muP (Yang et al. 2022): what was tuned at `base_hidden_size` holds at the model's.
+    """Width scaling by muP (Yang et al. 2022): values that were tuned at `base_hidden_size` also suit the width of the model.
 
     Attributes:
-        base_hidden_size: the width at which learning rate and init_std were chosen. Heads keep their size, so that wider
-            models have more of them, and the FFN grows with the width.
+        base_hidden_size: hidden size at which the learning rate and init_std were tuned. A wider model is assumed to have
+            more attention heads of the same size, and a proportionally larger FFN.
     """
 
     base_hidden_size: int = Field(gt=0)
 
 
 class Salience(Frozen):
-    """Salience-consistent initialisation, by a calibration before step 0; see `training.salience` for the definition.
+    """Salience-consistent initialisation: a calibration before the first step. `training.salience` defines it.
 
     Attributes:
-        samples: of the training data, read for each estimate; rounded up to whole micro-batches of all ranks.
-        rounds: estimates; in round r the first r / rounds of the layers take part, the deeper ones are still silent.
-        settle: estimates after that, with all layers.
-        max_scale: a branch is scaled up or down by no more than this.
+        samples: training samples that each iteration reads, rounded up to whole micro-batches on all ranks.
+        rounds: iterations with a growing number of layers: iteration r calibrates the first r / rounds of the layers, and the
+            branches of deeper layers are scaled to 0.
+        settle: further iterations, with all layers.
+        max_scale: largest factor by which a branch is scaled up or down.
     """
 
     samples: int = Field(default=32, gt=0)
@@ -124,13 +138,13 @@ class Salience(Frozen):
 
 
 class Init(Frozen):
-    """How the weights begin. Standard deviations and the norms' value are the model's: init_std, output_init_std, norm_init.
+    """Initialisation of the weights. The standard deviations are in the group `model`: init_std, output_init_std, norm_init.
 
     Attributes:
-        scheme: `depth_scaled` draws the matrices that write to the residual stream with init_std / sqrt(2 * num_layers)
-            (Radford et al. 2019), `standard` with init_std like all others. model.output_init_std overrides both.
-        mup: width scaling; off where it is left out.
-        salience: calibration; off where it is left out.
+        scheme: standard deviation of the matrices that write to the residual stream: init_std / sqrt(2 * num_layers) with
+            `depth_scaled` (Radford et al. 2019), init_std with `standard`. model.output_init_std overrides both.
+        mup: width scaling by muP.
+        salience: calibration before the first step.
     """
 
     scheme: Literal["depth_scaled", "standard"] = "depth_scaled"
@@ -139,18 +153,19 @@ class Init(Frozen):
 
 
 class Selection(Frozen):
-    """Weights of the sources that follow the model; `data.sources` gives the weights to begin with.
+    """Dynamic data selection: adapts the weights of the sources during training. It starts from the weights in data.sources.
 
     Attributes:
-        rule: `progress` rewards a source by how fast its loss falls for the samples it got, `loss` by its loss itself (as
-            Online Data Mixing does, Albalak et al. 2023), `target` by how well its gradient points along that of `target`.
-        target: prefix of the .bin/.idx of a small held-out set; for the rule `target`.
+        rule: how a source is scored. `progress`: by the decrease of its loss, divided by its weight. `loss`: by its loss
+            (Online Data Mixing, Albalak et al. 2023). `target`: by the alignment of its gradient with the gradient on
+            `target`.
+        target: path of the .bin/.idx pair of a small held-out set, without the suffix. Required with the rule `target`.
         interval: steps between changes of the weights.
-        floor: the smallest weight that a source can have, as a share of an even one.
-        rate: how fast the weights follow: of the exponentiated gradient.
-        memory: share of the past that an average keeps from one change to the next.
-        probe_samples: of the rule `target`: samples read of each source and of the target, each time; rounded up to whole
-            micro-batches of all ranks.
+        floor: smallest weight of a source, as a share of 1 / number of sources.
+        rate: step size of the exponentiated gradient that updates the weights.
+        memory: share of the previous value in the moving averages of losses and scores.
+        probe_samples: samples of each source, and of the target, whose gradients the rule `target` computes at each change;
+            rounded up to whole micro-batches on all ranks.
     """
 
     rule: Literal["progress", "loss", "target"] = "progress"

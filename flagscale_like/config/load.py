@@ -1,4 +1,4 @@
-"""Reading a YAML file and its overrides; errors name the file, the line and the nearest known key."""
+"""Reads a run's YAML file and overrides. Errors name the file, the line and the nearest known key."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def load_config(
     overrides: Sequence[str] = (),
     read_model: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
 ) -> RunConfig:
-    """Read a YAML file, apply `key.path=value` overrides, validate.
+    """Read a YAML file, apply overrides, and validate the result.
 
     Args:
-        read_model: finds `model` from the other values (the checkpoint or folder that training starts from); what the YAML
-            gives of it wins.
+        path: the YAML file.
+        overrides: strings `key.path=value`; the value is YAML.
+        read_model: reads the group `model` from the checkpoint or Hugging Face folder that the other values name; None if
+            they name neither. Keys of `model` in the YAML file override the ones it returns.
 
     Raises:
-        ConfigError: the file cannot be read, is no mapping, or a value is wrong; one line an error, all at once.
+        ConfigError: the file cannot be read, is not a mapping, or has invalid values. The message has one line for each
+            error.
     """
     path = Path(path)
     try:
@@ -71,7 +74,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
-    """The line of a key path in the composed YAML, or None where an override made the key."""
+    """The line of a key in the composed YAML. None: an override added the key."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -86,7 +89,7 @@ def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:
-    """Names that are valid in the group `location` points into."""
+    """The valid keys of the group at `location`."""
     group: Any = RunConfig
     for part in location:
         if isinstance(part, int) or group is None:

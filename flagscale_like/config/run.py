@@ -1,4 +1,4 @@
-"""RunConfig: the groups together, and what must agree between them."""
+"""RunConfig: all groups of a run's configuration, and the checks between them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from flagscale_like.errors import ConfigError
 
 
 def _near(value: int, fits: Callable[[int], bool]) -> str:
-    """The nearest fitting numbers below and above `value`, "2 or 4" say; empty where there is none."""
+    """The nearest numbers below and above `value` that fit, such as "2 or 4". Empty if none fits."""
     below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
     above = next((n for n in range(value + 1, 2 * value + 4096) if fits(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    """Refuse a layout that does not divide the model, and a sequence that the model has no positions for.
+    """Check that a layout divides the model, and that a sequence is not longer than max_position_embeddings.
 
     Raises:
-        ValueError: with both numbers, and the nearest that would do.
+        ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
+            nearest valid ones.
     """
     shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -71,7 +72,23 @@ def _check_stages(layers: int, par: Parallel) -> None:
 
 
 class RunConfig(Frozen):
-    """A run, wholly described. `run_dir` receives config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png."""
+    """The complete configuration of a run.
+
+    Attributes:
+        run_dir: folder of everything that the run writes: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png
+            and more. A run whose folder has checkpoints resumes from the newest one.
+        model: shape of the model.
+        parallel: degrees of parallelism.
+        train: training loop.
+        optimizer: optimizer and learning-rate schedule.
+        data: training data.
+        checkpoint: checkpoints.
+        kernels: implementation of each operator.
+        monitors: monitors, and the reaction to anomalies.
+        resilience: timeouts and signals.
+        offload: activation offload to host memory.
+        init: initialisation of the weights.
+    """
 
     run_dir: str
     model: ModelArch
@@ -92,7 +109,8 @@ class RunConfig(Frozen):
         check_layout(self.model, par, train.seq_length)
         if self.offload and isinstance(self.offload.share, list) and len(self.offload.share) != par.pp:
             raise ValueError(
-                f"offload.share lists {len(self.offload.share)} stages, parallel.pp is {par.pp}: give one share a stage"
+                f"offload.share lists {len(self.offload.share)} stages, parallel.pp is {par.pp}: give one share for each "
+                "stage"
             )
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
@@ -102,7 +120,7 @@ class RunConfig(Frozen):
             )
         if self.init.mup and self.model.tie_embeddings:
             raise ValueError(
-                "init.mup needs model.tie_embeddings false: embedding and output layer are scaled differently"
+                "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
         self._check_schedule()
         return self
@@ -119,10 +137,10 @@ class RunConfig(Frozen):
             raise ValueError(f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps})")
 
     def data_parallel_size(self, world_size: int) -> int:
-        """The data-parallel degree on `world_size` ranks.
+        """Compute the data-parallel degree on `world_size` ranks.
 
         Raises:
-            ConfigError: world size, batch sizes or ramp-up do not fit the layout.
+            ConfigError: the world size, the batch sizes or the ramp-up do not fit the layout.
         """
         par, train = self.parallel, self.train
         if world_size % par.model_parallel_size:
@@ -160,7 +178,7 @@ class RunConfig(Frozen):
         return dp
 
     def planned_samples(self) -> int:
-        """Samples that the run may read: those of its steps, and a reserve for the steps made again after going back."""
+        """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""
         monitors, reserve = self.monitors, 0
         if monitors.may_rewind:
             steps_again = min(monitors.rewind_steps + self.checkpoint.interval, self.train.steps)
@@ -168,5 +186,5 @@ class RunConfig(Frozen):
         return self.train.total_samples() + reserve
 
     def to_yaml(self) -> str:
-        """The resolved configuration, every default written out."""
+        """The configuration as YAML, with all defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Batch: one micro-batch as a rank reads it, and the only type that data hands to the engine."""
+"""Batch: the micro-batch that one rank reads. The data package passes only this type to the engine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of a rank, on the rank's device.
+    """The micro-batch of one rank, on that rank's device. b counts sequences, s counts tokens of a sequence.
 
     Attributes:
         tokens: int64 [b, s].
         labels: int64 [b, s], the token that each position predicts.
-        loss_mask: float [b, s], the weight of each position's loss: 0 leaves it out.
-        documents: int32 [n + 1], the bounds 0, ..., s of the documents in a pack. No token sees another document, and
-            positions start at 0 in each. A pack has b = 1. None: every row is one document.
-        source: int64 [b] on the host, the number of each row's data source. None where the data has no sources.
-        extras: what one objective needs beside these, by name.
+        loss_mask: float [b, s], the weight of the loss at each position; 0 excludes the position.
+        documents: int32 [n + 1], the boundaries 0, ..., s of the n documents packed into one sequence (b = 1). Attention
+            does not cross a boundary, and position ids restart at 0 in each document. None: each row is one document.
+        source: int64 [b] on the host, the index of each row's data source. None: the data has no sources.
+        extras: further tensors that one objective needs, by name.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class Batch:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], device: torch.device, source: Tensor | None = None) -> Batch:
-        """A batch from named tensors, copied to `device`. `source` stays on the host."""
+        """Build a batch from named tensors and copy them to `device`. `source` stays on the host; other names are ignored."""
         names = {f.name for f in fields(cls)} - {"source", "extras"}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if name in names}
         return cls(**moved, source=source)

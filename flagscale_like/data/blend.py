@@ -1,8 +1,10 @@
-"""A weighted blend of sources as megatron-core's datasets, with an index that one rank a node builds and all map.
+"""A weighted blend of data sources, built on megatron-core's GPTDataset and BlendedDataset.
 
-megatron-core decides the order. Its builder, though, writes the index on global rank 0 alone, so that nodes without shared
-storage find none, and leaves the other ranks in a barrier where rank 0 fails; a kill in the middle of a write leaves a file
-that counts as whole. Here the index is built by whoever is told to, written at once or not at all, and only then read.
+megatron-core computes the order of the samples. This module replaces only the way it stores that order, the sample index.
+megatron-core writes the index on global rank 0: nodes without shared storage do not find it, the other ranks wait in a
+barrier if rank 0 fails, and a kill during the write leaves a partial file that is later read as a complete one. Here
+`IndexCache.may_build` says which ranks write. A writer writes each array to a temporary file and renames it, so that a
+reader sees a complete file or none.
 """
 
 from __future__ import annotations
@@ -28,18 +30,19 @@ from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
 
 SplitName = Literal["train", "valid", "test"]
-SURPLUS = 0.005  # samples built for each source beyond its share, which the blend's rounding may take
+SURPLUS = 0.005  # extra share of samples built for each source, because the blend rounds each source's count up
 
-# They warn of every index that is kept in memory; we write it ourselves.
+# These modules log a warning whenever megatron-core does not write the index itself. IndexCache writes it.
 for module in (gpt_dataset, blended_dataset):
     module.logger.setLevel(logging.ERROR)
 
 
 class IndexCache:
-    """Index arrays in a folder; in memory only, where there is no folder.
+    """The arrays of sample indices, stored as .npy files.
 
     Args:
-        may_build: whether what is missing is built (and written), or an error.
+        folder: where the files are. None keeps the arrays in memory.
+        may_build: True builds and writes a missing array; False makes a missing array an error.
     """
 
     def __init__(self, folder: Path | None, *, may_build: bool) -> None:
@@ -48,17 +51,23 @@ class IndexCache:
     def fetch(
         self, key: str, names: Sequence[str], build: Callable[[], Sequence[np.ndarray]]
     ) -> tuple[np.ndarray, ...]:
-        """The arrays of a key, mapped from their files.
+        """Return the arrays of one index, memory-mapped from their files.
+
+        Args:
+            key: identifies the index; the files are KEY-NAME.npy.
+            names: one name for each array.
+            build: computes the arrays, in the order of `names`, if a file is missing.
 
         Raises:
-            DataError: they are not there and must not be built, or a file is no array.
-            OSError: they cannot be written.
+            DataError: a file is missing and `may_build` is False, or a file is not a .npy array.
+            OSError: a file cannot be written.
         """
         paths = [self.folder / f"{key}-{name}.npy" for name in names] if self.folder else []
         if not all(path.is_file() for path in paths) or not paths:
             if not self.may_build:
                 raise DataError(
-                    f"{self.folder}: the sample index {key} is missing, though the node's first rank has it"
+                    f"{self.folder}: the sample index {key} is missing on this rank, but the first rank of the node has it: "
+                    "set data.cache_dir to a folder that all ranks of the node see"
                 )
             arrays = tuple(build())
             for path, array in zip(paths, arrays, strict=bool(paths)):
@@ -72,19 +81,21 @@ class IndexCache:
         try:
             return tuple(np.load(path, mmap_mode="r") for path in paths)
         except ValueError as error:
-            raise DataError(f"{paths[0]}: is no sample index ({error}): remove it, it will be built again") from None
+            raise DataError(
+                f"{paths[0]}: is not a sample index ({error}): remove the file, the next run builds it again"
+            ) from None
 
 
 @dataclass
 class _Config(GPTDatasetConfig):
-    """megatron-core's, and where the index is."""
+    """megatron-core's configuration, extended by the cache of the sample index and by each source's `source_mark`."""
 
     index_cache: IndexCache | None = None
     source_marks: dict[str, str] | None = None
 
 
 class SourceDataset(GPTDataset):
-    """One source's samples of one split."""
+    """The samples of one source in one split."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         mark = self.config.source_marks[self.dataset_path]
@@ -94,20 +105,20 @@ class SourceDataset(GPTDataset):
 
     @property
     def parts(self) -> list[SourceDataset]:
-        """The sources' own datasets."""
+        """The dataset of each source, in the order of data.sources."""
         return [self]
 
     def place(self, position: int) -> tuple[int, int]:
-        """(source, index in the source) of a sample.
+        """Return (number of the source, index in the source's dataset) of the sample at `position`.
 
         Raises:
-            DataError: there is no such sample.
+            DataError: `position` is outside the dataset.
         """
-        return 0, _within(position, self)
+        return 0, _checked_position(position, self)
 
 
 class Blend(BlendedDataset):
-    """Samples of several sources, in a fixed order in which each has its share at any point."""
+    """Samples of several sources in a fixed order. In each prefix of that order, each source has its share of the samples."""
 
     def _build_indices(self) -> tuple[np.ndarray, ...]:
         marks = xxhash.xxh64_hexdigest("".join(self.config.source_marks.values()).encode())
@@ -116,37 +127,40 @@ class Blend(BlendedDataset):
 
     @property
     def parts(self) -> list[SourceDataset]:
-        """The sources' own datasets."""
+        """The dataset of each source, in the order of data.sources."""
         return self.datasets
 
     def place(self, position: int) -> tuple[int, int]:
-        """(source, index in the source) of a sample.
+        """Return (number of the source, index in the source's dataset) of the sample at `position`.
 
         Raises:
-            DataError: there is no such sample.
+            DataError: `position` is outside the dataset.
         """
-        _within(position, self)
+        _checked_position(position, self)
         return int(self.dataset_index[position]), int(self.dataset_sample_index[position])
 
 
-def _within(position: int, dataset: SourceDataset | Blend) -> int:
+def _checked_position(position: int, dataset: SourceDataset | Blend) -> int:
     if not 0 <= position < len(dataset):
-        raise DataError(f"sample {position}: the order has {len(dataset)} samples")
+        raise DataError(f"sample {position}: the order has {len(dataset)} samples, from 0")
     return position
 
 
 def index_folder(config: RunConfig) -> Path:
-    """Where a run keeps its sample index."""
+    """The folder of a run's sample index: data.cache_dir, or a folder in the run folder."""
     return Path(config.data.cache_dir or RunFolder(config.run_dir).index)
 
 
 def build_split(
     config: RunConfig, tokenizer: Tokenizer, split: SplitName, samples: int, cache: IndexCache
 ) -> SourceDataset | Blend:
-    """The samples of one split, in the order in which they are read; a function of the configuration and of `samples`.
+    """Build the dataset of one split. The order of its samples depends on the configuration and on `samples` only.
+
+    Args:
+        samples: samples that will be read; documents repeat if a source is too short.
 
     Raises:
-        DataError: the index cannot be built, written or read, whatever the reason.
+        DataError: the index cannot be built, written or read.
     """
     sources, number = config.data.sources, ("train", "valid", "test").index(split)
     total = sum(source.weight for source in sources)
@@ -156,7 +170,7 @@ def build_split(
         sequence_length=config.train.seq_length,
         blend=([s.path for s in sources], weights if len(sources) > 1 else None),
         split=config.data.split,
-        path_to_cache="",  # megatron-core keeps none of its own
+        path_to_cache="",  # megatron-core writes no index of its own
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -180,16 +194,19 @@ def build_split(
         raise
     except OSError as error:
         raise DataError(
-            f"the sample index cannot be written to {error.filename or cache.folder}: {error.strerror or error}; set "
-            "data.cache_dir to a folder that can be written"
+            f"the sample index cannot be written to {error.filename or cache.folder}: {error.strerror or error}: set "
+            "data.cache_dir to a writable folder"
         ) from None
-    except Exception as error:  # whatever goes wrong on one rank has to reach the others
+    except Exception as error:  # `agree` passes a DataError of one rank on to the other ranks
         reason = str(error).splitlines()[0] if str(error) else ""
         raise DataError(f"the sample index cannot be built: {type(error).__name__}: {reason}") from error
 
 
 def source_mark(prefix: str) -> str:
-    """Changes with the source's documents, which megatron-core's own key does not: another corpus under an old name."""
+    """A hash of the first MiB of the .idx and of the sizes of .idx and .bin, 8 hexadecimal digits.
+
+    It is part of the index's key: megatron-core's own key stays the same if another corpus is written to the same prefix.
+    """
     index, tokens = Path(prefix + ".idx"), Path(prefix + ".bin")
     with open(index, "rb") as file:
         head = file.read(1 << 20)
@@ -198,12 +215,13 @@ def source_mark(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """How much of a source a stretch of training reads.
+    """How much of one source a number of training samples reads.
 
     Attributes:
-        samples: read of this source.
-        tokens: read.
-        epoch_tokens: tokens of the source in this split.
+        name: the name of the source.
+        samples: samples read from this source.
+        tokens: tokens read from this source.
+        epoch_tokens: tokens that the source has in this split.
     """
 
     name: str
@@ -213,6 +231,7 @@ class SourceUse:
 
     @property
     def epochs(self) -> float:
+        """How many times the source is read."""
         return self.tokens / self.epoch_tokens
 
     def __str__(self) -> str:
@@ -220,14 +239,20 @@ class SourceUse:
 
 
 def counts_of(dataset: SourceDataset | Blend, samples: int) -> list[int]:
-    """How many of the first `samples` samples are of each source."""
+    """Count how many of the first `samples` samples come from each source."""
     if isinstance(dataset, Blend):
         return np.bincount(dataset.dataset_index[:samples], minlength=len(dataset.parts)).tolist()
     return [samples]
 
 
 def source_use(parts: Sequence[SourceDataset], names: Sequence[str], counts: Sequence[int]) -> list[SourceUse]:
-    """How much of each source is read in `counts` samples of them."""
+    """Say how much of each source is read.
+
+    Args:
+        parts: the dataset of each source.
+        names: the name of each source.
+        counts: the samples read from each source.
+    """
     length = parts[0].config.sequence_length
     epochs = [int(part.dataset.sequence_lengths[part.indices].sum(dtype=np.int64)) for part in parts]
     return [

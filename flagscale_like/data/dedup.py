@@ -1,8 +1,9 @@
-"""Duplicates over a whole corpus, exact by hash and near by MinHash LSH (Broder 1997), with arrays and not objects.
+"""Duplicate documents of a corpus: exact duplicates by hash, near duplicates by MinHash LSH (Broder 1997).
 
-The workers reduce each document to a digest or a signature; what is decided here depends on their order alone. Signatures
-and their banding follow datasketch, which also chooses the bands; they are compared by sorting one band at a time, so that
-memory holds 16 bytes a document, where datasketch's own index holds some kilobytes.
+Worker processes reduce each document to a digest or a MinHash signature. The functions here find the duplicates in the
+arrays of all digests and signatures; the result depends only on the order of the documents. The signatures and the number of
+bands come from the datasketch library. Candidates are found by sorting one band at a time, which takes 16 bytes of memory
+for each document; datasketch's own index takes some kilobytes for each.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ SHINGLE_WORDS = 5
 
 
 def text_digest(text: str) -> bytes:
-    """16 bytes that two texts share if, for all practical purposes, they are the same."""
+    """The 128-bit xxh3 hash of a text, 16 bytes. Equal digests are taken as equal texts."""
     return xxhash.xxh3_128_digest(text.encode("utf-8"))
 
 
 def minhash_signature(text: str) -> bytes:
-    """MinHash of a text's five-word shingles, case and white space aside: 128 values of 4 bytes."""
+    """The MinHash of the five-word shingles of a text, lower-cased and split at white space: 128 values of 4 bytes."""
     words = text.lower().split()
     count = max(1, len(words) - SHINGLE_WORDS + 1)
     shingles = {" ".join(words[i : i + SHINGLE_WORDS]).encode("utf-8") for i in range(count)}
     signature = _empty_signature().copy()
     ordered = sorted(shingles)
-    for start in range(0, len(ordered), 4096):  # datasketch takes a kilobyte a shingle
+    for start in range(
+        0, len(ordered), 4096
+    ):  # in parts, because datasketch needs a kilobyte of memory for each shingle
         signature.update_batch(ordered[start : start + 4096])
     return signature.hashvalues.astype(np.uint32).tobytes()
 
@@ -42,10 +45,13 @@ def _empty_signature():  # noqa: ANN202
 
 
 def exact_duplicates(digests: np.ndarray) -> np.ndarray:
-    """For each of n documents, the first with the same digest; its own number for that one.
+    """Find exact duplicates.
 
     Args:
-        digests: [n, 16] uint8.
+        digests: [n, 16] uint8, one row for each document.
+
+    Returns:
+        [n], for each document the number of the first document with the same digest: its own number if it is the first.
     """
     keys = np.ascontiguousarray(digests).view("V16").ravel()
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -53,18 +59,23 @@ def exact_duplicates(digests: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """For each of n documents, the first of those that it resembles, directly or through others; else its own number.
+    """Find near duplicates.
 
-    Documents that agree in a band are compared by their whole signatures, each with the first of its group and with the
-    one before it.
+    Documents whose signatures are equal in one band are candidates. Each candidate's whole signature is compared with the
+    first candidate of its group and with the candidate before it. Similar documents are joined into clusters, so that two
+    documents may be in one cluster only because both are similar to a third.
 
     Args:
-        signatures: [n, 128] uint32; may be a memory map.
-        threshold: estimated Jaccard resemblance from which on two documents count as one.
+        signatures: [n, 128] uint32, one row for each document; may be a memory map.
+        threshold: the estimated Jaccard similarity from which two documents are near duplicates.
+
+    Returns:
+        [n] int64, for each document the number of the first document of its cluster.
     """
     from datasketch import MinHashLSH
 
-    # Above, datasketch has no bands to offer; two halves find all that differ in one value, which is 0.992 alike.
+    # datasketch offers no bands for a higher threshold. The two bands that it gives for 0.98 still find every pair whose
+    # signatures differ in one value (an estimated similarity of 0.992).
     lsh = MinHashLSH(threshold=min(threshold, 0.98), num_perm=PERMUTATIONS)
     parents = np.arange(len(signatures))
     for band in range(lsh.b):
@@ -90,6 +101,7 @@ def _band_keys(columns: np.ndarray) -> np.ndarray:
 
 
 def _join(parents: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: np.ndarray, threshold: float) -> None:
+    """Join the clusters of each pair (a[i], b[i]) whose estimated similarity reaches the threshold (union-find)."""
     for start in range(0, len(a), 4096):
         ours, theirs = a[start : start + 4096], b[start : start + 4096]
         alike = (signatures[ours] == signatures[theirs]).mean(axis=1) >= threshold
@@ -106,6 +118,6 @@ def _root(parents: np.ndarray, i: int) -> int:
 
 
 def digests_of(column: list[bytes], width: int) -> np.ndarray:
-    """A column of equally long byte strings as [n, width] uint8."""
+    """Convert n byte strings of `width` bytes to an array [n, width] uint8."""
     assert sys.byteorder == "little"
     return np.frombuffer(b"".join(column), dtype=np.uint8).reshape(-1, width)

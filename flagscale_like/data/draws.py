@@ -1,4 +1,4 @@
-"""Which samples dynamic selection drew: a function of the weights, kept in RUN_DIR/draws.jsonl whenever they change."""
+"""The samples that dynamic data selection draws. RUN_DIR/draws.jsonl has the state of the draw at each change of weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> Iterator[tuple[int, int]]:
-    """(source, index in the source) of samples without end: each is of the source that is furthest behind its weight.
+    """Yield (source, index in the source) of one sample after another, without end.
+
+    Each sample comes from the source with the largest credit: the source that is furthest behind its weight.
 
     Args:
-        credits, drawn: how far each source is behind, and how many samples it gave; both go on with each sample.
+        weights: the weight of each source; they add up to 1.
+        credits: how many samples each source is behind its weight. Updated in place.
+        drawn: how many samples were drawn from each source. Updated in place.
     """
     while True:
         for source, weight in enumerate(weights):
@@ -34,15 +38,16 @@ def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> It
 
 @dataclass(frozen=True)
 class DrawState:
-    """Where the draw stood when the weights became what they are.
+    """The state from which `draw` continues after a change of the weights.
 
     Attributes:
-        position: in the order of the run, of the first sample that it draws; more than the samples of `drawn` where the run
-            began without selection.
-        weights: they add up to 1.
-        credits: how far each source is behind its weight, in samples.
-        drawn: samples taken of each source.
-        until: the first position that it says nothing of; None, of an old journal: where the next state begins.
+        position: the number of the first sample that is drawn from this state, in the order of the run. It is larger than
+            sum(drawn) if the run started without selection.
+        weights: the weight of each source; they add up to 1.
+        credits: how many samples each source is behind its weight.
+        drawn: samples drawn from each source before `position`.
+        until: the number of the first sample that is no longer drawn from this state. None in a journal of an earlier
+            version: the state holds until the next one begins.
     """
 
     position: int
@@ -52,21 +57,25 @@ class DrawState:
     until: int | None = None
 
     def samples(self) -> Iterator[tuple[int, int]]:
-        """(source, index in the source), from `position` on."""
+        """Yield (source, index in the source) of the samples from `position` on."""
         return draw(self.weights, list(self.credits), list(self.drawn))
 
     def append_to(self, run_dir: Path) -> None:
-        """Note it in the run's journal."""
+        """Append this state to RUN_DIR/draws.jsonl."""
         append_record(RunFolder(run_dir).draws, vars(self))
 
 
 def read_draws(run_dir: Path) -> list[DrawState]:
-    """The journal in the order of positions; what a killed run drew and drew again after it was resumed counts once."""
+    """Read RUN_DIR/draws.jsonl, in the order of positions.
+
+    A run that was killed and resumed records some positions twice; the later record replaces the earlier ones.
+    """
     states: list[DrawState] = []
     for record in read_records(RunFolder(run_dir).draws):
         try:
-            state = DrawState(**{"position": sum(record["drawn"]), **record})  # old journals: selection from the start
-        except (TypeError, KeyError):  # a record of another kind
+            # A journal of an earlier version has no position: such a run used selection from its first sample.
+            state = DrawState(**{"position": sum(record["drawn"]), **record})
+        except (TypeError, KeyError):  # not a DrawState
             continue
         while states and states[-1].position >= state.position:
             states.pop()
@@ -75,11 +84,11 @@ def read_draws(run_dir: Path) -> list[DrawState]:
 
 
 class DrawnOrder:
-    """The samples of a run with dynamic selection by their position; what `Blend` is to fixed weights.
+    """The order of the samples of a run with dynamic selection. `Blend` is its counterpart for fixed weights.
 
     Args:
-        parts: the sources' datasets.
-        states: in the order of positions; more may be noted.
+        parts: the dataset of each source.
+        states: the states of the draw, in the order of positions; `note` appends further ones.
     """
 
     def __init__(self, parts: Sequence[SourceDataset], states: Sequence[DrawState] = ()) -> None:
@@ -88,21 +97,21 @@ class DrawnOrder:
         self._of: tuple[DrawState, Iterator[tuple[int, int]]] | None = None
 
     def note(self, state: DrawState) -> None:
-        """Go on from another state."""
+        """Append a state: the samples from its position on are drawn from it."""
         self.states.append(state)
 
     def place(self, position: int) -> tuple[int, int]:
-        """(source, index in the source) of a sample.
+        """Return (number of the source, index in the source's dataset) of the sample at `position`.
 
         Raises:
-            DataError: no state says what was drawn there.
+            DataError: no state covers this position.
         """
         number = bisect.bisect_right(self.states, position, key=lambda state: state.position) - 1
         state = self.states[number] if number >= 0 else None
         if state is None or (state.until is not None and position >= state.until):
             raise DataError(
-                f"sample {position}: which one data.selection drew is known from the run's draws.jsonl only, as far as the "
-                "run came, or shortly after a checkpoint"
+                f"sample {position}: which sample data.selection drew here is known from the run's draws.jsonl only, up to "
+                "the last step of the run, or for a few steps after a checkpoint: restore draws.jsonl"
             )
         if self._of is None or self._of[0] is not state:
             self._of, self._plan = (state, state.samples()), []

@@ -1,4 +1,4 @@
-"""Feed: the micro-batches of a rank, taken step by step, with the time that training waited for them."""
+"""Feed: an iterator over the micro-batches of a rank that measures how long training waits for data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flagscale_like.data.batch import Batch
 
 
 class Feed:
-    """Hands out micro-batches, and adds up how long its consumer waited for them."""
+    """Yields micro-batches and adds up the time that each `next` takes."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches, self._wait_s = batches, 0.0
@@ -29,6 +29,6 @@ class Feed:
         return itertools.islice(self, count)
 
     def pop_wait(self) -> float:
-        """Seconds waited since the last call."""
+        """Return the seconds spent waiting for micro-batches since the last call, and reset the sum."""
         waited, self._wait_s = self._wait_s, 0.0
         return waited

@@ -1,4 +1,4 @@
-"""What a document must be like to be trained on: broken text mended, length, and Gopher's rules of quality."""
+"""Cleaning of documents: repair of wrongly decoded text, limits on length, and the quality rules of Gopher."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ WORD = re.compile(r"\S+")
 
 
 class Quality(Frozen):
-    """The rules of Rae et al. 2021 (Gopher, appendix A.1.1), at their published limits. Made for English prose.
+    """The quality rules of Rae et al. 2021 (Gopher, appendix A.1.1) with the published limits. They suit English prose.
 
     Attributes:
         min_words, max_words: words of a document.
-        min_mean_word_length, max_mean_word_length: characters.
-        max_symbols_per_word: number signs, or ellipses, per word.
-        max_bullet_lines, max_ellipsis_lines: share of lines that begin with a bullet, or end with an ellipsis.
-        min_alphabetic_words: share of words with a letter.
-        min_stop_words: of the, be, to, of, and, that, have, with, how many different ones are there.
-        max_duplicate_lines: share of lines that were there before.
-        max_duplicate_line_characters: share of characters in them.
+        min_mean_word_length, max_mean_word_length: characters of a word, averaged over the document.
+        max_symbols_per_word: number signs per word, and ellipses per word.
+        max_bullet_lines: share of the lines that start with a bullet.
+        max_ellipsis_lines: share of the lines that end with an ellipsis.
+        min_alphabetic_words: share of the words that contain a letter.
+        min_stop_words: how many of the words the, be, to, of, and, that, have, with occur in the document.
+        max_duplicate_lines: share of the lines that repeat an earlier line.
+        max_duplicate_line_characters: share of the characters that are in such lines.
     """
 
     min_words: int = 50
@@ -40,7 +41,7 @@ class Quality(Frozen):
     max_duplicate_line_characters: float = 0.2
 
     def objection(self, text: str) -> str | None:
-        """The first rule that a text breaks, in words; None if it keeps all."""
+        """Name the first rule that a text breaks. None: the text breaks no rule."""
         words = WORD.findall(text)
         count = len(words)
         if count < self.min_words:
@@ -74,14 +75,15 @@ class Quality(Frozen):
 
 
 class Cleaning(Frozen):
-    """What is done to the documents of a corpus before they are tokenized. The default changes and drops nothing.
+    """How documents are cleaned before they are tokenized. With the defaults, every document is kept unchanged.
 
     Attributes:
-        fix_text: mend text that was decoded with the wrong encoding, and its kin (Speer 2019, ftfy).
-        min_characters, max_characters: shorter and longer documents are dropped.
-        quality: rules; none where left out.
-        duplicates: drop all but the first of documents with the same text, or also of those that resemble each other.
-        near_threshold: the resemblance (Jaccard, of five-word shingles) from which on documents are near duplicates.
+        fix_text: repair text that was decoded with the wrong encoding, with ftfy (Speer 2019).
+        min_characters, max_characters: drop documents that are shorter or longer.
+        quality: drop documents that break these rules; None applies no rules.
+        duplicates: `keep` keeps duplicates; `exact` drops all but the first document with the same text; `near` also drops
+            all but the first of similar documents.
+        near_threshold: the Jaccard similarity of five-word shingles from which two documents are near duplicates.
     """
 
     fix_text: bool = False
@@ -92,7 +94,11 @@ class Cleaning(Frozen):
     near_threshold: float = 0.8
 
     def apply(self, text: str) -> tuple[str, str | None]:
-        """The text, mended, and why to drop it; None to keep it. Duplicates are found later, over the whole corpus."""
+        """Clean one document. Duplicates are found later, over the whole corpus.
+
+        Returns:
+            The repaired text, and the reason to drop the document; None keeps it.
+        """
         if self.fix_text:
             import ftfy
 

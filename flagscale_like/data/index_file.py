@@ -1,6 +1,6 @@
-"""The .idx file of a megatron-core dataset, read and written column by column: 20 bytes a document, no Python object each.
+"""Reads and writes the .idx file of a megatron-core dataset as NumPy columns, 20 bytes for each document.
 
-megatron-core's own builder keeps two Python integers a document, and its reader takes a cut file for a whole one.
+megatron-core's own builder keeps two Python integers for each document, and its reader does not notice a truncated file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron-
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What a token takes in the .bin: megatron-core's choice."""
+    """The dtype of a token in the .bin file, chosen as megatron-core chooses it."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
 def write_index(path: Path, lengths: Sequence[np.ndarray], dtype: np.dtype) -> None:
-    """Write the .idx of documents of one sequence each.
+    """Write an .idx file in which each document is one sequence.
 
     Args:
-        lengths: tokens of each document, int32, in parts that follow each other.
+        lengths: int32 arrays; concatenated, they hold the number of tokens of each document.
+        dtype: the dtype of the tokens in the .bin file.
     """
     count = sum(len(part) for part in lengths)
     with open(path, "wb") as file:
@@ -36,19 +37,20 @@ def write_index(path: Path, lengths: Sequence[np.ndarray], dtype: np.dtype) -> N
         for part in lengths:
             file.write(part.astype("<i4").tobytes())
         offset = 0
-        for part in lengths:  # the byte at which each sequence begins
+        for part in lengths:  # the byte offset of each sequence
             ends = offset + np.cumsum(part, dtype=np.int64) * dtype.itemsize
             file.write((ends - part.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
             offset = int(ends[-1]) if len(ends) else offset
-        for start in range(0, count + 1, 1 << 20):  # the sequence with which each document begins, and the end
+        for start in range(0, count + 1, 1 << 20):  # the first sequence of each document, and the number of sequences
             file.write(np.arange(start, min(start + (1 << 20), count + 1), dtype="<i8").tobytes())
 
 
 def read_lengths(prefix: str) -> np.ndarray:
-    """Tokens of each document of an index, after comparing the sizes of .idx and .bin with what its header says.
+    """Read the number of tokens of each document, int32, memory-mapped.
 
     Raises:
-        DataError: another file, a cut one, or no documents.
+        DataError: the .idx is not a megatron-core index, the size of .idx or .bin disagrees with the header, or the index
+            holds no documents.
     """
     code, sequences, documents = _read_header(prefix)
     path = Path(prefix + ".idx")
@@ -57,7 +59,10 @@ def read_lengths(prefix: str) -> np.ndarray:
         FIXED_BYTES + sequences * (4 + 8) + documents * 8,
     )  # lengths, pointers, documents
     if size != wanted:
-        raise DataError(f"data source {prefix}: .idx has {size} bytes, its header describes {wanted}: cut short?")
+        raise DataError(
+            f"data source {prefix}: the .idx has {size} bytes, its header describes {wanted}: it may be truncated: run "
+            "`preprocess` again, or copy the file again"
+        )
     lengths = np.zeros(0, dtype=np.int32)
     if sequences:
         lengths = np.memmap(path, dtype=np.int32, mode="r", offset=FIXED_BYTES, shape=(sequences,))
@@ -66,24 +71,27 @@ def read_lengths(prefix: str) -> np.ndarray:
         raise DataError(f"data source {prefix}: holds no documents")
     size, wanted = Path(prefix + ".bin").stat().st_size, tokens * np.dtype(DTYPES[code]).itemsize
     if size != wanted:
-        raise DataError(f"data source {prefix}: .bin has {size} bytes, its .idx describes {wanted}: cut short?")
+        raise DataError(
+            f"data source {prefix}: the .bin has {size} bytes, its .idx describes {wanted}: it may be truncated: run "
+            "`preprocess` again, or copy the file again"
+        )
     return lengths
 
 
 def read_tokens(prefix: str, lengths: np.ndarray, document: int) -> np.ndarray:
-    """Token ids of one document of an index whose `read_lengths` are given."""
+    """Read the token ids of one document. `lengths` is what `read_lengths` returned for the same prefix."""
     dtype = np.dtype(DTYPES[_read_header(prefix)[0]])
     offset = int(lengths[:document].sum(dtype=np.int64)) * dtype.itemsize
     return np.fromfile(prefix + ".bin", dtype=dtype, count=int(lengths[document]), offset=offset)
 
 
 def _read_header(prefix: str) -> tuple[int, int, int]:
-    """Code of the token type, sequences, and document boundaries."""
+    """Return the code of the token dtype, the number of sequences, and the number of document boundaries."""
     with open(prefix + ".idx", "rb") as file:
         head = file.read(FIXED_BYTES)
     if len(head) < FIXED_BYTES or not head.startswith(HEADER):
         raise DataError(f"data source {prefix}: {prefix}.idx is not a megatron index")
     code, sequences, documents = struct.unpack_from("<BQQ", head, len(HEADER))
     if code not in DTYPES:
-        raise DataError(f"data source {prefix}: {prefix}.idx names token type {code}, which is no integer")
+        raise DataError(f"data source {prefix}: {prefix}.idx names token type {code}, which is not an integer type")
     return code, sequences, documents

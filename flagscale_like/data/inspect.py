@@ -1,4 +1,4 @@
-"""What a .bin/.idx prefix holds, in words."""
+"""Describes the content of a .bin/.idx pair as text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ EXCERPT_CHARACTERS = 300
 
 
 def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int) -> str:
-    """Documents, tokens, quartiles and histogram of lengths, and `samples` documents decoded.
+    """Describe a .bin/.idx pair: documents, tokens, quartiles and histogram of document lengths, and sample documents.
 
     Args:
-        tokenizer: folder; the one named in PREFIX.report.json, if left out. Without either, samples are ids.
+        prefix: the path without .bin or .idx.
+        tokenizer: the tokenizer's folder. None uses the folder that PREFIX.report.json names. Without either, the sample
+            documents are shown as token ids.
+        samples: how many documents to show.
 
     Raises:
-        DataError: there is no whole index, or the tokenizer cannot be read.
+        DataError: the pair is missing or incomplete, or the tokenizer cannot be read.
     """
     try:
         lengths = read_lengths(str(prefix))
@@ -50,7 +53,7 @@ NAMES = ("min", "25 %", "median", "75 %", "99 %", "max")
 
 
 def excerpt(text: str, limit: int = EXCERPT_CHARACTERS) -> str:
-    """The beginning of a text, on one line, quoted."""
+    """The first `limit` characters of a text as a JSON string, with the length of the text if it is longer."""
     return json.dumps(text[:limit], ensure_ascii=False) + (
         f" ... ({len(text):,} characters)" if len(text) > limit else ""
     )
@@ -65,7 +68,7 @@ def _tokenizer_of(prefix: Path, tokenizer: Path | None) -> Tokenizer | None:
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
-    """A line for each power of two that bounds a length: how many documents, and what share of the tokens."""
+    """One line for each power of two: documents of at most that many tokens, and their share of all tokens."""
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts, tokens = np.bincount(powers), np.bincount(powers, weights=lengths)
     first = int(np.flatnonzero(counts)[0])

@@ -1,9 +1,9 @@
-"""A corpus -> megatron-core's .bin/.idx, and a table that leads from a document back to its source line.
+"""Converts a corpus to megatron-core's .bin/.idx, and writes a table with the source file and line of each document.
 
-The inputs are divided into shards. Processes make them, each reading, cleaning and tokenizing its own, and what a kill
-leaves is kept: shards whose report is there are whole, anything else is made again. Then the shards are joined in order,
-without the duplicates, which are found over the whole corpus. No step holds a corpus, or a document's tokens, in memory
-for longer than a batch; 20 bytes a document are.
+The inputs are divided into shards. Worker processes read, clean and tokenize one shard at a time. A shard is complete when
+its report exists; after a kill, complete shards are kept and the others are made again. The shards are then joined in order,
+without the duplicates, which are found over the whole corpus. Texts and tokens are in memory for one batch at a time; for
+the whole corpus, 20 bytes for each document are.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates
 from flagscale_like.data.filters import Cleaning
 from flagscale_like.data.index_file import write_index
 from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
-from flagscale_like.data.report import EXAMPLES, Report, said, write_json
+from flagscale_like.data.report import EXAMPLES, Report, format_place, write_json
 from flagscale_like.data.shards import Shard, ShardMaker, ShardOptions, fingerprint, plan_shards, read_row_lengths
 from flagscale_like.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LARGEST_SHARD_BYTES, SMALLEST_SHARD_BYTES = 64 << 20, 1 << 20
-OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: without it there is no dataset
+MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
+OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 
 
 def preprocess(
@@ -51,22 +51,29 @@ def preprocess(
     shard_bytes: int | None = None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
-    """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json, which appear when all is done.
+    """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json. They appear when all shards are joined.
 
-    Row i of the table is document i of the index: `source` and `line`. Each document ends with the tokenizer's
-    end-of-text token; empty ones are left out and counted. The result does not depend on `workers` or `shard_bytes`.
-    After an interruption, the same call goes on with the shards in PREFIX.shards.
+    Row i of the table holds `source` and `line` of document i of the index. Each document ends with the tokenizer's
+    end-of-text token. Documents without a token are counted and not written. The result does not depend on `workers` or
+    `shard_bytes`. After an interruption, the same call continues with the complete shards in PREFIX.shards.
 
     Args:
+        files: the input files, in order.
+        tokenizer_folder: a Hugging Face tokenizer folder.
+        prefix: the path of the outputs without their suffix.
         key, unit, max_document_bytes: see `readers.ReadOptions`.
-        workers: processes; 1 works in this process.
-        bad_lines: stop at a line that holds no document, or skip and count it.
-        cleaning: what to mend and to drop; nothing, if left out.
-        shard_bytes: input a shard takes; chosen by size and workers, if left out.
-        progress: called with the input bytes of each shard that is done.
+        workers: number of processes; 1 works in the calling process.
+        bad_lines: `stop` raises an error at a line without a document; `skip` counts such lines.
+        cleaning: how documents are cleaned; None keeps every document unchanged.
+        shard_bytes: input bytes of a shard; None chooses them by the size of the input and the number of workers.
+        progress: called with the number of input bytes of each shard when it is complete.
+
+    Returns:
+        The counts of documents and tokens, and what was dropped.
 
     Raises:
-        DataError: bad input, an output that cannot be written, a killed worker, shards of other options, or no document.
+        DataError: an input is bad, an output cannot be written, a worker was killed, PREFIX.shards holds shards of other
+            options, or no document is left.
     """
     options = ShardOptions(
         str(tokenizer_folder),
@@ -86,27 +93,27 @@ def preprocess(
                 report = _join(shards, pieces, maker, Path(prefix))
             except DataError:
                 if not any(shard.is_done() for shard in shards):
-                    shutil.rmtree(work)  # nothing that a repeated command could go on from
+                    shutil.rmtree(work)  # no shard is complete, so a repeated command has nothing to continue from
                 raise
             shutil.rmtree(work)
     except OSError as error:
         raise DataError(
-            f"{error.filename or prefix}: {error.strerror or error}; what is finished stays in {work}: mend it, and repeat "
-            "the command"
+            f"{error.filename or prefix}: {error.strerror or error}: complete shards are kept in {work}: fix the cause and "
+            "repeat the command"
         ) from None
     return report
 
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """The work folder, for this process alone; a process that is killed lets go of it."""
+    """Create the work folder and lock it for this process. The lock ends with the process, even if it is killed."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"{work}: another process is at work in it; wait for it, or choose another prefix"
+                f"{work}: another process is writing to this folder: wait for it to end, or choose another prefix"
             ) from None
         yield
 
@@ -114,24 +121,28 @@ def _locked(work: Path) -> Iterator[None]:
 def _plan(
     work: Path, files: Sequence[Path], options: ShardOptions, shard_bytes: int | None, workers: int
 ) -> list[list[Piece]]:
-    """The shards' pieces: those of the interrupted run, if there was one of the same options."""
+    """Divide the files into the pieces of each shard. An interrupted run with the same options keeps its division.
+
+    Raises:
+        DataError: the work folder holds shards that were made with other options, or its plan.json cannot be read.
+    """
     path, wanted = work / "plan.json", fingerprint(options, files)
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             shard_bytes = found.pop("shard_bytes")
         except (ValueError, KeyError):
-            raise DataError(f"{path}: cannot be read; remove {work} to begin anew") from None
+            raise DataError(f"{path}: cannot be read: remove {work} to start again") from None
         different = [name for name in wanted if found.get(name) != json.loads(json.dumps(wanted[name]))]
         if different:
             raise DataError(
-                f"{work}: holds shards of an interrupted run that differs in {', '.join(different)}; repeat that command, "
-                "or remove the folder to begin anew"
+                f"{work}: holds shards of an interrupted run that differs in {', '.join(different)}: repeat that command, "
+                "or remove the folder to start again"
             )
     else:
         total = sum(path.stat().st_size for path in files)
-        share = total // (4 * workers)  # a few for each worker, that they end at about the same time
-        shard_bytes = shard_bytes or max(SMALLEST_SHARD_BYTES, min(LARGEST_SHARD_BYTES, share))
+        share = total // (4 * workers)  # several shards for each worker, so that all workers end at about the same time
+        shard_bytes = shard_bytes or max(MIN_SHARD_BYTES, min(MAX_SHARD_BYTES, share))
         write_json(path, {**wanted, "shard_bytes": shard_bytes})
     return plan_shards(files, options.read, shard_bytes)
 
@@ -164,8 +175,8 @@ def _make_missing(
             progress(_input_bytes(futures[future]))
     except BrokenProcessPool:
         raise DataError(
-            "a tokenizing process was killed (out of memory?); finished shards are kept: repeat the command, with fewer "
-            "--workers or a smaller --max-document-mb if memory was short"
+            "a tokenizing process was killed, perhaps for lack of memory: complete shards are kept: repeat the command, with "
+            "fewer --workers or a smaller --max-document-mb if memory was short"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -180,7 +191,7 @@ _maker: ShardMaker | None = None
 
 def _start_worker(options: ShardOptions) -> None:
     global _maker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core: threads would only compete
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core: threads would compete for it
     _maker = ShardMaker(options)
 
 
@@ -190,14 +201,18 @@ def _make(shard: Shard, pieces: Sequence[Piece]) -> None:
 
 
 def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: ShardMaker, prefix: Path) -> Report:
-    """Write the outputs from whole shards."""
+    """Write the outputs from complete shards, without the duplicates.
+
+    Raises:
+        DataError: no document is left.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     report, lengths = Report(), []
     partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in OUTPUTS}
     originals = _find_duplicates(shards, maker.options.cleaning, shards[0].rows.parent if shards else prefix)
-    places = _Places(shards, pieces)
+    places = _DocumentPlaces(shards, pieces)
     try:
         names = pa.dictionary(pa.int32(), pa.string())
         schema = pa.schema([("source", names), ("line", pa.int64())])
@@ -215,10 +230,12 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
                     characters = pq.read_table(shard.rows, columns=["characters"]).column(0).to_numpy()
                     gone = np.flatnonzero(~keep)
                     examples = [
-                        (*places.of(first + int(row)), f"as {said((*places.of(int(here[row])), ''))}")
+                        (*places.of(first + int(row)), f"as {format_place((*places.of(int(here[row])), ''))}")
                         for row in gone[:EXAMPLES]
                     ]
-                    own.take_out("duplicate", len(gone), int(counts[gone].sum()), int(characters[gone].sum()), examples)
+                    own.drop_counted(
+                        "duplicate", len(gone), int(counts[gone].sum()), int(characters[gone].sum()), examples
+                    )
                 _copy(shard.tokens, tokens, counts, keep, maker.dtype.itemsize)
                 table.write_table(rows.filter(pa.array(keep)).cast(schema))
                 lengths.append(counts[keep])
@@ -227,16 +244,14 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
         if not report.documents:
             for shard in shards:
                 shard.remove()
-            raise DataError(
-                f"{prefix}: no document is left of {len(places.files)} files: {report.why_nothing_is_left()}"
-            )
+            raise DataError(f"{prefix}: no document is left of {len(places.files)} files: {report.describe_dropped()}")
         write_index(partial[".idx"], lengths, maker.dtype)
         settings = {
             "tokenizer": str(maker.tokenizer.folder),
             "cleaning": maker.options.cleaning.model_dump(mode="json"),
         }
-        report.write_for_people(partial[".report.json"], **settings)
-        Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older one does not go with the new .bin
+        report.write_readable(partial[".report.json"], **settings)
+        Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older .idx does not describe the new .bin
         for suffix in OUTPUTS:
             os.replace(partial[suffix], f"{prefix}{suffix}")
     finally:
@@ -245,8 +260,10 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
     return report
 
 
-class _Places:
-    """Where the documents of each shard come from, with lines counted from the beginning of their files."""
+class _DocumentPlaces:
+    """The source file and line of each document. Shard tables count lines from the shard's start; here lines count from the
+    start of the file.
+    """
 
     def __init__(self, shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]]) -> None:
         self._shards, self._offsets, before = shards, [], {}
@@ -258,11 +275,11 @@ class _Places:
         self._firsts: np.ndarray | None = None
 
     def offset(self, number: int) -> int:
-        """Lines before the shard in its file; a shard that starts inside a file has no other."""
+        """Lines of the file before this shard's first line. A shard that starts inside a file reads no other file."""
         return self._offsets[number]
 
     def rows(self, number: int) -> pa.Table:
-        """A shard's `source` and `line`."""
+        """The columns `source` and `line` of a shard's documents."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
@@ -270,7 +287,7 @@ class _Places:
         return table.set_column(1, "line", pc.add(table["line"], self._offsets[number]))
 
     def of(self, document: int) -> tuple[str, int]:
-        """File and line of a document, counted over all shards."""
+        """Return the file and line of a document, whose number counts over all shards."""
         if self._firsts is None:
             self._firsts = np.cumsum([0, *(len(read_row_lengths(shard)) for shard in self._shards)])
         number = int(np.searchsorted(self._firsts, document, side="right")) - 1
@@ -279,7 +296,10 @@ class _Places:
 
 
 def _find_duplicates(shards: Sequence[Shard], cleaning: Cleaning, work: Path) -> np.ndarray | None:
-    """For each document of all shards, the one it repeats; None where duplicates are kept."""
+    """For each document of all shards, the number of the document that it duplicates, or its own number.
+
+    None: duplicates are kept.
+    """
     import pyarrow.parquet as pq
 
     if cleaning.duplicates == "keep" or not shards:
@@ -301,10 +321,16 @@ def _find_duplicates(shards: Sequence[Shard], cleaning: Cleaning, work: Path) ->
 
 
 def _copy(source: Path, target: BinaryIO, counts: np.ndarray, keep: np.ndarray, item_bytes: int) -> None:
-    """Append the kept documents' bytes, a stretch at a time."""
+    """Append the token bytes of the documents to keep to `target`.
+
+    Args:
+        counts: [n], tokens of each document.
+        keep: [n] bool.
+        item_bytes: bytes of a token.
+    """
     ends = np.cumsum(counts, dtype=np.int64) * item_bytes
     with open(source, "rb") as file:
-        for first, last in _stretches(keep):
+        for first, last in _true_runs(keep):
             start, end = (int(ends[first - 1]) if first else 0), int(ends[last - 1])
             file.seek(start)
             while start < end:
@@ -313,7 +339,7 @@ def _copy(source: Path, target: BinaryIO, counts: np.ndarray, keep: np.ndarray, 
                 start += len(chunk)
 
 
-def _stretches(keep: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[first, last) of each run of true values."""
+def _true_runs(keep: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) of each run of consecutive true values."""
     edges = np.flatnonzero(np.diff(np.r_[False, keep, False]))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

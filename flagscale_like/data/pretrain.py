@@ -1,4 +1,4 @@
-"""Pretraining data: megatron-core's GPT dataset over a weighted blend, and the loader of one rank."""
+"""Pretraining data: prepares and checks the sources, builds the datasets on all ranks, and loads one rank's micro-batches."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
-SOURCE = "dataset_id"  # megatron-core's name for a sample's source in the blend
+SOURCE = "dataset_id"  # the key under which megatron-core's BlendedDataset gives the number of a sample's source
 
 
 class SyntheticDataset(Dataset):
-    """Random tokens, a function of (seed, index): for benchmarks, and for tests that need no text."""
+    """Random tokens that depend on (seed, index) only: for benchmarks and tests that need no text."""
 
     def __init__(self, vocab_size: int, seq_length: int, total: int, seed: int) -> None:
         self.vocab_size, self.seq_length, self.total, self.seed = vocab_size, seq_length, total, seed
@@ -47,12 +47,18 @@ class SyntheticDataset(Dataset):
 
 
 def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
-    """Turn `data.prepare` into tokenizer and .bin/.idx under RUN_DIR/data, where they are not there yet.
+    """Train the tokenizer and write the .bin/.idx of `data.prepare` under RUN_DIR/data, unless they exist already.
 
-    Call it in one process before the others read.
+    Call it in one process before the other processes read the files.
+
+    Args:
+        workers: number of tokenizing processes.
 
     Returns:
         The configuration with data.sources and data.tokenizer in place of data.prepare.
+
+    Raises:
+        DataError: see `preprocess`.
     """
     prepare = config.data.prepare
     if prepare is None:
@@ -73,10 +79,14 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
 
 
 def check_sources(config: RunConfig) -> Tokenizer | None:
-    """Look at tokenizer and sources before anything collective depends on them.
+    """Check the tokenizer and the sources, before any collective operation depends on them.
+
+    Returns:
+        The tokenizer; None for synthetic data.
 
     Raises:
-        DataError: a file is missing, foreign, empty, or the tokenizer knows more ids than the model.
+        DataError: a file is missing, is not a megatron-core index or holds no documents; the tokenizer has more ids than
+            model.vocab_size; or data.split leaves no tokens for a split that the run reads.
     """
     if config.data.synthetic:
         return None
@@ -84,7 +94,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, model.vocab_size is {config.model.vocab_size}: "
-            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
@@ -95,7 +105,11 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
 
 
 def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
-    """megatron-core looks for a split's first sample for ever where the split has no token."""
+    """Check that each split that the run reads has tokens. For a split without tokens, megatron-core's dataset never returns.
+
+    Args:
+        lengths: tokens of each document of the source.
+    """
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
     evaluates = config.train.eval_interval > 0
     wanted = {"training": True, "validation": evaluates, "test": evaluates and config.data.tests}
@@ -114,40 +128,42 @@ def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
 def build_datasets(
     config: RunConfig, ctx: ParallelContext, *, train_samples: int, valid_samples: int
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data. All ranks call it; the sample index is built by one a node and read by all.
+    """Build the training and the validation dataset. All ranks call it; one rank of each node builds the sample index.
 
     Args:
-        train_samples: samples that the whole run needs. The order depends on it: resume with the number it began with.
-        valid_samples: samples of one evaluation; 0 for none.
+        train_samples: samples that the whole run reads. The order of the samples depends on this number, so a resumed run
+            passes the number that the run started with.
+        valid_samples: samples of one evaluation; 0 builds no validation dataset.
 
     Raises:
-        DataError: on every rank, where any could not build or read.
+        DataError: on every rank, if any rank could not build or read a dataset.
     """
     train = build_dataset(config, ctx, "train", train_samples)
     return train, build_dataset(config, ctx, "valid", valid_samples) if valid_samples else None
 
 
 def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
-    """`samples` samples of one split; see `build_datasets`."""
+    """Build the dataset of one split with `samples` samples. All ranks call it; see `build_datasets`."""
     if config.data.synthetic:
         offset = ("train", "valid", "test").index(split)
         return SyntheticDataset(config.model.vocab_size, config.train.seq_length, samples, config.train.seed + offset)
     if split == "train" and config.data.selection is not None:
-        # Any source may be asked for all samples. Evaluation stays on the given weights.
+        # Dynamic selection may draw every sample from one source, so each source gets all of them. Evaluation keeps the
+        # weights of data.sources.
         return SourcesDataset([_built_once(one, ctx, split, samples) for one in each_source(config)])
     return _built_once(config, ctx, split, samples)
 
 
 def each_source(config: RunConfig) -> list[RunConfig]:
-    """The configuration with one source at a time, as dynamic selection reads them."""
+    """One configuration for each source, which lists only that source. Dynamic selection builds a dataset from each."""
     return [_with_data(config, sources=[source]) for source in config.data.sources]
 
 
 def build_target(config: RunConfig, ctx: ParallelContext, samples: int) -> Dataset:
-    """`samples` samples of the held-out set that `data.selection.target` names. All ranks call it.
+    """Build a dataset with `samples` samples of the held-out set that `data.selection.target` names. All ranks call it.
 
     Raises:
-        DataError: on every rank; it is missing, foreign or empty.
+        DataError: on every rank, if the set is missing, is not a megatron-core index or holds no documents.
     """
     config = _with_data(config, sources=[Source(path=config.data.selection.target)], split="1,0,0")
     config = config.model_copy(update={"train": config.train.model_copy(update={"eval_interval": 0})})
@@ -159,11 +175,12 @@ def _with_data(config: RunConfig, **changes: object) -> RunConfig:
 
 
 def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
+    """Build a split's dataset on all ranks, so that the sample index is written once for each storage."""
     tokenizer = agree(ctx, lambda: check_sources(config))
     cache = IndexCache(index_folder(config), may_build=ctx.is_node_main)
     build = functools.cache(lambda: build_split(config, tokenizer, split, samples, cache))
-    # One rank builds. Then the first of each node, which has nothing to do where it sees what the one wrote: that is how
-    # shared storage is told from the other kind. Then all the others read.
+    # Rank 0 builds the index. Then the first rank of each node builds it, unless it finds rank 0's files: on shared storage
+    # it finds them, on local disks it does not. Then all other ranks read.
     agree(ctx, lambda: build() if ctx.is_main else None)
     agree(ctx, lambda: build() if ctx.is_node_main else None)
     return agree(ctx, build)
@@ -172,15 +189,15 @@ def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, sampl
 def micro_batches(
     dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from `consumed` samples on.
-
-    Only the first and the last pipeline stage read; the ranks of one tensor-parallel group read the same.
+    """Yield this rank's micro-batches, on its device. Ranks of one tensor-parallel group get the same micro-batches.
 
     Args:
-        mixture: chooses the samples of a SourcesDataset, in place of their order.
+        dataset: a dataset of `build_dataset`.
+        consumed: samples that training has read already, over all ranks; the first micro-batch follows them.
+        mixture: chooses the samples of a SourcesDataset. None reads the dataset in its order.
 
     Raises:
-        DataError: the samples are used up.
+        DataError: all samples of the dataset are read.
     """
     size = config.train.micro_batch_size
     if mixture is not None:
@@ -194,17 +211,22 @@ def micro_batches(
         num_workers=workers,
         pin_memory=ctx.platform.pins_memory,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # else each new loader draws from the default stream, and a resumed run's differs
+        # Without a generator, each new loader draws from torch's default one, and a resumed run's random numbers differ.
+        generator=torch.Generator(),
     )
     for batch in loader:
         yield Batch.of(batch, ctx.platform.device, batch[SOURCE].long() if SOURCE in batch else None)
     raise DataError(
-        f"the data is used up: all {len(dataset):,} samples that were planned are read; a larger train.steps plans more"
+        f"the data is used up: all {len(dataset):,} samples that the run planned are read: set a larger train.steps to plan "
+        "more"
     )
 
 
 def micro_batch_count(config: RunConfig, ctx: ParallelContext, samples: int) -> int:
-    """Micro-batches a data-parallel rank that hold `samples` or a few more; the interleaved schedule wants whole rounds."""
+    """The number of micro-batches for each data-parallel rank that together hold `samples` or slightly more samples.
+
+    The interleaved pipeline schedule needs a multiple of the number of pipeline stages.
+    """
     round_ = config.parallel.pp if config.parallel.vpp > 1 else 1
     count = -(-samples // (config.train.micro_batch_size * ctx.dp))
     return -(-count // round_) * round_

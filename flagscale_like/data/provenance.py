@@ -1,10 +1,9 @@
-"""From a training step to the samples it read, their documents, and the file and line of each.
+"""Provenance: finds the samples that a training step read, their documents, and the source file and line of each document.
 
-The order of samples is a function of the configuration and of the number of samples planned; which of them a step reads, of
-the samples consumed before it. Both are written to RUN_DIR/samples.jsonl whenever they change in another way than by one
-step after the other: at each start, and when the run goes back and leaves samples out. Each checkpoint holds them, too.
-Ranks of the last pipeline stage note the loss of each sample in RUN_DIR/sample_losses/, at the steps that are logged and at
-those whose update was not made.
+The order of the samples depends on the configuration and on the number of planned samples. Which samples a step reads depends
+on the number of samples consumed before it. RUN_DIR/samples.jsonl records both at each start of the run and at each rewind;
+each checkpoint records them, too. At steps that are logged and at steps whose update is skipped, the ranks of the last
+pipeline stage write the loss of each sample to RUN_DIR/sample_losses/.
 """
 
 from __future__ import annotations
@@ -33,12 +32,18 @@ from flagscale_like.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of training: after `step` steps and `consumed` samples it goes on in the order of `train_samples`.
+    """A part of a run without a restart or a rewind.
 
     Attributes:
-        event: `start`, or `rewind`: from a later step back to `step`, the samples up to `consumed` being read or left out.
-        config: the run's, as a mapping.
-        marks: of each source, as `blend.source_mark` gives them; None where they were not noted.
+        event: `start`: the run started or resumed at `step`. `rewind`: the run went from a later step back to `step` and
+            skipped the samples before `consumed`. `gap`: the next segment does not follow from this one, because a rewind
+            between them is not recorded.
+        step: steps done when the segment begins.
+        consumed: samples consumed when the segment begins.
+        train_samples: samples that the run planned; the order of the samples depends on it.
+        world_size: number of ranks.
+        config: the run's configuration as a mapping.
+        marks: `blend.source_mark` of each source; None if they were not recorded.
     """
 
     event: str
@@ -50,13 +55,13 @@ class Segment:
     marks: list[str] | None = None
 
     def append_to(self, run_dir: Path) -> None:
-        """Note it in the run's journal."""
+        """Append this segment to RUN_DIR/samples.jsonl."""
         append_record(RunFolder(run_dir).samples, vars(self))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step read: samples [first, first + count) in the order of the segment."""
+    """The samples that a step read: [first, first + count) in the segment's order of samples."""
 
     step: int
     first: int
@@ -66,7 +71,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens [start, end) of a document, in a sample. File and line are None where the source has no table."""
+    """The tokens [start, end) of a document, which are part of a sample.
+
+    Attributes:
+        source: the name of the data source.
+        prefix: the path of the source's .bin/.idx without the suffix.
+        document: the number of the document in the source.
+        file, line: where the document comes from; None if the source has no document table.
+    """
 
     source: str
     prefix: str
@@ -85,10 +97,11 @@ class Sample:
     """One sample of a step.
 
     Attributes:
-        position: in the order of the run.
-        dp_rank, micro_batch: which data-parallel rank read it, and in which of its micro-batches, from 0.
-        loss: mean over its tokens, in nats; None where it was not noted.
-        parts: in the order of its tokens. A document longer than the sample is one part.
+        position: the number of the sample in the order of the run.
+        dp_rank: the data-parallel rank that read the sample.
+        micro_batch: the micro-batch of that rank which contained the sample, from 0.
+        loss: the mean loss over the sample's tokens, in nats; None if it was not recorded.
+        parts: the parts of documents that the sample consists of, in the order of its tokens.
     """
 
     position: int
@@ -99,7 +112,7 @@ class Sample:
 
 
 def read_journal(run_dir: Path) -> list[Segment]:
-    """The run's segments, in the order of time; a line cut short by a kill is left out."""
+    """Read the segments of a run, in chronological order. A line that a kill truncated is skipped."""
     segments = []
     for record in read_records(RunFolder(run_dir).samples):
         try:
@@ -110,10 +123,15 @@ def read_journal(run_dir: Path) -> list[Segment]:
 
 
 def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
-    """Segments from the state.json of checkpoints alone, oldest first, preceded by the run's beginning if it is certain.
+    """Derive the segments of a run from its checkpoints alone, in chronological order.
+
+    A segment for the beginning of the run is added if the first checkpoint's consumed samples agree with a start from 0.
+
+    Args:
+        states: the content of each checkpoint's state.json.
 
     Raises:
-        DataError: a state does not say where the run stood.
+        DataError: a state lacks the step, the consumed samples, the planned samples, the layout or the configuration.
     """
     found = []
     for state in sorted(states, key=lambda state: int(state.get("step", 0))):
@@ -124,7 +142,7 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
             found.append(Segment("start", *place, world, state["config"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"a checkpoint's state does not say what was read ({type(error).__name__}: {error})"
+                f"a checkpoint's state.json does not say which samples were read ({type(error).__name__}: {error})"
             ) from None
     if found:
         first = found[0]
@@ -137,7 +155,7 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
 
 
 def _consumed_at(segment: Segment, step: int) -> int:
-    """Samples consumed after a step, if the run goes on from the segment without an event."""
+    """Samples consumed after `step`, if the run continues from the segment without a rewind."""
     train = RunConfig.model_validate(segment.config).train
     consumed = segment.consumed
     for _ in range(segment.step, step):
@@ -146,10 +164,12 @@ def _consumed_at(segment: Segment, step: int) -> int:
 
 
 def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
-    """What a step read each time it was made, in the order of time: the last one counts, the others were given up.
+    """The samples that a step read, one reading for each time that the step ran, in chronological order.
+
+    A step runs again after a rewind. The last reading is the one that the trained model results from.
 
     Raises:
-        DataError: the segments do not reach to this step, or do not say what it read.
+        DataError: the segments do not say which samples the step read.
     """
     found: list[Reading] = []
     for number, segment in enumerate(segments):
@@ -159,13 +179,14 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
         first = _consumed_at(segment, step - 1)
         count = RunConfig.model_validate(segment.config).train.batch_size_at(first)
         if following is not None and step > following.step:
-            # Made before the run went back; or, where it was killed, made again from the same samples.
+            # The step ran before the rewind to `following`. Or the run was killed and resumed, and the step ran again on
+            # the same samples: then the following segment gives its reading.
             if following.event != "rewind" or first + count > following.consumed:
                 continue
         elif segment.event == "gap":
             raise DataError(
-                f"between the checkpoints of steps {segment.step} and {following.step} the run went back: which samples "
-                f"step {step} read is known from samples.jsonl only"
+                f"between the checkpoints of steps {segment.step} and {following.step} the run rewound: which samples step "
+                f"{step} read is known from the run's samples.jsonl only: restore that file"
             )
         reading = Reading(step, first, count, segment)
         if not found or (found[-1].first, found[-1].count) != (first, count):
@@ -173,13 +194,17 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
         else:
             found[-1] = reading
     if not found:
-        where = f"they begin after step {segments[0].step}" if segments else "there are none"
-        raise DataError(f"step {step}: the run's records do not say what it read ({where})")
+        where = f"the records begin after step {segments[0].step}" if segments else "there are no records"
+        raise DataError(f"step {step}: the run's records do not say which samples it read ({where})")
     return found
 
 
 def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
-    """What the state.json of checkpoints say of dynamic selection: each holds until the weights changed next."""
+    """The draw states of dynamic selection that checkpoints hold. Each covers the samples up to the next change of weights.
+
+    Args:
+        states: the content of each checkpoint's state.json.
+    """
     found = []
     for state in sorted(states, key=lambda state: int(state.get("consumed_samples", 0))):
         config = RunConfig.model_validate(state["config"])
@@ -191,25 +216,26 @@ def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
 
 
 def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> SourceDataset | Blend | DrawnOrder:
-    """The training samples in a segment's order: from the run's index, or, where that is gone, made again in memory.
+    """Open the training samples in a segment's order, from the run's sample index. A missing index is built in memory.
 
     Args:
-        draws: of a run with dynamic selection, what it drew by.
+        draws: the draw states of a run with dynamic selection.
 
     Raises:
-        DataError: the sources or the tokenizer are gone, or changed.
+        DataError: a source or the tokenizer is missing, or a source was changed after the run read it.
     """
     config = RunConfig.model_validate(segment.config)
     if not config.data.sources:
-        raise DataError("the run has no sources: synthetic samples come from no document")
+        raise DataError("the run has no data sources: data.synthetic makes its samples from random numbers")
     for number, source in enumerate(config.data.sources):
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
                 raise DataError(
-                    f"data source {source.path}: {source.path}{suffix} is missing; look from the run's folder"
+                    f"data source {source.path}: {source.path}{suffix} is missing: call the command in the folder where the "
+                    "run was started"
                 )
         if segment.marks is not None and source_mark(source.path) != segment.marks[number]:
-            raise DataError(f"data source {source.path}: was made anew since the run read it; put back what it was")
+            raise DataError(f"data source {source.path}: has changed since the run read it: restore its .bin and .idx")
     if config.data.selection is None:
         return _open_split(config, segment.train_samples)
     parts = [part for one in each_source(config) for part in _open_split(one, segment.train_samples).parts]
@@ -225,10 +251,11 @@ def _open_split(config: RunConfig, samples: int) -> SourceDataset | Blend:
 
 
 class Provenance:
-    """Looks up samples of an order; live, on the one at hand, or on one that `open_order` made.
+    """Looks up the documents of samples.
 
     Args:
-        names: what reports call the sources.
+        order: the training dataset of a running job, or what `open_order` returns.
+        names: the name of each source in reports.
     """
 
     def __init__(self, order: SourceDataset | Blend | DrawnOrder, names: Sequence[str]) -> None:
@@ -236,10 +263,10 @@ class Provenance:
         self._tables = [DocumentTable(part.dataset_path) for part in self._parts]
 
     def parts(self, position: int) -> list[Part]:
-        """The documents of a sample.
+        """Return the parts of documents that a sample consists of.
 
         Raises:
-            DataError: the order has no such sample.
+            DataError: the order has no sample at this position.
         """
         number, index = self.order.place(position)
         source, table = self._parts[number], self._tables[number]
@@ -249,7 +276,7 @@ class Provenance:
         for place in range(int(begin), int(end) + 1):
             document = int(source.document_index[place])
             start = int(begin_offset) if place == begin else 0
-            # The sample's last token is a label only, and the first one of the next sample.
+            # Samples overlap by one token: the last token of a sample is only a label, and is the next one's first token.
             stop = int(end_offset) + 1 if place == end else int(source.dataset.sequence_lengths[document])
             if stop > start:
                 file, line = table.place(document) or (None, None)
@@ -257,19 +284,19 @@ class Provenance:
         return found
 
     def tokens(self, part: Part) -> np.ndarray:
-        """Token ids of a part."""
+        """Return the token ids of a part."""
         source = next(s for s in self._parts if s.dataset_path == part.prefix)
         return np.array(source.dataset.get(part.document, offset=part.start, length=part.end - part.start))
 
     def describe(self, position: int, loss: float, *, documents: int = 4) -> str:
-        """A sample in one line of log."""
+        """Describe a sample in one line for the log, with the places of its first `documents` documents."""
         parts = self.parts(position)
         more = f" and {len(parts) - documents} more" if len(parts) > documents else ""
         return f"sample {position}, loss {loss:.4f}, source {parts[0].source}: {', '.join(map(str, parts[:documents]))}{more}"
 
 
 def positions(reading: Reading) -> Iterator[tuple[int, int, int]]:
-    """(position, dp rank, micro-batch of that rank) of each sample of a step, rank by rank."""
+    """Yield (position, data-parallel rank, micro-batch of that rank) of each sample of a step, rank by rank."""
     config = RunConfig.model_validate(reading.segment.config)
     dp = config.data_parallel_size(reading.segment.world_size)
     for dp_rank in range(dp):
@@ -280,10 +307,10 @@ def positions(reading: Reading) -> Iterator[tuple[int, int, int]]:
 
 
 def dp_rank_of(segment: Segment, rank: int) -> int:
-    """The data-parallel rank of a global rank; ranks are laid out tp fastest, then cp, dp, pp.
+    """The data-parallel rank of a global rank. megatron-core numbers ranks with tp fastest, then cp, dp, pp.
 
     Raises:
-        DataError: the segment ran on fewer ranks.
+        DataError: the segment had fewer ranks.
     """
     if not 0 <= rank < segment.world_size:
         raise DataError(f"rank {rank}: the run had {segment.world_size} ranks at this step")
@@ -292,16 +319,16 @@ def dp_rank_of(segment: Segment, rank: int) -> int:
 
 
 def badness(loss: float | None) -> float:
-    """Sorts losses, the worst first: what is not finite, then the largest, then what is unknown."""
+    """A sort key that puts the worst loss first: non-finite losses, then larger ones before smaller ones, then None."""
     return math.inf if loss is None else -loss if math.isfinite(loss) else -math.inf
 
 
 def write_losses(run_dir: Path, rank: int, reading: tuple[int, ...], losses: Sequence[float]) -> None:
-    """Note this rank's losses of a step.
+    """Append this rank's losses of one step to RUN_DIR/sample_losses/rank_RANK.jsonl.
 
     Args:
-        reading: step, first sample, data-parallel rank and size, micro-batch size.
-        losses: one a sample, in the order of reading.
+        reading: step, first sample of the step, data-parallel rank, data-parallel size, micro-batch size.
+        losses: the mean loss of each sample that this rank read, in the order of reading.
     """
     folder = RunFolder(run_dir).sample_losses
     folder.mkdir(exist_ok=True)
@@ -310,7 +337,7 @@ def write_losses(run_dir: Path, rank: int, reading: tuple[int, ...], losses: Seq
 
 
 def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
-    """Loss of each sample of a step, by position, as far as they were noted."""
+    """Read the recorded losses of a step's samples, as a mapping from position to loss."""
     of_segment = RunConfig.model_validate(reading.segment.config).train.micro_batch_size
     found: dict[int, float] = {}
     mark = f'{{"step": {reading.step}, "first": {reading.first}, '
@@ -321,10 +348,10 @@ def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError:  # the run was killed here
+                except ValueError:  # a kill truncated the line
                     continue
                 total = reading.first + reading.count
-                size = record.get("micro_batch_size", of_segment)  # older records do not say
+                size = record.get("micro_batch_size", of_segment)  # records of earlier versions lack it
                 sampler = MicroBatchSampler(total, reading.first, size, record["dp_rank"], record["dp"])
                 read = [position for micro_batch in sampler for position in micro_batch]
                 found |= dict(zip(read, record["losses"], strict=False))
@@ -332,10 +359,10 @@ def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
 
 
 def locate(run_dir: Path, reading: Reading, provenance: Provenance, *, dp_rank: int | None = None) -> list[Sample]:
-    """The samples of a step, the worst loss first where losses were noted, else in the order of reading.
+    """The samples of a step with their documents, sorted by loss, the worst first. Samples without a loss come last.
 
     Args:
-        dp_rank: only those that this data-parallel rank read.
+        dp_rank: return only the samples that this data-parallel rank read; None returns all.
     """
     losses = read_losses(run_dir, reading)
     samples = [

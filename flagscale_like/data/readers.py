@@ -1,4 +1,4 @@
-"""Documents of jsonl, text and parquet files, plain or compressed, each with the file and the line that it came from."""
+"""Reads the documents of jsonl, text and parquet files, plain or compressed, each with its source file and line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BadLines = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from. `line` counts from 1: of the text's first line, or the parquet row."""
+    """A text and its origin. `line` is the number of the text's first line, or of the parquet row, counted from 1."""
 
     source: str
     line: int
@@ -36,7 +36,7 @@ class Document:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line, or a row, that holds no document, and why."""
+    """A line or a row without a document, and the reason."""
 
     source: str
     line: int
@@ -48,7 +48,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or the lines of it that begin at a byte from `start` to before `end`."""
+    """A part of a file: the lines whose first byte is in [start, end). `end` None reads to the end of the file."""
 
     path: str
     start: int = 0
@@ -60,9 +60,9 @@ class ReadOptions:
     """How files are read.
 
     Attributes:
-        key: the field of a jsonl line or the column of a parquet file that holds the text.
-        unit: what a document is in a plain text file.
-        max_document_bytes: a longer line (or file, where that is the unit) is a bad one: it bounds the memory.
+        key: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        unit: what one document is in a plain text file: the file, a line, or a paragraph.
+        max_document_bytes: a longer line is a BadLine, and with unit `file` a longer file is. It bounds the memory.
     """
 
     key: str = "text"
@@ -71,12 +71,13 @@ class ReadOptions:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of files, folders and globs, each once. Of folders: .jsonl, .txt, .md, .py, also .gz and .zst, and .parquet.
+    """Expand files, folders and globs to a list of files without duplicates.
 
-    `python-stdlib` stands for the running Python's own source, without its tests.
+    From a folder, and the folders in it, come the files .jsonl, .txt, .md and .py, plain or with .gz or .zst, and .parquet.
+    The pattern `python-stdlib` stands for the source of the running Python's standard library, without its tests.
 
     Raises:
-        DataError: a pattern matches nothing.
+        DataError: a pattern matches no file.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -96,22 +97,26 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
 
 
 def kind(path: Path) -> str:
-    """The suffix that says what a file holds, under the one of its compression."""
+    """The suffix that names a file's format, without the suffix of its compression: .jsonl for x.jsonl.gz."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def can_split(path: Path, unit: TextUnit) -> bool:
-    """Whether a file can be read from its middle: documents are lines, and not compressed."""
+    """Whether a file can be divided into pieces: each document is one line, and the file is not compressed."""
     return path.suffix not in COMPRESSED and path.suffix != ".parquet" and (kind(path) == ".jsonl" or unit == "line")
 
 
 def read_documents(
     files: Sequence[Path], *, key: str = "text", unit: TextUnit = "file", bad_lines: BadLines = "stop"
 ) -> Iterator[Document]:
-    """The documents of the files, in order.
+    """Yield the documents of the files, in order.
+
+    Args:
+        key, unit: see ReadOptions.
+        bad_lines: `skip` skips lines without a document.
 
     Raises:
-        DataError: a file cannot be read; or a line is bad, and `bad_lines` says stop.
+        DataError: a file cannot be read; or a line holds no document and `bad_lines` is `stop`.
     """
     for path in files:
         for found in PieceReader(Piece(str(path)), ReadOptions(key=key, unit=unit)):
@@ -122,13 +127,13 @@ def read_documents(
 
 
 class PieceReader:
-    """The documents and the bad lines of a piece, in order, a line in memory at a time.
+    """Iterates over the documents and the bad lines of a piece, in order, with one line in memory at a time.
 
     Attributes:
-        lines: lines or rows begun so far. In a piece that starts inside its file, `Document.line` counts from there.
+        lines: lines or rows read so far. `Document.line` counts from the start of the piece.
 
     Raises:
-        DataError: while iterating, if the file cannot be opened.
+        DataError: during iteration, if the file cannot be read.
     """
 
     def __init__(self, piece: Piece, options: ReadOptions) -> None:
@@ -145,7 +150,7 @@ class PieceReader:
                 try:
                     yield from self._read(stream)
                 except (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamaged) as error:
-                    yield self._bad(self.lines + 1, f"the compressed file is damaged or cut short about here ({error})")
+                    yield self._bad(self.lines + 1, f"the compressed file is damaged or truncated about here ({error})")
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read: {error.strerror or error}") from None
 
@@ -166,9 +171,11 @@ class PieceReader:
             yield self._whole(stream)
 
     def _lines(self, stream: BinaryIO, *, blank: bool = False) -> Iterator[Document | BadLine]:
-        """The lines as they are; the blank ones where asked for."""
+        """Yield each line as a Document, or a BadLine. Blank lines are left out unless `blank` is True."""
         limit, position = self.options.max_document_bytes, self.piece.start
-        if position:  # the line that this byte is in began in the piece before, unless it is the first of its line
+        if (
+            position
+        ):  # skip to the first line that starts in this piece; a line that starts before it is the previous piece's
             stream.seek(position - 1)
             position += sum(len(part) for part in _line_parts(stream, limit)) - 1
         while self.piece.end is None or position < self.piece.end:
@@ -181,7 +188,7 @@ class PieceReader:
             first = position == 0
             position += size
             if size > limit:
-                yield self._bad(self.lines, f"{size:,} bytes, more than max_document_bytes ({limit:,})")
+                yield self._bad(self.lines, f"has {size:,} bytes, more than max_document_bytes ({limit:,})")
                 continue
             if first:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
@@ -206,12 +213,12 @@ class PieceReader:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            return self._bad(line, f"{self.options.key!r} holds half a surrogate pair at character {error.start}")
+            return self._bad(line, f"{self.options.key!r} has an unpaired surrogate at character {error.start}")
         return Document(self.piece.path, line, text)
 
     def _paragraphs(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
         held: list[Document] = []
-        broken = False  # a paragraph with a bad line is left out as a whole
+        broken = False  # a paragraph with a bad line is skipped as a whole
         for found in self._lines(stream, blank=True):
             if isinstance(found, BadLine):
                 held, broken = [], True
@@ -230,7 +237,7 @@ class PieceReader:
         raw = stream.read(limit + 1)
         self.lines += 1
         if len(raw) > limit:
-            return self._bad(1, f"the file holds more than max_document_bytes ({limit:,})")
+            return self._bad(1, f"the file has more than max_document_bytes ({limit:,})")
         try:
             return Document(self.piece.path, 1, raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -259,7 +266,7 @@ class PieceReader:
 
 
 def _line_parts(stream: BinaryIO, limit: int) -> Iterator[bytes]:
-    """The next line, in parts of limit + 1 bytes: a line without end does not fill the memory."""
+    """Yield the next line in parts of at most limit + 1 bytes, which bounds the memory that a long line takes."""
     while part := stream.readline(limit + 1):
         yield part
         if part.endswith(b"\n"):
@@ -275,16 +282,16 @@ def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdDamaged(Exception):
-    """A frame that ends early, or is none."""
+    """A zstd frame is truncated or invalid."""
 
 
 class _ZstdFile(io.RawIOBase):
-    """The frames of a .zst file, one after the other. The library's own stream takes a cut file for a whole one."""
+    """Decompresses the frames of a .zst file. The stream reader of the zstandard library does not notice a truncated file."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
-        # 2 GiB is the window of `zstd --ultra --long=31`, the largest that the command line writes.
+        # 2 GiB is the window of `zstd --ultra --long=31`, the largest window that the zstd command writes.
         self._begin = functools.partial(zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
         self._error = zstandard.ZstdError
         self._file, self._frame, self._held = file, None, b""
@@ -297,7 +304,9 @@ class _ZstdFile(io.RawIOBase):
             rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             if self._frame is not None and self._frame.eof:
                 self._frame = None
-            chunk = rest or self._file.read(1 << 14)  # small: a chunk can hold thousands of times its size
+            chunk = rest or self._file.read(
+                1 << 14
+            )  # small, because a chunk can decompress to thousands of times its size
             if not chunk:
                 if self._frame is not None:
                     raise _ZstdDamaged("the last frame has no end")

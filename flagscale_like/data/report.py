@@ -1,4 +1,4 @@
-"""What preprocessing did: documents kept, dropped and why, and the lines that held none."""
+"""The report of preprocessing: documents kept, documents dropped by reason, and lines without a document."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-MOST_BAD_LINES = 10_000
+MAX_BAD_LINES = 10_000
 EXAMPLES = 5
 
-# File, line, and what is to be said of it.
+# (file, line, note)
 Place = tuple[str, int, str]
 
 
 @dataclass
 class Dropped:
-    """Documents dropped for one reason; the places of the first few."""
+    """The documents dropped for one reason.
+
+    Attributes:
+        documents, characters: how many.
+        examples: the places of the first EXAMPLES documents.
+    """
 
     documents: int = 0
     characters: int = 0
     examples: list[Place] = field(default_factory=list)
 
     def add(self, characters: int, example: Place) -> None:
+        """Count one document."""
         self.documents += 1
         self.characters += characters
         if len(self.examples) < EXAMPLES:
@@ -34,11 +40,13 @@ class Report:
     """Counts of a preprocessing run, or of one shard of it.
 
     Attributes:
-        documents, tokens: in the result; each document's end-of-text token counts.
-        characters: of the documents in the result, after mending.
-        read: documents read; `empty` ones among them had no token.
-        dropped: by reason.
-        bad_lines: how many; `bad_line_places` holds the first ten thousand.
+        documents, tokens: in the output. The end-of-text token of each document is counted.
+        characters: characters of the documents in the output, after cleaning.
+        read: documents read.
+        empty: documents read that have no token; they are not in the output.
+        dropped: the dropped documents, by reason.
+        bad_lines: lines without a document.
+        bad_line_places: the places of the first MAX_BAD_LINES of these lines.
     """
 
     documents: int = 0
@@ -51,10 +59,11 @@ class Report:
     bad_line_places: list[Place] = field(default_factory=list)
 
     def drop(self, reason: str, characters: int, example: Place) -> None:
+        """Count a document that is dropped before it was counted as kept."""
         self.dropped.setdefault(reason, Dropped()).add(characters, example)
 
-    def take_out(self, reason: str, documents: int, tokens: int, characters: int, examples: list[Place]) -> None:
-        """Drop documents that were counted as kept."""
+    def drop_counted(self, reason: str, documents: int, tokens: int, characters: int, examples: list[Place]) -> None:
+        """Move documents that were counted as kept to the dropped ones."""
         if documents:
             self.documents -= documents
             self.tokens -= tokens
@@ -62,15 +71,16 @@ class Report:
             self.dropped[reason] = Dropped(documents, characters, examples)
 
     def bad(self, place: Place) -> None:
+        """Count a line without a document."""
         self.bad_lines += 1
-        if len(self.bad_line_places) < MOST_BAD_LINES:
+        if len(self.bad_line_places) < MAX_BAD_LINES:
             self.bad_line_places.append(place)
 
     def add(self, other: Report) -> None:
-        """Take another report's counts in."""
+        """Add the counts of another report to this one."""
         for name in ("documents", "tokens", "characters", "read", "empty", "bad_lines"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.bad_line_places += other.bad_line_places[: MOST_BAD_LINES - len(self.bad_line_places)]
+        self.bad_line_places += other.bad_line_places[: MAX_BAD_LINES - len(self.bad_line_places)]
         for reason, theirs in other.dropped.items():
             ours = self.dropped.setdefault(reason, Dropped())
             ours.documents += theirs.documents
@@ -78,56 +88,56 @@ class Report:
             ours.examples += theirs.examples[: EXAMPLES - len(ours.examples)]
 
     def shift(self, lines: int) -> None:
-        """Count the lines of all places from `lines` lines before."""
+        """Add `lines` to the line number of every place."""
         self.bad_line_places = [(source, line + lines, reason) for source, line, reason in self.bad_line_places]
         for entry in self.dropped.values():
             entry.examples = [(source, line + lines, note) for source, line, note in entry.examples]
 
-    def why_nothing_is_left(self) -> str:
-        """Where the documents went, in a few words."""
+    def describe_dropped(self) -> str:
+        """How many documents were dropped for each reason, were empty, or were bad lines."""
         parts = [f"{entry.documents:,} {reason}" for reason, entry in self.dropped.items()]
         parts += [f"{self.empty:,} empty"] * bool(self.empty) + [f"{self.bad_lines:,} bad lines"] * bool(self.bad_lines)
-        return ", ".join(parts) or "there was none"
+        return ", ".join(parts) or "the files hold none"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """A table: what, documents, characters, an example."""
+        """The rows of a table with the columns: what, documents, characters, example."""
         rows = [("kept", f"{self.documents:,}", f"{self.characters:,}", "")]
         for reason, entry in sorted(self.dropped.items()):
-            rows.append((reason, f"{entry.documents:,}", f"{entry.characters:,}", said(entry.examples[0])))
+            rows.append((reason, f"{entry.documents:,}", f"{entry.characters:,}", format_place(entry.examples[0])))
         if self.empty:
             rows.append(("empty", f"{self.empty:,}", "0", ""))
         if self.bad_lines:
-            rows.append(("bad lines", f"{self.bad_lines:,}", "", said(self.bad_line_places[0])))
+            rows.append(("bad lines", f"{self.bad_lines:,}", "", format_place(self.bad_line_places[0])))
         return rows
 
     def write(self, path: Path, **more: object) -> None:
-        """Write as JSON, at once and durably."""
+        """Write this report and the entries of `more` as JSON, atomically. `read_from` reads it back."""
         write_json(path, {**more, **asdict(self)})
 
-    def write_for_people(self, path: Path, **more: object) -> None:
-        """The same with places as `file:line: why`."""
+    def write_readable(self, path: Path, **more: object) -> None:
+        """Write like `write`, with each place as the text `file:line: note`."""
         values = asdict(self)
-        values["bad_line_places"] = [said(place) for place in self.bad_line_places]
+        values["bad_line_places"] = [format_place(place) for place in self.bad_line_places]
         for reason, entry in self.dropped.items():
-            values["dropped"][reason]["examples"] = [said(place) for place in entry.examples]
+            values["dropped"][reason]["examples"] = [format_place(place) for place in entry.examples]
         write_json(path, {**more, **values})
 
     @classmethod
     def read_from(cls, path: Path) -> Report:
-        """What `write` wrote."""
+        """Read a report that `write` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         values["dropped"] = {reason: Dropped(**entry) for reason, entry in values["dropped"].items()}
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
-def said(place: Place) -> str:
-    """A place as editors and terminals open it: `file:line: why`."""
+def format_place(place: Place) -> str:
+    """A place as `file:line: note`, the form that editors and terminals recognise."""
     source, line, note = place
     return f"{source}:{line}: {note}" if note else f"{source}:{line}"
 
 
 def write_json(path: Path, values: object) -> None:
-    """Replace a file by a whole one: a kill leaves the old or the new."""
+    """Write JSON to a temporary file and rename it to `path`: after a kill, `path` holds the old values or the new ones."""
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(values, file, indent=1, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Which samples a rank reads: a function of the samples consumed so far, and of nothing else."""
+"""The samples that each data-parallel rank reads. They depend only on the number of samples consumed so far."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 
 class MicroBatchSampler:
-    """Micro-batches of one data-parallel rank, in the dataset's order, from `consumed` on.
+    """Yields the sample numbers of one data-parallel rank's micro-batches, in the dataset's order.
 
-    The ranks take turns, a micro-batch each. A global batch is therefore the same samples for every data-parallel size, and
-    batch-size ramp-up needs no word here.
+    Consecutive micro-batches go to consecutive ranks. A global batch therefore holds the same samples for every
+    data-parallel size, and the sampler does not depend on the batch-size ramp-up.
 
     Args:
         total: samples in the dataset.
-        consumed: samples that training has used.
+        consumed: samples that training has read; the first micro-batch follows them.
+        micro_batch_size: samples of a micro-batch.
+        dp_rank, dp: this data-parallel rank, and the number of data-parallel ranks.
     """
 
     def __init__(self, total: int, consumed: int, micro_batch_size: int, dp_rank: int, dp: int) -> None:

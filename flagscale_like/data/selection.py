@@ -1,7 +1,7 @@
-"""Dynamic data selection: weights of the sources that follow the model, and the draw of samples by them.
+"""Dynamic data selection: adapts the weights of the data sources during training, and draws the samples by these weights.
 
-Everything is a function of the losses or scores that the ranks have reduced, in float64, and of nothing random: all ranks
-hold the same mixture, and one that is restored from a checkpoint draws what the first would have drawn.
+The weights are computed in float64 from losses or scores that are reduced over all ranks, without random numbers. All ranks
+therefore have the same weights, and a run that resumes from a checkpoint draws the same samples as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from flagscale_like.config import Selection, Train
 from flagscale_like.data.draws import DrawState, draw
 from flagscale_like.errors import DataError
 
-KEPT = ("log_weights", "credits", "drawn", "losses", "scores", "errors")
-# A log-weight falls no further below the largest: a source that was bad for long comes back in reasonable time.
+STATE_KEYS = ("log_weights", "credits", "drawn", "losses", "scores", "errors")
+# A log-weight is at most this far below the largest one, so that a source that scored low for long can recover.
 MAX_LOG_WEIGHT_GAP = 5.0
 
 
 class Mixture:
-    """The sources' weights, how they change, and which sample is drawn next.
+    """The weights of the sources, their updates, and the draw of the samples.
 
-    Weights follow the exponentiated gradient (Hedge, and EXP3 where a source is seen only when it is drawn: Auer et al.
-    2002): after each interval every source gets a score between -1 and 1, its log-weight grows by rate * score, and
+    The weights are updated by exponentiated gradient (Hedge; or EXP3, Auer et al. 2002, if a source's loss is known only when
+    it is drawn). After each interval of steps, every source gets a score between -1 and 1, rate * score is added to its
+    log-weight, and
 
         weight = (1 - floor) * softmax(log prior + log-weight) + floor / sources.
 
-    Scores of the rules `progress` and `loss` (Albalak et al. 2023) come from the losses of the training itself:
+    The scores of the rules `progress` and `loss` (Albalak et al. 2023) are computed from the training losses:
 
-        progress_i = (average of past losses_i - loss_i) / weight_i        loss_i = loss_i
+        progress: score_i = (average of past losses_i - loss_i) / weight_i        loss: score_i = loss_i
 
-    The division is EXP3's: what is seldom drawn has little occasion to get better. Scores of the rule `target` are given to
-    `change`. All are averaged over time and divided by the largest; of progress, no more counts than what exceeds the
-    standard error of an interval's loss: once no source makes any, chance would decide.
+    The division by the weight is EXP3's: a source that is rarely drawn has fewer steps in which its loss can fall. The scores
+    of the rule `target` are passed to `change`. Scores are averaged over time and divided by the largest one. With
+    `progress`, the standard error of the interval's loss is first subtracted from the magnitude of the score; otherwise noise
+    would set the weights when no source makes progress.
 
     Args:
-        prior: weights to begin with; they need not add up to 1.
+        options: data.selection of the configuration.
+        prior: the initial weights; they need not add up to 1.
     """
 
     def __init__(self, options: Selection, prior: Sequence[float]) -> None:
@@ -51,28 +54,29 @@ class Mixture:
         self.log_weights = [0.0] * count
         self.credits = [0.0] * count
         self.drawn = [0] * count
-        self.losses: list[float | None] = [None] * count  # averages of past intervals
-        self.scores: list[float | None] = [None] * count
-        self.errors: list[float | None] = [None] * count  # of the scores
+        self.losses: list[float | None] = [None] * count  # averages over past intervals
+        self.scores: list[float | None] = [None] * count  # averages over past intervals
+        self.errors: list[float | None] = [None] * count  # standard errors of the scores
         self._totals, self._steps = _no_totals(count), 0
         self.plan: list[tuple[int, int]] = []
 
     @property
     def weights(self) -> list[float]:
-        """They add up to 1."""
+        """The weight of each source; they add up to 1."""
         raw = [p * math.exp(g) for p, g in zip(self.prior, self.log_weights, strict=True)]
         total, floor = math.fsum(raw), self.options.floor
         return [(1 - floor) * r / total + floor / len(raw) for r in raw]
 
     def draw(self, samples: int) -> None:
-        """Plan a step: `plan` becomes (source, index in the source) of its samples, in the order of the global batch.
+        """Draw the samples of the next step into `plan`: (source, index in the source), in the order of the global batch.
 
-        Each sample goes to the source that is furthest behind its weight, so that shares are kept within one sample.
+        Each sample comes from the source that is furthest behind its weight. The number of samples of each source therefore
+        differs from its share by less than one sample.
         """
         self.plan = list(itertools.islice(draw(self.weights, self.credits, self.drawn), samples))
 
     def draw_state(self, consumed: int, train: Train) -> DrawState:
-        """What the samples from position `consumed` on are drawn by, until the weights are due to change."""
+        """The state from which the samples after `consumed` ones are drawn, up to the next change of the weights."""
         until = consumed
         for _ in range(self.steps_left):
             until += train.batch_size_at(until)
@@ -80,14 +84,18 @@ class Mixture:
 
     @property
     def steps_left(self) -> int:
-        """Steps until the weights change."""
+        """Steps until the next change of the weights."""
         return self.options.interval - self._steps
 
     def note(self, totals: Sequence[Sequence[float]]) -> bool:
-        """Take a step's losses; says whether the weights are due to change.
+        """Add the losses of one step to the interval's sums. Non-finite losses of a source are left out.
 
         Args:
-            totals: [3, sources], over all ranks: the sum of the samples' losses, of their squares, and the number of samples.
+            totals: [3, sources], reduced over all ranks: the sum of the samples' losses, the sum of their squares, and the
+                number of samples.
+
+        Returns:
+            Whether the interval is over, so that `change` is due.
         """
         for source, values in enumerate(zip(*totals, strict=True)):
             if all(map(math.isfinite, values)):
@@ -97,10 +105,13 @@ class Mixture:
         return self._steps >= self.options.interval
 
     def change(self, scores: Sequence[float | None] | None = None) -> dict[int, float]:
-        """Change the weights after an interval; returns each source's mean loss in it.
+        """Update the weights at the end of an interval.
 
         Args:
-            scores: of the rule `target`; None for a source of which none could be taken.
+            scores: the score of each source under the rule `target`; None for a source without a score.
+
+        Returns:
+            The mean loss of each source in the interval, without the sources that were not drawn.
         """
         options, weights, keep = self.options, self.weights, self.options.memory
         losses: dict[int, float] = {}
@@ -111,7 +122,7 @@ class Mixture:
                 loss = losses[source] = total / count
                 if options.rule == "loss":
                     score = loss
-                elif options.rule == "progress" and past is not None and count >= 2:  # one has no standard error
+                elif options.rule == "progress" and past is not None and count >= 2:  # one loss has no standard error
                     score = (past - loss) / weights[source]
                     error = math.sqrt(max(0.0, square - total * loss) / (count - 1) / count) / weights[source]
             self.scores[source] = _average(self.scores[source], score, keep)
@@ -119,31 +130,31 @@ class Mixture:
             self.losses[source] = _average(past, loss, keep)
         largest = max((abs(score) for score in self.scores if score is not None), default=0.0)
         if largest > 0:
-            steps = (_beyond(s or 0.0, e or 0.0) / largest for s, e in zip(self.scores, self.errors, strict=True))
+            steps = (_excess(s or 0.0, e or 0.0) / largest for s, e in zip(self.scores, self.errors, strict=True))
             raised = [g + options.rate * step for g, step in zip(self.log_weights, steps, strict=True)]
             self.log_weights = [max(g - max(raised), -MAX_LOG_WEIGHT_GAP) for g in raised]
         self._totals, self._steps = _no_totals(len(weights)), 0
         return losses
 
     def state(self) -> dict[str, Any]:
-        """What later draws depend on, JSON-able; a copy, because it is written while training goes on."""
+        """The values that a checkpoint stores, as JSON types; copies, because training continues during the write."""
         totals = [list(row) for row in self._totals]
-        return {**{name: list(getattr(self, name)) for name in KEPT}, "totals": totals, "steps": self._steps}
+        return {**{name: list(getattr(self, name)) for name in STATE_KEYS}, "totals": totals, "steps": self._steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what state() returned.
+        """Restore the values that `state` returned.
 
         Raises:
-            DataError: it is of another number of sources.
+            DataError: the state has another number of sources.
         """
         count = len(self.prior)
         if len(state["drawn"]) != count:
             raise DataError(
-                f"the checkpoint's selection is of {len(state['drawn'])} sources, data.sources lists {count}: "
-                "go on with the same ones, or begin anew with checkpoint.load"
+                f"the checkpoint's selection has {len(state['drawn'])} sources, data.sources lists {count}: continue with "
+                "the same sources, or start a new run from these weights with checkpoint.load"
             )
-        for name in KEPT:
-            if name in state:  # older ones have no errors
+        for name in STATE_KEYS:
+            if name in state:  # checkpoints of earlier versions have no errors
                 setattr(self, name, list(state[name]))
         self._totals = [list(row) for row in state.get("totals", _no_totals(count))]
         self._steps = int(state.get("steps", 0))
@@ -153,19 +164,20 @@ def _no_totals(sources: int) -> list[list[float]]:
     return [[0.0] * sources for _ in range(3)]
 
 
-def _beyond(score: float, error: float) -> float:
-    """What of a score exceeds its error, with its sign."""
+def _excess(score: float, error: float) -> float:
+    """The amount by which the magnitude of a score exceeds its error, with the sign of the score; 0 if it does not."""
     return math.copysign(max(0.0, abs(score) - error), score)
 
 
 def _average(past: float | None, new: float | None, keep: float) -> float | None:
+    """The exponential moving average: keep * past + (1 - keep) * new. If one value is None, the other one."""
     if past is None or new is None:
         return new if past is None else past
     return keep * past + (1 - keep) * new
 
 
 class SourcesDataset(Dataset):
-    """One dataset a source, indexed by (source, index); a sample says which source it is of, as megatron-core's blends do."""
+    """The datasets of all sources, indexed by (source, index). As in BlendedDataset, `dataset_id` is a sample's source."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = list(datasets)
@@ -177,7 +189,10 @@ class SourcesDataset(Dataset):
 
 
 class MixtureSampler:
-    """Micro-batches of one data-parallel rank from the plan of the step at hand; the ranks take turns, as everywhere."""
+    """Yields the micro-batches of one data-parallel rank from the mixture's plan of the current step.
+
+    As in MicroBatchSampler, consecutive micro-batches go to consecutive ranks.
+    """
 
     def __init__(self, mixture: Mixture, micro_batch_size: int, dp_rank: int, dp: int) -> None:
         self.mixture, self.micro_batch_size, self.dp_rank, self.dp = mixture, micro_batch_size, dp_rank, dp
@@ -190,14 +205,14 @@ class MixtureSampler:
 
 
 def losses_by_source(samples: Mapping[str, Tensor], sources: int) -> Tensor:
-    """The losses of a step's samples, added up by source.
+    """Add up the losses of this rank's samples of a step by source.
 
     Args:
-        samples: `loss` and `tokens` [n], of each sample the sum over its tokens and their number, and `source` [n].
+        samples: `loss` [n], the sum of the loss over each sample's tokens; `tokens` [n], the number of these tokens;
+            `source` [n], the number of the sample's source.
 
     Returns:
-        [3, sources] float64, as `Mixture.note` takes it: the sum of the samples' mean losses, of their squares, and the
-        number of samples.
+        [3, sources] float64: the sum of the samples' mean losses, the sum of their squares, and the number of samples.
     """
     tokens = samples["tokens"]
     means = samples["loss"] / tokens.clamp(min=1)

@@ -1,4 +1,4 @@
-"""One shard of a corpus: its inputs read, cleaned and tokenized into files that count once their report is there."""
+"""Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ BATCH_CHARACTERS = 1 << 18
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What a shard's content depends on, beside its pieces."""
+    """The options that the content of a shard depends on, in addition to its pieces.
+
+    Attributes:
+        tokenizer_folder: a Hugging Face tokenizer folder.
+        read: how files are read.
+        cleaning: how documents are cleaned.
+        bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
+    """
 
     tokenizer_folder: str
     read: ReadOptions
@@ -35,9 +42,10 @@ class ShardOptions:
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
-    """Pieces in the order of the files: large files of lines are divided, small files share a shard.
+    """Divide the files into shards of about `shard_bytes`, each a list of pieces, in the order of the files.
 
-    A compressed file or a parquet file is read from its beginning only, so it is one piece, however large.
+    A large file of lines becomes several shards; small files share one. A file that `can_split` refuses is one piece of any
+    size, because it can only be read from its start.
     """
     shards: list[list[Piece]] = []
     held: list[Piece] = []
@@ -60,7 +68,10 @@ def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> l
 
 
 class Shard:
-    """The files of a shard in the work folder: N.bin, N.parquet (a row a document), N.json (its report), written last."""
+    """The paths of a shard's files in the work folder.
+
+    N.bin has the tokens, N.parquet one row for each document. N.json, the report, is written last.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self.tokens, self.rows, self.report = (
@@ -68,7 +79,7 @@ class Shard:
         )
 
     def is_done(self) -> bool:
-        """Whether all of it was written; the sizes are looked at, too."""
+        """Whether the report exists and the other files have the sizes that it states."""
         try:
             sizes = json.loads(self.report.read_text(encoding="utf-8"))["sizes"]
             return sizes == [self.tokens.stat().st_size, self.rows.stat().st_size]
@@ -76,16 +87,17 @@ class Shard:
             return False
 
     def remove(self) -> None:
+        """Remove the shard's files."""
         for path in (self.report, self.tokens, self.rows):
             path.unlink(missing_ok=True)
 
     def lines(self) -> dict[str, int]:
-        """Lines begun in each input file."""
+        """The number of lines that the shard read of each input file."""
         return json.loads(self.report.read_text(encoding="utf-8"))["lines"]
 
 
 class ShardMaker:
-    """Makes shards; holds the tokenizer, once a process."""
+    """Makes shards. It holds the tokenizer, which is loaded once in each process."""
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
@@ -93,10 +105,11 @@ class ShardMaker:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
-        """Write a shard.
+        """Write one shard and return its report.
 
         Raises:
-            DataError: a bad line, where they stop; an input that cannot be read; an output that cannot be written.
+            DataError: a line holds no document and `bad_lines` is `stop`, an input cannot be read, or an output cannot be
+                written.
         """
         report, lines = Report(), {}
         documents = self._documents(pieces, report, lines)
@@ -123,19 +136,21 @@ class ShardMaker:
         except OSError as error:
             shard.remove()
             raise DataError(
-                f"{error.filename or shard.tokens}: cannot be written: {error.strerror or error}; finished shards are kept: "
-                "mend it, and repeat the command"
+                f"{error.filename or shard.tokens}: cannot be written: {error.strerror or error}: complete shards are kept: "
+                "fix the cause and repeat the command"
             ) from None
         return report
 
     def _documents(self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]) -> Iterator[Document]:
-        """The documents to keep; counts the others."""
+        """Yield the documents to keep, cleaned. Count the others in `report`, and the lines of each file in `lines`."""
         for piece in pieces:
             reader = PieceReader(piece, self.options.read)
             for found in reader:
                 if isinstance(found, BadLine):
                     if self.options.bad_lines == "stop":
-                        raise DataError(f"{_in_file(found, piece)} (--bad-lines skip goes on without it)")
+                        raise DataError(
+                            f"{_in_file(found, piece)}: fix the line, or skip such lines with --bad-lines skip"
+                        )
                     report.bad((found.source, found.line, found.reason))
                     continue
                 report.read += 1
@@ -148,7 +163,7 @@ class ShardMaker:
 
 
 def _in_file(bad: BadLine, piece: Piece) -> BadLine:
-    """A bad line of a piece that starts inside its file, with its number in the file."""
+    """Change the line number of a bad line from counting within the piece to counting within the file."""
     if not piece.start:
         return bad
     before, left = 0, piece.start
@@ -156,7 +171,7 @@ def _in_file(bad: BadLine, piece: Piece) -> BadLine:
         while left > 0 and (part := file.read(min(left, 1 << 20))):
             before += part.count(b"\n")
             left -= len(part)
-    # The line that crosses into the piece belongs to the one before, and ends with a line feed that was not counted.
+    # A line that crosses into this piece belongs to the previous one. Its line feed is after piece.start and not counted yet.
     with open(piece.path, "rb") as file:
         file.seek(piece.start - 1)
         before += file.read(1) != b"\n"
@@ -164,6 +179,7 @@ def _in_file(bad: BadLine, piece: Piece) -> BadLine:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Group the documents into batches of BATCH_CHARACTERS characters or slightly more."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -177,7 +193,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _RowWriter:
-    """A shard's table: source, line, tokens, and the digest or signature that duplicates are found by."""
+    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed."""
 
     ROWS = 4096
 
@@ -216,7 +232,8 @@ class _RowWriter:
         try:
             if failed is None:
                 self._flush()
-            with contextlib.suppress(*([OSError] if failed else [])):  # else the disk's first word would be lost
+            # After a failed write, closing fails again: suppress that error, so that the first one is reported.
+            with contextlib.suppress(*([OSError] if failed else [])):
                 self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -225,7 +242,7 @@ class _RowWriter:
 
 
 def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
-    """All that the shards depend on: a resumed run must find it unchanged."""
+    """Everything that the shards depend on, as JSON types. A resumed run must have the same fingerprint."""
     tokenizer = {
         path.name: xxhash.xxh3_128_hexdigest(path.read_bytes())
         for path in sorted(Path(options.tokenizer_folder).iterdir())
@@ -242,7 +259,7 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_row_lengths(shard: Shard) -> np.ndarray:
-    """Tokens of each document of a shard, int32."""
+    """Read the number of tokens of each document of a shard, int32."""
     import pyarrow.parquet as pq
 
     return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)

@@ -1,4 +1,4 @@
-"""Text or .bin/.idx as one stream of tokens, and the windows that an evaluation reads of it."""
+"""Reads text or a .bin/.idx pair as one stream of tokens, and cuts it into the windows that an evaluation reads."""
 
 from __future__ import annotations
 
@@ -19,22 +19,28 @@ from flagscale_like.runtime.parallel import ParallelContext
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens [n], and how many bytes of text they encode; None where that is not known."""
+    """A stream of tokens.
+
+    Attributes:
+        tokens: [n] token ids.
+        text_bytes: bytes of the text that the tokens encode; None if unknown.
+    """
 
     tokens: np.ndarray
     text_bytes: int | None
 
 
 def read_stream(path: Path, tokenizer: Path | None, *, vocab_size: int) -> TokenStream:
-    """The tokens of a .bin/.idx pair (named with or without the suffix), or of text files, whose documents an
-    end-of-text token separates.
+    """Read the tokens of a .bin/.idx pair, or tokenize text files. An end-of-text token separates the documents of text.
 
     Args:
-        tokenizer: folder; text needs one.
-        vocab_size: of the model.
+        path: a .bin/.idx pair, with or without the suffix; or a text file, a folder or a glob.
+        tokenizer: the tokenizer's folder; needed for text.
+        vocab_size: the model's vocabulary size.
 
     Raises:
-        DataError: nothing there, no tokenizer for text, fewer than two tokens, or an id that the model does not have.
+        DataError: `path` matches no file, text has no tokenizer, there are fewer than two tokens, or a token id is not
+            below `vocab_size`.
     """
     prefix = Path(str(path).removesuffix(".bin").removesuffix(".idx"))
     text_bytes = None
@@ -42,8 +48,10 @@ def read_stream(path: Path, tokenizer: Path | None, *, vocab_size: int) -> Token
         try:
             dtype = IndexedDataset(str(prefix)).index.dtype
             tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
-        except Exception as error:  # a foreign file fails wherever its bytes lead the parser
-            raise DataError(f"{prefix}: not a megatron index ({type(error).__name__}: {error})") from None
+        except Exception as error:  # megatron-core raises various types for a file of another format
+            raise DataError(
+                f"{prefix}.idx: not a megatron index ({type(error).__name__}: {error}): write it with `preprocess`"
+            ) from None
     else:
         if tokenizer is None:
             raise DataError(f"{path}: text needs a tokenizer: give --tokenizer FOLDER")
@@ -55,21 +63,24 @@ def read_stream(path: Path, tokenizer: Path | None, *, vocab_size: int) -> Token
             text_bytes += len(document.text.encode())
         tokens = np.asarray(ids, dtype=np.int64)
     if len(tokens) < 2:
-        raise DataError(f"{path}: holds {len(tokens)} tokens, a loss needs 2 or more")
+        raise DataError(f"{path}: holds {len(tokens)} tokens, a loss needs 2 or more: give more text")
     if int(tokens.max()) >= vocab_size:
-        raise DataError(f"{path}: holds token {int(tokens.max())}, the model's vocabulary has {vocab_size}")
+        raise DataError(
+            f"{path}: holds token {int(tokens.max())}, the model's vocabulary has {vocab_size}: use the tokenizer that the "
+            "model was trained with"
+        )
     return TokenStream(tokens, text_bytes)
 
 
 def window_count(tokens: int, seq_length: int) -> int:
-    """Windows of `seq_length` predictions that cover a stream: every token but the first is predicted once."""
+    """The number of windows of `seq_length` predictions that cover a stream. Each token but the first is predicted once."""
     return -(-(tokens - 1) // seq_length)
 
 
 def windows(tokens: np.ndarray, ctx: ParallelContext, *, seq_length: int, micro_batch_size: int) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches, on the device.
+    """Yield this data-parallel rank's micro-batches, on its device.
 
-    Every rank gets as many; what fills up the last ones is masked.
+    All ranks yield the same number of micro-batches. Positions beyond the end of the stream have a loss mask of 0.
     """
     span = micro_batch_size * ctx.dp
     for turn in range(-(-window_count(len(tokens), seq_length) // span)):

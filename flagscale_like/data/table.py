@@ -1,4 +1,4 @@
-"""The table beside a .bin/.idx: from a document's number to its file and line."""
+"""DocumentTable: the source file and line of each document of a .bin/.idx pair."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class DocumentTable:
-    """PREFIX.documents.parquet, read a row group at a time; a prefix that was made elsewhere may have none."""
+    """Reads PREFIX.documents.parquet one row group at a time. A prefix that another tool wrote may have no such file."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.path = Path(f"{prefix}.documents.parquet")
@@ -14,7 +14,10 @@ class DocumentTable:
         self._held: tuple[int, list[dict]] = (-1, [])
 
     def place(self, document: int) -> tuple[str, int] | None:
-        """Source file and line (or parquet row), from 1; None where there is no table, or no such row."""
+        """Return the source file and the line (or parquet row, counted from 1) of a document.
+
+        None: the file or the row does not exist.
+        """
         import pyarrow.parquet as pq
 
         if self._file is None:

@@ -1,4 +1,4 @@
-"""Tokenizers: a Hugging Face tokenizer folder, as preprocessing and megatron-core's datasets need it."""
+"""Tokenizer: reads a Hugging Face tokenizer folder for preprocessing and for megatron-core's datasets."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Encodes text, and knows the id that ends a document.
+    """Encodes and decodes text.
 
-    A folder with tokenizer.json is read by the `tokenizers` library alone, which starts in milliseconds in every worker;
-    any other goes through transformers.AutoTokenizer. Code in the folder is never run.
+    The `tokenizers` library reads a folder that has a tokenizer.json, because it loads in milliseconds in every worker.
+    transformers.AutoTokenizer reads any other folder. Code in the folder is never run.
 
     Args:
         folder: a Hugging Face tokenizer folder.
 
+    Attributes:
+        vocab_size: number of ids, with added tokens.
+        eod: the id of the end-of-text token, which ends each document.
+
     Raises:
-        DataError: the folder holds no usable tokenizer, or it has no end-of-text token.
+        DataError: the folder holds no readable tokenizer, or the tokenizer has no end-of-text token.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,7 +44,7 @@ class Tokenizer:
         try:
             if (self.folder / "tokenizer.json").is_file():
                 self._fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
-                self._fast.no_truncation()  # a folder saved for fine-tuning may cut every text short
+                self._fast.no_truncation()  # a tokenizer that was saved for fine-tuning may truncate texts
                 self._fast.no_padding()
                 self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
                 eos = self._special_token("eos_token")
@@ -53,7 +57,9 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"tokenizer {folder}: cannot be read: {str(error).splitlines()[0]}") from None
         if self.eod is None:
-            raise DataError(f"tokenizer {folder}: has no eos_token in tokenizer_config.json; documents need an end")
+            raise DataError(
+                f"tokenizer {folder}: tokenizer_config.json names no eos_token, the token that ends a document: add it"
+            )
 
     def _special_token(self, name: str) -> str | None:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -67,22 +73,22 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        """megatron-core pads only an incomplete last sample, with a token that the loss masks."""
+        """The id with which megatron-core pads an incomplete last sample. The loss mask excludes it."""
         return self.eod
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
-        """What megatron-core's sample index depends on."""
+        """The values of the tokenizer that megatron-core puts into the key of its sample index."""
         return {"class": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Encode each text to token ids, without adding special tokens."""
         if self._fast is not None:
             return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
         return self._slow(list(texts), add_special_tokens=False)["input_ids"]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """What `encode_batch` gives, as int32 arrays, for the many texts of a corpus; see data.word_memo."""
+        """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
         if self._memo is None and self._fast is not None and not self._memo_tried:
             self._memo, self._memo_tried = WordMemo.of(self._fast), True
         found: list[np.ndarray | None] = [None] * len(texts)
@@ -95,7 +101,7 @@ class Tokenizer:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Decode token ids to text."""
         ids = list(ids)
         return self._fast.decode(ids) if self._fast is not None else self._slow.decode(ids)
 
@@ -104,7 +110,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and save it as a Hugging Face folder.
 
     Args:
-        vocab_size: 257 (the bytes and the end of document) or more.
+        texts: the training texts.
+        vocab_size: 257 or more: the 256 bytes and the end-of-text token.
+        folder: where to save the tokenizer.
     """
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,9 +1,9 @@
-"""Byte-level BPE of ASCII text with every word encoded once: what makes preprocessing several times faster.
+"""WordMemo: encodes ASCII text by byte-level BPE with a cache of words, which makes preprocessing several times faster.
 
-A byte-level BPE cuts text into words by a regular expression and encodes each by itself, so that text is a concatenation
-of words that were nearly all met before. Finding them with `re` and joining their remembered ids skips the offsets, the
-locks and the copies that the general tokenizer pays for each. In ASCII the expression's classes are small and fixed, the
-same in every engine and Unicode version; other text, and text with a special token in it, is left to the tokenizer.
+A byte-level BPE splits text into words by a regular expression and encodes each word by itself. Nearly all words of a text
+have occurred before, so their ids are in the cache. Splitting with Python's `re` and joining cached ids avoids the offsets,
+locks and copies of the general tokenizer. For ASCII text, the character classes of the expression are the same in every
+regular-expression engine and Unicode version. Text that is not ASCII or contains a special token goes to the tokenizer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import pre_tokenizers
 
-# The expression that the ByteLevel pre-tokenizer applies by itself (Radford et al. 2019).
+# The expression that the ByteLevel pre-tokenizer applies with use_regex (Radford et al. 2019).
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE, LETTER, DIGIT = r" \t\n\x0b\x0c\r", "a-zA-Z", "0-9"
 IDENTITY_ON_ASCII = {"NFC", "NFD", "NFKC", "NFKD"}
-MOST_WORDS, LONGEST_WORD = 1 << 18, 64
+MAX_WORDS, MAX_WORD_CHARACTERS = 1 << 18, 64
 
 
 class _Memo(dict):
-    """word -> its ids, as int32 bytes."""
+    """Maps a word to the bytes of its int32 ids. It encodes missing words, and clears itself at MAX_WORDS words."""
 
     def __init__(self, tokenizer: FastTokenizer) -> None:
         super().__init__()
@@ -35,22 +35,22 @@ class _Memo(dict):
     def __missing__(self, word: str) -> bytes:
         (mapped, _), *_ = self._to_bytes.pre_tokenize_str(word)
         ids = np.array([token.id for token in self._model.tokenize(mapped)], dtype=np.int32).tobytes()
-        if len(word) <= LONGEST_WORD:
-            if len(self) >= MOST_WORDS:
+        if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS:
                 self.clear()
             self[word] = ids
         return ids
 
 
 class WordMemo:
-    """Encodes ASCII text like its tokenizer; make one with `WordMemo.of`."""
+    """Encodes ASCII text to the same ids as its tokenizer. `WordMemo.of` makes one."""
 
     def __init__(self, tokenizer: FastTokenizer, words: re.Pattern, special: re.Pattern | None) -> None:
         self._words, self._special, self._memo = words, special, _Memo(tokenizer)
 
     @classmethod
     def of(cls, tokenizer: FastTokenizer) -> WordMemo | None:
-        """A memo for a tokenizer that is a byte-level BPE and gives the same ids for a probe; else None."""
+        """Make a memo for a tokenizer. None: it is not a byte-level BPE, or the ids of a probe text differ."""
         found = json.loads(tokenizer.to_str())
         expression = _word_expression(found)
         if expression is None or found["model"].get("dropout"):
@@ -62,16 +62,21 @@ class WordMemo:
         return memo if same else None
 
     def handles(self, text: str) -> bool:
-        """Whether `encode` may be asked for this text."""
+        """Whether `encode` can encode this text: it is ASCII and contains no special token."""
         return text.isascii() and not (self._special and self._special.search(text))
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of an ASCII text, int32."""
+        """Encode an ASCII text to int32 ids."""
         return np.frombuffer(b"".join(map(self._memo.__getitem__, self._words.findall(text))), dtype=np.int32)
 
 
 def _word_expression(tokenizer: dict) -> str | None:
-    """The tokenizer's words, as an expression of `re` for ASCII text; None if it is built in another way."""
+    """The `re` expression that splits ASCII text into the tokenizer's words. None: the tokenizer is not a byte-level BPE, or
+    splits text by other means.
+
+    Args:
+        tokenizer: the parsed tokenizer.json.
+    """
     normalizer, before, model = tokenizer["normalizer"], tokenizer["pre_tokenizer"] or {}, tokenizer["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None
@@ -91,7 +96,10 @@ def _word_expression(tokenizer: dict) -> str | None:
 
 
 def to_ascii(expression: str) -> str | None:
-    r"""An expression with \p{L}, \p{N}, \s, \S, \r and \n as one of `re` for ASCII text; None where it says more."""
+    r"""Translate an expression with \p{L}, \p{N}, \s, \S, \r and \n to an `re` expression for ASCII text.
+
+    None: the expression has other escapes or groups, or `re` cannot compile it.
+    """
     out, inside, i = [], False, 0
     classes = {r"\p{L}": LETTER, r"\p{N}": DIGIT, r"\s": SPACE}
     while i < len(expression):
@@ -116,7 +124,7 @@ def to_ascii(expression: str) -> str | None:
 
 
 def _probe() -> str:
-    """Words, numbers, quotes, punctuation and white space in every neighbourhood."""
+    """A fixed pseudo-random text in which words, numbers, quotes, punctuation and white space are mixed."""
     source = random.Random(0)
     parts = ["'s", "'LL", "'re", "don't", " ", "  ", "\n", "\r\n", "\t", "\x0b", "\x1c", " the", "The", "42"]
     parts += [*string.printable, *map(chr, range(32)), " (", "...", "\n\n", " \n ", "12345", "x1y"]

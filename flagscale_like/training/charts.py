@@ -1,4 +1,4 @@
-"""Curves and drawings of a run's page, as SVG text. Colours are classes: the page's style sheet knows light and dark."""
+"""The charts and drawings of a run's report, as SVG text. Shapes have CSS classes, which the style sheet colours."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 620, 236
 LEFT, RIGHT, TOP, BOTTOM = 62, 22, 34, 26
-MOST_POINTS = 1200
+MAX_POINTS = 1200
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line of a chart. `style` is its class: main, second, or given-up (steps that a rewind threw away)."""
+    """A curve of a chart.
+
+    Attributes:
+        name: its name in the legend.
+        points: (step, value).
+        style: the CSS class: `main`, `second`, or `given-up` for steps that a rewind discarded.
+        dots: draw a dot at each point.
+    """
 
     name: str
     points: Sequence[Point]
@@ -26,15 +33,15 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Something that happened at a step."""
+    """An event at a step, which the charts mark with a vertical line. `kind` is its CSS class, `text` its tooltip."""
 
     step: float
     kind: str
     text: str
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most about `most` of the points; of each stretch that is joined, its lowest and its highest, so that spikes stay."""
+def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """Reduce a curve to about `most` points. Of each group of neighbours, the lowest and the highest stay, so spikes stay."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)
@@ -47,7 +54,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high: multiples of 1, 2 or 5 times a power of ten, about `count` of them."""
+    """About `count` round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
     if high <= low:
         return [low]
     raw = (high - low) / count
@@ -58,14 +65,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def powers_of_ten(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis; with 2 and 5 between them where it spans few decades."""
+    """The ticks of a logarithmic axis: powers of ten; also 2 and 5 times these if high / low is at most 300."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if high / low > 300 else (1, 2, 5)
     return [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
 
 
 def short(value: float) -> str:
-    """A number as an axis shows it: 1.2M, 45k, 2,000, 0.003, 2e-05."""
+    """Format a number for an axis: 1.2M, 45k, 2,000, 0.003, 2e-5."""
     size = abs(value)
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if size >= unit:
@@ -78,10 +85,14 @@ def short(value: float) -> str:
 
 
 def chart(key: str, title: str, curves: Sequence[Curve], marks: Sequence[Mark], *, last_step: float) -> str:
-    """A titled chart over the steps. The y axis is logarithmic where the values span more than a factor of 40.
+    """Draw a chart over the steps. The y axis is logarithmic if the largest value exceeds 40 times the smallest.
 
     Args:
-        key: names the chart for the script, which moves a line to the step under the pointer.
+        key: the name by which the report's script finds the chart, to move a line to the step under the pointer.
+        title: text above the chart.
+        curves: the curves to draw.
+        marks: the events to mark.
+        last_step: right end of the x axis.
     """
     curves = [Curve(name=c.name, points=thinned(c.points), style=c.style, dots=c.dots) for c in curves if c.points]
     values = [y for c in curves for _, y in c.points]
@@ -136,10 +147,12 @@ def chart(key: str, title: str, curves: Sequence[Curve], marks: Sequence[Mark], 
 
 
 def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: int, sp: bool) -> str:
-    """The ranks of one copy of the model: a row a pipeline stage, a box a tensor-parallel rank, the copies beside it.
+    """Draw the ranks of one copy of the model: one row for each pipeline stage, one box for each tensor-parallel rank.
 
     Args:
-        chunks: for each stage, the layers of each of its chunks.
+        chunks: for each stage, the layers of each of its model chunks.
+        tp, dp: tensor- and data-parallel degree.
+        sp: whether sequence parallelism is on.
     """
     stages, boxes = len(chunks), min(tp, 8)
     box, gap, row, left, top = 76, 8, 58, 132, 42
@@ -173,7 +186,11 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
 
 
 def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
-    """A bar a row, of (component, bytes) parts; the bars share one scale."""
+    """Draw one horizontal bar for each row, all on the same scale.
+
+    Args:
+        rows: (label, parts); a part is (component, bytes).
+    """
     most = max((sum(size for _, size in parts) for _, parts in rows), default=0.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, size in parts if size))
     left, row, width, line = 130, 32, 600, 18
@@ -203,5 +220,5 @@ def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
 
 
 def readable(size: float) -> str:
-    """Bytes as GiB or MiB."""
+    """Format a number of bytes as GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""A run's page: one HTML file with its curves, what happened, its configuration, its layout, and memory planned and used."""
+"""A run's report: one HTML file with curves, events, configuration, layout, and planned and measured memory."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from flagscale_like.training.recovery import effective_time_ratio
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-# What is marked on the curves, in the order of the legend.
+# The kinds of events that the charts mark, in the order of the legend.
 KINDS = {
     "spike": "spike or alarm",
     "skip": "skipped step",
-    "rewind": "went back",
+    "rewind": "rewind",
     "restart": "restart",
     "checkpoint": "checkpoint",
 }
@@ -44,14 +44,15 @@ CHARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """What a run's files say.
+    """The history of a run, read from the files in its folder.
 
     Attributes:
-        kept: step records of the branch that the run is on, one a step.
-        given_up: stretches of step records that a rewind threw away.
-        validation: (step, loss).
-        happened: in the order of the steps.
-        ettr: effective training time ratio, or None where the run kept no ledger.
+        config: the run's configuration.
+        kept: one record of metrics.jsonl for each step, without the steps that a rewind discarded.
+        given_up: the records of discarded steps, one list for each rewind.
+        validation: (step, validation loss).
+        happened: the events, in the order of their steps.
+        ettr: effective training time ratio; None if the run folder has no resilience.jsonl.
     """
 
     config: RunConfig
@@ -63,25 +64,30 @@ class Story:
 
     @property
     def last(self) -> dict[str, Any]:
+        """The record of the last step."""
         return self.kept[-1]
 
     @property
     def world_size(self) -> int:
-        """Ranks of the last step; of one copy of the model, where another layout is configured since and has made none."""
+        """The number of ranks of the last step. If the configured layout has changed since and does not fit that number, the
+        number of ranks of one copy of the model.
+        """
         ranks, copy = int(self.last["world-size"]), self.config.parallel.model_parallel_size
         return copy if ranks % copy else ranks
 
 
 def read_story(run_dir: Path) -> Story:
-    """Read a run folder: config.yaml, metrics.jsonl, resilience.jsonl, events.jsonl.
+    """Read config.yaml, metrics.jsonl, resilience.jsonl and events.jsonl of a run folder.
 
     Raises:
-        ConfigError: it is no run folder.
-        DataError: it has no step on record.
+        ConfigError: the folder has no config.yaml.
+        DataError: metrics.jsonl has no step.
     """
     run_dir = Path(run_dir)
     if not RunFolder(run_dir).config.is_file():
-        raise ConfigError(f"{run_dir}: no run folder: it has no config.yaml; give the run_dir of a training")
+        raise ConfigError(
+            f"{run_dir}: no run folder, because it has no config.yaml: give the run_dir of a training run"
+        )
     config = load_config(RunFolder(run_dir).config)
     records = read_metrics(run_dir)
     kept: list[dict[str, Any]] = []
@@ -91,7 +97,7 @@ def read_story(run_dir: Path) -> Story:
         if "lm loss validation" in record:
             validation[step] = record["lm loss validation"]
         if "checkpoint/stall_s" in record:
-            text = f"step {step}: checkpoint; waited {record['checkpoint/stall_s']:.2f} s"
+            text = f"step {step}: checkpoint; training waited {record['checkpoint/stall_s']:.2f} s"
             happened.append(Mark(step=step, kind="checkpoint", text=text))
         if "resilience/restarts" in record:
             lost, took = record["resilience/lost-steps"], record["resilience/recovery_s"]
@@ -104,16 +110,16 @@ def read_story(run_dir: Path) -> Story:
             kept = [r for r in kept if r["step"] < step]
             given_up.append(lost_steps)
             validation = {s: loss for s, loss in validation.items() if s < step}
-            text = f"step {lost_steps[-1]['step']}: went back to before step {step}"
+            text = f"step {lost_steps[-1]['step']}: rewound to before step {step}"
             happened.append(Mark(step=step, kind="rewind", text=text))
         before = kept[-1].get("skipped-steps", 0) if kept else 0
         if record.get("skipped-steps", 0) > before:
             count = record["skipped-steps"] - before
-            text = f"step {step}: {count} skipped since the record before"
+            text = f"step {step}: {count} skipped steps since the previous record"
             happened.append(Mark(step=step, kind="skip", text=text))
         kept.append(record)
     if not kept:
-        raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet; nothing to draw")
+        raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet: run the report after the first step")
     happened += [_alarm(event) for event in read_records(RunFolder(run_dir).events) if "step" in event]
     now = max((event["time"] for event in read_records(RunFolder(run_dir).resilience)), default=None)
     seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
@@ -128,10 +134,10 @@ def read_story(run_dir: Path) -> Story:
 
 
 def _alarm(event: dict[str, Any]) -> Mark:
-    """A line of events.jsonl: step, kind, value, limit, action, message."""
+    """Make a mark from a record of events.jsonl, which has step, kind, value, limit, action and message."""
     action = str(event.get("action") or "")
     kind = next((known for known in ("rewind", "skip") if known in action), "spike")
-    words = event.get("message") or f"{event.get('value')} beside a limit of {event.get('limit')}"
+    words = event.get("message") or f"{event.get('value')}, the limit is {event.get('limit')}"
     text = f"step {event['step']}: {event.get('kind', 'event')}: {words}" + (
         f" ({action})" if action not in ("", "none") else ""
     )
@@ -139,10 +145,10 @@ def _alarm(event: dict[str, Any]) -> Mark:
 
 
 def planned_memory(config: RunConfig, world_size: int, *, cuda: bool = False) -> tuple[Layout, Sequence[RankMemory]]:
-    """The layout of the run and what the planner says of each stage's memory, without a device's own overhead.
+    """Compute the run's layout and the planned memory of each pipeline stage, without the device's own overhead.
 
     Raises:
-        ConfigError: the configuration does not fit the ranks (it was changed since).
+        ConfigError: the configuration was changed and does not fit the number of ranks.
     """
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, world_size, goal, None)
@@ -161,10 +167,11 @@ def planned_memory(config: RunConfig, world_size: int, *, cuda: bool = False) ->
 
 
 def write_report(run_dir: Path, out: Path) -> Story:
-    """Write the page of a run: one file that asks for nothing else, and opens without a server.
+    """Write the report of a run to `out`. The file loads no other file, and opens without a server.
 
     Raises:
-        ConfigError, DataError: see `read_story`; `out` cannot be written.
+        ConfigError: `run_dir` is not a run folder, its configuration is not valid, or `out` cannot be written.
+        DataError: metrics.jsonl has no step.
     """
     story = read_story(run_dir)
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -216,7 +223,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
 
 
 def _tiles(story: Story) -> str:
-    """The figures at the top."""
+    """The figures at the top of the report, as HTML."""
     kept, last = story.kept, story.last
     speed = statistics.median(r["tokens-per-second"] for r in kept)
     losses = [r["lm loss"] for r in kept if r["lm loss"] is not None]
@@ -263,7 +270,7 @@ def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> s
 
 
 def _script_data(story: Story) -> str:
-    """What the script shows under the pointer: a row a step, thinned by the loss."""
+    """The JSON data that the report's script shows for the step under the pointer, thinned to about 2000 steps."""
     points = {step for step, _ in thinned(_points(story.kept, "lm loss"), 2000)}
     names = [name for name, _ in CHARTS]
     rows = [[r["step"], *(r.get(name) for name in names)] for r in story.kept if r["step"] in points]

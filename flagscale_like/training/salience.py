@@ -1,23 +1,23 @@
-"""Salience-consistent initialisation: a calibration before step 0 that evens out how much each residual branch matters.
+"""Salience-consistent initialisation: a calibration before the first step that gives all residual branches equal salience.
 
-Baichuan 3's report names the idea, that the importance of parameters to the loss should agree over layers and over the first
-steps instead of exploding in a few, and publishes no definition. The following one is ours.
+The report of Baichuan 3 describes the idea: the importance of parameters to the loss should be consistent across layers and
+over the first steps, instead of exploding in a few layers. It publishes no definition. This module uses its own:
 
-A decoder of L layers has 2 L residual branches, x <- x + W_b u_b(x), with W_b the attention's or the FFN's output matrix.
-The salience of a branch is what its output matrix contributes to the loss, to first order and without regard to sign:
+A decoder of L layers has 2 L residual branches, x <- x + W_b u_b(x), where W_b is the output matrix of the attention or the
+FFN. The salience of a branch is the contribution of its output matrix to the loss, to first order and without sign:
 
     S_b = sum over the elements w of W_b of |w * dloss/dw|
 
-on some batches of the training data. A scale a_b is put on each W_b, and found by iterating
+on some batches of the training data. Each W_b gets a scale a_b, which is found by iterating
 
-    a_b <- a_b * sqrt(mean(S) / S_b)        (geometric mean; the root, because the branches change each other's gradients)
-    a_b <- a_b / sqrt(mean(a^2))            (what the branches add to the residual stream stays what the scheme gave it)
+    a_b <- a_b * sqrt(mean(S) / S_b)        (geometric mean; the root damps the step, because branches change each other's S)
+    a_b <- a_b / sqrt(mean(a^2))            (keeps the total that the branches add to the residual stream)
 
-until the S_b agree. Depth is switched on progressively: in round r of R the branches of the first r L / R layers take part
-and the deeper ones are silent, so that each is fitted into a network that is already even; some iterations with all layers
-follow.
+until the S_b agree. Layers are added progressively: in round r of R, the branches of the first r L / R layers take part, and
+the branches of deeper layers are scaled to 0. Each layer is thus fitted into a network that is calibrated already. Some
+iterations with all layers follow.
 
-The scales end up in the weights: nothing is left in the forward pass, and an exported model is an ordinary one.
+The scales are multiplied into the weights. The forward pass and an exported model are those of an ordinary model.
 """
 
 from __future__ import annotations
@@ -39,22 +39,24 @@ from flagscale_like.objectives.next_token import NextToken
 
 
 def calibrate(config: RunConfig, engine: Engine, train_samples: int) -> str:
-    """Scale the output matrices of the residual branches in place. All ranks call it, before the first step.
+    """Scale the output matrices of the residual branches in place. All ranks call it before the first step.
 
     Args:
-        train_samples: see `data.pretrain.build_datasets`; the first samples are read, and not counted as consumed.
+        config: the run's configuration; init.salience has the options.
+        engine: the model and the optimizer.
+        train_samples: see `data.pretrain.build_datasets`. The calibration reads the first samples; training reads them again.
 
     Returns:
-        How far apart the branches' saliences were, and are, in words.
+        A line for the log: the ratio of the largest to the smallest salience, before and after.
     """
     return SalienceCalibration(config, engine).run(train_samples)
 
 
 class SalienceCalibration:
-    """The calibration's working state. Branch 2 i is layer i's attention, branch 2 i + 1 its FFN.
+    """The state of the calibration. Branch 2 i is the attention of layer i, branch 2 i + 1 its FFN.
 
     Attributes:
-        scales: a_b of every branch, the same on every rank.
+        scales: a_b of each branch, the same on every rank.
     """
 
     def __init__(self, config: RunConfig, engine: Engine) -> None:
@@ -83,7 +85,7 @@ class SalienceCalibration:
         before = spread(self._saliences(data))
         for active in self._schedule():
             self._set(active)
-            self._even_out(self._saliences(data), active)
+            self._update_scales(self._saliences(data), active)
         self._set(self.count)
         after = spread(self._saliences(data))
         low, high = min(self.scales), max(self.scales)
@@ -93,7 +95,7 @@ class SalienceCalibration:
         )
 
     def _schedule(self) -> Iterator[int]:
-        """How many branches take part in each iteration."""
+        """Yield the number of branches that take part in each iteration."""
         layers = self.config.model.num_layers
         for turn in range(1, self.options.rounds + 1):
             yield 2 * math.ceil(turn * layers / self.options.rounds)
@@ -101,13 +103,13 @@ class SalienceCalibration:
 
     @torch.no_grad()
     def _set(self, active: int) -> None:
-        """Write scale * initial value into the branches' matrices; 0 where a branch takes no part."""
+        """Set each branch's output matrix to scale * initial value, and to 0 from branch `active` on."""
         for branch, (parameter, initial) in self.matrices.items():
             parameter.copy_(initial * (self.scales[branch] if branch < active else 0.0))
         self.engine.optimizer.reload_model_params()
 
     def _saliences(self, data: torch.utils.data.Dataset) -> list[float]:
-        """S_b of every branch, the same on every rank."""
+        """Compute S_b of each branch, reduced over all ranks."""
         config, ctx = self.config, self.ctx
         mixture = None
         if config.data.selection is not None:
@@ -120,7 +122,8 @@ class SalienceCalibration:
             sums[branch] += (shard.main.detach().view(-1) * shard.main.grad.view(-1)).abs().sum().double()
         return ctx.sum(sums.tolist())
 
-    def _even_out(self, saliences: list[float], active: int) -> None:
+    def _update_scales(self, saliences: list[float], active: int) -> None:
+        """Update the scales of the first `active` branches: one iteration of the module's formula, limited to max_scale."""
         limit = self.options.max_scale
         found = {b: s for b, s in enumerate(saliences[:active]) if s > 0 and math.isfinite(s)}
         if not found:
@@ -134,7 +137,7 @@ class SalienceCalibration:
 
 
 def branches_of(arch: ModelArch) -> dict[str, int]:
-    """The residual branches by the names of their output matrices."""
+    """Map the name of each residual branch's output matrix to the number of the branch."""
     return {
         parameter.name: 2 * parameter.layer + (parameter.role is Role.FFN_OUT)
         for parameter in parameters(arch)
@@ -143,5 +146,5 @@ def branches_of(arch: ModelArch) -> dict[str, int]:
 
 
 def spread(saliences: list[float]) -> float:
-    """The largest over the smallest; infinite where a branch does not matter at all."""
+    """The largest salience divided by the smallest; infinite if the smallest is 0."""
     return max(saliences) / min(saliences) if min(saliences) > 0 else math.inf

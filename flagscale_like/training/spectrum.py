@@ -1,9 +1,9 @@
-"""Effective rank of a matrix whose rows are spread over ranks, exact or sketched, without gathering it.
+"""The effective rank of a matrix whose rows are split over ranks, exact or sketched, without gathering the matrix.
 
-The effective rank (Roy and Vetterli 2007) of a matrix with singular values s_1, s_2, ... is exp(H), the exponential of the
-entropy of p_i = s_i / sum(s): as many directions as equal ones would be needed for the same entropy. With S = sum(s) and
-T = sum(s log s), H = log S - T / S, so that two traces of functions of the Gram matrix G = WᵀW are all that is needed:
-S = tr G^(1/2), T = tr (G^(1/2) log G^(1/2)). G is a sum over blocks of rows, so is G v: the ranks add up their parts.
+The effective rank (Roy and Vetterli 2007) of a matrix with singular values s_1, s_2, ... is exp(H), where H is the entropy of
+p_i = s_i / sum(s). A matrix with k equal singular values, and otherwise zeros, has effective rank k. With S = sum(s) and
+T = sum(s log s), H = log S - T / S. S and T are traces of functions of the Gram matrix G = WᵀW: S = tr G^(1/2) and
+T = tr (G^(1/2) log G^(1/2)). G and G v are sums over blocks of rows: each rank computes its part, and the parts are reduced.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SKETCH_COLUMNS = 64  # directions that are taken exactly
-PROBES, LANCZOS_STEPS = 8, 24  # of the estimate of the rest
+SKETCH_COLUMNS = 64  # largest directions whose singular values are computed directly
+PROBES, LANCZOS_STEPS = 8, 24  # for the estimate of the other directions
 
 
 class SplitMatrix:
-    """W [m, n], of whose m rows this rank holds some; the other rows are with the other ranks of the groups.
+    """A matrix W [m, n] whose m rows are split over the ranks of some process groups.
 
     Args:
-        rows: [m_local, n], any floating dtype.
-        groups: process groups whose ranks hold the other rows; all their ranks make the same calls.
+        rows: [m_local, n], the rows of this rank, of any floating-point dtype.
+        groups: process groups whose ranks hold the other rows. All these ranks must call the same methods.
     """
 
     def __init__(self, rows: Tensor, groups: Sequence[dist.ProcessGroup] = ()) -> None:
@@ -33,15 +33,16 @@ class SplitMatrix:
 
     @property
     def columns(self) -> int:
+        """n."""
         return self.rows.shape[1]
 
     def gram(self) -> Tensor:
-        """WᵀW, [n, n] float64: squaring halves the digits, and float32 would drown small singular values."""
+        """WᵀW, [n, n]. It is float64, because the square of a small singular value is lost in float32."""
         rows = self.rows.double()
         return self._sum(rows.t() @ rows)
 
     def times(self, v: Tensor) -> Tensor:
-        """WᵀW v. v: [n, k] float32 -> [n, k]."""
+        """WᵀW v, [n, k] float32. v: [n, k] float32."""
         rows = self.rows.float()
         return self._sum(rows.t() @ (rows @ v))
 
@@ -53,10 +54,11 @@ class SplitMatrix:
 
 @torch.no_grad()
 def effective_rank(matrix: SplitMatrix, *, exact_up_to: int) -> float:
-    """The effective rank, from 1 to min(m, n); 0 for a matrix of zeros.
+    """Compute the effective rank, from 1 to min(m, n); 0 for a matrix of zeros.
 
     Args:
-        exact_up_to: columns, up to which the Gram matrix is made and decomposed; above, its traces are estimated.
+        exact_up_to: largest number of columns for which the Gram matrix is computed and decomposed. For more columns, its
+            traces are estimated.
     """
     if not matrix.groups and matrix.rows.shape[0] < matrix.columns:
         matrix = SplitMatrix(matrix.rows.t())
@@ -65,7 +67,12 @@ def effective_rank(matrix: SplitMatrix, *, exact_up_to: int) -> float:
 
 
 def rank_of_spectrum(squares: Tensor, weights: Tensor) -> float:
-    """exp of the entropy of singular values that are given by their squares, each counted `weights` times."""
+    """Compute the effective rank from squared singular values.
+
+    Args:
+        squares: [k] squared singular values.
+        weights: [k], how many times each of them counts.
+    """
     squares = squares.clamp(min=0.0)
     largest = float(squares.max())
     if largest == 0.0:
@@ -82,12 +89,15 @@ def _exact(matrix: SplitMatrix) -> tuple[Tensor, Tensor]:
 
 
 def _sketched(matrix: SplitMatrix) -> tuple[Tensor, Tensor]:
-    """The largest squares from a random subspace (Halko et al. 2011), and a quadrature of the rest.
+    """Estimate the squared singular values: the largest ones by a random subspace (Halko et al. 2011), the others by Lanczos.
 
-    A plain estimate of a trace is bad where a few directions hold most of it, which is just what a collapse in rank is: so
-    these are taken out first (Hutch++: Meyer et al. 2021). What is left is flat enough for few random probes, on each of
-    which Lanczos steps give the nodes and weights of a Gauss quadrature (Ubaru et al. 2017). The random vectors are the
-    same at every call, and on every rank.
+    An estimate of a trace from random probes is inaccurate if a few directions hold most of the trace, as after a collapse of
+    the rank. The largest directions are therefore removed first (Hutch++, Meyer et al. 2021). The remaining spectrum is flat
+    enough for a few probes. From each probe, Lanczos steps give the nodes and weights of a Gauss quadrature (Ubaru et al.
+    2017). The random vectors are the same on every rank and in every call.
+
+    Returns:
+        Squared singular values, and how many times each counts.
     """
     n, device = matrix.columns, matrix.rows.device
     generator = torch.Generator().manual_seed(0)
@@ -97,27 +107,28 @@ def _sketched(matrix: SplitMatrix) -> tuple[Tensor, Tensor]:
     top = torch.linalg.eigvalsh((basis.t() @ matrix.times(basis)).double().cpu())
 
     def rest(v: Tensor) -> Tensor:
-        """(I - QQᵀ) G (I - QQᵀ) v, for a v that has no part in Q."""
+        """(I - QQᵀ) G (I - QQᵀ) v, for v orthogonal to Q. Q is `basis`."""
         v = matrix.times(v)
         return v - basis @ (basis.t() @ v)
 
     probes = torch.randint(0, 2, (n, PROBES), generator=generator).to(device, torch.float32) * 2 - 1
     probes = probes - basis @ (basis.t() @ probes)
     nodes, weights = _quadrature(rest, probes)
-    # The probes' lengths scatter around the dimension of the rest, which is known.
+    # The weights estimate the number of remaining directions, which is known: n - SKETCH_COLUMNS.
     weights = weights * ((n - SKETCH_COLUMNS) / weights.sum())
     return torch.cat([top, nodes]), torch.cat([torch.ones_like(top), weights])
 
 
 def _quadrature(times: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights for the trace of a function of an operator, by Lanczos steps from each column of `start`.
+    """Compute a quadrature for the trace of a function of an operator, by Lanczos steps from each column of `start`.
 
     Args:
-        times: the operator on [n, k]; symmetric, not negative.
-        start: [n, k] probes.
+        times: applies the operator, symmetric and positive semidefinite, to [n, k].
+        start: [n, k], the probes.
 
     Returns:
-        [k * steps] each, float64 on the CPU; the weights of a probe add up to its squared length / k.
+        Nodes and weights, each [k * LANCZOS_STEPS] float64 on the CPU. The weights of one probe add up to its squared norm
+        divided by k.
     """
     lengths = start.norm(dim=0)
     basis = [start / lengths.clamp(min=1e-30)]
@@ -125,7 +136,7 @@ def _quadrature(times: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tenso
     for step in range(LANCZOS_STEPS):
         new = times(basis[-1])
         diagonal.append((new * basis[-1]).sum(dim=0))
-        for _ in range(2):  # once is not enough in float32
+        for _ in range(2):  # one pass of orthogonalisation is not accurate enough in float32
             for old in basis:
                 new = new - old * (new * old).sum(dim=0)
         if step + 1 < LANCZOS_STEPS:
@@ -134,8 +145,8 @@ def _quadrature(times: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tenso
             off.append(torch.where(alive, beta, 0.0))
             basis.append(torch.where(alive, new / beta.clamp(min=1e-30), 0.0))
     tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1).double().cpu())
-    beside = torch.stack(off, dim=1).double().cpu()
-    tridiagonal += torch.diag_embed(beside, offset=1) + torch.diag_embed(beside, offset=-1)
+    off_diagonal = torch.stack(off, dim=1).double().cpu()
+    tridiagonal += torch.diag_embed(off_diagonal, offset=1) + torch.diag_embed(off_diagonal, offset=-1)
     nodes, vectors = torch.linalg.eigh(tridiagonal)  # [k, steps], [k, steps, steps]
     weights = vectors[:, 0, :] ** 2 * (lengths.double().cpu() ** 2 / len(lengths))[:, None]
     return nodes.flatten(), weights.flatten()

@@ -132,7 +132,7 @@ def test_a_damaged_index_is_named(tmp_path, corpus):
         build_dataset(config, ctx, "train", 64)
         for path in index_folder(config).glob("*blend*"):
             path.write_bytes(path.read_bytes()[:60])
-        with pytest.raises(DataError, match=r"is no sample index .* remove it"):
+        with pytest.raises(DataError, match=r"is not a sample index .* remove the file"):
             build_dataset(config, ctx, "train", 64)
 
 

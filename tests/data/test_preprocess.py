@@ -93,20 +93,20 @@ def test_a_text_file_divides_into_paragraphs_with_their_first_lines(tmp_path):
         ("x.jsonl", b'{"text": 3}\n', "x.jsonl:1: 'text' is int, not text"),
         ("x.txt", b"fine\n\xff\xfe\n", "x.txt:2: not UTF-8"),
         ("x.jsonl", b'{"text": null}\n', "x.jsonl:1: 'text' is NoneType, not text"),
-        ("x.jsonl", b'\n{"text": "\\ud800"}\n', "x.jsonl:2: 'text' holds half a surrogate pair at character 0"),
+        ("x.jsonl", b'\n{"text": "\\ud800"}\n', "x.jsonl:2: 'text' has an unpaired surrogate at character 0"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl:1: no JSON object with a 'text' field (RecursionError"),
         (
             "x.jsonl.gz",
             gzip.compress(b'{"text": "a b c"}\n' * 9, mtime=0)[:-12],
-            "the compressed file is damaged or cut short about here (Compressed file ended",
+            "the compressed file is damaged or truncated about here (Compressed file ended",
         ),
         (
             "x.jsonl.gz",
             b"no gzip",
-            "x.jsonl.gz:1: the compressed file is damaged or cut short about here (Not a gzipped file",
+            "x.jsonl.gz:1: the compressed file is damaged or truncated about here (Not a gzipped file",
         ),
-        ("x.jsonl.zst", zst(b'{"text": "a b c"}\n' * 9)[:-5], "the compressed file is damaged or cut short about here"),
-        ("x.txt.zst", b"no zstd", "x.txt.zst:1: the compressed file is damaged or cut short about here"),
+        ("x.jsonl.zst", zst(b'{"text": "a b c"}\n' * 9)[:-5], "the compressed file is damaged or truncated about here"),
+        ("x.txt.zst", b"no zstd", "x.txt.zst:1: the compressed file is damaged or truncated about here"),
         ("x.txt", b"", "no document is left of 1 files: 1 empty"),
         ("x.jsonl", b"", "no document is left of 1 files: there was none"),
         ("x.parquet", b"no parquet", "x.parquet: cannot be read"),
@@ -225,7 +225,7 @@ def test_shards_of_other_options_are_not_mixed_in(tmp_path, tokenizer):
     with pytest.raises(DataError):
         preprocess([path], tokenizer, tmp_path / "text", shard_bytes=30_000)
     assert list((tmp_path / "text.shards").glob("0*.json"))
-    with pytest.raises(DataError, match="differs in bad_lines; repeat that command, or remove the folder"):
+    with pytest.raises(DataError, match="differs in bad_lines: repeat that command, or remove the folder"):
         preprocess([path], tokenizer, tmp_path / "text", bad_lines="skip")
 
 
@@ -235,7 +235,7 @@ def test_a_line_without_end_fills_no_memory(tmp_path, tokenizer):
     report = preprocess([tmp_path / "x.jsonl"], tokenizer, tmp_path / "text", max_document_bytes=1000, bad_lines="skip")
     assert report.documents == 2
     assert report.bad_line_places == [
-        (str(tmp_path / "x.jsonl"), 2, "300,013 bytes, more than max_document_bytes (1,000)")
+        (str(tmp_path / "x.jsonl"), 2, "has 300,013 bytes, more than max_document_bytes (1,000)")
     ]
     rows = pq.read_table(tmp_path / "text.documents.parquet").to_pylist()
     assert [row["line"] for row in rows] == [1, 3]
@@ -274,7 +274,7 @@ def test_a_disk_that_refuses_is_one_line_and_keeps_the_finished_shards(tmp_path,
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards fit, the joined file does not
     try:
-        with pytest.raises(DataError, match="what is finished stays in") as error:
+        with pytest.raises(DataError, match="complete shards are kept in") as error:
             preprocess([path], tokenizer, tmp_path / "text", shard_bytes=50_000, bad_lines="skip")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -295,7 +295,7 @@ def test_two_runs_do_not_write_to_one_prefix(tmp_path, tokenizer, monkeypatch):
     make = ShardMaker.make
 
     def meanwhile(self, shard, parts):
-        with pytest.raises(DataError, match="another process is at work"):
+        with pytest.raises(DataError, match="another process is writing"):
             preprocess([tmp_path / "x.txt"], tokenizer, tmp_path / "text")
         return make(self, shard, parts)
 

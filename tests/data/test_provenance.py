@@ -84,7 +84,7 @@ def test_a_source_that_was_made_anew_answers_for_no_step(tmp_path):
     assert len(open_order(read)) >= 20
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"beta {i} " * 5}) + "\n" for i in range(50)))
     preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a")
-    with pytest.raises(DataError, match="a: was made anew since the run read it"):
+    with pytest.raises(DataError, match="a: has changed since the run read it"):
         open_order(read)
 
 
@@ -132,15 +132,15 @@ def test_checkpoints_alone_suffice_also_after_going_back():
     segments = segments_of_states([state(segment("start", 8, 56)), state(segment("start", 6, 40))])
     assert read(segments, 7) == [(40, 8)]
     assert read(segments, 9) == [(56, 8)]
-    with pytest.raises(DataError, match="step 3: the run's records do not say what it read"):
+    with pytest.raises(DataError, match="step 3: the run's records do not say which samples it read"):
         readings_of(segments, 3)
     straight = segments_of_states([state(segment("start", 8, 40))])
     assert read(straight, 3) == [(8, 4)]
     gap = segments_of_states([state(segment("start", 6, 24)), state(segment("start", 9, 64))])
     assert read(gap, 3) == [(8, 4)]
-    with pytest.raises(DataError, match="between the checkpoints of steps 6 and 9 the run went back"):
+    with pytest.raises(DataError, match="between the checkpoints of steps 6 and 9 the run rewound"):
         readings_of(gap, 7)
-    with pytest.raises(DataError, match="does not say what was read"):
+    with pytest.raises(DataError, match="does not say which samples were read"):
         segments_of_states([{"step": 3}])
 
 

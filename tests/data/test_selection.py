@@ -143,7 +143,7 @@ def test_the_draw_is_followed_from_where_selection_began_and_no_further_than_the
     order = DrawnOrder([range(1000)] * 2, read_draws(tmp_path))
     assert [order.place(800 + i) for i in range(40)] == read
     for unknown in (799, 800 + 48):
-        with pytest.raises(DataError, match="as far as the run came"):
+        with pytest.raises(DataError, match="up to the last step of the run"):
             order.place(unknown)
 
 
@@ -153,7 +153,7 @@ def test_an_older_journal_counts_from_the_first_sample(tmp_path):
 
 
 def test_another_number_of_sources_is_refused_by_name():
-    with pytest.raises(DataError, match="is of 2 sources, data.sources lists 3"):
+    with pytest.raises(DataError, match="has 2 sources, data.sources lists 3"):
         Mixture(Selection(), [1, 1, 1]).load(Mixture(Selection(), [1, 1]).state())
 
 

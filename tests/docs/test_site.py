@@ -71,6 +71,24 @@ def test_the_configuration_reference_has_every_key_and_its_default():
     assert "| `schedule` | `cosine or linear or wsd or constant` | `cosine` |" in sections["optimizer"]
 
 
+def test_a_key_without_a_meaning_fails_the_reference():
+    class Group(BaseModel):
+        """A group.
+
+        Attributes:
+            described: what it does.
+        """
+
+        described: int = 0
+        forgotten: int = 0
+
+    hooks = script("hooks")
+    with pytest.raises(ValueError, match=r"Group\.forgotten: has no meaning"):
+        hooks._table(Group, Group.model_fields)
+    table = hooks._table(Group, {"described": Group.model_fields["described"]})
+    assert table[2:] == ["| `described` | `integer` | `0` | what it does. |"]
+
+
 def every_command(command, path="flagscale-like"):
     """(path, command) of the program, its groups and its commands."""
     yield path, command

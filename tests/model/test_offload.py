@@ -123,7 +123,9 @@ def test_share_lists_must_name_every_stage(tmp_path):
     assert "offload.share lists 1 stages, parallel.pp is 2: give one share a stage" in done.stderr
     done = cli("train", str(file), "--dry-run", "offload.share=some")
     assert done.stderr.count("\n") == 1
-    assert "share must be auto, a share from 0 to 1, or a list of one a stage (got 'some')" in done.stderr
+    assert (
+        "share must be auto, a number from 0 to 1, or a list of one number for each stage (got 'some')" in done.stderr
+    )
     done = cli("train", str(file), "--dry-run", "offload.share=1.5")
     assert "share (1.5) must be between 0 and 1, or auto" in done.stderr
 
