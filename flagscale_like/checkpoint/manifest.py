@@ -23,6 +23,7 @@ import xxhash
 from flagscale_like import json_files
 from flagscale_like.errors import CheckpointError
 from flagscale_like.json_files import BAD_JSON
+from flagscale_like.run_folder import RunFolder
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST, INDEX = "manifest.json", "state.json", "latest", "index.safetensors"
@@ -268,7 +269,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, RunFolder(path).checkpoints):
         if (folder / MANIFEST).is_file():
             return folder
         newest = next((p for p in step_folders(folder) if (p / MANIFEST).is_file()), None)

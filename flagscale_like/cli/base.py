@@ -70,5 +70,7 @@ def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
     from flagscale_like.checkpoint.manifest import find_checkpoint
 
     reader = CheckpointReader(find_checkpoint(checkpoint))
+    for note in reader.notes:
+        typer.echo(note, err=True)
     tokenizer = reader.state.get("config", {}).get("data", {}).get("tokenizer") or reader.folder / "tokenizer"
     return reader, Path(tokenizer) if Path(tokenizer).is_dir() else None

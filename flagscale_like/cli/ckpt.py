@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flagscale_like.cli.base import Processes, app, example
+from flagscale_like.run_folder import RunFolder
 
 ckpt_app = typer.Typer(
     help="Look at checkpoints.", epilog=example("flagscale-like ckpt list runs/demo"), no_args_is_help=True
@@ -18,7 +19,8 @@ app.add_typer(ckpt_app, name="ckpt")
 
 
 def _checkpoints_root(run: Path) -> Path:
-    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    checkpoints = RunFolder(run).checkpoints
+    return checkpoints if checkpoints.is_dir() else run
 
 
 @ckpt_app.command("list", epilog=example("flagscale-like ckpt list runs/demo"))

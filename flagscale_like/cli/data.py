@@ -232,7 +232,7 @@ def _order_records(run: Path) -> tuple[Path, list[Segment], list[DrawState]]:
     from flagscale_like.data.provenance import draws_of_states, read_journal, segments_of_states
     from flagscale_like.errors import CheckpointError, DataError
 
-    is_checkpoint = run.name.startswith("step_") and not (run / "checkpoints").is_dir()
+    is_checkpoint = run.name.startswith("step_") and not RunFolder(run).checkpoints.is_dir()
     run_dir = run.parent.parent if is_checkpoint else run.parent if run.name == "checkpoints" else run
     segments = [] if is_checkpoint else read_journal(run_dir)
     if segments:

@@ -26,9 +26,10 @@ from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates
 from flagscale_like.data.filters import Cleaning
 from flagscale_like.data.index_file import write_index
 from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
-from flagscale_like.data.report import EXAMPLES, Report, format_place, write_json
+from flagscale_like.data.report import EXAMPLES, Report, format_place
 from flagscale_like.data.shards import Shard, ShardMaker, ShardOptions, fingerprint, plan_shards, read_row_lengths
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from flagscale_like.json_files import write_json
 
 MAX_BAD_LINES = 10_000
 EXAMPLES = 5
@@ -134,14 +135,3 @@ def format_place(place: Place) -> str:
     """A place as `file:line: note`, the form that editors and terminals recognise."""
     source, line, note = place
     return f"{source}:{line}: {note}" if note else f"{source}:{line}"
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write JSON to a temporary file and rename it to `path`: after a kill, `path` holds the old values or the new ones."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -55,7 +55,7 @@ def settle(run: Run, plan: StepPlan, step: Step) -> None:
     A run that is asked to stop saves at once: it has resilience.grace_s for it, and an evaluation may take longer.
     """
     if step.verdict in (Verdict.REWIND, Verdict.STOP):
-        go_back(run, step)
+        rewind_or_stop(run, step)
         return
     stopping = run.progress.stopping
     if plan.evaluate and run.evaluate and not stopping:
@@ -64,7 +64,7 @@ def settle(run: Run, plan: StepPlan, step: Step) -> None:
         save(run, final=stopping or plan.last)
 
 
-def go_back(run: Run, step: Step) -> None:
+def rewind_or_stop(run: Run, step: Step) -> None:
     """Rewind, or stop. The save under way is finished first."""
     run.watchdog.beat(run.progress.step, "going back", slow=True)
     run.store.finish()
@@ -75,7 +75,7 @@ def go_back(run: Run, step: Step) -> None:
     run.reporter.say(f"step {run.progress.step} | {reason}")
     run.reporter.say(run.rewind(run.config.monitors.rewind_steps))
     run.saves.report(run.reporter)
-    run.parts.went_back()
+    run.parts.after_rewind()
 
 
 def evaluate(run: Run, split: str) -> None:

@@ -237,7 +237,7 @@ class StepMonitors(Part):
     """The monitors of a run. They look at a step's loss and gradients before the update, and at the weights after it."""
 
     name = "monitors"
-    goes_back = True
+    state_rewinds = True
 
     def __init__(self, options: Monitors, engine: Engine) -> None:
         given = {"loss": options.loss, "grad_norm": options.grad_norm}

@@ -110,12 +110,12 @@ class Part:
 
     Attributes:
         name: key of its state in checkpoints; empty for a part without state.
-        goes_back: whether the state goes back with the weights when the run goes back to an earlier checkpoint, or on
+        state_rewinds: whether the state goes back with the weights when the run goes back to an earlier checkpoint, or on
             with the data.
     """
 
     name: ClassVar[str] = ""
-    goes_back: ClassVar[bool] = False
+    state_rewinds: ClassVar[bool] = False
 
     def before(self, plan: StepPlan) -> None:
         """A step begins."""
@@ -134,7 +134,7 @@ class Part:
     def after(self, step: Step, report: Report) -> None:
         """A step is done."""
 
-    def went_back(self) -> None:
+    def after_rewind(self) -> None:
         """The run went back to an earlier checkpoint, and leaves samples out."""
 
     def close(self, error: BaseException | None) -> None:
@@ -180,9 +180,9 @@ class Parts:
         for part in self.parts:
             part.after(step, report)
 
-    def went_back(self) -> None:
+    def after_rewind(self) -> None:
         for part in self.parts:
-            part.went_back()
+            part.after_rewind()
 
     def state(self) -> dict[str, Any]:
         """By name, of the parts that have one."""
@@ -191,7 +191,7 @@ class Parts:
     def load(self, states: Mapping[str, Any], *, back: bool = False) -> None:
         """Put back the states that are there; with `back`, only of the parts that go back with the weights."""
         for part in self.parts:
-            if part.name in states and (part.goes_back or not back):
+            if part.name in states and (part.state_rewinds or not back):
                 part.load(states[part.name])
 
     def __enter__(self) -> Parts:

@@ -148,6 +148,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
             "mend one, or move them away to begin anew"
         )
     reader = CheckpointReader(newest) if newest is not None else None
+    notes += reader.notes if reader is not None else ()
     source = reader or open_weights(config.checkpoint, ctx)
     strict = reader is not None or config.checkpoint.load_strict
     if source is not None and strict:

@@ -32,7 +32,7 @@ class StepLog(Part):
     """
 
     name = "log"
-    goes_back = True
+    state_rewinds = True
 
     def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, metric: str) -> None:
         self.config, self.ctx, self.clock, self.feed, self.metric = config, ctx, clock, feed, metric

@@ -51,7 +51,7 @@ class DataTrail(Part):
                 if use.epochs > 1:
                     report.say(f"warning: the plan repeats data source {use}")
 
-    def went_back(self) -> None:
+    def after_rewind(self) -> None:
         self._note("rewind")
 
     def after(self, step: Step, report: Report) -> None:
