@@ -19,6 +19,7 @@ from flagscale_like.model.build import named_shards
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.reduction import NamedSum
+from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 from tests.training.test_layouts import fork_at_step_3, losses
@@ -71,6 +72,18 @@ def test_a_parameter_that_is_no_longer_frozen_is_refused_by_name(partly_frozen, 
     ((_, error),) = run_ranks(1, faults.train_and_listen, tiny_config(run_dir, train__frozen=FROZEN[:2]))
     assert error.startswith("CheckpointError: ")
     assert "holds no optimizer state of decoder.layers.1.mlp.linear_fc1.weight, which was frozen" in error
+
+
+def test_monitors_measure_no_gradient_of_a_frozen_parameter(tmp_path):
+    monitors = {"layers": {"interval": 1}, "effective_rank": {"interval": 1, "least": 1.0, "action": "stop"}}
+    config = tiny_config(tmp_path / "run", train__frozen=FROZEN, train__steps=2, monitors=monitors)
+    for _, error in run_ranks(2, faults.train_and_listen, config):
+        assert error is None
+    names = {name for record in read_metrics(tmp_path / "run") for name in record}
+    assert {name for name in names if name.startswith("effective-rank/gradients/layers.1.")}
+    assert not {name for name in names if "gradients" in name and ("layers.0." in name or "mlp" in name)}
+    assert "layer-grad-norm/layers.1" in names
+    assert "layer-grad-norm/embedding" not in names
 
 
 @pytest.mark.parametrize(
