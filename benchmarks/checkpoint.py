@@ -1,10 +1,10 @@
-"""What a checkpoint costs: the stall, the slowdown of steps beside the writer, and rates against the machine's own.
+"""Measures the cost of checkpoints: the stall, the slowdown of steps during a write, and the rates relative to the disk's.
 
     python benchmarks/checkpoint.py --folder /path/on/the/disk --out checkpoint.json
 
-One process trains a model of some 30 M parameters (12 bytes each of weights and moments) and saves it in turn in three ways:
-synchronously, asynchronously, and with torch.distributed.checkpoint.async_save. The yardsticks are measured in the same run:
-copying the same bytes once in memory, and writing and reading a file of the same size as dd does.
+One process trains a model of about 30 M parameters (12 bytes of weights and moments for each) and saves it in three ways:
+synchronously, asynchronously, and with torch.distributed.checkpoint.async_save. For comparison, the same run measures a
+copy of the same bytes in memory, and the writing and reading of a file of the same size as `dd` does it.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def config_of(folder: Path, layers: int) -> RunConfig:
 
 
 def timed(function: Callable[[], object]) -> float:
+    """The seconds that a call takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def write_like_dd(path: Path, size: int) -> float:
-    """Seconds to write a new file of so many bytes from memory, fsync included."""
+    """The seconds to write a new file of `size` bytes from memory, with fsync."""
     block = memoryview(os.urandom(BLOCK))
 
     def write() -> None:
@@ -76,7 +77,7 @@ def write_like_dd(path: Path, size: int) -> float:
 
 
 def forget(path: Path) -> None:
-    """Drop a file from the page cache, so that the next read is the disk's."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -90,7 +91,7 @@ def read_like_dd(path: Path) -> None:
 
 
 class CopyingStager(AsyncStager):
-    """torch's default takes CPU tensors as they are, and would save what later steps make of them."""
+    """Copies the tensors before the save. torch's default stager does not copy CPU tensors, and would save later values."""
 
     _synchronize_after_execute = False
 
@@ -132,7 +133,7 @@ class Bench:
         self.store.save(step, self.engine.fragments, state)
 
     def copies(self) -> list[float]:
-        """Copying the state once, tensor by tensor, into memory that is there already; after a step, as a snapshot is."""
+        """The seconds to copy the state, tensor by tensor, into allocated memory. A step precedes each copy."""
         targets, times = [torch.empty_like(t).copy_(t) for t in self.state.values()], []
         for _ in range(self.repeats):
             self.step()
@@ -140,7 +141,7 @@ class Bench:
         return times
 
     def synchronous(self) -> tuple[list[float], list[float]]:
-        """Synchronous saves, and in turn with them the writing of a file of the same size."""
+        """The seconds of synchronous saves, and of writing a file of the same size, alternating."""
         saves, writes, probe = [], [], self.folder / "probe"
         for _ in range(self.repeats):
             writes.append(write_like_dd(probe, self.size))
@@ -151,7 +152,7 @@ class Bench:
         return saves, writes
 
     def asynchronous(self) -> tuple[list[float], list[float], list[float]]:
-        """Stalls, times of the steps beside the writer, times from the save to its publication."""
+        """The stalls of asynchronous saves, the times of steps during a write, and the times until publication."""
         store, stalls, steps, writes = self.store, [], [], []
         for _ in range(self.repeats):
             self.step()
@@ -179,13 +180,13 @@ class Bench:
             while not future.done():
                 beside.append(self.step())
             future.result()
-            if index:  # the first one makes the buffers; `reserve` made ours
+            if index:  # the first save allocates the buffers; flagscale_like allocates its buffers in `reserve`
                 stalls.append(stall)
                 steps += beside
         return stalls, steps
 
     def read(self, folder: Path, processes: int) -> tuple[list[float], list[float], list[float]]:
-        """Loading, verifying, and reading the same files like dd; in turn, and each from the disk, not from the cache."""
+        """The seconds to load, to verify, and to read the same files as `dd` does; alternating, and always from the disk."""
 
         def load() -> None:
             self.engine.load(CheckpointReader(folder))
@@ -206,10 +207,10 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder, if left out")
+    parser.add_argument("--folder", type=Path, help="folder to write to; default: a temporary folder")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="JSON with every time")
+    parser.add_argument("--out", type=Path, help="JSON file with all times")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=options.folder))
     config = config_of(folder, options.layers)
@@ -250,17 +251,18 @@ def report(measured: dict) -> None:
         print(f"{key:22} {median[key]:8.4f} ({worst[key]:.4f})")
     stall = median["async stall_s"]
     print(f"stall: {stall / copy:.2f} x a copy in memory, {stall / sync:.1%} of a synchronous save")
-    print(f"torch DCP's stall: {median['dcp stall_s'] / copy:.2f} x a copy, {median['dcp stall_s'] / sync:.1%}")
+    print(f"stall of torch DCP: {median['dcp stall_s'] / copy:.2f} x a copy, {median['dcp stall_s'] / sync:.1%}")
     for name in ("async", "dcp"):
         if f"step beside {name}_s" in median:
-            print(f"a step beside the {name} writer: {median[f'step beside {name}_s'] / median['step_s']:.2f} x a step")
+            ratio = median[f"step beside {name}_s"] / median["step_s"]
+            print(f"a step during an {name} write: {ratio:.2f} x a step without a write")
     for name, mine, disk in (
         ("synchronous save", "sync save_s", "disk write_s"),
         ("load", "load_s", "disk read_s"),
         ("verify", "verify_s", "disk read_s"),
     ):
         rate, own = gigabytes / median[mine], gigabytes / median[disk]
-        print(f"{name}: {rate:.2f} GB/s, the disk alone {own:.2f} GB/s: {rate / own:.0%}")
+        print(f"{name}: {rate:.2f} GB/s; the disk alone: {own:.2f} GB/s ({rate / own:.0%})")
 
 
 if __name__ == "__main__":

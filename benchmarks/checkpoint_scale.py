@@ -1,21 +1,22 @@
-"""What it costs one rank to plan the load of a checkpoint that thousands of ranks saved.
+"""Measures the cost, for one rank, of planning the load of a checkpoint that thousands of ranks saved.
 
     python benchmarks/checkpoint_scale.py --ranks 256 1024 4096 16384 --folder /path/on/the/disk
     python benchmarks/checkpoint_scale.py --ranks 1024 --folder /path/on/the/disk --no-index
 
-For each number of ranks it makes a folder of as many files. A file holds 60 fragments of two elements, each with a weight
-and two moments, so that the cost of planning is all there is: headers, index, search. The saving layout has 8
-tensor-parallel ranks, 32 replicas (--replicas), and as many pipeline stages as there are ranks for: more ranks save a larger
-model, unless the replicas grow with them. A process of its own then loads what one rank in the middle wants:
+For each number of ranks, the script makes a folder with one file per rank. A file has 60 fragments of two elements, each
+with a weight and two moments, so that nearly all of the cost is planning: headers, index, search. The saving layout has 8
+tensor-parallel ranks and 32 replicas (--replicas); the number of pipeline stages follows from the number of ranks. More
+ranks therefore save a larger model, unless the replicas grow with them. A separate process then loads the tensors of one
+rank in the middle of the layout:
 
     own range     the range of each tensor whose optimizer state the rank holds, on the layout that saved
-    and weights   also the rank's whole weights: as many files as the layout has replicas
+    and weights   also the rank's whole weights, from as many files as the layout has replicas
     half tp       both, on half as many tensor-parallel ranks: twice the elements
 
-Reported are the seconds of making the reader, the seconds of all reads, the rank files opened, and the memory that both
-took: its own, and file pages, which the processes of a node share. With `--no-index` the folder has no index, as older
-versions saved it. `--read FOLDER` measures a folder that is there; it calls only what earlier versions of the reader have,
-so that they can be measured with PYTHONPATH set to their tree.
+The script prints the seconds to make the reader, the seconds of all reads, the number of rank files opened, and the
+memory of both: the process's own memory, and file pages, which the processes of a node share. With `--no-index`, the
+folder has no index, as older versions saved it. `--read FOLDER` measures an existing folder. It calls only functions that
+earlier versions of the reader have, so that they can be measured with PYTHONPATH set to their source.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.fragments import Fragment
 
-TENSORS = 60  # of a stage; a rank has a fragment of each
+TENSORS = 60  # tensors of a pipeline stage; each rank has a fragment of each
 TP = 8
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 LOADS = ("own range", "and weights", "half tp")
@@ -47,7 +48,7 @@ LOADS = ("own range", "and weights", "half tp")
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the ranks that saved. Rank (stage, replica, shard) is number (stage * dp + replica) * tp + shard."""
+    """The layout of the ranks that saved. Rank (stage, replica, shard) has the number (stage * dp + replica) * tp + shard."""
 
     stages: int
     dp: int
@@ -58,7 +59,7 @@ class Layout:
         return self.stages * self.dp * self.tp
 
     def weights(self, stage: int, shard: int, tp: int) -> Iterator[Fragment]:
-        """A rank's whole parameters with `tp` tensor-parallel ranks: even tensors are cut by rows, odd ones by columns."""
+        """Yield a rank's whole parameters on `tp` ranks. Even tensors are split by rows, odd ones by columns."""
         for number in range(TENSORS):
             rows, columns = (self.tp * self.dp, 2) if number % 2 == 0 else (self.dp, 2 * self.tp)
             local = (rows // tp, columns) if number % 2 == 0 else (rows, columns // tp)
@@ -67,15 +68,15 @@ class Layout:
             yield Fragment(key, (rows, columns), offset, local, 0, prod(local))
 
     def own(self, stage: int, replica: int, shard: int, tp: int) -> Iterator[Fragment]:
-        """A rank's range of each of its parameters."""
+        """Yield the range that a rank owns of each of its parameters."""
         for whole in self.weights(stage, shard, tp):
             low, high = (whole.stop * at // self.dp for at in (replica, replica + 1))
             yield Fragment(whole.key, whole.global_shape, whole.offset, whole.shape, low, high)
 
 
 def make(folder: Path, layout: Layout, *, index: bool) -> dict[str, float]:
-    """Save as all ranks of the layout would, and say what rank 0's part cost."""
-    # Earlier versions, which --read measures, lack these.
+    """Save a checkpoint of all ranks of the layout. Return the cost of the part that rank 0 does."""
+    # Imported here, because earlier versions, which --read measures, lack these functions.
     from flagscale_like.checkpoint.format import finish_folder, specs_of, write_fragments
     from flagscale_like.checkpoint.manifest import INDEX, MANIFEST, read_manifest, write_json, write_manifest
 
@@ -103,14 +104,14 @@ def make(folder: Path, layout: Layout, *, index: bool) -> dict[str, float]:
 
 
 def memory_mb() -> tuple[float, float]:
-    """This process's own memory, and the pages of files that it has mapped."""
+    """The memory of this process in MiB: its own pages, and the pages of files that it has mapped."""
     lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
     return kib["Anonymous"] / 1024, (kib["Rss"] - kib["Anonymous"]) / 1024
 
 
 def read(folder: Path, load: str) -> dict[str, float]:
-    """Load what one rank wants, and say what it cost."""
+    """Load the tensors of one rank. Return the seconds, the number of opened files, and the memory."""
     torch.set_num_threads(1)
     layout = Layout(**json.loads((folder / "state.json").read_text())["layout"])
     tp = TP // 2 if load == "half tp" else TP
@@ -143,11 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--replicas", type=int, default=32, help="data-parallel ranks of the layout that saves")
-    parser.add_argument("--folder", type=Path, help="where the folders are made, and removed again")
-    parser.add_argument("--no-index", action="store_true", help="without an index, as older versions saved")
+    parser.add_argument("--folder", type=Path, help="folder in which temporary folders are made")
+    parser.add_argument("--no-index", action="store_true", help="save without an index, as older versions did")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=LOADS)
-    parser.add_argument("--keep", action="store_true", help="leave the folders for --read")
-    parser.add_argument("--read", type=Path, help="measure this folder, and print JSON")
+    parser.add_argument(
+        "--keep", action="store_true", help="do not remove the folders, so that --read can measure them"
+    )
+    parser.add_argument("--read", type=Path, help="measure this folder and print JSON")
     options = parser.parse_args()
     if any(ranks % (TP * options.replicas) for ranks in options.ranks):
         parser.error(f"--ranks must be multiples of {TP} x --replicas")

@@ -1,10 +1,11 @@
-"""Speed and memory of `convert import` and `convert export`, against copying the same folder.
+"""Measures speed and memory of `convert import` and `convert export`, relative to copying the same folder.
 
     python benchmarks/convert_streaming.py --layers 32 --work /big/disk
 
-Writes a Hugging Face folder of the shape of Llama 2 7B with random bf16 weights, copies it, imports it, exports it, and
-compares every bit. Each file is fsynced by all of them, and the pages of what is read are dropped from the page cache
-first. Needs three times the size of the model on the disk; everything is removed at the end. Prints one JSON object.
+The script writes a Hugging Face folder of the shape of Llama 2 7B with random bf16 weights, copies it, imports it,
+exports it, and compares all bits. The copy, the import and the export fsync each file, and files are dropped from the
+page cache before they are read. The script needs three times the size of the model on the disk, removes its files at the
+end, and prints a JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BUFFER_BYTES = 16 << 20
 
 
 def make_folder(folder: Path, layers: int) -> int:
-    """Write the random model; returns its bytes."""
+    """Write the random model, and return its size in bytes."""
     arch = ModelArch(
         num_layers=layers,
         hidden_size=4096,
@@ -64,13 +65,13 @@ def make_folder(folder: Path, layers: int) -> int:
 
 
 def _random(specs: list[TensorSpec]) -> Iterator[Tensor]:
-    """Random numbers; the compression of a file system finds nothing in them."""
+    """Yield a random tensor for each spec. Random bits cannot be compressed by the file system."""
     for spec in specs:
         yield torch.randint(-(1 << 15), 1 << 15, spec.shape, dtype=torch.int16).view(torch.bfloat16)
 
 
 def drop_pages(folder: Path) -> None:
-    """Write back and drop what the page cache holds of a folder's files."""
+    """Write the cached pages of a folder's files to the disk, and drop them from the page cache."""
     for path in folder.iterdir():
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -80,7 +81,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder, each file fsynced."""
+    """The seconds to copy a folder, with an fsync of each file."""
     drop_pages(source)
     target.mkdir()
     began = time.perf_counter()
@@ -92,13 +93,20 @@ def copy(source: Path, target: Path) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of all children that have ended."""
+    """The CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run(source: Path, *arguments: str) -> tuple[float, float, int]:
-    """Seconds, CPU seconds, and the most bytes resident in the command and its children together, sampled every 20 ms."""
+    """Run a flagscale-like command.
+
+    Args:
+        source: folder whose files are dropped from the page cache first.
+
+    Returns:
+        Seconds, CPU seconds, and the peak of resident bytes of the command and its children, sampled every 20 ms.
+    """
     drop_pages(source)
     cpu = cpu_seconds()
     began = time.perf_counter()

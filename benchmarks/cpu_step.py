@@ -1,10 +1,11 @@
-"""A training step of ours beside transformers' LlamaForCausalLM, on one process, in turn, in one run.
+"""Compares a training step of flagscale_like with a step of transformers' LlamaForCausalLM, alternating in one process.
 
     python benchmarks/cpu_step.py [--threads 2] [--rounds 7] [--json FILE]
 
-Both have the same shape, batch, precision (fp32), threads and data; transformers has SDPA and torch's fused AdamW. Prints the
-median time of a step of each, the median of the ratios of neighbouring steps, and each one's share of the GEMM rate that this
-process reaches on the model's own feed-forward product. FLOPs are counted as ModelArch.flops_per_token counts them.
+Both models have the same shape, batch, precision (fp32), threads and data. transformers uses SDPA and torch's fused
+AdamW. The script prints the median step time of both, the median of the ratios of consecutive steps, and the share of the
+GEMM rate that each reaches. The GEMM rate is that of this process on the feed-forward product of the model. FLOPs are
+those of ModelArch.flops_per_token.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def their_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
 
 
 def gemm_flops(config: RunConfig, seconds: float = 2.0) -> float:
-    """FLOP/s of [tokens, h] x [h, 2f], the largest product of a layer."""
+    """Measure the FLOP/s of [tokens, h] x [h, 2f], the largest matrix product of a layer."""
     arch, train = config.model, config.train
     a = torch.randn(train.micro_batch_size * train.seq_length, arch.hidden_size)
     b = torch.randn(arch.hidden_size, 2 * arch.ffn_hidden_size)
@@ -112,7 +113,7 @@ def main() -> None:
             for name, step in steps.items():
                 began = time.perf_counter()
                 step()
-                if round_number:  # the first warms up
+                if round_number:  # the first round is the warm-up
                     times[name].append(time.perf_counter() - began)
     rate = gemm_flops(config)
     tokens = config.train.global_batch_size * config.train.seq_length

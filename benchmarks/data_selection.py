@@ -1,10 +1,10 @@
-"""A blend of code and noise: fixed weights beside weights that follow the model, by the held-out loss at equal tokens.
+"""Compares fixed weights with dynamic data selection on a blend of code and noise, by the held-out loss at equal tokens.
 
     python -m benchmarks.data_selection --steps 800 --out data_selection.json
 
-Half of the blend is code of the Python standard library, half is letters at random. Every rule trains the same model from the
-same seed on as many tokens; the loss is measured on packages that are in no training source. Prints a table and draws the
-weight of the noise and the held-out loss beside the JSON. Results are added to those that the file already has.
+Half of the blend is code of the Python standard library, the other half is random letters. With each rule, the same model is
+trained from the same seed on the same number of tokens. The loss is measured on packages that are in no training source. The
+script prints a table, and plots the weight of the noise and the held-out loss. Results are appended to the JSON file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ HELD_OUT_TOKENS = 20_000
 
 
 def prepare(folder: Path) -> tuple[str, dict[str, str]]:
-    """Tokenizer folder, and the .bin/.idx prefixes of the sources, the target and the held-out set."""
+    """Tokenize the sources, the target and the held-out set.
+
+    Returns:
+        The tokenizer folder, and the path of each .bin/.idx pair without the suffix, by name.
+    """
     code = prepare_once(tiny_run(folder, layers=1, hidden=16, steps=2, lr=1e-3))
     tokenizer = code.data.tokenizer
     noise, rng = folder / "noise.jsonl", random.Random(0)
@@ -55,7 +59,7 @@ def prepare(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def one_run(folder: Path, rule: str, seed: int, tokenizer: str, prefixes: dict, options: argparse.Namespace) -> dict:
-    """Train by a rule; the weights over the steps, and the held-out loss at each checkpoint."""
+    """Train with one rule and seed. Return the weights over the steps, and the held-out loss at each checkpoint."""
     data: dict = {"sources": [{"path": prefixes[name]} for name in ("code", "noise")], "tokenizer": tokenizer}
     if rule != "fixed":
         data["selection"] = {"rule": rule, "interval": 10}

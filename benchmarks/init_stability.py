@@ -1,10 +1,10 @@
-"""Does a deep, tiny model train more stably from one initialisation than from another? Several learning rates and seeds.
+"""Compares the stability of training a deep, narrow model from several initialisations, at several learning rates and seeds.
 
     python -m benchmarks.init_stability --layers 48 --seeds 1 2 --lrs 0.003 0.01 --out init_stability.json
 
-Prints, for the standard, the depth-scaled and the salience-consistent initialisation, the mean loss of the last tenth of the
-run, how many steps were spikes of the gradient norm (6 sigma), and how many runs diverged; draws a plot beside the JSON.
-Results are added to those that the file already has, so that a long comparison can be made in pieces (`--schemes`).
+For each initialisation, the script prints the mean loss of the last tenth of the run, the number of steps with a spike of
+6 sigma, and the number of runs that diverged. It plots the training losses. Results are appended to the JSON file, so
+that `--schemes` can run a comparison in parts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SCHEMES = {
     "salience": {"scheme": "standard", "salience": {"samples": 16, "rounds": 4, "settle": 6}},
     "depth-scaled + salience": {"scheme": "depth_scaled", "salience": {"samples": 16, "rounds": 4, "settle": 6}},
 }
-INIT_STD_AT_4096 = 0.02  # scaled up for the narrow model, so that a matrix has the gain that it has in a wide one
-DIVERGED = 1.0  # nats above the best loss of the run: it did not recover
+INIT_STD_AT_4096 = 0.02  # scaled to the width, so that a matrix of the narrow model has the gain of one in a wide model
+DIVERGED = 1.0  # a run whose final loss is this many nats above its best loss counts as diverged
 
 
 def one_run(folder: Path, data: dict, scheme: str, lr: float, seed: int, options: argparse.Namespace) -> dict:
-    """Train once; what the loss did."""
+    """Train one model. Return its losses, the number of spikes, and whether it diverged."""
     config = tiny_run(
         folder,
         layers=options.layers,
@@ -69,8 +69,8 @@ def one_run(folder: Path, data: dict, scheme: str, lr: float, seed: int, options
 
 
 def table(results: list[dict]) -> str:
-    """One line a scheme and learning rate: mean and range of the end loss over seeds, spikes, divergences."""
-    lines = ["| initialisation | lr | end loss, mean (min to max) | spikes | diverged |", "|---|---|---|---|---|"]
+    """A Markdown table with one line for each scheme and learning rate: final loss over the seeds, spikes, divergences."""
+    lines = ["| initialisation | lr | final loss, mean (min to max) | spikes | diverged |", "|---|---|---|---|---|"]
     for lr in sorted({r["lr"] for r in results}):
         for scheme in SCHEMES:
             found = [r for r in results if r["lr"] == lr and r["scheme"] == scheme]
@@ -84,7 +84,7 @@ def table(results: list[dict]) -> str:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Loss curves, one panel a learning rate, one line a run."""
+    """Plot the loss curves, with one panel for each learning rate."""
     rates = sorted({r["lr"] for r in results})
     figure, panels = plt.subplots(1, len(rates), figsize=(3.6 * len(rates), 3.2), sharey=True, layout="constrained")
     for lr, axes in zip(rates, panels if len(rates) > 1 else [panels], strict=True):

@@ -1,10 +1,10 @@
-"""What the monitors cost: the time inside them, as a share of the run they are part of.
+"""Measures the cost of the monitors: the time inside them, as a share of the step time of the same run.
 
     python -m benchmarks.monitors --out monitors.json
 
-One run with every monitor on; each call of a monitor is timed inside it (with the device waited for), so that the figure does
-not depend on how two runs compare on a busy machine. Layers and effective rank are measured every few steps, to have some
-measurements soon; the share is that of their default interval.
+The script runs one training with all monitors on, and times each call of a monitor, with the device synchronized. The
+result therefore does not depend on a comparison of two runs on a busy machine. Layers and effective rank are measured
+every few steps; the printed share is that of their default interval.
 """
 
 from __future__ import annotations
@@ -17,45 +17,44 @@ import time
 from pathlib import Path
 
 from flagscale_like.config import EffectiveRank, RunConfig
+from flagscale_like.recipes import pretrain as recipe
 from flagscale_like.runtime.parallel import parallel_context
-from flagscale_like.training import loop
 from flagscale_like.training.monitors import StepMonitors
 
 
 class TimedMonitors(StepMonitors):
-    """Notes the seconds of each step's monitoring, and when it ended."""
+    """Records the seconds of each step's monitoring, and the time at which it ended."""
 
     seconds: list[float]
     ended: list[float]
 
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.platform = arguments[3].platform
+    def __init__(self, options, engine) -> None:
+        super().__init__(options, engine)
+        self.platform = engine.ctx.platform
         TimedMonitors.seconds, TimedMonitors.ended = [], []
 
-    def begin(self, step: int) -> None:
-        super().begin(step)
+    def before(self, plan) -> None:
         TimedMonitors.seconds.append(0.0)
+        self._timed(super().before, plan)
 
-    def judge(self, loss: float, grad_norm: float) -> list:
-        return self._timed(super().judge, loss, grad_norm)
+    def judge(self, facts) -> list:
+        return self._timed(super().judge, facts)
 
-    def end(self, *, updated: bool) -> tuple:
-        found = self._timed(super().end, updated=updated)
+    def after(self, step, report) -> None:
+        self._timed(super().after, step, report)
         TimedMonitors.ended.append(time.perf_counter())
-        return found
 
-    def _timed(self, function, *arguments, **options):
+    def _timed(self, function, *arguments):
         self.platform.synchronize()
         began = time.perf_counter()
-        result = function(*arguments, **options)
+        result = function(*arguments)
         self.platform.synchronize()
         TimedMonitors.seconds[-1] += time.perf_counter() - began
         return result
 
 
 def configuration(run_dir: str, options: argparse.Namespace) -> RunConfig:
-    """A run on synthetic tokens with every monitor on."""
+    """The configuration of a run on synthetic tokens with all monitors on."""
     return RunConfig.model_validate(
         {
             "run_dir": run_dir,
@@ -97,12 +96,12 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    loop.StepMonitors = TimedMonitors
+    recipe.StepMonitors = TimedMonitors
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(f"{folder}/run", options)
         with parallel_context(config.parallel) as ctx:
             device = ctx.platform.describe()
-            loop.train(config, ctx)
+            recipe.pretrain(config, ctx)
     interval = EffectiveRank().interval
     ended, seconds = TimedMonitors.ended, TimedMonitors.seconds
     steps = [later - earlier - cost for earlier, later, cost in zip(ended, ended[1:], seconds[1:], strict=False)]

@@ -1,9 +1,10 @@
-"""Tokens/s of `preprocess` next to a plain loop: a process a core, each document read, encoded and sent back by itself.
+"""Compares the tokens/s of `preprocess` with a plain loop that tokenizes one document at a time in one process for each core.
 
-The plain loop is what pretraining repositories ship: a pool of processes that maps over the lines of the corpus, loads the
-JSON, calls the tokenizer on one document, and hands the ids to the parent, which appends them to the .bin/.idx with
-megatron-core's builder. It is timed with transformers' tokenizer, and with the bare `tokenizers` one, in turn with ours, on
-the same corpus: this Python's own source, cut into documents of about 2,000 characters. Both results must be equal.
+The plain loop is the usual tool of pretraining repositories: a pool of processes maps over the lines of the corpus,
+parses the JSON, calls the tokenizer on one document, and returns the ids to the parent process, which appends them to the
+.bin/.idx with megatron-core's builder. The loop is timed with transformers' tokenizer and with the `tokenizers` library,
+alternating with `preprocess`. The corpus is the source of the Python standard library in documents of about 2,000
+characters. The outputs must be equal.
 
     python benchmarks/preprocess.py [--megabytes 20] [--rounds 3] [--processes 2]
 """
@@ -46,7 +47,7 @@ def _one(line: str) -> list[int]:
 
 
 def plain_loop(kind: str, corpus: Path, folder: Path, prefix: Path, processes: int) -> float:
-    """Seconds from the first line to the finished index; the start of the processes is not counted."""
+    """The seconds from the first line to the finished index, without the start of the processes."""
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -63,14 +64,14 @@ def plain_loop(kind: str, corpus: Path, folder: Path, prefix: Path, processes: i
 
 
 def ours(corpus: Path, folder: Path, prefix: Path, processes: int) -> tuple[float, int]:
-    """Seconds, the start of the processes included, and tokens."""
+    """The seconds of `preprocess`, with the start of the processes, and the number of tokens."""
     began = time.perf_counter()
     report = preprocess([corpus], folder, prefix, workers=processes)
     return time.perf_counter() - began, report.tokens
 
 
 def write_corpus(path: Path, megabytes: float, characters: int = 2000) -> None:
-    """This Python's source, repeated until it is large enough, every time in other pieces."""
+    """Write the source of Python's standard library, repeated up to the size; each repetition cuts it at other places."""
     size, turn = 0, 0
     with open(path, "w", encoding="utf-8") as file:
         while True:
@@ -109,7 +110,7 @@ def main() -> None:
             ratios = [theirs / mine for theirs, mine in zip(times, seconds["ours"], strict=True)]
             print(
                 f"{kind:>12}: {tokens / statistics.median(times):,.0f} tokens/s (median of {options.rounds}); "
-                f"time / ours, in turn: median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}"
+                f"time / time of `preprocess`: median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}"
             )
 
 

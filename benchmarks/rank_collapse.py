@@ -1,13 +1,20 @@
-"""A fall in rank, seen before the loss shows it: residual branches that are too loud for the depth of the stack.
+"""Compares when the effective rank and when the loss show that residual branches are too large for the depth of the model.
 
     python -m benchmarks.rank_collapse --seeds 1 2 3 4 --out rank_collapse.json
 
-Each seed trains twice on the same samples, from the same draws: once with the residual branches scaled down by the depth,
-once without (init.scheme standard), where tokens grow alike from layer to layer (Dong et al. 2021, arXiv:2103.03404; Noci et
-al. 2022, arXiv:2206.03126). Prints when each of these saw the second: the effective rank of the residual stream (geometric
-mean of the watched layers) below two thirds of the healthy twin's at two measurements in a row, after the warm-up; the
-monitor's `least`; the smoothed loss 3 % above the twin's; the loss monitor. Ranks are measured every --interval steps, the
-loss in every step. Draws loss and rank beside the JSON. Results are added to those that the file already has.
+For each seed, the script trains twice on the same samples and from the same random numbers. The healthy run has residual
+branches scaled down by the depth. The other run has not (init.scheme standard), and its tokens become more alike from
+layer to layer (Dong et al. 2021, arXiv:2103.03404; Noci et al. 2022, arXiv:2206.03126). The script prints the first step
+at which each of these rules finds the problem:
+
+- the effective rank of the residual stream, as geometric mean over the measured layers, is below two thirds of the
+  healthy run's in two consecutive measurements after the warm-up;
+- an event of the monitor's `least`;
+- the smoothed loss is 3 % above the healthy run's;
+- an event of the loss monitor.
+
+Ranks are measured every --interval steps, the loss at each step. The script plots both, and appends results to the JSON
+file.
 """
 
 from __future__ import annotations
@@ -27,16 +34,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SMOOTHING = 0.9
-RISE = 1.03
-SHARE = 2 / 3
-LEAST = 2.0
-WATCHED = 5  # layers
+LOSS_RATIO = 1.03
+RANK_RATIO = 2 / 3
+MIN_RANK = 2.0
+MEASURED_LAYERS = 5
 WARM_UP = 20
 SCHEMES = {"depth_scaled": "healthy", "standard": "collapses"}
 
 
 def one_run(folder: Path, data: dict, seed: int, scheme: str, options: argparse.Namespace) -> dict:
-    """Train once; losses, the residual stream's ranks, and the events of both monitors."""
+    """Train one model. Return its losses, the ranks of the residual stream, and the events of both monitors."""
     config = tiny_run(
         folder,
         layers=options.layers,
@@ -52,9 +59,9 @@ def one_run(folder: Path, data: dict, seed: int, scheme: str, options: argparse.
             "effective_rank": {
                 "interval": options.interval,
                 "of": ["activations"],
-                "layers": WATCHED,
+                "layers": MEASURED_LAYERS,
                 "after": options.steps,
-                "least": LEAST,
+                "least": MIN_RANK,
             }
         },
     )
@@ -74,7 +81,7 @@ def one_run(folder: Path, data: dict, seed: int, scheme: str, options: argparse.
 
 
 def smoothed(losses: list[tuple[int, float]]) -> list[float]:
-    """Exponential average with its start corrected."""
+    """The exponential moving average of the losses, with bias correction."""
     values, total, weight = [], 0.0, 0.0
     for _, loss in losses:
         total, weight = SMOOTHING * total + loss, SMOOTHING * weight + 1
@@ -83,26 +90,28 @@ def smoothed(losses: list[tuple[int, float]]) -> list[float]:
 
 
 def ratios(result: dict, twin: dict) -> list[tuple[int, float]]:
-    """(step, the run's rank over its twin's)."""
+    """(step, rank of the run / rank of the healthy run)."""
     return [(step, rank / other) for (step, rank), (_, other) in zip(result["ranks"], twin["ranks"], strict=True)]
 
 
 def first_shown(result: dict, twin: dict) -> dict[str, int | None]:
-    """The first step by each of the rules; those of the rank come first."""
+    """The first step at which each rule finds the problem; None: never."""
     loss, healthy = smoothed(result["losses"]), smoothed(twin["losses"])
     pairs = ratios(result, twin)
-    low = [step for (_, before), (step, ratio) in zip(pairs, pairs[1:], strict=False) if max(before, ratio) < SHARE]
+    low = [
+        step for (_, before), (step, ratio) in zip(pairs, pairs[1:], strict=False) if max(before, ratio) < RANK_RATIO
+    ]
     rules = {
         "rank, twin": [step for step in low if step > WARM_UP],
         "rank, monitor": result["events"]["rank"],
-        "loss, twin": [i + 1 for i in range(WARM_UP, len(loss)) if loss[i] > RISE * healthy[i]],
+        "loss, twin": [i + 1 for i in range(WARM_UP, len(loss)) if loss[i] > LOSS_RATIO * healthy[i]],
         "loss, monitor": result["events"]["loss"],
     }
     return {rule: min(steps) if steps else None for rule, steps in rules.items()}
 
 
 def pairs_of(results: list[dict]) -> list[tuple[dict, dict]]:
-    """(the run that collapses, its healthy twin) of each seed."""
+    """(the run that collapses, the healthy run) of each seed."""
     by_key = {(r["seed"], r["scheme"]): r for r in results}
     seeds = sorted({seed for seed, _ in by_key})
     return [(by_key[seed, "standard"], by_key[seed, "depth_scaled"]) for seed in seeds]
@@ -110,8 +119,9 @@ def pairs_of(results: list[dict]) -> list[tuple[dict, dict]]:
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| seed | rank below 2/3 of the twin's | the monitor: below 2 | the same in the twin | loss 3 % above the twin's "
-        "| loss monitor | at the first of these, rank and loss over the twin's |",
+        "| seed | rank below 2/3 of the healthy run's | event of `least: 2` | the same event in the healthy run "
+        "| loss 3 % above the healthy run's | event of the loss monitor "
+        "| at the first of these steps: rank and loss, relative to the healthy run |",
         "|---|---|---|---|---|---|---|",
     ]
     for result, twin in pairs_of(results):
@@ -141,7 +151,7 @@ def plot(results: list[dict], path: Path) -> None:
     top.set_ylabel("loss (nats/token, smoothed)")
     bottom.set_ylabel("effective rank of the residual\nstream, mean of layers")
     bottom.set_yscale("log")
-    bottom.set_xlabel("step (dotted: seen beside the twin)")
+    bottom.set_xlabel("step (dotted: the first that differs from the healthy run)")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     top.legend(fontsize=8)

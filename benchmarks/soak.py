@@ -1,9 +1,9 @@
-"""Train while random ranks are killed, over and over; then hold the run against one that was never stopped.
+"""Trains a model while killing random ranks, and compares the run with one that is not interrupted.
 
     python benchmarks/soak.py --steps 400 --kills 8 --out soak.json
 
-Prints ETTR, recovery times, lost steps, and the growth of memory and file descriptors of the ranks. Fails where a loss of
-the killed run differs in a single bit from the undisturbed one's, or where a rank outlives the launcher.
+The script prints the effective training time ratio (ETTR), recovery times, lost steps, and the growth of memory and file
+descriptors of the ranks. It fails if any bit of a loss differs between both runs, or if a rank outlives the launcher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STALLED_S = 180.0
 
 
 def write_config(folder: Path, name: str, steps: int, interval: int) -> Path:
-    """A small model, saved often."""
+    """Write the YAML file of a small model with frequent checkpoints."""
     config = {
         "run_dir": str(folder / name),
         "model": {
@@ -86,14 +86,14 @@ def losses(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 def last_step(run_dir: Path) -> tuple[int, float]:
-    """The newest step on record, and when its record was written (Unix time; 0 before the first)."""
+    """The newest recorded step, and the Unix time at which it was recorded; (0, 0) before the first step."""
     path = run_dir / "metrics.jsonl"
     found = losses(run_dir)
     return (found[-1][0], path.stat().st_mtime) if found else (0, 0.0)
 
 
 class Usage:
-    """Resident memory and file descriptors of every rank process, from its first new step on."""
+    """Samples of resident memory and file descriptors of each rank process, from its first new step on."""
 
     def __init__(self) -> None:
         self.samples: dict[int, list[tuple[float, int, int]]] = {}
@@ -107,7 +107,10 @@ class Usage:
             self.samples.setdefault(process.pid, []).append(seen)
 
     def growth(self) -> dict[str, float]:
-        """Of the process that trained longest: the last quarter of its samples against the second, when all was allocated."""
+        """The growth from the second to the last quarter of the samples of the process that trained longest.
+
+        The first quarter is left out, because buffers are still being allocated.
+        """
         life = max(self.samples.values(), key=len)
         quarter = len(life) // 4
         early, late = life[quarter : 2 * quarter], life[-quarter:]
@@ -130,7 +133,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
     began = time.time()
     launcher = launch(config, ranks, kills)
     recoveries: list[float] = []
-    # Kills come at random steps: the next one as many steps after the last recovery as chance says.
+    # The next kill follows the last recovery after a random number of steps.
     next_kill, killed_at, moved = chance.randint(1, 2 * steps // (kills + 1)), None, time.monotonic()
     seen = (0, 0.0)
     try:
@@ -178,7 +181,7 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
 
 
 def restarted(run_dir: Path) -> int:
-    """Restarts that have made a step. Later ones cut the records of earlier ones away, but each carries the count."""
+    """The number of restarts after which a step was done. A restart may remove records of earlier ones, but has the count."""
     return int(max((r["resilience/restarts"] for r in read_metrics(run_dir) if "resilience/restarts" in r), default=0))
 
 
@@ -200,19 +203,19 @@ def main() -> None:
         interval=options.interval,
         seed=options.seed,
     )
-    shutil.rmtree(folder)  # kept, with both logs, where something was wrong
+    shutil.rmtree(folder)  # after a failed assertion the folder stays, with both logs
     times, lost = figures["recovery_s"], figures["lost steps"]
     print(
         f"{figures['kills']} kills in {figures['steps']} steps on {figures['ranks']} ranks, {figures['wall_s']:.0f} s"
     )
-    print("every loss is bit-identical to that of the run that was never stopped")
+    print("all losses have the same bits as those of the uninterrupted run")
     print(f"ETTR                {figures['ettr']:.1%}")
     if times:
         print(f"recovery            median {statistics.median(times):.1f} s, longest {max(times):.1f} s")
     if lost:
         print(f"lost steps          median {statistics.median(lost):.0f}, most {max(lost):.0f}")
     print(
-        f"memory              {figures['memory_mib']:.0f} MiB a rank, grew by {figures['memory_growth_mib']:.1f} MiB "
+        f"memory              {figures['memory_mib']:.0f} MiB per rank, grew by {figures['memory_growth_mib']:.1f} MiB "
         f"in {figures['observed_s']:.0f} s"
     )
     print(f"file descriptors    {figures['file_descriptors']:.0f}, grew by {figures['file_descriptor_growth']:.0f}")

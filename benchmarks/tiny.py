@@ -1,4 +1,4 @@
-"""Tiny runs for experiments: a model that trains in a minute on one core, on the running Python's own source."""
+"""Runs of a tiny model for experiments. It trains in a minute on one core, on the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.metrics import read_metrics
 
 VOCABULARY = 512
-# About 1.5 MB of code by many hands.
+# About 1.5 MB of code by many authors.
 PACKAGES = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json", "logging", "unittest")
 
 
 def stdlib_patterns(packages: tuple[str, ...] = PACKAGES) -> list[str]:
-    """Globs of packages of the standard library."""
+    """Globs of the source files of some packages of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     return [str(root / package / "*.py") for package in packages]
 
 
 def tiny_run(run_dir: Path, *, layers: int, hidden: int, steps: int, lr: float, **groups: Any) -> RunConfig:
-    """A run's configuration; `groups` adds to its groups, or replaces what is given here."""
+    """Make the configuration of a tiny run. `groups` adds keys to its groups or replaces them; `data` replaces the group."""
     values: dict[str, Any] = {
         "model": {
             "num_layers": layers,
@@ -54,13 +54,17 @@ def tiny_run(run_dir: Path, *, layers: int, hidden: int, steps: int, lr: float, 
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """The `data` group of the standard corpus, prepared once under a folder."""
+    """Tokenize the corpus to a folder, and return the configuration group `data` that reads it."""
     config = prepare_once(tiny_run(folder, layers=1, hidden=16, steps=2, lr=1e-3))
     return config.data.model_dump(exclude_defaults=True)
 
 
 def run(config: RunConfig) -> tuple[list[dict], list[dict], str | None]:
-    """Train in this process, quietly; the records of metrics.jsonl and events.jsonl, and why it stopped, if it did."""
+    """Train in this process without output.
+
+    Returns:
+        The records of metrics.jsonl, the records of events.jsonl, and the message of a DivergedError that stopped the run.
+    """
     stopped = None
     with contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -73,5 +77,5 @@ def run(config: RunConfig) -> tuple[list[dict], list[dict], str | None]:
 
 
 def losses_of(records: list[dict]) -> list[tuple[int, float]]:
-    """(step, training loss) of every step that was reported; infinite where it was not finite."""
+    """(step, training loss) of each recorded step. A non-finite loss is infinity."""
     return [(r["step"], r["lm loss"] if r["lm loss"] is not None else float("inf")) for r in records if "lm loss" in r]

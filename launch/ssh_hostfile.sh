@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Starts, watches and stops a run on the nodes of a hostfile, over ssh.
+# Starts, checks and stops a run on the nodes of a hostfile over ssh.
 #
 #   launch/ssh_hostfile.sh [--dry-run] start|status|stop HOSTFILE X.yaml [KEY=VALUE]...
 #
-# HOSTFILE: a line a node, `host slots=8`; all nodes the same slots; # begins a comment. The nodes meet at the first one.
-# Every node needs this folder at the same path, and ssh without a password. `start` returns when all agents run; they live
-# on without this terminal. `stop` lets the ranks finish the step, save and end. Give all three the same HOSTFILE and YAML.
+# HOSTFILE has one line for each node: `host slots=8`. All nodes have the same number of slots; # starts a comment. The
+# rendezvous runs on the first node. Each node needs this folder at the same path, and ssh access without a password.
+# `start` returns when torchrun runs on all nodes; it continues after this terminal is closed. `stop` lets the ranks finish the
+# step and save. Give the same HOSTFILE and YAML file to start, status and stop.
 #
-# Environment, beside that of torchrun.sh (PYTHON and MAX_RESTARTS are passed on, as are NCCL_*, GLOO_*, FLAGSCALE_*,
-# CUDA_*, OMP_NUM_THREADS and PYTHONPATH):
-#   JOB    names the run; logs are LOGS/JOB/HOST.log, on each node   [the YAML's name]
-#   LOGS   the folder of the logs                                    [runs/logs]
-#   PORT   of the first node                                         [29400]
+# Environment variables, with defaults. PYTHON, PYTHONPATH, MAX_RESTARTS, OMP_NUM_THREADS, NCCL_*, GLOO_*, FLAGSCALE_* and
+# CUDA_* are passed on to torchrun.sh:
+#   JOB    name of the run; the logs are LOGS/JOB/HOST.log on each node   [the YAML file's name]
+#   LOGS   folder of the logs                                             [runs/logs]
+#   PORT   rendezvous port on the first node                              [29400]
 #
-# No shell injection: host names are checked, and every word goes through the remote shell in single quotes.
+# Shell injection is not possible: host names are checked, and each word is passed to the remote shell in single quotes.
 # Example: launch/ssh_hostfile.sh start hosts.txt examples/aquila2/34b.yaml
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 10; }
 
-# Words for the remote shell, whichever it is: inside single quotes POSIX shells read nothing but the closing quote.
+# Quotes words for a remote POSIX shell, which interprets nothing between single quotes.
 quote() {
   local word
   for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
@@ -39,7 +40,7 @@ while IFS= read -r line || [[ -n $line ]]; do
   number=$((number + 1))
   line=${line%%#*}
   [[ $line =~ [^[:space:]] ]] || continue
-  # no leading dash: ssh would take the name for an option
+  # A host name must not start with a dash, which ssh would read as an option.
   [[ $line =~ ^[[:space:]]*([A-Za-z0-9_][A-Za-z0-9_.@-]*)([[:space:]]+slots[[:space:]]*=[[:space:]]*([1-9][0-9]*))?[[:space:]]*$ ]] ||
     fail "hostfile $hostfile:$number: '$line': write it as \`name slots=8\`"
   hosts+=("${BASH_REMATCH[1]}")
@@ -63,7 +64,8 @@ while IFS= read -r name; do
   esac
 done < <(compgen -e)
 
-# The command of one node. A pid file says which process to stop; the job's name in its command line, that it still is it.
+# Prints the command for one node. A pid file names the process to stop. To check that the pid still belongs to the run, the
+# command looks for the job's name in the process's command line.
 remote() {
   local host=$1 pid log alive
   shift

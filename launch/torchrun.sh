@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Starts the ranks of this node under torchrun: one node, or one of several that meet at RDZV_ENDPOINT. When a rank dies, the
-# ranks of all nodes start again, at most MAX_RESTARTS times, and go on from the newest whole checkpoint.
+# Starts the ranks of this node under torchrun. With several nodes, run it on each node with the same RDZV_ENDPOINT. When a
+# rank dies, the ranks of all nodes restart, at most MAX_RESTARTS times, and resume from the newest intact checkpoint.
 #
 #   launch/torchrun.sh [--dry-run] X.yaml [KEY=VALUE]...
 #
-# Environment, and what holds where it is unset:
-#   NPROC_PER_NODE  ranks of a node: a number, or auto: one a GPU, else one a CPU   [auto]
-#   NNODES          nodes                                                          [1]
-#   RDZV_ENDPOINT   HOST:PORT, the same on every node; needed where NNODES > 1
-#   RDZV_IS_HOST    1 on HOST and 0 elsewhere; torchrun compares host names         [left to torchrun]
-#   LOCAL_ADDR      a name or address of this node that the others can reach         [its host name]
-#   RDZV_ID         the job's name, the same on every node                         [flagscale-like]
-#   MAX_RESTARTS    restarts of all ranks                                          [3]
-#   PYTHON          the interpreter that has flagscale_like                        [python3]
-# Kubeflow's training operator says the same in PET_NNODES, PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT, PET_RDZV_ID.
+# Environment variables, with defaults:
+#   NPROC_PER_NODE  ranks on this node: a number, or auto (one for each GPU, or for each CPU without GPUs)   [auto]
+#   NNODES          number of nodes                                                      [1]
+#   RDZV_ENDPOINT   HOST:PORT of the rendezvous, the same on every node; required if NNODES > 1
+#   RDZV_IS_HOST    1 on the node HOST, 0 on the others                     [torchrun compares host names]
+#   LOCAL_ADDR      name or address of this node that the other nodes can reach          [its host name]
+#   RDZV_ID         name of the job, the same on every node                              [flagscale-like]
+#   MAX_RESTARTS    maximum number of restarts of all ranks                              [3]
+#   PYTHON          Python interpreter in which flagscale_like is installed              [python3]
+# Kubeflow's training operator sets PET_NNODES, PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT and PET_RDZV_ID instead.
 #
-# SIGTERM: the ranks finish the step, save and stop. torchrun kills what is left after 30 s, so keep resilience.grace_s below.
+# On SIGTERM, the ranks finish the step, save and stop. torchrun kills remaining ranks after 30 s, so resilience.grace_s must
+# be shorter.
 # Example: NPROC_PER_NODE=8 launch/torchrun.sh examples/aquila2/7b.yaml parallel.tp=2 parallel.sp=true
 set -euo pipefail
 
@@ -33,7 +34,7 @@ restarts=${MAX_RESTARTS:-3}
 [[ $ranks =~ ^([1-9][0-9]*|auto|gpu|cpu)$ ]] || fail "NPROC_PER_NODE ($ranks) must be a number, or auto"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS ($restarts) must be a number"
 
-if [[ $nodes == 1 ]]; then endpoint=${endpoint:-localhost:0}; fi # any free port
+if [[ $nodes == 1 ]]; then endpoint=${endpoint:-localhost:0}; fi # port 0: any free port
 [[ -n $endpoint ]] || fail "NNODES is $nodes: give RDZV_ENDPOINT=HOST:PORT, the same on every node"
 
 command=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks")
@@ -48,5 +49,5 @@ if [[ -n $dry_run ]]; then
   echo
   exit
 fi
-# exec: signals to this script's process reach torchrun, and its exit code is this script's
+# With exec, torchrun receives the signals sent to this script, and its exit code is the script's.
 exec "${command[@]}"

@@ -50,7 +50,9 @@ def _run_here(lines: list[list[str]], folder: str) -> list[Outcome]:
     from megatron.core import parallel_state  # not before flagscale_like, which prepares for it
 
     warnings.simplefilter("ignore")
-    multiprocessing.current_process().daemon = False  # the harness's ranks are; some commands start workers
+    # The harness's ranks are daemons that start others by a fork server. Here some commands start workers, as a shell's do.
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method(None, force=True)
     if os.environ.get("WORLD_SIZE") == "1":
         for name in LAUNCHER:
             os.environ.pop(name, None)

@@ -1,5 +1,5 @@
-"""The whole way in a few minutes on a laptop: text -> tokenizer -> 3D-parallel training -> stop -> resume on another layout
--> Hugging Face folder -> transformers. Every step is a command that you can type yourself; the script prints each one.
+"""A demo of a few minutes on a laptop: tokenize text, train with tensor and pipeline parallelism, stop, resume on another
+layout, export to a Hugging Face folder, and generate text with transformers. The script prints each command that it runs.
 
     python examples/demo/run.py [--run-dir runs/demo] [--steps 160]
 """
@@ -30,7 +30,7 @@ LAYOUTS = (
 
 
 def run(*arguments: str) -> None:
-    """Run `flagscale-like ARGUMENTS`, showing the command; end with its exit code if it fails."""
+    """Print and run `flagscale-like ARGUMENTS`. If the command fails, exit with its exit code."""
     print(f"\n$ flagscale-like {shlex.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "flagscale_like", *arguments]).returncode
     if code:
@@ -38,14 +38,14 @@ def run(*arguments: str) -> None:
 
 
 def unigram_entropy(prefix: Path) -> float:
-    """Entropy of the token frequencies, in nats: the best loss of a model that ignores context."""
+    """The entropy of the token frequencies, in nats: the lowest loss of a model that ignores context."""
     counts = np.bincount(np.fromfile(f"{prefix}.bin", dtype=np.uint16))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def complete(folder: Path, prompt: str, new_tokens: int) -> str:
-    """A completion by plain transformers."""
+    """Generate a completion with transformers, greedily with a repetition penalty."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -58,9 +58,16 @@ def complete(folder: Path, prompt: str, new_tokens: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, run: Callable[..., None] = run) -> None:
-    """The demo with these arguments; `run` runs a command of flagscale-like."""
+    """Run the demo.
+
+    Args:
+        arguments: command line; None takes sys.argv.
+        run: runs a flagscale-like command with the given arguments.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="made anew")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs/demo"), help="run folder; an existing one is removed first"
+    )
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps, half on each layout")
     parser.add_argument("--input", default="python-stdlib", help="text to train on")
     args = parser.parse_args(arguments)
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable[..., None] = run)
 
 
 def report(run_dir: Path, prefix: Path, half: int, completion: str, seconds: float) -> None:
-    """Print what came out."""
+    """Print the results: losses, throughput on both layouts, the completion, and where the files are."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lm loss" in record]
     validation = [record["lm loss validation"] for record in map(json.loads, lines) if "lm loss validation" in record]

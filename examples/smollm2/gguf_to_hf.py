@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama-like model -> a Hugging Face folder: weights dequantized to fp32, and the tokenizer.
+"""Converts a GGUF file of a Llama-like model to a Hugging Face folder: weights, dequantized to fp32, and tokenizer.
 
-GGUF keeps the rows of q and k in the order of interleaved rotary pairs (0, 1), (2, 3), ...; Hugging Face turns channels i
-and i + d/2 together. The rows are put back here.
+GGUF orders the rows of q and k by interleaved rotary pairs (0, 1), (2, 3), ...; Hugging Face rotates the channels i and
+i + d/2 together. `rotate_half_order` reorders the rows.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 OTHER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-CONTROL = 3  # tokenizer.ggml.token_type of special tokens
+CONTROL = 3  # the value of tokenizer.ggml.token_type for special tokens
 
 
 def hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """The Hugging Face name of a GGUF tensor: model.layers.3.self_attn.q_proj.weight for blk.3.attn_q.weight."""
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
     _, layer, part, kind = name.split(".")
@@ -39,22 +39,30 @@ def hf_name(name: str) -> str:
 
 
 def rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs to [first halves; second halves]. [n * d, h] -> the same shape."""
+    """Reorder the rows of each head from interleaved pairs to first halves followed by second halves.
+
+    Args:
+        weight: [n * d, h], n heads of d rows.
+        heads: n.
+
+    Returns:
+        [n * d, h].
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [n, d/2, 2, h]
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer.
+    """Write config.json, model.safetensors and the tokenizer files to the new folder `out`.
 
     Raises:
-        ValueError: the file is of another architecture than llama.
+        ValueError: the architecture of the GGUF file is not llama.
     """
     reader = GGUFReader(str(gguf))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
-        raise ValueError(f"{gguf}: architecture {fields['general.architecture']!r}, this converter reads llama")
+        raise ValueError(f"{gguf}: the architecture is {fields['general.architecture']!r}, this converter reads llama")
     heads, groups = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     weights = {}
     for tensor in reader.tensors:
@@ -88,7 +96,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def write_tokenizer(fields: dict, out: Path) -> None:
-    """SmolLM's byte-level BPE. A document ends with <|endoftext|>, as in the pretraining of the base model."""
+    """Write SmolLM's byte-level BPE tokenizer. The token <|endoftext|> ends a document, as in the model's pretraining."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

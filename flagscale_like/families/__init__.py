@@ -1,7 +1,10 @@
-"""Model families. A new family is one file in this folder and one line in FAMILIES; no other module names a family."""
+"""Model families. A new family is one file in this folder and one line in FAMILIES, or a package of its own with an entry
+point (families.plug_ins). No other module names a family.
+"""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from flagscale_like.arch import ModelArch
@@ -9,11 +12,22 @@ from flagscale_like.errors import ConversionError
 from flagscale_like.families.baichuan import BAICHUAN, BAICHUAN2
 from flagscale_like.families.family import Family, Settings
 from flagscale_like.families.llama import AQUILA, LLAMA, MISTRAL
+from flagscale_like.families.plug_ins import plug_ins
 from flagscale_like.families.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (LLAMA, MISTRAL, AQUILA, BAICHUAN, BAICHUAN2, QWEN2, QWEN3)
 }
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family by name: FAMILIES, and those of installed packages.
+
+    Raises:
+        ConversionError: a package's family cannot be used; see plug_ins().
+    """
+    return FAMILIES | plug_ins(FAMILIES)
 
 
 def find_family(name: str) -> Family:
@@ -22,9 +36,10 @@ def find_family(name: str) -> Family:
     Raises:
         ConversionError: there is none of this name.
     """
-    if name not in FAMILIES:
-        raise ConversionError(f"family {name!r} is not known; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    known = families()
+    if name not in known:
+        raise ConversionError(f"family {name!r} is not known; known: {', '.join(known)}")
+    return known[name]
 
 
 def read_config(folder: Path) -> tuple[Family, ModelArch]:
@@ -35,12 +50,12 @@ def read_config(folder: Path) -> tuple[Family, ModelArch]:
     """
     settings = Settings.read(folder)
     model_type, classes = settings.get("model_type"), settings.get("architectures", [])
-    found = [f for f in FAMILIES.values() if f.model_type == model_type]
+    found = [f for f in families().values() if f.model_type == model_type]
     if not found:
         # Folders written by old code leave model_type out; the class then names the family.
-        found = [f for f in FAMILIES.values() if model_type is None and set(classes) & set(f.architectures)]
+        found = [f for f in families().values() if model_type is None and set(classes) & set(f.architectures)]
     if not found:
-        known = ", ".join(sorted({f.model_type for f in FAMILIES.values()}))
+        known = ", ".join(sorted({f.model_type for f in families().values()}))
         raise settings.fail(f"model_type {model_type!r} is not known; known: {known}")
     family = next((f for f in found if f.matches(settings)), found[0])
     known_classes = {name for f in found for name in f.architectures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,6 +72,10 @@ class ModelSpec:
             seed=train.seed,
             frozen=tuple(train.frozen),
         )
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether training leaves the parameter of this name as it is."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.frozen)
 
     @property
     def tied(self) -> bool:

@@ -55,14 +55,11 @@ def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
     with ExitStack() as closing:
         run = assemble(config, begun, closing)
         announce(run, begun.notes)
-        trail = next((part for part in run.parts.parts if isinstance(part, DataTrail)), None)
-        if trail is not None:
-            trail.begin(run.reporter)
+        run.parts.begin(run.reporter)
         run_steps(run)
         if run.progress.step == config.train.steps and run.evaluate and config.data.tests:
             report_evaluation(run, "test")
-        if trail is not None:
-            trail.end(run.reporter)
+        run.parts.finish(run.reporter)
         if run.progress.step < last_step(config):
             text = f"stopped at step {run.progress.step}; the same command goes on from the newest checkpoint"
             run.reporter.say(text)

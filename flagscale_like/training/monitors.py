@@ -121,11 +121,7 @@ class EffectiveRankMonitor:
     that measures it, one tensor-parallel shard at a time.
     """
 
-    def __init__(
-        self,
-        options: EffectiveRank,
-        engine: Engine,
-    ) -> None:
+    def __init__(self, options: EffectiveRank, engine: Engine) -> None:
         self.options, self.ctx, self.shards = options, engine.ctx, [s for s in engine.owned if s.trained]
         self.layers = evenly_spaced(engine.spec.arch.num_layers, options.layers)
         self.sequence_parallel = engine.spec.parallel.sp
@@ -133,6 +129,7 @@ class EffectiveRankMonitor:
         self.low: set[str] = set()
         self._rows: dict[int, Tensor] = {}
         self._listening = False
+        self.is_frozen = engine.spec.is_frozen  # a frozen matrix has no gradient
         self.matrices = {
             parameter.name: (parameter.layer, parameter.place_in_layer)
             for parameter in parameters(engine.spec.arch)
@@ -152,8 +149,12 @@ class EffectiveRankMonitor:
 
     def names(self) -> list[str]:
         """What is measured, in the order of the reduced vector; the same on every rank."""
-        kinds = [kind for kind in ("weights", "gradients") if kind in self.options.of]
-        names = [f"{kind}/layers.{i}.{matrix}" for kind in kinds for i, matrix in self.matrices.values()]
+        names = [
+            f"{kind}/layers.{layer}.{matrix}"
+            for kind in ("weights", "gradients")
+            for name, (layer, matrix) in self.matrices.items()
+            if kind in self.options.of and not (kind == "gradients" and self.is_frozen(name))
+        ]
         return names + [f"activations/layers.{i}" for i in self.layers if "activations" in self.options.of]
 
     def listen(self) -> None:
@@ -177,7 +178,7 @@ class EffectiveRankMonitor:
         for order, ((layer, matrix), parameter) in enumerate(self.parameters.items()):
             owner = order % ctx.dp
             for kind in ("weights", "gradients"):
-                if kind not in self.options.of:
+                if f"{kind}/layers.{layer}.{matrix}" not in local:
                     continue
                 whole = parameter.detach() if kind == "weights" else self._gradient(parameter, owner, dp_group)
                 if ctx.dp_rank == owner:

@@ -1,10 +1,12 @@
 """Parts: what a run does beside learning, one class each. The loop calls them in one order at the moments of a step.
 
+    begin(report)             the run begins or goes on; the states are loaded
     before(plan)              the step begins
     contribute(outputs)       named numbers for the step's one reduction
     judge(facts)              what looks wrong, before the parameters change
     before_update()           the parameters are about to change
     after(step, report)       the step is done
+    finish(report)            the run is at its last step, or was asked to stop
     close(error)              the run ends, in whatever way
 
 A part with a `name` has state in the run's checkpoints. Monitors, data selection, saves, the profiler and the log line are
@@ -118,6 +120,9 @@ class Part:
     name: ClassVar[str] = ""
     state_rewinds: ClassVar[bool] = False
 
+    def begin(self, report: Report) -> None:
+        """The run begins, or goes on from a checkpoint whose states are loaded."""
+
     def before(self, plan: StepPlan) -> None:
         """A step begins."""
 
@@ -138,6 +143,9 @@ class Part:
     def after_rewind(self) -> None:
         """The run went back to an earlier checkpoint, and leaves samples out."""
 
+    def finish(self, report: Report) -> None:
+        """The run is at its last step, or was asked to stop."""
+
     def close(self, error: BaseException | None) -> None:
         """The run ends, because of `error` where it did not end by itself."""
 
@@ -156,6 +164,10 @@ class Parts:
         self.parts = list(parts)
         names = [part.name for part in self.parts if part.name]
         assert len(names) == len(set(names)), f"two parts share a name: {names}"
+
+    def begin(self, report: Report) -> None:
+        for part in self.parts:
+            part.begin(report)
 
     def before(self, plan: StepPlan) -> None:
         for part in self.parts:
@@ -184,6 +196,10 @@ class Parts:
     def after_rewind(self) -> None:
         for part in self.parts:
             part.after_rewind()
+
+    def finish(self, report: Report) -> None:
+        for part in self.parts:
+            part.finish(report)
 
     def state(self) -> dict[str, Any]:
         """By name, of the parts that have one."""

@@ -74,7 +74,7 @@ class DataTrail(Part):
             for loss, position in worst:
                 report.say(f"step {plan.step} | {self.provenance.describe(position, loss)}")
 
-    def end(self, report: Report) -> None:
+    def finish(self, report: Report) -> None:
         """Report how often each source was read."""
         if not self.ctx.is_main:
             return

@@ -32,7 +32,7 @@ def on_two_nodes(config, private_folders: bool) -> tuple[list[str], int, list[in
     try:
         with parallel_context(config.parallel) as ctx:
             train, valid = build_datasets(config, ctx, train_samples=64, valid_samples=8)
-            sample = next(micro_batches(train, config, ctx))["tokens"][0].tolist()
+            sample = next(micro_batches(train, config, ctx)).tokens[0].tolist()
     finally:
         blend.os.replace = replace
     return written, len(train) + len(valid), sample

@@ -108,7 +108,7 @@ def test_a_text_file_divides_into_paragraphs_with_their_first_lines(tmp_path):
         ("x.jsonl.zst", zst(b'{"text": "a b c"}\n' * 9)[:-5], "the compressed file is damaged or truncated about here"),
         ("x.txt.zst", b"no zstd", "x.txt.zst:1: the compressed file is damaged or truncated about here"),
         ("x.txt", b"", "no document is left of 1 files: 1 empty"),
-        ("x.jsonl", b"", "no document is left of 1 files: there was none"),
+        ("x.jsonl", b"", "no document is left of 1 files: the files hold none"),
         ("x.parquet", b"no parquet", "x.parquet: cannot be read"),
     ],
 )

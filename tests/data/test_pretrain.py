@@ -46,7 +46,7 @@ def read_tokens(config, consumed: int, count: int) -> np.ndarray:
         data, valid = build_datasets(config, ctx, train_samples=96, valid_samples=8)
         assert len(valid) >= 8
         stream = micro_batches(data, config, ctx, consumed=consumed)
-        return torch.cat([next(stream)["tokens"] for _ in range(count)]).numpy()
+        return torch.cat([next(stream).tokens for _ in range(count)]).numpy()
 
 
 def test_a_blend_reads_on_from_the_consumed_samples_on_any_data_parallel_size(tmp_path, corpus):

@@ -28,7 +28,7 @@ SMALLER = {
         "train.global_batch_size=4",
     ],
     "bench": ["--steps", "1", "--warmup", "0"],
-    "evaluate": ["--seq-length", "32"],
+    "evaluate": ["--seq-length", "256"],
 }
 RUN = [command for command in commands() if not command.not_run]
 

@@ -20,6 +20,7 @@ from flagscale_like.model.build import named_shards
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.reduction import NamedSum
+from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 from tests.training.test_layouts import fork_at_step_3, losses
@@ -84,6 +85,18 @@ def test_a_tied_output_layer_is_frozen_with_the_embedding_on_every_layout(tmp_pa
     (reader, before), (_, after) = (weights(two.run_dir, step) for step in (3, 6))
     assert np.array_equal(before[EMBEDDING_NAME], after[EMBEDDING_NAME])
     assert not reader.has("exp_avg", [EMBEDDING_NAME])
+
+
+def test_monitors_measure_no_gradient_of_a_frozen_parameter(tmp_path):
+    monitors = {"layers": {"interval": 1}, "effective_rank": {"interval": 1, "least": 1.0, "action": "stop"}}
+    config = tiny_config(tmp_path / "run", train__frozen=FROZEN, train__steps=2, monitors=monitors)
+    for _, error in run_ranks(2, faults.train_and_listen, config):
+        assert error is None
+    names = {name for record in read_metrics(tmp_path / "run") for name in record}
+    assert {name for name in names if name.startswith("effective-rank/gradients/layers.1.")}
+    assert not {name for name in names if "gradients" in name and ("layers.0." in name or "mlp" in name)}
+    assert "layer-grad-norm/layers.1" in names
+    assert "layer-grad-norm/embedding" not in names
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Clusters, and devices by name, known, measured and not known."""
 
 import pytest
-import torch
 
 from flagscale_like.cluster import find_device, parse_cluster, with_devices
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.throughput import EFFICIENCIES, HOPPER
 from flagscale_like.runtime import roofline
+from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.runtime.roofline import measure_device
 
 
@@ -64,25 +64,23 @@ def test_a_card_without_nvlink_is_not_planned_with_it():
     assert parse_cluster("8xH100-NVL").link_gb_per_s(8) == 50
 
 
-class Driver:
-    """Stands in for a CUDA platform on this machine's CPU: a driver's name, 16 GiB, and torch's CPU."""
+class Driver(CpuPlatform):
+    """This machine's CPU under the name of a GPU's driver, with memory of its own: 16 GiB."""
 
-    is_cuda, device = True, torch.device("cpu")
+    counts_device_memory, ranks_share_device = True, False
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, driver_name):
+        super().__init__()
+        self.driver_name = driver_name
 
     def describe(self):
-        return self.name
+        return self.driver_name
+
+    def data_sheet(self):
+        return find_device(self.driver_name)
 
     def total_memory_bytes(self):
         return 16 << 30
-
-    def synchronize(self):
-        pass
-
-    def host_buffer(self, numel, dtype):
-        return torch.empty(numel, dtype=dtype)
 
 
 def test_a_measured_h100_is_planned_as_an_h100():

@@ -36,7 +36,7 @@ def test_a_sweep_times_every_point_and_says_why_one_cannot_run(tmp_path):
     for words in (
         "MFU = model FLOPs / (step time x devices x",
         "peak: measured: fp32 matrix product",
-        "of transformers",
+        "relative to transformers",
     ):
         assert words in done.stdout
     assert not (tmp_path / "run").exists()  # a benchmark leaves the run's folder alone

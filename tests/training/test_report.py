@@ -100,7 +100,7 @@ def test_the_page_asks_for_nothing_and_runs_no_word_of_the_run(run, tmp_path):
 
 
 # Drawings of a larger run, to see that their words fit too.
-LARGE = chart("large", "loss", [Curve(name="training", points=[(0, 1e5), (10_000, 2e5)])], [], last_step=10_000)
+LARGE = chart("large", "loss", [Curve(name="training", points=[(0, 1e5), (6_000, 2e5)])], [], last_step=6_000)
 LARGE += layout_drawing([[range(8), range(16, 24)], [range(8, 16), range(24, 32)]], tp=16, dp=8, sp=True)
 PROBE = """<script>
 const curves = [...document.querySelectorAll("path.curve")].map(path => {
