@@ -6,6 +6,8 @@ import sys
 import pytest
 import yaml
 
+from flagscale_like import cli as command_line
+from flagscale_like.errors import DivergedError
 from tests.commands import invoke, run_commands
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
@@ -137,3 +139,15 @@ def test_doctor_says_what_is_there_and_what_is_missing():
     lines = {line.split()[0]: line for line in found.printed.splitlines() if line.strip()}
     assert "0.16.1" in lines["megatron-core"]
     assert "without it" in lines["apex"] or "in use" in lines["apex"]
+
+
+def test_an_error_is_printed_with_its_notes(monkeypatch, capsys):
+    """What else went wrong while a run was closed is said after what ended the run."""
+    error = DivergedError("step 3: loss nan")
+    error.add_note("while the run was closed: the disk is full")
+    codes = []
+    monkeypatch.setattr(command_line, "app", lambda: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(command_line.os, "_exit", codes.append)
+    command_line.main()
+    assert codes == [DivergedError.exit_code]
+    assert capsys.readouterr().err == "error: step 3: loss nan\nerror: while the run was closed: the disk is full\n"

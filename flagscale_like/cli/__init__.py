@@ -26,7 +26,8 @@ def main() -> None:
             # the other ranks, within this time, so that the error is printed once.
             time.sleep(2.0)
         where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        lines = [str(error), *getattr(error, "__notes__", ())]  # notes: what else went wrong while the run was closed
+        print("\n".join(f"error{where}: {line}" for line in lines), file=sys.stderr, flush=True)
         sys.stdout.flush()
         # sys.exit would destroy the process groups, which waits for ranks that are inside a collective.
         os._exit(error.exit_code)

@@ -25,6 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from flagscale_like.arch import EMBEDDING_NAME, OUTPUT_NAME
 from flagscale_like.config import Kernels
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.heads import HiddenHead, LanguageModelHead, ValueHead
@@ -248,7 +249,10 @@ def freeze(chunks: list[LanguageModel], patterns: Sequence[str], ctx: ParallelCo
         return
     matched, trained = set(), 0
     for chunk in chunks:
+        # On a last stage of its own, a tied output layer is a copy of the embedding: it is frozen, or trained, with it.
+        copied = chunk.share_embeddings_and_output_weights and not chunk.pre_process
         for name, parameter in named_shards(chunk).items():
+            name = EMBEDDING_NAME if copied and name == OUTPUT_NAME else name
             hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
             parameter.requires_grad_(not hits)
             matched |= hits

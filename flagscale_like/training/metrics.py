@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from flagscale_like.json_files import keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
-from flagscale_like.training.parts import Event
+from flagscale_like.training.parts import Event, close_all
 
 
 class Reporter:
@@ -64,12 +65,10 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._metrics is not None:
-            self._metrics.close()
-            self._events.close()
-            self._board.close()
-            plot_losses(self.folder.root)
+            plot = functools.partial(plot_losses, self.folder.root)
+            close_all([self._metrics.close, self._events.close, self._board.close, plot], error)
 
 
 def _now() -> str:

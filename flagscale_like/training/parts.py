@@ -15,7 +15,8 @@ parts; a new one is a class and a line in the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -214,13 +215,25 @@ class Parts:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        problems = []
-        for part in reversed(self.parts):
-            try:
-                part.close(error)
-            except Exception as problem:  # the others are closed all the same
-                problems.append(problem)
-        if problems and error is None:
-            raise problems[0]
-        for problem in problems:
-            error.add_note(f"while the run was closed: {type(problem).__name__}: {problem}")
+        close_all([functools.partial(part.close, error) for part in reversed(self.parts)], error)
+
+
+def close_all(closings: Iterable[Callable[[], object]], error: BaseException | None) -> None:
+    """Call each, whatever the others raise.
+
+    Args:
+        error: what ended the run; None where it ended by itself. What a closing raises becomes a note of it.
+
+    Raises:
+        Exception: the first that a closing raised, where there is no `error`.
+    """
+    problems = []
+    for close in closings:
+        try:
+            close()
+        except Exception as problem:  # the others are closed all the same
+            problems.append(problem)
+    if problems and error is None:
+        raise problems[0]
+    for problem in problems:
+        error.add_note(f"while the run was closed: {type(problem).__name__}: {problem}")

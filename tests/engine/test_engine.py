@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from flagscale_like.arch import EMBEDDING_NAME
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.checkpoint.store import CheckpointStore
@@ -74,6 +75,18 @@ def test_a_parameter_that_is_no_longer_frozen_is_refused_by_name(partly_frozen, 
     assert "holds no optimizer state of decoder.layers.1.mlp.linear_fc1.weight, which was frozen" in error
 
 
+def test_a_tied_output_layer_is_frozen_with_the_embedding_on_every_layout(tmp_path):
+    changes = {"model__tie_embeddings": True, "train__frozen": ["embedding.*"]}
+    one = tiny_config(tmp_path / "one", **changes)
+    run_ranks(1, faults.train_run, one)
+    two = tiny_config(fork_at_step_3(Path(one.run_dir), tmp_path / "two"), parallel={"pp": 2}, **changes)
+    run_ranks(2, faults.train_run, two, timeout_s=60)
+    np.testing.assert_allclose(losses(Path(two.run_dir)), losses(Path(one.run_dir)), rtol=1e-5)
+    (reader, before), (_, after) = (weights(two.run_dir, step) for step in (3, 6))
+    assert np.array_equal(before[EMBEDDING_NAME], after[EMBEDDING_NAME])
+    assert not reader.has("exp_avg", [EMBEDDING_NAME])
+
+
 def test_monitors_measure_no_gradient_of_a_frozen_parameter(tmp_path):
     monitors = {"layers": {"interval": 1}, "effective_rank": {"interval": 1, "least": 1.0, "action": "stop"}}
     config = tiny_config(tmp_path / "run", train__frozen=FROZEN, train__steps=2, monitors=monitors)
@@ -90,11 +103,12 @@ def test_monitors_measure_no_gradient_of_a_frozen_parameter(tmp_path):
     ("frozen", "layout", "message"),
     [
         (["decoder.layers.9.*"], {}, "'decoder.layers.9.*' matches no parameter"),
+        (["output_layer.*"], {"pp": 2}, "'output_layer.*' matches no parameter"),  # it is the embedding's
         (["decoder.*", "embedding.*"], {"pp": 2}, "leaves a pipeline stage without a parameter to train"),
     ],
 )
 def test_a_pattern_that_cannot_be_meant_is_refused(frozen, layout, message, tmp_path):
-    config = tiny_config(tmp_path / "run", train__frozen=frozen, parallel=layout)
+    config = tiny_config(tmp_path / "run", train__frozen=frozen, parallel=layout, model__tie_embeddings=True)
     for _, error in run_ranks(layout.get("pp", 1), faults.train_and_listen, config):
         assert error.startswith("ConfigError: train.frozen")
         assert message in error
