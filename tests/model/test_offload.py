@@ -120,7 +120,7 @@ def test_share_lists_must_name_every_stage(tmp_path):
     write_yaml(config, file)
     done = cli("train", str(file), "--dry-run", "offload.share=[0.5]")
     assert done.returncode == 10
-    assert "offload.share lists 1 stages, parallel.pp is 2: give one share a stage" in done.stderr
+    assert "offload.share lists 1 stages, parallel.pp is 2: give one share for each stage" in done.stderr
     done = cli("train", str(file), "--dry-run", "offload.share=some")
     assert done.stderr.count("\n") == 1
     assert (
