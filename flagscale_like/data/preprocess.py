@@ -2,8 +2,8 @@
 
 The inputs are divided into shards. Worker processes read, clean and tokenize one shard at a time. A shard is complete when
 its report exists; after a kill, complete shards are kept and the others are made again. The shards are then joined in order,
-without the duplicates, which are found over the whole corpus. Texts and tokens are in memory for one batch at a time; for
-the whole corpus, 20 bytes for each document are.
+without the duplicates, which are found over the whole corpus. Memory holds one batch of texts and tokens at a time,
+and 20 bytes for each document of the corpus.
 """
 
 from __future__ import annotations
