@@ -63,10 +63,12 @@ def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
         if run.progress.step < last_step(config):
             text = f"stopped at step {run.progress.step}; the same command goes on from the newest checkpoint"
             run.reporter.say(text)
-        elif config.checkpoint.export_hf:
+            return run.progress
+        if config.checkpoint.export_hf:
             run.watchdog.beat(run.progress.step, "exporting", slow=True)
             out = export_run(run)
             run.reporter.say(f"exported {out}: {config.train.precision} weights of step {run.progress.step}")
+        run.reporter.say(f"done: step {run.progress.step} of {config.train.steps}; everything is in {config.run_dir}")
     return run.progress
 
 

@@ -192,7 +192,7 @@ def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> li
     ]
     if needed > progress.train_samples:
         notes.append(
-            f"the data order changes: this run needs {needed} samples, it began with {progress.train_samples} planned"
+            f"from here on the order of the samples is another one: the run now reads {needed}, not {progress.train_samples}"
         )
         progress.train_samples = needed
     return notes
