@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -141,13 +142,26 @@ def test_doctor_says_what_is_there_and_what_is_missing():
     assert "without it" in lines["apex"] or "in use" in lines["apex"]
 
 
-def test_an_error_is_printed_with_its_notes(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DivergedError("step 3: loss nan"), 14, "step 3: loss nan"),
+        (OSError(28, "No space left on device"), 15, "a file cannot be written: [Errno 28] No space left on device"),
+    ],
+    ids=["user error", "full disk"],
+)
+def test_an_error_is_printed_with_its_notes(error, code, line, monkeypatch, capsys):
     """What else went wrong while a run was closed is said after what ended the run."""
-    error = DivergedError("step 3: loss nan")
-    error.add_note("while the run was closed: the disk is full")
+    error.add_note("while the run was closed: the plot is lost")
     codes = []
     monkeypatch.setattr(command_line, "app", lambda: (_ for _ in ()).throw(error))
     monkeypatch.setattr(command_line.os, "_exit", codes.append)
     command_line.main()
-    assert codes == [DivergedError.exit_code]
-    assert capsys.readouterr().err == "error: step 3: loss nan\nerror: while the run was closed: the disk is full\n"
+    assert codes == [code]
+    assert capsys.readouterr().err == f"error: {line}\nerror: while the run was closed: the plot is lost\n"
+
+
+def test_an_error_of_the_system_that_is_no_full_disk_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command_line, "app", Path("/no/such/file").read_text)
+    with pytest.raises(FileNotFoundError):
+        command_line.main()

@@ -93,6 +93,10 @@ WRONG = {
         ],
         "selection.target belongs to selection.rule target (rule progress, target z)",
     ),
+    "salience of frozen weights": (
+        ["init.salience={}", "train.frozen=['*.mlp.*']"],
+        "init.salience scales weights by their gradients: train.frozen must be empty with it",
+    ),
     "mup of tied embeddings": (
         ["model.tie_embeddings=true", "init.mup={base_hidden_size: 16}"],
         "init.mup needs model.tie_embeddings false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -12,22 +13,37 @@ from flagscale_like.cli import init, train, report, plan, bench, data, convert, 
 
 # isort: on
 from flagscale_like.cli.base import app
-from flagscale_like.errors import PeerLostError, UserError
+from flagscale_like.errors import PeerLostError, PlatformError, UserError
+
+# A disk that takes no more is no bug of ours, wherever it is met.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
     """Run the command line. A UserError is printed as one line and sets the exit code; other exceptions show a traceback."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         app()
     except UserError as error:
-        if rank or isinstance(error, PeerLostError):
-            # Usually rank 0 prints the same error, and a lost rank prints the cause. After the first failure torchrun ends
-            # the other ranks, within this time, so that the error is printed once.
-            time.sleep(2.0)
-        where = f" (rank {rank})" if rank else ""
-        lines = [str(error), *getattr(error, "__notes__", ())]  # notes: what else went wrong while the run was closed
-        print("\n".join(f"error{where}: {line}" for line in lines), file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # sys.exit would destroy the process groups, which waits for ranks that are inside a collective.
-        os._exit(error.exit_code)
+        _end(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        problem = PlatformError(f"a file cannot be written: {error}")
+        for note in getattr(error, "__notes__", ()):
+            problem.add_note(note)
+        _end(problem)
+
+
+def _end(error: UserError) -> None:
+    """Print the error, a line for each of its notes (what else went wrong while the run was closed), and end the process."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank or isinstance(error, PeerLostError):
+        # Usually rank 0 prints the same error, and a lost rank prints the cause. After the first failure torchrun ends
+        # the other ranks, within this time, so that the error is printed once.
+        time.sleep(2.0)
+    where = f" (rank {rank})" if rank else ""
+    for line in (str(error), *getattr(error, "__notes__", ())):
+        print(f"error{where}: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # sys.exit would destroy the process groups, which waits for ranks that are inside a collective.
+    os._exit(error.exit_code)

@@ -122,6 +122,8 @@ class RunConfig(Frozen):
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
+        if self.init.salience and train.frozen:
+            raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_schedule()
         return self
 

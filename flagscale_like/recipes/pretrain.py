@@ -61,8 +61,7 @@ def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
             report_evaluation(run, "test")
         run.parts.finish(run.reporter)
         if run.progress.step < last_step(config):
-            text = f"stopped at step {run.progress.step}; the same command goes on from the newest checkpoint"
-            run.reporter.say(text)
+            run.reporter.say(f"stopped at step {run.progress.step}; {what_remains(config)}")
             return run.progress
         if config.checkpoint.export_hf:
             run.watchdog.beat(run.progress.step, "exporting", slow=True)
@@ -123,6 +122,13 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
     run.parts.load(begun.saved)
     run.evaluate = evaluator(run, valid_data) if valid_data is not None else None
     return run
+
+
+def what_remains(config: RunConfig) -> str:
+    """What a run that was asked to stop has saved, in words."""
+    if config.checkpoint.interval:
+        return "the same command goes on from the newest checkpoint"
+    return "nothing was saved, because checkpoint.interval is 0"
 
 
 def evaluation_samples(config: RunConfig) -> int:

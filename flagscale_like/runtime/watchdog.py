@@ -32,7 +32,7 @@ class Watchdog:
 
     Args:
         folder: where the reports go; on a file system that all ranks see.
-        first_timeout_s, timeout_s: longest time from a beat to the next, if that phase is slow or not; 0 is for ever.
+        first_timeout_s, timeout_s: longest time from a beat to the next, if that phase is slow or not; 0 sets no limit.
         grace_s: time from SIGTERM or SIGINT to the end of the block.
 
     Attributes:
@@ -55,8 +55,8 @@ class Watchdog:
         if self.rank == 0 and self.folder.is_dir():  # the reports of an earlier start
             at = time.strftime("%Y%m%dT%H%M%S", time.localtime(self.folder.stat().st_mtime))
             self.folder.rename(self.folder.with_name(f"{self.folder.name}-{at}"))
-        # The interpreter runs signal handlers between two instructions of the main thread, which may be inside a
-        # collective for ever. It writes the signal's number to this socket at once, and the thread reads it.
+        # The interpreter runs signal handlers between two instructions of the main thread, which may hang inside a
+        # collective. It writes the signal's number to this socket at once, and the thread reads it.
         self._wakeup, self._inlet = socket.socketpair()
         self._inlet.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)

@@ -1,5 +1,6 @@
 """The loop: only the step is step time, a stop saves at once, a stopped run is closed, the log shows the mean loss."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.json_files import read_records
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training import clock as clock_module
-from flagscale_like.training import loop
+from flagscale_like.training import loop, metrics
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.plan import Progress, next_step
@@ -89,6 +90,13 @@ def test_a_stop_at_a_step_that_evaluates_saves_and_does_not_evaluate(tmp_path):
     assert [folder.name for folder in step_folders(RunFolder(config.run_dir).checkpoints)] == ["step_00000003"]
 
 
+def test_a_stop_of_a_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
+    config = tiny_config(tmp_path / "run", train__eval_steps=1, checkpoint={"interval": 0})
+    ((said, error), _) = run_ranks(1, signalled_before_an_evaluation, config)[0]
+    assert error is None
+    assert said[-1] == "stopped at step 3; nothing was saved, because checkpoint.interval is 0"
+
+
 def poisoned(config):
     faults.poison({3}, "total")
     return faults.train_and_listen(config)
@@ -104,6 +112,25 @@ def test_a_run_that_its_guard_stops_is_closed_and_its_stop_is_no_interruption(tm
     assert any(folder.tensorboard.iterdir())
     run_ranks(1, faults.train_run, config)
     assert not any("resilience/restarts" in r for r in read_metrics(folder.root))
+
+
+def poisoned_on_a_full_disk(config):
+    """Train; the guard stops the run, and the plot of its losses cannot be written. Returns the error and its notes."""
+    faults.poison({3}, "total")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    faults.at_call(metrics, "plot_losses", 1, lambda call: (_ for _ in ()).throw(full))
+    try:
+        faults.train_run(config)
+    except Exception as error:
+        return type(error).__name__, error.__notes__
+
+
+def test_what_fails_while_a_stopped_run_is_closed_does_not_hide_what_stopped_it(tmp_path):
+    config = tiny_config(tmp_path / "run", monitors={"non_finite": "stop"})
+    ((name, notes),) = run_ranks(1, poisoned_on_a_full_disk, config)
+    assert name == "DivergedError"
+    assert notes == ["while the run was closed: OSError: [Errno 28] No space left on device"]
+    assert read_records(RunFolder(config.run_dir).resilience)[-1]["event"] == "stop"
 
 
 def fails_in_step_3(config):
