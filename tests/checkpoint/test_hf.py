@@ -282,7 +282,7 @@ def test_the_command_line_imports_exports_verifies_and_says_what_is_wrong(tmp_pa
     exported = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--dtype", "fp32")
     assert exported.returncode == 0, exported.stderr
     assert "verified by importing the export again" in exported.stdout
-    assert "transformers has no baichuan" in exported.stdout
+    assert "transformers has no model class for baichuan" in exported.stdout
     assert_same_tensors(source, out)
     shutil.rmtree(out)
     refused = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--as", "llama")
