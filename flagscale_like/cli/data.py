@@ -28,7 +28,7 @@ data_app = typer.Typer(
 @app.command(
     epilog=example("flagscale-like preprocess corpus/*.jsonl.zst --tokenizer tok/ --out data/corpus --workers 8")
 )
-def preprocess(
+def preprocess(  # typer makes an option of every parameter
     inputs: Annotated[
         list[str],
         typer.Argument(help="Files, folders or globs of jsonl or text (also .gz, .zst) or parquet, or python-stdlib."),

@@ -37,7 +37,7 @@ MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
 OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 
 
-def preprocess(
+def preprocess(  # each parameter is one option of the command `preprocess`
     files: Sequence[Path],
     tokenizer_folder: str | Path,
     prefix: str | Path,
