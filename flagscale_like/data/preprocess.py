@@ -38,7 +38,7 @@ MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
 OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 
 
-def preprocess(  # one keyword for each option of the command, and a docstring for each
+def preprocess(  # each parameter is one option of the command `preprocess`
     files: Sequence[Path],
     tokenizer_folder: str | Path,
     prefix: str | Path,
