@@ -11,6 +11,8 @@ import typer
 from flagscale_like.cli.base import Checkpoint, app, example, open_checkpoint
 from flagscale_like.errors import ConfigError
 
+LONGEST_WINDOW = 1024  # of `evaluate`, in tokens, where no --seq-length is given
+
 
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
@@ -20,7 +22,10 @@ def evaluate(  # typer makes an option of every parameter
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the model's tokenizer.")] = None,
-    seq_length: Annotated[int, typer.Option(help="Tokens of one window of text.", min=1)] = 1024,
+    seq_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of one window of text. Default: the model's positions, at most 1024.", min=1),
+    ] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="Data type of weights and activations.")
@@ -56,7 +61,12 @@ def evaluate(  # typer makes an option of every parameter
     with parallel_context(parallel) as ctx:
         stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
         found = evaluate_stream(
-            source, stream, ctx, seq_length=seq_length, micro_batch_size=micro_batch_size, precision=precision
+            source,
+            stream,
+            ctx,
+            seq_length=seq_length or min(source.arch.max_position_embeddings or LONGEST_WINDOW, LONGEST_WINDOW),
+            micro_batch_size=micro_batch_size,
+            precision=precision,
         )
         if ctx.is_main:
             bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""

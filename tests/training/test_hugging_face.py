@@ -19,6 +19,7 @@ from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.recipes.evaluate import evaluate_stream
 from flagscale_like.runtime.parallel import parallel_context
+from tests.commands import run_commands
 from tests.families import tiny
 from tests.harness import cli, run_ranks, tiny_config
 from tests.training.test_layouts import losses, train_run
@@ -158,6 +159,19 @@ def test_the_command_line_evaluates_a_checkpoint_on_a_bin_file_with_two_stages(t
     printed = float(result.stdout.split("loss ")[1].split(",")[0])
     assert printed == pytest.approx(transformers_loss(folder, stream.tokens, 30), abs=2e-6)
     assert result.stdout.count("perplexity") == 1  # one rank speaks
+
+
+def test_evaluate_reads_windows_that_the_model_has_positions_for(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.SHAPE, "vocab_size", 301)
+    monkeypatch.setitem(tiny.SHAPE, "max_position_embeddings", 32)
+    folder = tiny.make("llama3", tmp_path)
+    import_folder(folder, tmp_path / "native")
+    *_, prefix = text
+    words = ["evaluate", "--checkpoint", str(tmp_path / "native"), "--data", f"{prefix}.bin"]
+    ((found,),) = run_commands([words])
+    assert found.exit_code == 0, found.error
+    expected = transformers_loss(folder, read_stream(prefix, None, vocab_size=301).tokens, 32)
+    assert float(found.printed.split("loss ")[1].split(",")[0]) == pytest.approx(expected, abs=2e-6)
 
 
 def test_a_stream_that_cannot_be_evaluated_is_refused(text, tmp_path):
