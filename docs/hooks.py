@@ -54,7 +54,7 @@ def configuration() -> str:
         "This page is generated from `flagscale_like/config/` and `flagscale_like/arch.py`.",
     ]
     top = {name: info for name, info in RunConfig.model_fields.items() if not _group(info.annotation)}
-    lines += ["", "## Top level", "", *_table(RunConfig, top)]
+    lines += ["", "## Top level", "", *key_table(RunConfig, top)]
     for name, info in RunConfig.model_fields.items():
         group = _group(info.annotation)
         if group is not None:
@@ -69,7 +69,7 @@ def _section(name: str, group: type[BaseModel], field: FieldInfo) -> list[str]:
         note = " A list; each entry has these keys."
     elif _is_optional(field.annotation):
         note = " Off unless the group is given." if field.default is None else f" `{name}: null` turns it off."
-    lines = ["", f"{level} {name}", "", f"{_summary(group)}{note}", "", *_table(group, group.model_fields)]
+    lines = ["", f"{level} {name}", "", f"{_summary(group)}{note}", "", *key_table(group, group.model_fields)]
     for key, info in group.model_fields.items():
         inner = _group(info.annotation)
         if inner is not None:
@@ -77,7 +77,7 @@ def _section(name: str, group: type[BaseModel], field: FieldInfo) -> list[str]:
     return lines
 
 
-def _table(group: type[BaseModel], fields: dict[str, FieldInfo]) -> list[str]:
+def key_table(group: type[BaseModel], fields: dict[str, FieldInfo]) -> list[str]:
     meanings = _meanings(group)
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, info in fields.items():

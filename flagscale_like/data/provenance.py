@@ -260,7 +260,7 @@ class Provenance:
 
     def __init__(self, order: SourceDataset | Blend | DrawnOrder, names: Sequence[str]) -> None:
         self.order, self.names, self._parts = order, names, order.parts
-        self._tables = [DocumentTable(part.dataset_path) for part in self._parts]
+        self.tables = [DocumentTable(part.dataset_path) for part in self._parts]
 
     def parts(self, position: int) -> list[Part]:
         """Return the parts of documents that a sample consists of.
@@ -269,7 +269,7 @@ class Provenance:
             DataError: the order has no sample at this position.
         """
         number, index = self.order.place(position)
-        source, table = self._parts[number], self._tables[number]
+        source, table = self._parts[number], self.tables[number]
         row = source.shuffle_index[index]
         (begin, begin_offset), (end, end_offset) = source.sample_index[row], source.sample_index[row + 1]
         found = []

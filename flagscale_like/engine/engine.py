@@ -253,11 +253,15 @@ def _forward(
     model = unwrap(chunk)
     if model.pre_process or model.post_process or objective.on_every_stage:
         batch = next(batches)
-        return chunk(**objective.inputs(batch)), functools.partial(_loss, objective, batch)
-    return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(_loss, objective, None)
+        return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
+    return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
+        loss_function, objective, None
+    )
 
 
-def _loss(objective: Objective, batch: Batch | None, output: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+def loss_function(
+    objective: Objective, batch: Batch | None, output: Tensor
+) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
     """megatron-core's loss function: it divides the gradients by the count of the whole global batch."""
     loss = objective.loss(output, batch)
     # The schedule scales the first value in place after this returns, so what is reported is a copy.

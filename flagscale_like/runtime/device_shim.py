@@ -144,7 +144,7 @@ def _scoped(function: Callable, device: torch.device) -> Callable:
     return call
 
 
-def _send_detached(function: Callable) -> Callable:
+def send_detached(function: Callable) -> Callable:
     """Wrap P2PCommunicator._communicate: see 4. in the module's docstring."""
 
     @functools.wraps(function)
@@ -252,7 +252,7 @@ def install(platform: Platform) -> None:
 def _install_for_gloo() -> None:
     """4. and 5. of the module's docstring."""
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication").P2PCommunicator
-    p2p._communicate = _send_detached(p2p._communicate)
+    p2p._communicate = send_detached(p2p._communicate)
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, _not_alone(getattr(buffers, name)))

@@ -126,7 +126,7 @@ class TargetAlignment:
             sums += [_dot(found, wanted), _dot(found, found)]
         set_loss_scaler_state(self.engine.optimizer, scale)
         length, *products = self.engine.ctx.sum(sums)
-        return [_cosine(product, length, own) for product, own in zip(products[::2], products[1::2], strict=True)]
+        return [cosine(product, length, own) for product, own in zip(products[::2], products[1::2], strict=True)]
 
     def _gradient(self, dataset: Dataset, first: int) -> list[Tensor]:
         self.engine.forward_backward(self._batches(dataset, first), self.objective, self.count)
@@ -141,7 +141,7 @@ class TargetAlignment:
             yield Batch.of(batch, ctx.platform.device)
 
 
-def _cosine(product: float, *squares: float) -> float | None:
+def cosine(product: float, *squares: float) -> float | None:
     """Of two vectors, from their product and the squares of their lengths."""
     if not all(map(math.isfinite, (product, *squares))):
         return None

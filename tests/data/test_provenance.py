@@ -66,7 +66,7 @@ def test_the_parts_of_a_sample_are_its_tokens_and_their_documents(blended):
 def test_a_source_without_a_table_is_named_by_document(blended, tmp_path):
     config, samples, _ = blended
     provenance = Provenance(samples, config.data.source_names)
-    for table in provenance._tables:
+    for table in provenance.tables:
         table.path = tmp_path / "nothing"
     part = provenance.parts(0)[0]
     assert part.file is None

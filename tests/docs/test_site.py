@@ -84,8 +84,8 @@ def test_a_key_without_a_meaning_fails_the_reference():
 
     hooks = script("hooks")
     with pytest.raises(ValueError, match=r"Group\.forgotten: has no meaning"):
-        hooks._table(Group, Group.model_fields)
-    table = hooks._table(Group, {"described": Group.model_fields["described"]})
+        hooks.key_table(Group, Group.model_fields)
+    table = hooks.key_table(Group, {"described": Group.model_fields["described"]})
     assert table[2:] == ["| `described` | `integer` | `0` | what it does. |"]
 
 

@@ -7,7 +7,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.engine import _loss
+from flagscale_like.engine.engine import loss_function
 from flagscale_like.engine.shards import adam_step, ensure_moments, set_adam_step
 from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime import device_shim
@@ -125,7 +125,7 @@ def test_every_patched_place_exists_in_this_megatron_core():
 def test_a_pipeline_output_that_is_freed_after_its_send_is_whole_in_what_gloo_sends():
     """Silent error 1: gloo reads the storage after isend has returned; the schedule frees it before."""
     sent = []
-    communicate = device_shim._send_detached(
+    communicate = device_shim.send_detached(
         lambda self, *, tensor_send_next, tensor_send_prev, **_: sent.append(tensor_send_next)
     )
     output = torch.arange(6.0).requires_grad_() * 2
@@ -163,7 +163,7 @@ def test_the_reported_loss_is_not_scaled_with_the_schedules_own():
     """Silent error 3: the schedules divide the loss in place after the loss function has returned it."""
     ones = torch.ones(2, 3)
     batch = Batch(tokens=ones.long(), labels=ones.long(), loss_mask=ones)
-    total, tokens, report = _loss(NextToken(), batch, torch.full((2, 3), 2.0, requires_grad=True))
+    total, tokens, report = loss_function(NextToken(), batch, torch.full((2, 3), 2.0, requires_grad=True))
     total.data.div_(8)
     tokens.mul_(2)
     assert float(report["sums"]["total"]) == 12.0

@@ -114,9 +114,9 @@ def test_probes_leave_the_loss_scale_alone_and_a_gradient_that_is_not_finite_giv
     run_ranks(1, faults.train_run, config)
     state = json.loads((tmp_path / "run/checkpoints/step_00000004/state.json").read_text())
     assert state["loss_scaler"] == {"scale": 256.0, "growth_tracker": 4, "hysteresis_tracker": 2}
-    assert source_selection._cosine(3.0, 4.0, 9.0) == 0.5
-    assert source_selection._cosine(0.0, 0.0, 9.0) == 0.0
-    assert [source_selection._cosine(*three) for three in ((math.nan, 4.0, 9.0), (1.0, math.inf, 9.0))] == [None, None]
+    assert source_selection.cosine(3.0, 4.0, 9.0) == 0.5
+    assert source_selection.cosine(0.0, 0.0, 9.0) == 0.0
+    assert [source_selection.cosine(*three) for three in ((math.nan, 4.0, 9.0), (1.0, math.inf, 9.0))] == [None, None]
 
 
 class PoisonedSources(SourcesDataset):
