@@ -176,13 +176,13 @@ class Bench:
             began = time.perf_counter()
             future = dcp.async_save(self.state, checkpoint_id=path, process_group=group, async_stager=stager)
             stall = time.perf_counter() - began
-            beside = []
+            during = []
             while not future.done():
-                beside.append(self.step())
+                during.append(self.step())
             future.result()
             if index:  # the first save allocates the buffers; flagscale_like allocates its buffers in `reserve`
                 stalls.append(stall)
-                steps += beside
+                steps += during
         return stalls, steps
 
     def read(self, folder: Path, processes: int) -> tuple[list[float], list[float], list[float]]:

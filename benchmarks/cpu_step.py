@@ -41,12 +41,12 @@ MODEL = {
 }
 
 
-def our_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
+def flagscale_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
     steps = our_steps(config, ctx)
     return lambda: next(steps)
 
 
-def their_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
+def transformers_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
     values = find_family("llama").hf_config(config.model)
     hf = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=torch.float32)
@@ -106,9 +106,9 @@ def main() -> None:
             "data": {"synthetic": True},
         }
     )
-    times: dict[str, list[float]] = {"ours": [], "transformers": []}
+    times: dict[str, list[float]] = {"flagscale_like": [], "transformers": []}
     with parallel_context(Parallel()) as ctx:
-        steps = {"ours": our_step(config, ctx), "transformers": their_step(config, ctx)}
+        steps = {"flagscale_like": flagscale_step(config, ctx), "transformers": transformers_step(config, ctx)}
         for round_number in range(args.rounds + 1):
             for name, step in steps.items():
                 began = time.perf_counter()
@@ -124,7 +124,9 @@ def main() -> None:
         "tokens_per_step": tokens,
         "parameters": config.model.parameter_count(),
         "gemm_gflops": rate / 1e9,
-        "speed_ratio": statistics.median(t / o for o, t in zip(times["ours"], times["transformers"], strict=True)),
+        "speed_ratio": statistics.median(
+            theirs / mine for mine, theirs in zip(times["flagscale_like"], times["transformers"], strict=True)
+        ),
     }
     print(f"{result['parameters']:,} parameters, {tokens} tokens a step, {args.threads} threads, fp32")
     print(f"GEMM rate {rate / 1e9:.1f} GFLOP/s")
@@ -132,10 +134,10 @@ def main() -> None:
         median = statistics.median(seconds)
         result[name] = {"median_s": median, "tokens_per_s": tokens / median, "share_of_gemm": flops / median / rate}
         print(
-            f"{name:<13} {median:.3f} s a step (from {min(seconds):.3f} to {max(seconds):.3f}), "
+            f"{name:<14} {median:.3f} s a step (from {min(seconds):.3f} to {max(seconds):.3f}), "
             f"{tokens / median:,.0f} tokens/s, {flops / median / rate:.0%} of the GEMM rate"
         )
-    print(f"ours / transformers in tokens/s: {result['speed_ratio']:.2f} (median of {args.rounds} pairs)")
+    print(f"flagscale_like / transformers in tokens/s: {result['speed_ratio']:.2f} (median of {args.rounds} pairs)")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -73,7 +73,7 @@ def configuration(run_dir: str, options: argparse.Namespace) -> RunConfig:
                 "precision": options.precision,
                 "log_interval": 50,
             },
-            "optimizer": {"lr": 3e-4, "warmup_steps": 10},
+            "optimizer": {"lr": 3e-4, "warmup_steps": min(10, options.steps - 1)},
             "data": {"synthetic": True},
             "checkpoint": {"interval": 0},
             "monitors": {name: {"interval": options.measure_every} for name in ("layers", "effective_rank")},

@@ -63,7 +63,7 @@ def plain_loop(kind: str, corpus: Path, folder: Path, prefix: Path, processes: i
         return time.perf_counter() - began
 
 
-def ours(corpus: Path, folder: Path, prefix: Path, processes: int) -> tuple[float, int]:
+def time_preprocess(corpus: Path, folder: Path, prefix: Path, processes: int) -> tuple[float, int]:
     """The seconds of `preprocess`, with the start of the processes, and the number of tokens."""
     began = time.perf_counter()
     report = preprocess([corpus], folder, prefix, workers=processes)
@@ -96,18 +96,18 @@ def main() -> None:
         corpus, folder = root / "corpus.jsonl", root / "tokenizer"
         write_corpus(corpus, options.megabytes)
         train_bpe((d.text for d, _ in zip(read_documents([corpus]), range(2000))), options.vocab_size, folder)
-        seconds: dict[str, list[float]] = {"ours": [], "tokenizers": [], "transformers": []}
+        seconds: dict[str, list[float]] = {"preprocess": [], "tokenizers": [], "transformers": []}
         for _ in range(options.rounds):
-            spent, tokens = ours(corpus, folder, root / "ours", options.processes)
-            seconds["ours"].append(spent)
+            spent, tokens = time_preprocess(corpus, folder, root / "preprocess", options.processes)
+            seconds["preprocess"].append(spent)
             for kind in ("tokenizers", "transformers"):
                 seconds[kind].append(plain_loop(kind, corpus, folder, root / kind, options.processes))
                 for suffix in (".bin", ".idx"):
-                    same = (root / f"ours{suffix}").read_bytes() == (root / f"{kind}{suffix}").read_bytes()
-                    assert same, f"{kind}{suffix} differs from ours"
+                    same = (root / f"preprocess{suffix}").read_bytes() == (root / f"{kind}{suffix}").read_bytes()
+                    assert same, f"{kind}{suffix} differs from the output of preprocess"
         print(f"{corpus.stat().st_size / 1e6:.1f} MB, {tokens:,} tokens, {options.processes} processes")
         for kind, times in seconds.items():
-            ratios = [theirs / mine for theirs, mine in zip(times, seconds["ours"], strict=True)]
+            ratios = [theirs / mine for theirs, mine in zip(times, seconds["preprocess"], strict=True)]
             print(
                 f"{kind:>12}: {tokens / statistics.median(times):,.0f} tokens/s (median of {options.rounds}); "
                 f"time / time of `preprocess`: median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}"

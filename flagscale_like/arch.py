@@ -56,7 +56,8 @@ class Position(Frozen):
         kind: `rope` rotates q and k (Su et al. 2021); `alibi` adds to a score the head's slope times the distance (Press et
             al. 2022); `nlpe` is RoPE up to a distance and constrained beyond it, so that a text longer than those of training
             has no distance that training had not (Aquila2).
-        base, scaling: RoPE's theta, and its scaling for long contexts.
+        base: RoPE's theta.
+        scaling: how RoPE is scaled for contexts longer than those of training.
         threshold: the first distance, in tokens, that nlpe constrains.
         far: how nlpe constrains it. Aquila2's scheme is not published; these two fit its operator (Su 2023). `clipped`
             (ReRoPE): a distance of `threshold` or more counts as `threshold`. `compressed` (Leaky ReRoPE): from `threshold`
@@ -94,18 +95,19 @@ class ModelArch(Frozen):
         position: how attention receives the order of the tokens.
         norm_eps: epsilon of the RMSNorms.
         tie_embeddings: the output layer uses the weights of the embedding.
-        head_dim: channels a head; hidden_size / num_attention_heads where it is left out.
-        num_query_groups: KV heads (Ainslie et al. 2023); equal to num_attention_heads where it is left out.
+        head_dim: channels of a head; 0 sets hidden_size / num_attention_heads.
+        num_query_groups: KV heads (grouped-query attention, Ainslie et al. 2023); 0 sets num_attention_heads.
         vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.
         qkv_bias: the q, k and v projections have a bias.
         qk_norm: RMSNorm over each head's channels of q and k, before the rotation (Dehghani et al. 2023).
         norm_head: the output matrix is used with its rows scaled to length 1 (Yang et al. 2023, section 2.4).
-        sliding_window: keys that a query sees, itself counted; all before it where left out (Jiang et al. 2023).
-        init_std: standard deviation of every weight matrix at step 0.
-        output_init_std: the same for the two matrices that write to the residual stream; init_std / sqrt(2 * num_layers)
-            where it is left out (Radford et al. 2019).
+        sliding_window: number of keys that a query attends to, with its own key (Jiang et al. 2023). Without it, a query
+            attends to all keys up to its own.
+        init_std: standard deviation of the initial weight matrices.
+        output_init_std: standard deviation of the two matrices of a layer that write to the residual stream; without it,
+            init.scheme sets it.
         norm_init: initial value of the RMSNorm weights.
-        family: the Hugging Face family that an export is written as.
+        family: Hugging Face family that the model is exported as.
     """
 
     num_layers: int = Field(gt=0)

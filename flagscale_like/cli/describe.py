@@ -42,7 +42,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
-        f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; bubble {layout.bubble:.1%}"
+        f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; "
+        f"bubble {layout.bubble:.1%} of the compute time"
     )
     typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
     if not config.data.synthetic:
@@ -50,7 +51,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
     if cluster is None:
-        typer.echo("time         give --cluster, for example 64x8xH100, for the expected tokens/s")
+        typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected tokens/s")
     else:
         typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
         if plan.peak_bytes > cluster.device.hbm_bytes:

@@ -23,5 +23,5 @@ def doctor() -> None:
     Console(soft_wrap=True, highlight=False).print(table)
     broken = [f.name for f in findings if f.status == "broken"]
     if broken:
-        raise PlatformError(f"required and missing: {', '.join(broken)}: install them")
-    typer.echo("training works here")
+        raise PlatformError(f"training cannot start: {', '.join(broken)}: see the lines marked broken")
+    typer.echo("everything that training needs is installed")

@@ -11,7 +11,7 @@ from flagscale_like.cli.base import app, example
 from flagscale_like.errors import ConfigError
 
 STARTER = """\
-# A Llama-shaped model of 1.6 M parameters on the text in data/: a minute on a CPU.
+# A Llama-shaped model of 1.3 M parameters on the text in data/: about a minute on a CPU.
 #   flagscale-like train run.yaml                                      # after a stop or a kill, this command resumes the run
 #   flagscale-like train run.yaml parallel.tp=2 parallel.pp=2          # on four processes, with two kinds of parallelism
 #   flagscale-like train run.yaml --print-config                       # all keys with their values

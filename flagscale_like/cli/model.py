@@ -53,6 +53,11 @@ def evaluate(  # typer makes an option of every parameter
     from flagscale_like.runtime.parallel import parallel_context
 
     source, own_tokenizer = (HfFolder(hf), hf) if hf is not None else open_checkpoint(checkpoint)
+    limit = source.arch.max_position_embeddings
+    if limit and seq_length > limit:
+        raise ConfigError(
+            f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
+        )
     with parallel_context(parallel) as ctx:
         stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
         found = evaluate_stream(

@@ -355,9 +355,10 @@ class Resilience(Frozen):
     """How a run ends that hangs or receives a signal.
 
     Attributes:
-        first_step_timeout_s: seconds that a rank may make no progress before its first step is done. After that time the job
-            ends, and the last step, phase and Python stack of every rank are in RUN_DIR/hang. 0 turns the timeout off.
-        step_timeout_s: the same limit for later steps, evaluations and saves, in seconds.
+        first_step_timeout_s: seconds that a rank may make no progress before its first step is done, and while training waits
+            for a save, a rewind or an export. After that time the job ends, and the last step, phase and Python stack of
+            every rank are in RUN_DIR/hang. 0 turns the timeout off.
+        step_timeout_s: the same limit for later steps and evaluations, in seconds.
         grace_s: seconds that the current step and the save may take after SIGTERM or SIGINT. Then the process ends.
     """
 

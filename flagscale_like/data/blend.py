@@ -235,7 +235,7 @@ class SourceUse:
         return self.tokens / self.epoch_tokens
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.tokens:,} of {self.epoch_tokens:,} tokens, read {self.epochs:.2f} times"
+        return f"{self.name}: {self.tokens:,} tokens, which is {self.epochs:.2f} times its {self.epoch_tokens:,} tokens"
 
 
 def counts_of(dataset: SourceDataset | Blend, samples: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 The inputs are divided into shards. Worker processes read, clean and tokenize one shard at a time. A shard is complete when
 its report exists; after a kill, complete shards are kept and the others are made again. The shards are then joined in order,
-without the duplicates, which are found over the whole corpus. Texts and tokens are in memory for one batch at a time; for
-the whole corpus, 20 bytes for each document are.
+without the duplicates, which are found over the whole corpus. Memory holds one batch of texts and tokens at a time,
+and 20 bytes for each document of the corpus.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
 OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 
 
-def preprocess(  # one keyword for each option of the command, and a docstring for each
+def preprocess(  # each parameter is one option of the command `preprocess`
     files: Sequence[Path],
     tokenizer_folder: str | Path,
     prefix: str | Path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
+from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
 from flagscale_like.model.offload import attach_offload
 from flagscale_like.objectives.next_token import NextToken
@@ -39,9 +40,15 @@ from flagscale_like.training.standard_parts import GarbageCollection, OffloadRep
 from flagscale_like.training.step_log import StepLog
 from flagscale_like.training.trail import DataTrail
 
+# The engine of a run -> parts for it, the same on every rank.
+MakeParts = Callable[[Engine], Sequence[Part]]
 
-def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
+
+def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None = None) -> Progress:
     """Run to the last step, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
+
+    Args:
+        parts: more parts for the run; assemble() has their place in the order.
 
     Raises:
         DivergedError: the guard (training.guard) stopped the run.
@@ -53,7 +60,7 @@ def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
         find_family(config.model.family).hf_config(config.model)
     begun = start(config, ctx)
     with ExitStack() as closing:
-        run = assemble(config, begun, closing)
+        run = assemble(config, begun, closing, parts)
         announce(run, begun.notes)
         run.parts.begin(run.reporter)
         run_steps(run)
@@ -62,14 +69,16 @@ def pretrain(config: RunConfig, ctx: ParallelContext) -> Progress:
         run.parts.finish(run.reporter)
         if run.progress.step < last_step(config):
             run.reporter.say(f"stopped at step {run.progress.step}; {what_remains(config)}")
-        elif config.checkpoint.export_hf:
+            return run.progress
+        if config.checkpoint.export_hf:
             run.watchdog.beat(run.progress.step, "exporting", slow=True)
             out = export_run(run)
             run.reporter.say(f"exported {out}: {config.train.precision} weights of step {run.progress.step}")
+        run.reporter.say(f"done: step {run.progress.step} of {config.train.steps}; everything is in {config.run_dir}")
     return run.progress
 
 
-def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
+def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: MakeParts | None = None) -> Run:
     """The run's data and parts around a started engine. What must be closed however the run ends goes on `closing`."""
     engine, progress, ctx, folder = begun.engine, begun.progress, begun.engine.ctx, RunFolder(config.run_dir)
     if begun.new and config.init.salience:
@@ -89,7 +98,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
     closing.callback(feed.close)
     objective, clock = NextToken(), Clock()
     guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
-    # The order in which the parts are asked and told. What a later one reads, an earlier one has made.
+    # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
+    # come after all that measure a step, and before the guard, which reports their events, and the saves.
     parts: list[Part | None] = [
         StopSignal(watchdog),
         StepProfiler(config.train.profile, folder, ctx) if config.train.profile else None,
@@ -98,6 +108,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
         StepLog(config, ctx, clock, feed, objective.metric),
         OffloadReport(offload) if offload else None,
+        *(make_parts(engine) if make_parts else ()),
         guard,
         *ledger,
         saves,
@@ -118,6 +129,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack) -> Run:
         watchdog=watchdog,
         clock=clock,
     )
+    run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
     run.evaluate = evaluator(run, valid_data) if valid_data is not None else None
     return run

@@ -27,9 +27,12 @@ class Finding:
 
 
 OPTIONAL = (
-    ("apex", "fused_weight_gradient_mlp_cuda", "no GEMM that accumulates into fp32 gradients: one more pass over them"),
-    ("transformer-engine", "transformer_engine", "no FP8, no overlap of TP communication with GEMMs; Adam is torch's"),
-    ("flash-attn", "flash_attn", "nothing: attention is ours or torch's"),
+    (
+        "apex",
+        "fused_weight_gradient_mlp_cuda",
+        "on CUDA, weight gradients are added to the fp32 gradients in a second pass",
+    ),
+    ("transformer-engine", "transformer_engine", "the optimizer is torch's Adam"),
 )
 
 
@@ -59,7 +62,7 @@ def _package(name: str) -> Finding:
     except PackageNotFoundError:
         if name == "triton":
             return Finding(
-                name, "missing", "optional; without it: the Triton kernels are off, torch's operators are used"
+                name, "missing", "optional; without it: torch's operators take the place of the Triton kernels"
             )
         return Finding(name, "broken", "required: pip install -e .")
 
@@ -89,7 +92,7 @@ def _devices() -> list[Finding]:
         *found,
         Finding("chosen", "broken" if reason else "ok", f"{chosen.name}, {reason or f'with {chosen.backend}'}"),
         Finding("patches", "ok", _shim(chosen)),
-        Finding("CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (on CUDA, overlap of TP communication wants 1)"),
+        Finding("CUDA_DEVICE_MAX_CONNECTIONS", "ok", f"{connections} (tensor-parallel overlap on CUDA needs 1)"),
     ]
 
 

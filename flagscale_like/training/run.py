@@ -86,8 +86,12 @@ class Run:
 
     def save(self) -> None:
         """Begin a checkpoint of everything that the run needs to go on; how it ends is in `store.outcomes`."""
-        config, progress = self.config, self.progress
-        state = {
+        self.store.save(self.progress.step, self.engine.fragments, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What state.json of a checkpoint holds: where the run stands, and each part's state under the part's name."""
+        config, progress, parts = self.config, self.progress, self.parts.state()
+        own = {
             "step": progress.step,
             "consumed_samples": progress.consumed,
             "skipped_steps": progress.skipped,
@@ -99,9 +103,9 @@ class Run:
             "config": config.model_dump(mode="json"),
             "versions": versions(),
             **engine_states([self.engine]),
-            **self.parts.state(),
         }
-        self.store.save(progress.step, self.engine.fragments, state)
+        assert not own.keys() & parts.keys(), f"a part is named as what the run saves: {own.keys() & parts.keys()}"
+        return own | parts
 
     def rewind(self, steps: int) -> str:
         """Go back at least `steps` steps, to a whole checkpoint; the data goes on where it is.
@@ -192,7 +196,7 @@ def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> li
     ]
     if needed > progress.train_samples:
         notes.append(
-            f"the data order changes: this run needs {needed} samples, it began with {progress.train_samples} planned"
+            f"from here on the order of the samples is another one: the run now reads {needed}, not {progress.train_samples}"
         )
         progress.train_samples = needed
     return notes

@@ -66,7 +66,7 @@ class Saves(Part):
                 continue
             times = {"checkpoint/stall_s": saved.stall_s, "checkpoint/write_s": saved.write_s}
             report.numbers(saved.step, times)
-            words = f"waited {saved.stall_s:.2f} s, written in {saved.write_s:.2f} s"
+            words = f"training waited {saved.stall_s:.2f} s, the files took {saved.write_s:.2f} s"
             report.say(f"step {saved.step} | saved {saved.path} ({words})")
             for note in saved.notes:
                 report.say(f"step {saved.step} | {note}")

@@ -90,7 +90,7 @@ class StepLog(Part):
             f"{record['throughput/tflops/device']:.3g} TFLOP/s/device",
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
             f"mem {record['mem-peak-bytes'] / 2**30:.2f} GiB",
-            f"data {record['data-wait-share']:.0%}",
+            f"data wait {record['data-wait-share']:.0%}",
             *([f"skipped {step.skipped}"] if step.skipped else []),
             f"eta {datetime.timedelta(seconds=round(eta))}",
         ]

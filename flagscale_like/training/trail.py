@@ -49,7 +49,7 @@ class DataTrail(Part):
             counts = counts_of(self.order, self.config.train.total_samples())
             for use in source_use(self.order.parts, self.names, counts):
                 if use.epochs > 1:
-                    report.say(f"warning: the plan repeats data source {use}")
+                    report.say(f"warning: this run repeats data source {use}")
 
     def after_rewind(self) -> None:
         self._note("rewind")
@@ -82,7 +82,7 @@ class DataTrail(Part):
         used = source_use(self.order.parts, self.names, counts)
         report.numbers(self.progress.step, {f"data/epochs/{use.name}": use.epochs for use in used})
         for use in used:
-            report.say(f"data source {use}")
+            report.say(f"read from data source {use}")
 
     def _note(self, event: str) -> None:
         progress = self.progress

@@ -138,6 +138,17 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
     check("one process", config)
 
 
+@pytest.mark.parametrize("name", ["one process", "tp2 sp"])
+def test_a_step_with_the_fused_head_holds_what_is_planned_and_less_than_without(name, tmp_path):
+    held = {}
+    for choice in ("off", "fused"):
+        changes = {"model__vocab_size": 2000, "kernels__linear_cross_entropy": choice, "train__recompute": "full"}
+        config = tiny_config(tmp_path, parallel=LAYOUTS[name][1], train__micro_batch_size=4, **changes)
+        check(name, config)
+        held[choice] = max(peak for _, peak in run_ranks(LAYOUTS[name][0], step_peak, config))
+    assert held["fused"] < 0.7 * held["off"]
+
+
 A, S, B, H, T = 64, 2048, 4, 6144, 8  # Korthikanti et al.'s 22B model
 
 

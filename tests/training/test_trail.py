@@ -151,7 +151,7 @@ def test_a_step_that_was_not_made_names_its_worst_documents_and_both_readings_ar
         checkpoint={"interval": 1, "keep": 9},
     )
     said = "\n".join(run_ranks(4, train_run, config, 4)[0])
-    assert "warning: the plan repeats data source" not in said
+    assert "warning: this run repeats data source" not in said
     # steps 1 and 2 read 4 samples, 3 and 4 read 8; rank 3 reads the second of each pair: its second is sample 19
     assert re.search(r"step 4 \| sample 19, loss nan, source \w+: \S+jsonl:\d+", said)
     records = [r for r in read_metrics(tmp_path / "run") if "lm loss" in r]
