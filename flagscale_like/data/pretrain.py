@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +188,7 @@ def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, sampl
 
 def micro_batches(
     dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches, on its device. Ranks of one tensor-parallel group get the same micro-batches.
 
     Args:

@@ -95,6 +95,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     selection = SourceSelection(config, engine, data, begun.saved) if config.data.selection else None
     mixture = selection.mixture if selection else None
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
+    closing.callback(feed.close)
     objective, clock = NextToken(), Clock()
     guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside

@@ -1,6 +1,8 @@
 """The loop: only the step is step time, a stop saves at once, a stopped run is closed, the log shows the mean loss."""
 
 import errno
+import gc
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -150,6 +152,24 @@ def test_a_run_that_a_bug_ends_is_closed_and_goes_on_as_an_interrupted_one(tmp_p
     assert folder.loss_plot.is_file()
     run_ranks(1, faults.train_run, config)
     assert any("resilience/restarts" in r for r in read_metrics(folder.root))
+
+
+def trains_with_loader_processes(config, fails):
+    """Train; returns the loader processes that are left while no garbage is collected."""
+    multiprocessing.current_process().daemon = False  # the harness's ranks are, and start no processes
+    gc.disable()
+    if fails:
+        fails_in_step_3(config)
+    else:
+        faults.train_run(config)
+    gc.disable()
+    return [child.name for child in multiprocessing.active_children()]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_a_run_leaves_no_loader_process_behind(fails, tmp_path):
+    config = tiny_config(tmp_path / "run", data__num_workers=1, train__gc_interval=0, train__eval_interval=6)
+    assert run_ranks(1, trains_with_loader_processes, config, fails) == [[]]
 
 
 def mean_and_last(run_dir):
