@@ -11,7 +11,7 @@ import typer
 from flagscale_like.cli.base import Checkpoint, app, example, open_checkpoint
 from flagscale_like.errors import ConfigError
 
-LONGEST_WINDOW = 1024  # of `evaluate`, in tokens, where no --seq-length is given
+MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
 
 
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
@@ -54,6 +54,7 @@ def evaluate(  # typer makes an option of every parameter
 
     source, own_tokenizer = (HfFolder(hf), hf) if hf is not None else open_checkpoint(checkpoint)
     limit = source.arch.max_position_embeddings
+    seq_length = seq_length or min(limit or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
     if limit and seq_length > limit:
         raise ConfigError(
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
@@ -64,7 +65,7 @@ def evaluate(  # typer makes an option of every parameter
             source,
             stream,
             ctx,
-            seq_length=seq_length or min(source.arch.max_position_embeddings or LONGEST_WINDOW, LONGEST_WINDOW),
+            seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             precision=precision,
         )

@@ -115,8 +115,8 @@ class _TypeNames(TorchFunctionMode):
         self._device = device
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0].to(self._device)
+        if func is torch.Tensor.cuda:  # a model that is built on the meta device stays there
+            return args[0] if args[0].is_meta else args[0].to(self._device)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return "torch.cuda." + func(*args).rpartition(".")[2]
         return func(*args, **(kwargs or {}))
