@@ -100,6 +100,7 @@ def report(run_dir: Path, prefix: Path, half: int, completion: str, seconds: flo
     """Print the results: losses, throughput on both layouts, the completion, and where the files are."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lm loss" in record]
+    losses = [record["lm loss/mean"] for record in records if "lm loss/mean" in record]  # mean since the record before
     validation = [record["lm loss validation"] for record in map(json.loads, lines) if "lm loss validation" in record]
 
     def speed(part: list[dict[str, Any]]) -> str:
@@ -108,7 +109,7 @@ def report(run_dir: Path, prefix: Path, half: int, completion: str, seconds: flo
     first, second = ([r for r in records if r["step"] <= half], [r for r in records if r["step"] > half])
     entropy = unigram_entropy(prefix)
     rows = [
-        ("loss, first and last logged", f"{records[0]['lm loss']:.3f} -> {records[-1]['lm loss']:.3f} nats/token"),
+        ("loss, first and last logged", f"{losses[0]:.3f} -> {losses[-1]:.3f} nats/token"),
         ("validation loss", " -> ".join(f"{loss:.3f}" for loss in validation)),
         ("unigram entropy of the text", f"{entropy:.3f} (uniform: {math.log(4096):.3f})"),
         (f"steps 1-{half}", f"{LAYOUTS[0][0]}: {speed(first)}"),

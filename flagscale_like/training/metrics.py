@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 
+def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> list[tuple[int, float]]:
+    """(step, loss) of the records: the mean since the record before.
+
+    The first step of a resumed run is recorded out of turn and has no mean: it is left out. Runs of a version that recorded
+    no mean have the single step's loss, and show that.
+    """
+    points, means = [], False
+    for record in records:
+        means |= name + MEAN in record
+        value = record.get(name + MEAN) if means else record.get(name)
+        if value is not None and math.isfinite(value):
+            points.append((record["step"], value))
+    return points
+
+
 def plot_losses(run_dir: Path) -> None:
     """Draw loss.png from metrics.jsonl: the training loss as the mean between two records, and the validation loss."""
     import matplotlib
@@ -93,9 +109,7 @@ def plot_losses(run_dir: Path) -> None:
     records = read_metrics(run_dir)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, style in (("lm loss", "-"), ("lm loss validation", "o--")):
-        # Runs of before the mean was recorded have the single step's loss alone.
-        values = [(r["step"], r.get(name + MEAN, r.get(name))) for r in records if name in r]
-        points = [(step, value) for step, value in values if value is not None]
+        points = loss_curve(records, name)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set_xlabel("step")

@@ -21,7 +21,7 @@ from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
-from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.metrics import loss_curve, read_metrics
 from flagscale_like.training.recovery import effective_time_ratio
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -226,8 +226,8 @@ def _tiles(story: Story) -> str:
     """The figures at the top of the report, as HTML."""
     kept, last = story.kept, story.last
     speed = statistics.median(r["tokens-per-second"] for r in kept)
-    losses = [r["lm loss"] for r in kept if r["lm loss"] is not None]
-    tiles = [("loss", f"{losses[-1]:.4f}" if losses else "not finite")]
+    losses = loss_curve(kept)
+    tiles = [("loss", f"{losses[-1][1]:.4f}" if losses else "not finite")]
     tiles += [("validation loss", f"{story.validation[-1][1]:.4f}")] if story.validation else []
     tiles += [("tokens/s, median", f"{speed:,.0f}")]
     tiles += (
@@ -241,6 +241,8 @@ def _tiles(story: Story) -> str:
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    if name == "lm loss":
+        return loss_curve(records)
     return [(r["step"], r[name]) for r in records if r.get(name) is not None and math.isfinite(r[name])]
 
 

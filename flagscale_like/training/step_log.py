@@ -16,6 +16,7 @@ from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.metrics import MEAN
 from flagscale_like.training.parts import Part, Report, Step
+from flagscale_like.training.plan import StepPlan
 
 RECENT_STEPS = 100
 
@@ -62,7 +63,7 @@ class StepLog(Part):
         flops = self.config.model.flops_per_token(train.seq_length) * tokens_per_s / world
         record = {
             self.metric: step.facts.loss,
-            self.metric + MEAN: self._loss / self._steps if self._steps else math.nan,
+            **({self.metric + MEAN: self._mean()} if self._is_in_turn(step.plan) else {}),
             "grad-norm": step.facts.grad_norm,
             "learning-rate": step.learning_rate,
             "batch-size": step.plan.batch_size,
@@ -77,10 +78,17 @@ class StepLog(Part):
         }
         return record | ({"mfu": flops / self.peak_flops} if self.peak_flops else {})
 
+    def _is_in_turn(self, plan: StepPlan) -> bool:
+        """Whether a record of this step belongs to the loss curve: the first step of a resumed run is a single noisy step."""
+        return plan.step == 1 or plan.last or plan.step % self.config.train.log_interval == 0
+
+    def _mean(self) -> float:
+        return self._loss / self._steps if self._steps else math.nan
+
     def _line(self, step: Step, record: Mapping[str, Any]) -> str:
         steps, number = self.config.train.steps, step.plan.step
         eta = self.pace.seconds_left(number, record["iteration-time"])
-        mean, last = record[self.metric + MEAN], step.facts.loss
+        mean, last = self._mean(), step.facts.loss
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
             f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),

@@ -16,7 +16,7 @@ from flagscale_like.run_folder import RunFolder
 from flagscale_like.training import clock as clock_module
 from flagscale_like.training import loop, metrics
 from flagscale_like.training.clock import Clock
-from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.metrics import loss_curve, read_metrics
 from flagscale_like.training.plan import Progress, next_step
 from tests import faults
 from tests.harness import run_ranks, tiny_config
@@ -173,7 +173,7 @@ def test_a_run_leaves_no_loader_process_behind(fails, tmp_path):
 
 
 def mean_and_last(run_dir):
-    return {r["step"]: (r["lm loss/mean"], r["lm loss"]) for r in read_metrics(Path(run_dir)) if "lm loss" in r}
+    return {r["step"]: (r.get("lm loss/mean"), r["lm loss"]) for r in read_metrics(Path(run_dir)) if "lm loss" in r}
 
 
 def test_the_log_shows_the_mean_since_the_last_line_also_across_a_resume(tmp_path):
@@ -196,3 +196,6 @@ def test_the_log_shows_the_mean_since_the_last_line_also_across_a_resume(tmp_pat
     run_ranks(1, faults.train_run, parted)
     again = mean_and_last(parted.run_dir)
     assert {step: again[step] for step in (1, 4, 8)} == found
+    assert again[7] == (None, losses[6])  # the first step after the resume, out of turn
+    assert [step for step, _ in loss_curve(read_metrics(Path(parted.run_dir)))] == [1, 4, 6, 8]
+    assert loss_curve([{"step": 1, "lm loss": 2.0}, {"step": 2, "lm loss": None}]) == [(1, 2.0)]  # an older run's
