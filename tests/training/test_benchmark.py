@@ -8,8 +8,10 @@ import yaml
 
 from flagscale_like.config import load_config
 from flagscale_like.errors import ConfigError
-from flagscale_like.recipes.benchmark import sweep_points
-from tests.harness import REPOSITORY, cli, tiny_config, write_yaml
+from flagscale_like.recipes.benchmark import measure, sweep_points
+from flagscale_like.runtime.parallel import parallel_context
+from tests import faults
+from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
 
 
 def test_a_sweep_times_every_point_and_says_why_one_cannot_run(tmp_path):
@@ -42,16 +44,23 @@ def test_a_sweep_times_every_point_and_says_why_one_cannot_run(tmp_path):
     assert not (tmp_path / "run").exists()  # a benchmark leaves the run's folder alone
 
 
-def test_offload_on_and_off_are_two_points_of_one_sweep(tmp_path):
+def measured(config, shares):
+    """A benchmark's point for each share of offload, on this rank."""
+    points = []
+    for share in shares:
+        changed = config.model_copy(update={"offload": config.offload.model_copy(update={"share": share})})
+        with parallel_context(changed.parallel) as ctx:
+            points.append(measure(changed, ctx, steps=2, warmup=1))
+    return points
+
+
+def test_offload_on_and_off_are_two_points_that_learn_alike(tmp_path):
     config = tiny_config(tmp_path / "run", parallel={"pp": 2}, offload={"min_tensor_bytes": 1024})
-    file = write_yaml(config, tmp_path / "x.yaml")
-    options = ["--steps", "2", "--warmup", "1", "--sweep", "offload.share=0.0,1.0", "--out", str(tmp_path / "out")]
-    done = cli("bench", str(file), *options)
-    assert done.returncode == 0, done.stderr
-    off, on = (entry["measured"] for entry in json.loads((tmp_path / "out" / "bench.json").read_text()))
-    assert off["devices"] == on["devices"] == 2
-    assert off["offload"]["bytes_out"] == 0 < on["offload"]["bytes_out"]
-    assert on["loss"] == off["loss"]
+    (off, on), others = run_ranks(2, measured, config, (0.0, 1.0))
+    assert others == [None, None]  # rank 0 has the points
+    assert off.devices == on.devices == 2
+    assert off.offload["bytes_out"] == 0 < on.offload["bytes_out"]
+    assert on.loss == off.loss
 
 
 def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
@@ -68,8 +77,7 @@ def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
 
 def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):
     config = tiny_config(tmp_path / "run", parallel={"pp": 2}, train__profile={"steps": [2, 3]}, train__steps=4)
-    done = cli("train", str(write_yaml(config, tmp_path / "x.yaml")))
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, faults.train_run, config)
     for rank in range(2):
         with gzip.open(tmp_path / "run" / "profile" / f"rank_{rank:05d}.json.gz") as file:
             events = json.load(file)["traceEvents"]
