@@ -90,16 +90,17 @@ def test_a_resumed_run_draws_and_trains_bit_for_bit(one_process, corpus, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "micro_batch"),
     [
-        pytest.param(2, {"tp": 2, "sp": True}, id="tp2 sp"),
-        pytest.param(4, {"pp": 2, "vpp": 2}, id="pp2 vpp2 dp2"),
-        pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, id="tp2 sp pp2", marks=pytest.mark.soak),
+        pytest.param(2, {"tp": 2, "sp": True}, 4, id="tp2 sp"),
+        pytest.param(4, {"pp": 2, "vpp": 2}, 1, id="pp2 vpp2 dp2"),
+        pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, 1, id="tp2 sp pp2", marks=pytest.mark.soak),
     ],
 )
-def test_every_layout_comes_to_the_same_weights(ranks, layout, one_process, corpus, tmp_path):
+def test_every_layout_comes_to_the_same_weights(ranks, layout, micro_batch, one_process, corpus, tmp_path):
     rule, whole = one_process
-    run_ranks(ranks, faults.train_run, selecting(tmp_path / "run", corpus, rule=rule, parallel=layout))
+    changes = {"parallel": layout, "train__micro_batch_size": micro_batch}
+    run_ranks(ranks, faults.train_run, selecting(tmp_path / "run", corpus, rule=rule, **changes))
     assert selected(tmp_path / "run", "samples") == selected(whole.run_dir, "samples")
     for here, expected in zip(selected(tmp_path / "run", "weight"), selected(whole.run_dir, "weight"), strict=True):
         assert here == pytest.approx(expected, rel=2e-2)
