@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flagscale_like.cluster import ClusterSpec, DeviceSpec, find_device
+from flagscale_like.cluster import ClusterSpec, DeviceSpec
 from flagscale_like.config import RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.engine.engine import Engine
@@ -114,7 +114,7 @@ def benchmark_config(config: RunConfig, folder: str, steps: int, *, checkpoint: 
 
 def peak_flops(config: RunConfig, ctx: ParallelContext) -> tuple[float, str]:
     """A device's dense peak, and where it is from."""
-    spec = find_device(ctx.platform.describe())
+    spec = ctx.platform.data_sheet()
     if spec is not None:
         return spec.bf16_flops, f"{spec.name} data sheet, dense bf16"
     ctx.barrier()  # all ranks multiply at once: they share cores and memory, as in training

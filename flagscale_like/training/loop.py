@@ -43,7 +43,9 @@ def run_steps(run: Run) -> None:
 def facts_of(outputs: Outputs, run: Run, add_up: NamedSum) -> Facts:
     """The numbers of objective and parts, added up over all ranks: the one time in a step that the host waits."""
     own = {"grad-square": outputs.grad_square, **outputs.sums}
-    sums = add_up(own | run.parts.contributions(outputs))
+    others = run.parts.contributions(outputs)
+    assert not own.keys() & others.keys(), f"a part contributes what the step counts: {own.keys() & others.keys()}"
+    sums = add_up(own | others)
     count = int(sums["count"]) if math.isfinite(sums["count"]) else 0
     loss = sums["total"] / count if count else math.nan
     return Facts(loss, math.sqrt(sums["grad-square"]), count, outputs.overflow, sums)

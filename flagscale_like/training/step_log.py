@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from flagscale_like.cluster import find_device
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.runtime.parallel import ParallelContext
@@ -38,7 +37,7 @@ class StepLog(Part):
     def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, metric: str) -> None:
         self.config, self.ctx, self.clock, self.feed, self.metric = config, ctx, clock, feed, metric
         self.pace = Pace(config)
-        spec = find_device(ctx.platform.describe())
+        spec = ctx.platform.data_sheet()
         self.peak_flops = spec.bf16_flops if spec else None
         self._loss, self._steps = 0.0, 0
 
