@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
     Train,
 )
 from flagscale_like.config.health import Init, Monitors
+from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.errors import ConfigError
 
 
@@ -82,6 +83,7 @@ class RunConfig(Frozen):
         train: training loop.
         optimizer: optimizer and learning-rate schedule.
         data: training data.
+        objective: what the run learns.
         checkpoint: checkpoints.
         kernels: implementation of each operator.
         monitors: monitors, and the reaction to anomalies.
@@ -96,6 +98,7 @@ class RunConfig(Frozen):
     train: Train
     optimizer: Optimizer
     data: Data
+    objective: NextTokenLoss = NextTokenLoss()
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()

@@ -270,17 +270,10 @@ class Provenance:
         """
         number, index = self.order.place(position)
         source, table = self._parts[number], self.tables[number]
-        row = source.shuffle_index[index]
-        (begin, begin_offset), (end, end_offset) = source.sample_index[row], source.sample_index[row + 1]
         found = []
-        for place in range(int(begin), int(end) + 1):
-            document = int(source.document_index[place])
-            start = int(begin_offset) if place == begin else 0
-            # Samples overlap by one token: the last token of a sample is only a label, and is the next one's first token.
-            stop = int(end_offset) + 1 if place == end else int(source.dataset.sequence_lengths[document])
-            if stop > start:
-                file, line = table.place(document) or (None, None)
-                found.append(Part(self.names[number], source.dataset_path, document, start, stop, file, line))
+        for document, start, stop in source.pieces(index):
+            file, line = table.place(document) or (None, None)
+            found.append(Part(self.names[number], source.dataset_path, document, start, stop, file, line))
         return found
 
     def tokens(self, part: Part) -> np.ndarray:
