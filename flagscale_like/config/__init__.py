@@ -26,12 +26,13 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
     "Checkpoint",
     "Data",
+    "DirectPreference",
     "EffectiveRank",
     "Init",
     "KernelChoice",
@@ -47,6 +48,7 @@ __all__ = [
     "Profile",
     "RampUp",
     "Resilience",
+    "RewardModel",
     "RunConfig",
     "Salience",
     "Selection",

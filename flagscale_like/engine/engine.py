@@ -19,15 +19,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.shard import Shard
-from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.checkpoint.store import WeightSource, value_heads_of
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.load import Left, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
+from flagscale_like.errors import CheckpointError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.spec import ModelSpec
@@ -92,7 +94,8 @@ class Engine:
         Args:
             optimizer: None builds no gradient buffers and no optimizer states.
             source: where the weights come from; None draws them.
-            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn.
+            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. A value
+                head is drawn where the source is a language model.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
@@ -103,7 +106,14 @@ class Engine:
         if source is None:
             initialize_weights(models, ctx)
         else:
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name))
+            new_head = draws_head(source, spec, _prefix(name))
+            wanted = (lambda parameter: parameter != OUTPUT_NAME) if new_head else None
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            if new_head:
+                size = f"{spec.value_heads} x {spec.arch.hidden_size}"
+                left.reasons.append(
+                    f"{OUTPUT_NAME}: the value head ({size}) is drawn, {source.folder} is a language model"
+                )
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
@@ -236,6 +246,21 @@ class Engine:
             if shard.main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr():
                 total += shard.main.nbytes
         return total
+
+
+def draws_head(source: WeightSource, spec: ModelSpec, prefix: str = "") -> bool:
+    """Whether a model needs a value head that its source, a language model, does not have.
+
+    Raises:
+        CheckpointError: the source is a reward or value model with another head than the model has.
+    """
+    if spec.head == "hidden":
+        return False
+    found, wanted = value_heads_of(source, prefix), spec.value_heads if spec.head == "value" else 0
+    if found and found != wanted:
+        kind = f"the model has one of {wanted} outputs" if wanted else "the model is a language model"
+        raise CheckpointError(f"{source.folder}: is a reward model, its value head has {found} outputs; {kind}")
+    return bool(wanted) and not found
 
 
 def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def initialize_weights(
 ) -> None:
     """Fill the weights of this rank's chunks, as their spec says.
 
-    Each rank draws the full matrix and keeps its own part. Matrices are normal, with `matrix_std`; norms are norm_init, q's
-    and k's own norms 1. Biases, a value head and the rows of the padded vocabulary are zero.
+    Each rank draws the full matrix and keeps its own part. Matrices are normal, with `matrix_std`; a value head with variance
+    1 / (hidden_size + 1) (Stiennon et al. 2020); norms are norm_init, q's and k's own norms 1. Biases and the rows of the
+    padded vocabulary are zero.
 
     Args:
         only: parameters to fill; None fills all.
@@ -54,7 +55,7 @@ def initialize_weights(
             if only is not None and shard not in only:
                 continue
             if name == OUTPUT_NAME and spec.head != "language_model":
-                shard.fill_(0.0)
+                shard.copy_(_normal(name, shard.shape, (spec.arch.hidden_size + 1) ** -0.5, spec.seed, ctx))
                 continue
             parameter = table[name]
             if parameter.role in constants:
@@ -65,10 +66,14 @@ def initialize_weights(
 
 def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor:
     """The whole matrix in fp32, without the padding of the vocabulary, which must not shift the numbers drawn."""
-    digest = hashlib.sha256(f"{spec.seed}/{parameter.name}".encode()).digest()
+    return _normal(parameter.name, parameter.shape, matrix_std(parameter.role, spec), spec.seed, ctx)
+
+
+def _normal(name: str, shape: Sequence[int], std: float, seed: int, ctx: ParallelContext) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
-    full = torch.empty(parameter.shape, device=ctx.platform.device, dtype=torch.float32)
-    return full.normal_(0.0, matrix_std(parameter.role, spec), generator=generator)
+    full = torch.empty(tuple(shape), device=ctx.platform.device, dtype=torch.float32)
+    return full.normal_(0.0, std, generator=generator)
 
 
 def _shard_of(full: Tensor, parameter: Parameter, ctx: ParallelContext) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flagscale_like.config import NextTokenLoss
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.packs import packing
@@ -18,7 +19,7 @@ class NextToken:
         packed: the batches are packs of documents. Every pipeline stage then reads their bounds.
     """
 
-    metric = "lm loss"
+    metric = NextTokenLoss.metric
     sums: tuple[str, ...] = ()
 
     def __init__(self, *, packed: bool = False) -> None:
