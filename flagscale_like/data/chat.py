@@ -211,6 +211,18 @@ def read_template(folder: str | Path) -> str | None:
     return found
 
 
+def read_template_file(path: Path) -> str:
+    """The text of a chat template's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"chat template {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 class ChatTokenizer:
     """Renders conversations by a chat template, and encodes them with the weight of each token.
 
@@ -367,18 +379,21 @@ def weights_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, in
     return weights
 
 
-def copy_with_template(folder: str | Path, template: str, target: Path) -> None:
+def copy_with_template(folder: str | Path, template: str, target: Path, *, replace: bool = False) -> None:
     """Write a copy of a tokenizer folder whose chat template is `template`, so that a model's export carries it.
+
+    Args:
+        replace: write the template into a `target` that has another one.
 
     Raises:
         DataError: a file cannot be written, or `target` is there with another template.
     """
     if target.is_dir() and read_template(target) == template:
         return
-    if target.exists():
+    if target.exists() and not replace:
         raise DataError(f"{target}: is there with another chat template: remove it, or choose another prefix")
     try:
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(folder).iterdir()):
             if path.is_file() and path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
                 (target / path.name).write_bytes(path.read_bytes())

@@ -127,10 +127,17 @@ class Tokenizer:
         fast = self._fast or self._slow.backend_tokenizer
         return tuple(token.content for token in fast.get_added_tokens_decoder().values() if token.special)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text."""
+    def decode_one(self, token: int) -> str:
+        """The text of one token as the vocabulary has it; special tokens too."""
+        found = self._fast.id_to_token(token) if self._fast is not None else self._slow.convert_ids_to_tokens(token)
+        return found or ""
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Decode token ids to text. `special` keeps the special tokens."""
         ids = list(ids)
-        return self._fast.decode(ids) if self._fast is not None else self._slow.decode(ids)
+        if self._fast is not None:
+            return self._fast.decode(ids, skip_special_tokens=not special)
+        return self._slow.decode(ids, skip_special_tokens=not special)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
