@@ -161,7 +161,10 @@ class Train(Frozen):
         return self.consumed_after(0, self.steps)
 
     def consumed_after(self, consumed: int, steps: int) -> int:
-        """Samples consumed `steps` steps after the step at which `consumed` were. Its cost grows with the batch sizes of the ramp-up, not with the steps."""
+        """Samples consumed `steps` steps after the step at which `consumed` were.
+
+        The ramp-up is walked by its batch sizes, not by its steps.
+        """
         ramp = self.ramp_up
         while ramp is not None and steps > 0 and consumed < ramp.samples:
             size = self.batch_size_at(consumed)
