@@ -261,6 +261,8 @@ class Data(Frozen):
         num_workers: data loader processes of each rank; 0 loads data in the training process.
         cache_dir: folder of the sample index; without it, a folder in the run folder.
         selection: dynamic data selection, which adapts the weights of the sources during training.
+        accept_changes: resume although the sources or `split` have changed so that documents move between training and
+            validation.
     """
 
     sources: list[Source] = Field(default_factory=list)
@@ -271,6 +273,7 @@ class Data(Frozen):
     num_workers: int = Field(default=0, ge=0)
     cache_dir: PathText | None = None
     selection: Selection | None = None
+    accept_changes: bool = False
 
     @property
     def tests(self) -> bool:

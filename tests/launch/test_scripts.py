@@ -141,8 +141,8 @@ def test_a_wrong_hostfile_is_refused_with_its_line(text, message, tmp_path):
 def test_a_node_may_have_an_ssh_port_of_its_own(tmp_path):
     (tmp_path / "hosts").write_text("n1 slots=8 port=2222\nn2 slots=8\n")
     lines = script("ssh_hostfile.sh", "--dry-run", "start", tmp_path / "hosts", "x.yaml").stdout.splitlines()
-    assert lines[0].split() == "ssh -n -o BatchMode=yes -o ConnectTimeout=10 -p 2222 -- n1".split()
-    assert lines[2].split() == "ssh -n -o BatchMode=yes -o ConnectTimeout=10 -- n2".split()
+    assert lines[0].split() == ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-p", "2222", "--", "n1"]
+    assert lines[2].split() == ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", "n2"]
 
 
 def test_a_job_script_without_scontrol_says_so_and_starts_nothing(tmp_path):
