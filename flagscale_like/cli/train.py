@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ import typer
 from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
 from flagscale_like.cli.describe import describe
 from flagscale_like.errors import ConfigError
+from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.config import RunConfig
@@ -83,9 +86,33 @@ def _train_here(config: RunConfig) -> None:
     config.data_parallel_size(rank.world_size if rank else 1)
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:
         _make_run_folder(config, ctx)
-        # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
-        agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
-        pretrain(prepare_once(config), ctx)
+        with _held(config, ctx):
+            # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
+            agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
+            pretrain(prepare_once(config), ctx)
+
+
+@contextmanager
+def _held(config: RunConfig, ctx: ParallelContext) -> Iterator[None]:
+    """Keep other processes from training in the run's folder. All ranks call it; rank 0 holds the lock.
+
+    Raises:
+        ConfigError: on every rank, if another process holds it.
+    """
+    from flagscale_like.run_lock import RunLock
+
+    lock, problem = RunLock(RunFolder(config.run_dir).lock), None
+    with ExitStack() as held:
+        if ctx.is_main:
+            try:
+                held.enter_context(lock)
+            except ConfigError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"run_dir {config.run_dir}: the lock cannot be written: {error.strerror}"
+        if problem := ctx.broadcast(problem):
+            raise ConfigError(problem)
+        yield
 
 
 def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:
