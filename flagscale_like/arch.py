@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 VOCAB_MULTIPLE = 128
 EMBEDDING_NAME = "embedding.word_embeddings.weight"
@@ -24,6 +24,14 @@ class Frozen(BaseModel):
     """A keyword-only, immutable config object; an unknown key, infinity or NaN is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def whole_number(value: object) -> int | None:
+    """The value as the integer that a field of a configuration reads it as (32, 32.0, "32"); None for others."""
+    try:
+        return TypeAdapter(int).validate_python(value)
+    except ValidationError:
+        return None
 
 
 # The numbers that a kind of scaling uses; those of another kind must have their default values.
@@ -196,12 +204,12 @@ class ModelArch(Frozen):
     def _fill(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
-        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-        if isinstance(heads, int) and heads > 0:
+        heads, hidden = whole_number(values.get("num_attention_heads")), whole_number(values.get("hidden_size"))
+        if heads is not None and heads > 0:
             values = dict(values)
             if not values.get("num_query_groups"):
                 values["num_query_groups"] = heads
-            if not values.get("head_dim") and isinstance(hidden, int):
+            if not values.get("head_dim") and hidden is not None:
                 if hidden % heads:
                     raise ValueError(
                         f"hidden_size ({hidden}) must be divisible by num_attention_heads ({heads}), or head_dim given"

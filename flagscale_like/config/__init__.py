@@ -26,6 +26,7 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
+from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LayerNorms",
     "Monitors",
     "MuP",
+    "NextTokenLoss",
     "Offload",
     "Optimizer",
     "Parallel",
