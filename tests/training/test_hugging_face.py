@@ -100,7 +100,13 @@ def test_a_run_may_start_with_other_positions_and_says_so_but_not_go_on_with_oth
             train,
             [*train, *on],
             [*train, *on, *changed],
-            [*train, "run_dir=x", "train.seq_length=32", "model.position={kind: alibi, scaling: null}"],
+            [
+                *train,
+                f"run_dir={tmp_path / 'x'}",
+                "train.seq_length=32",
+                "checkpoint.export_hf=false",
+                "model.position={kind: alibi, scaling: null}",
+            ],
         ]
     )
     assert first.exit_code == 0, first.error
