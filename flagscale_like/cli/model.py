@@ -54,8 +54,8 @@ def evaluate(  # typer makes an option of every parameter
     from flagscale_like.runtime.parallel import parallel_context
 
     source, own_tokenizer = (HfFolder(hf), hf) if hf is not None else open_checkpoint(checkpoint)
-    limit = source.arch.max_position_embeddings
-    seq_length = seq_length or min(limit or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
+    limit = source.arch.longest_sequence
+    seq_length = seq_length or min(source.arch.max_position_embeddings or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
     if limit and seq_length > limit:
         raise ConfigError(
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"

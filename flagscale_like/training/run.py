@@ -160,7 +160,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     source = reader or open_weights(config.checkpoint, ctx)
     strict = reader is not None or config.checkpoint.load_strict
     if source is not None and strict:
-        check_model(config, source)
+        notes += check_model(config, source, resuming=reader is not None)
     engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer, source=source, strict=strict)
     scheduler = build_scheduler(engine.optimizer, config)
     progress = Progress(train_samples=config.planned_samples())
@@ -236,14 +236,23 @@ def open_weights(options: Checkpoint, ctx: ParallelContext) -> WeightSource | No
     return CheckpointReader(folder)
 
 
-def check_model(config: RunConfig, source: WeightSource) -> None:
+def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> list[str]:
     """Refuse weights of another architecture, naming what differs.
+
+    A new run may read the weights with other positions than they were trained with (a scaling of RoPE, another base, NLPE),
+    because these hold no weights. A run that goes on may not.
+
+    Returns:
+        What differs and is allowed, to tell the user.
 
     Raises:
         CheckpointError: a field of the model differs.
     """
     free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
     saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
+    before, after = saved["position"], wanted["position"]
+    if not resuming and "alibi" not in (before["kind"], after["kind"]):
+        free.add("position")
     different = [
         f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
         for key, value in wanted.items()
@@ -251,6 +260,11 @@ def check_model(config: RunConfig, source: WeightSource) -> None:
     ]
     if different:
         raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
+    return [
+        f"model.position.{key} is {value!r} from here on; the weights were trained with {before[key]!r}"
+        for key, value in after.items()
+        if before[key] != value
+    ]
 
 
 @functools.cache
