@@ -267,6 +267,16 @@ class ChatTokenizer:
         """
         return self._rendered(messages, tools, prompt=prompt)[0]
 
+    @property
+    def end(self) -> int | None:
+        """The id of the special token that ends an answer. None: the template writes none."""
+        try:
+            found = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except BadConversationError:
+            return None
+        last = int(found.ids[np.flatnonzero(found.weights)[-1]])
+        return last if self.tokenizer.decode_one(last) in self._ends else None
+
     def encode(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Encoded:
         """Encode a conversation.
 

@@ -157,10 +157,7 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
 def _consumed_at(segment: Segment, step: int) -> int:
     """Samples consumed after `step`, if the run continues from the segment without a rewind."""
     train = RunConfig.model_validate(segment.config).train
-    consumed = segment.consumed
-    for _ in range(segment.step, step):
-        consumed += train.batch_size_at(consumed)
-    return consumed
+    return train.consumed_after(segment.consumed, max(0, step - segment.step))
 
 
 def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
