@@ -161,7 +161,10 @@ class Train(Frozen):
         return self.consumed_after(0, self.steps)
 
     def consumed_after(self, consumed: int, steps: int) -> int:
-        """Samples consumed `steps` steps after the step at which `consumed` were. Its cost grows with the batch sizes of the ramp-up, not with the steps."""
+        """Samples consumed `steps` steps after the step at which `consumed` were.
+
+        The ramp-up is walked by its batch sizes, not by its steps.
+        """
         ramp = self.ramp_up
         while ramp is not None and steps > 0 and consumed < ramp.samples:
             size = self.batch_size_at(consumed)
@@ -233,16 +236,35 @@ class Source(Frozen):
         return path
 
 
+class Chat(Frozen):
+    """How the lines of .jsonl files become conversations to train on, as the command `data chat` makes them.
+
+    Attributes:
+        template: file of the chat template (Jinja); without it, the template of data.tokenizer.
+        train: the assistant's messages that count: `all`, or only the `last` of each conversation.
+        long: what happens to a conversation that does not fit train.seq_length: `refuse` ends with an error, `drop` leaves it
+            out, `cut` keeps its beginning.
+        skip_empty: leave out conversations without a token that counts; without it, such a conversation is an error.
+    """
+
+    template: str | None = None
+    train: Literal["all", "last"] = "all"
+    long: Literal["refuse", "drop", "cut"] = "refuse"
+    skip_empty: bool = False
+
+
 class Prepare(Frozen):
     """Tokenize raw text before the first step. The first run writes the .bin/.idx to RUN_DIR/data; later runs reuse them.
 
     Attributes:
         input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
+        chat: the input is conversations, one on each line of .jsonl files; without it, text.
     """
 
     input: list[PathText] = Field(min_length=1)
     tokenizer_vocab_size: int | None = Field(default=None, ge=257)
+    chat: Chat | None = None
 
 
 class Data(Frozen):
@@ -258,6 +280,8 @@ class Data(Frozen):
         num_workers: data loader processes of each rank; 0 loads data in the training process.
         cache_dir: folder of the sample index; without it, a folder in the run folder.
         selection: dynamic data selection, which adapts the weights of the sources during training.
+        accept_changes: resume although the sources or `split` have changed so that documents move between training and
+            validation.
     """
 
     sources: list[Source] = Field(default_factory=list)
@@ -268,6 +292,7 @@ class Data(Frozen):
     num_workers: int = Field(default=0, ge=0)
     cache_dir: PathText | None = None
     selection: Selection | None = None
+    accept_changes: bool = False
 
     @property
     def tests(self) -> bool:
@@ -287,6 +312,10 @@ class Data(Frozen):
             raise ValueError(f"give exactly one of sources, prepare and synthetic ({given} given)")
         if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):
             raise ValueError("prepare needs data.tokenizer, or prepare.tokenizer_vocab_size to train one")
+        if self.prepare and self.prepare.chat and not (self.tokenizer or self.prepare.chat.template):
+            raise ValueError(
+                "prepare.chat needs prepare.chat.template where a tokenizer is trained: the chat template's file"
+            )
         if self.sources and not self.tokenizer:
             raise ValueError("sources need data.tokenizer: the folder of the tokenizer that made them")
         try:

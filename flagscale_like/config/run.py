@@ -39,7 +39,7 @@ def near_multiples(value: int, number: int) -> str:
 
 
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    """Check that a layout divides the model, and that a sequence is not longer than max_position_embeddings.
+    """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
     Raises:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
@@ -58,9 +58,11 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
             f"seq_length {near_multiples(seq_length, par.tp)} would do"
         )
     _check_stages(model.num_layers, par)
-    if model.max_position_embeddings and seq_length > model.max_position_embeddings:
+    if model.longest_sequence and seq_length > model.longest_sequence:
+        scaled = model.longest_sequence != model.max_position_embeddings
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
+            + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
         )
 
 
@@ -132,6 +134,9 @@ class RunConfig(Frozen):
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
+        objective = self.objective
+        if self.data.synthetic and objective.kind == "next_token" and objective.per == "conversation":
+            raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         if self.objective.reads_pairs:

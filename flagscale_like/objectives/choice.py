@@ -20,4 +20,4 @@ def objective_of(config: RunConfig, *, packed: bool = False) -> Objective:
         return Preference(options)
     if isinstance(options, RewardModel):
         return Reward(options)
-    return NextToken(packed=packed)
+    return NextToken(packed=packed, per=options.per)
