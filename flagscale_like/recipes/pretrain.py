@@ -91,6 +91,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
     )
     watchdog = closing.enter_context(make_watchdog(config, ctx))
+    if begun.saved:
+        watchdog.kept = f"The newest checkpoint is {step_name(progress.step)}"
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
     )
@@ -99,7 +101,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
     objective, clock = objective_of(config, packed=is_packed(data)), Clock()
-    guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
+    guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint, watchdog)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
     # come after all that measure a step, and before the guard, which reports their events, and the saves.
     parts: list[Part | None] = [
