@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
 from flagscale_like.families.weight_map import Rule
+from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ class HfFolder:
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, *BAD_JSON, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(
                     f"{self.folder / INDEX}: damaged ({type(error).__name__}: {error}); fetch it again"
                 ) from None

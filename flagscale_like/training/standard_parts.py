@@ -37,7 +37,7 @@ class StopSignal(Part):
         self._warned = True
         report.say(
             f"warning: a step takes {took:.0f} s, longer than resilience.grace_s ({grace_s:g} s): a run that is asked to "
-            "stop would end in the middle of a step and save nothing. Raise it, and the launcher's own limit (torchrun's is 30 s)"
+            "stop would end in the middle of a step and save nothing. Raise it, and the launcher's limit (torchrun: 30 s)"
         )
 
     def contribute(self, outputs: Outputs) -> Mapping[str, float]:
