@@ -1,6 +1,7 @@
 """RunConfig: the configuration of a run, read from one YAML file and dotted overrides."""
 
 from flagscale_like.config.groups import (
+    Chat,
     Checkpoint,
     Data,
     KernelChoice,
@@ -30,6 +31,7 @@ from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
+    "Chat",
     "Checkpoint",
     "Data",
     "EffectiveRank",

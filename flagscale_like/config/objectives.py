@@ -11,9 +11,12 @@ class NextTokenLoss(Frozen):
     """Next-token prediction: pretraining, and fine-tuning on conversations.
 
     Attributes:
-        kind: `next_token`, the mean cross-entropy of the tokens that the loss mask counts.
+        kind: `next_token`, the mean cross-entropy of the tokens that count.
+        per: what has the same weight in the mean: each `token` that counts, or each `conversation`, whose loss is the mean of
+            its own tokens. In a source of text, each row counts as a conversation.
     """
 
     head: ClassVar[Literal["language_model", "value", "hidden"]] = "language_model"
 
     kind: Literal["next_token"] = "next_token"
+    per: Literal["token", "conversation"] = "token"

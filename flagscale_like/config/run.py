@@ -134,6 +134,9 @@ class RunConfig(Frozen):
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
+        objective = self.objective
+        if self.data.synthetic and objective.kind == "next_token" and objective.per == "conversation":
+            raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_schedule()

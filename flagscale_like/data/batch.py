@@ -33,6 +33,13 @@ class Batch:
     source: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def bounds(self) -> Tensor:
+        """`documents`; where each row is one document, its boundaries."""
+        if self.documents is not None:
+            return self.documents
+        rows, length = self.tokens.shape
+        return torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+
     @classmethod
     def of(cls, values: Mapping[str, Any], device: torch.device, source: Tensor | None = None) -> Batch:
         """Build a batch from named tensors and copy them to `device`; other names are ignored.

@@ -13,4 +13,4 @@ def objective_of(config: RunConfig, *, packed: bool = False) -> Objective:
     Args:
         packed: the rows that the run reads are packs of documents; see data.blend.is_packed.
     """
-    return NextToken(packed=packed)
+    return NextToken(packed=packed, per=config.objective.per)
