@@ -203,6 +203,10 @@ class Role(enum.Enum):
     NORM = "norm"
     HEAD_NORM = "head_norm"  # of each head's q or k
     BIAS = "bias"
+    # Of a LoRA adapter beside a matrix; see adapter_parameters().
+    ADAPTER_A = "adapter_a"
+    ADAPTER_B = "adapter_b"
+    ADAPTER_MAGNITUDE = "adapter_magnitude"
 
     @property
     def is_vocabulary(self) -> bool:
@@ -218,6 +222,11 @@ class Role(enum.Enum):
     def writes_to_residual(self) -> bool:
         """The last matrix of a residual branch."""
         return self in (Role.ATTENTION_OUT, Role.FFN_OUT)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Part of a LoRA adapter."""
+        return self in (Role.ADAPTER_A, Role.ADAPTER_B, Role.ADAPTER_MAGNITUDE)
 
     @property
     def grows_with_width(self) -> bool:
@@ -261,6 +270,11 @@ class Parameter:
     def place_in_layer(self) -> str:
         """The module that holds it, seen from its layer: `self_attention.linear_qkv`."""
         return self.name.removeprefix(f"decoder.layers.{self.layer}.").rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds it, without the modules around that: `linear_qkv`."""
+        return self.name.rsplit(".", 2)[-2]
 
     def padded_shape(self, tp: int = 1) -> tuple[int, ...]:
         """The shape in the built model, all tensor-parallel ranks together: the rows of the vocabulary are padded."""
@@ -413,6 +427,36 @@ def parameters_by_name(arch: ModelArch) -> dict[str, Parameter]:
     """
     found = {parameter.name: parameter for parameter in parameters(arch)}
     return found if OUTPUT_NAME in found else found | {OUTPUT_NAME: found[EMBEDDING_NAME]}
+
+
+@functools.lru_cache(maxsize=256)
+def adapter_parameters(
+    arch: ModelArch, targets: tuple[str, ...], rank: int, *, magnitude: bool
+) -> tuple[Parameter, ...]:
+    """The LoRA adapters of the layer matrices whose module is in `targets`, in the built model's order.
+
+    A matrix [out, in] has A [rank, in] and B [out, rank]; with `magnitude` (DoRA) also the lengths of its rows [out]. What is
+    cut is cut as the matrix is: B's rows where its rows are cut, else A's columns.
+    """
+    found = []
+    for matrix in parameters(arch):
+        if not matrix.role.is_layer_matrix or matrix.module not in targets:
+            continue
+        out, inner = matrix.shape
+        by_rows = matrix.cut == 0
+        place = functools.partial(Parameter, layer=matrix.layer, expert=matrix.expert)
+        rows = functools.partial(place, cut=0 if by_rows else None, blocks=matrix.blocks if by_rows else 1)
+        at = matrix.name.removesuffix("weight") + "lora."
+        found.append(place(at + "a", (rank, inner), Role.ADAPTER_A, None if by_rows else 1))
+        found.append(rows(at + "b", (out, rank), Role.ADAPTER_B))
+        if magnitude:
+            found.append(rows(at + "magnitude", (out,), Role.ADAPTER_MAGNITUDE))
+    return tuple(found)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the name of a parameter is that of a LoRA adapter's."""
+    return ".lora." in name
 
 
 def _padded(vocab_size: int, tp: int) -> int:

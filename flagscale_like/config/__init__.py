@@ -26,6 +26,7 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
+from flagscale_like.config.lora import Lora
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Lora",
     "Monitors",
     "MuP",
     "Offload",

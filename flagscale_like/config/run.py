@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
     Train,
 )
 from flagscale_like.config.health import Init, Monitors
+from flagscale_like.config.lora import Lora
 from flagscale_like.errors import ConfigError
 
 
@@ -88,6 +89,7 @@ class RunConfig(Frozen):
         resilience: timeouts and signals.
         offload: activation offload to host memory.
         init: initialisation of the weights.
+        lora: train low-rank adapters instead of the weights.
     """
 
     run_dir: str
@@ -102,6 +104,7 @@ class RunConfig(Frozen):
     resilience: Resilience = Resilience()
     offload: Offload | None = None
     init: Init = Init()
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -124,8 +127,27 @@ class RunConfig(Frozen):
             )
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
+        self._check_lora()
         self._check_schedule()
         return self
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        self.lora.check(self.model)
+        if self.train.frozen:
+            raise ValueError("lora trains nothing but its adapters: train.frozen must be empty with it")
+        if self.init.mup or self.init.salience:
+            name = "mup" if self.init.mup else "salience"
+            raise ValueError(
+                f"init.{name} is for weights that are drawn and trained; with lora they are loaded and stay"
+            )
+        ranks = self.monitors.effective_rank
+        if ranks and set(ranks.of) - {"activations"}:
+            raise ValueError(
+                "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
+                "give of: [activations]"
+            )
 
     def _check_schedule(self) -> None:
         optimizer, steps = self.optimizer, self.train.steps
