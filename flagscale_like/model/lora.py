@@ -5,8 +5,8 @@ Nothing is wrapped, so no parameter of the base changes its name. A matrix W [ou
     ColumnParallelLinear   A whole on every rank, B [out/tp, r] cut as the rows of W
     RowParallelLinear      A [r, in/tp] cut as the columns of W, B whole
 
-What crosses tensor-parallel ranks is A x, [s, b, r]. With SP, each rank sees its part of the sequence where a matrix is whole;
-megatron-core sums the gradients of parameters that are marked `sequence_parallel`.
+What crosses tensor-parallel ranks is A x, [s, b, r]. With SP, each rank sees its part of the sequence where a matrix is
+whole; megatron-core sums the gradients of parameters that are marked `sequence_parallel`.
 
 DoRA (Liu et al. 2024) also trains the lengths m of the rows: y = m / |W + scale B A| (W x + scale B A x), rows' norms taken
 over `in` and, as in the paper's section 4.3, without a gradient.
