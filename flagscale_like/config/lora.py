@@ -36,6 +36,8 @@ class Lora(Frozen):
         plus_ratio: learning rate of B, relative to that of A (LoRA+, Hayou et al. 2024).
         init: distribution that A is drawn from; B begins at 0. `kaiming` is uniform within 1 / sqrt(columns), as peft draws
             it. `gaussian` is normal with standard deviation 1 / rank.
+        base: where the weights W are now, a checkpoint or a Hugging Face folder, if adapters are loaded whose checkpoint
+            names a folder that has moved. It has to hold the same weights.
     """
 
     rank: int = Field(default=16, gt=0)
@@ -46,6 +48,7 @@ class Lora(Frozen):
     dora: bool = False
     plus_ratio: float = Field(default=1.0, gt=0)
     init: Literal["kaiming", "gaussian"] = "kaiming"
+    base: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Lora:

@@ -25,7 +25,7 @@ from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.load import Left, load_optimizer, load_weights
+from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
@@ -63,6 +63,7 @@ class Engine:
         chunks: the same, wrapped for gradient reduction where there is an optimizer.
         optimizer: None for a model that is only run.
         left: what a load that was not strict left at its initial values, in words.
+        base: of a model with LoRA, the record of the weights that its adapters belong to; None where they were drawn.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         self.spec, self.ctx, self.models, self.name, self.left = spec, ctx, models, name, left or []
         self.chunks: list[MegatronModule] = list(models)
         self.optimizer: MegatronOptimizer | None = None
+        self.base: dict[str, Any] | None = None
 
     @classmethod
     def build(
@@ -113,6 +115,8 @@ class Engine:
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
+        if spec.lora is not None and source is not None:
+            engine.base = base_record(source, ctx)
         if optimizer is not None:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
             engine.chunks = wrap_chunks(models, spec, ctx)
@@ -230,7 +234,10 @@ class Engine:
         """What a checkpoint keeps beside the fragments, JSON-able."""
         if self.optimizer is None:
             return {}
-        return {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        state = {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        if self.spec.lora is not None:
+            state |= {"lora": self.spec.lora.model_dump(mode="json"), "base": self.base}
+        return state
 
     def load(self, reader: CheckpointReader) -> None:
         """Take weights and optimizer states from a checkpoint of this model.

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.hf import ExportPlan
+from flagscale_like.checkpoint.hf import ExportPlan, ExportSource
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
@@ -26,7 +25,7 @@ def transformers_ships(model_type: str) -> bool:
 
 @torch.no_grad()
 def compare_logits(
-    reader: CheckpointReader,
+    reader: ExportSource,
     plan: ExportPlan,
     folder: Path,
     ctx: ParallelContext,

@@ -185,11 +185,20 @@ def announce(run: Run, notes: list[str]) -> None:
     if ctx.is_main:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
-        f"{config.model.parameter_count():,} parameters | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{described_parameters(config)} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
         f"{' sp' if par.sp else ''} on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
     for note in notes:
         run.reporter.say(note)
+
+
+def described_parameters(config: RunConfig) -> str:
+    """How many parameters the model has, and how many of them LoRA trains, in words."""
+    count = config.model.parameter_count()
+    if config.lora is None:
+        return f"{count:,} parameters"
+    own = sum(parameter.numel for parameter in config.lora.parameters(config.model))
+    return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%})"
 
 
 def export_run(run: Run) -> Path:
