@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -72,7 +72,24 @@ def same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in ("kind", "bytes", "xxh3"))
 
 
-def lora_of(adapters: CheckpointReader) -> Lora:
+class Adapters(Protocol):
+    """What adapters are read from: a native checkpoint that holds them, or a folder in peft's format (see peft_folder.py)."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    def keys(self) -> list[str]: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor: ...
+
+    def check(self, target: Fragment) -> None: ...
+
+    def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
+
+
+def lora_of(adapters: Adapters) -> Lora:
     """The options that a checkpoint's adapters were made with.
 
     Raises:
@@ -85,7 +102,7 @@ def lora_of(adapters: CheckpointReader) -> Lora:
 
 
 def open_base(
-    adapters: CheckpointReader,
+    adapters: Adapters,
     named: Path | None,
     *,
     way_out: str,
@@ -128,7 +145,7 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 class AdaptedWeights:
-    """A base's weights and a checkpoint's adapters, as one source of weights.
+    """A base's weights and adapters, as one source of weights.
 
     Attributes:
         lora: options of the adapters.
@@ -137,7 +154,7 @@ class AdaptedWeights:
         CheckpointError: the adapters do not fit the base's matrices.
     """
 
-    def __init__(self, base: Base, adapters: CheckpointReader) -> None:
+    def __init__(self, base: Base, adapters: Adapters) -> None:
         self.base, self.adapters, self.folder = base, adapters, adapters.folder
         self.lora = lora_of(adapters)
         self.reads_in_threads = base.reads_in_threads
@@ -176,7 +193,7 @@ class AdaptedWeights:
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
         self._source(target.key).read(kind, target, out)
 
-    def _source(self, key: str) -> Base:
+    def _source(self, key: str) -> Base | Adapters:
         return self.adapters if key in self._own else self.base
 
 

@@ -115,7 +115,7 @@ class Engine:
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
-        if spec.lora is not None and source is not None:
+        if spec.lora is not None and source is not None and optimizer is not None:
             engine.base = base_record(source, ctx)
         if optimizer is not None:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
@@ -204,11 +205,17 @@ def described_parameters(config: RunConfig) -> str:
 def export_run(run: Run) -> Path:
     """Write RUN_DIR/hf from the checkpoint of the last step; the ranks share the files. All ranks call it.
 
+    LoRA adapters are merged into their base.
+
     Raises:
         ConversionError: on every rank, where any rank could not write.
     """
     data, out = run.config.data, RunFolder(run.config.run_dir).hf
     reader = CheckpointReader(run.store.root / step_name(run.progress.step))
+    source: CheckpointReader | MergedWeights = reader
+    if run.config.lora is not None:
+        base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
+        source = MergedWeights(AdaptedWeights(base, reader))
     tokenizer = Path(data.tokenizer) if data.tokenizer else None
-    export_on_ranks(reader, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
+    export_on_ranks(source, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out
