@@ -10,6 +10,7 @@ import enum
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,7 +178,7 @@ class ModelArch(Frozen):
         rows = self.vocab_size if vocab_size is None else vocab_size
         return sum(rows * p.shape[1] if p.role.is_vocabulary else p.numel for p in parameters(self))
 
-    def flops_per_token(self, seq_length: int, *, causal: bool = False) -> float:
+    def flops_per_token(self, seq_length: int, *, causal: bool = False, adapters: Sequence[Parameter] = ()) -> float:
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
 
         Without recompute, the output layer counted, the embedding lookup not: equation 3 of Narayanan et al. 2021 written
@@ -186,9 +187,16 @@ class ModelArch(Frozen):
 
         Args:
             seq_length: tokens a sequence.
+            adapters: LoRA's parameters. With them no gradient of the model's matrices is computed: 4 per parameter of these,
+                6 per parameter of the adapters' A and B.
         """
         layers = sum(layer.flops_per_token(seq_length, causal=causal) for layer in self.layers)
-        return 3.0 * (layers + 2 * self.hidden_size * self.padded_vocab_size())
+        output = self.hidden_size * self.padded_vocab_size()
+        total = 3.0 * (layers + 2 * output)
+        if adapters:
+            matrices = sum(p.numel for p in parameters(self) if p.role.is_layer_matrix)
+            total += 6.0 * sum(p.numel for p in adapters if len(p.shape) == 2) - 2.0 * (matrices + output)
+        return total
 
 
 class Role(enum.Enum):

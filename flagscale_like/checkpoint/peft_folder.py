@@ -99,7 +99,7 @@ class PeftFolder:
         rank = max(rank for _, rank in ranks)
         share = rank / own["r"]
         options["alpha"] = own["lora_alpha"] * (share**0.5 if own["use_rslora"] else share)
-        names = list(dict.fromkeys(matrix.module for matrix, _ in ranks))
+        names = tuple(dict.fromkeys(matrix.module for matrix, _ in ranks))
         lora = Lora(
             rank=rank,
             targets=names,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from flagscale_like.arch import Frozen, ModelArch, Parameter, adapter_parameters, parameters
 
+NO_BASE = "lora trains adapters beside weights: give them with checkpoint.load or checkpoint.init_from_hf"
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 # Hugging Face's names of parts of these matrices.
 ELSEWHERE = {
@@ -42,7 +43,7 @@ class Lora(Frozen):
 
     rank: int = Field(default=16, gt=0)
     alpha: float = Field(default=32.0, ge=0)
-    targets: list[str] = Field(default=list(TARGETS), min_length=1)
+    targets: tuple[str, ...] = Field(default=TARGETS, min_length=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dora: bool = False
@@ -68,7 +69,7 @@ class Lora(Frozen):
 
     def parameters(self, arch: ModelArch) -> tuple[Parameter, ...]:
         """The adapters' parameters, in the built model's order."""
-        return adapter_parameters(arch, tuple(self.targets), self.rank, magnitude=self.dora)
+        return adapter_parameters(arch, self.targets, self.rank, magnitude=self.dora)
 
     def check(self, arch: ModelArch) -> None:
         """Whether a model can have these adapters.

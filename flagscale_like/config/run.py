@@ -201,6 +201,19 @@ class RunConfig(Frozen):
                 )
         return dp
 
+    def flops_per_token(self, *, causal: bool = False) -> float:
+        """Model FLOPs of one token's forward and backward; see ModelArch.flops_per_token()."""
+        adapters = self.lora.parameters(self.model) if self.lora is not None else ()
+        return self.model.flops_per_token(self.train.seq_length, causal=causal, adapters=adapters)
+
+    def describe_parameters(self) -> str:
+        """How many parameters the model has, and how many of them LoRA trains, in words."""
+        count = self.model.parameter_count()
+        if self.lora is None:
+            return f"{count:,} parameters"
+        own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
+        return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
+
     def planned_samples(self) -> int:
         """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""
         monitors, reserve = self.monitors, 0

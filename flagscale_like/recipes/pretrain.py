@@ -25,7 +25,7 @@ from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
-from flagscale_like.training.guard import Guard
+from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.loop import evaluate as report_evaluation
 from flagscale_like.training.loop import run_steps
 from flagscale_like.training.metrics import Reporter
@@ -98,7 +98,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
     objective, clock = NextToken(), Clock()
-    guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
+    guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config))
+    saves = Saves(begun.store, config.checkpoint)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
     # come after all that measure a step, and before the guard, which reports their events, and the saves.
     parts: list[Part | None] = [
@@ -186,20 +187,11 @@ def announce(run: Run, notes: list[str]) -> None:
     if ctx.is_main:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
-        f"{described_parameters(config)} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
         f"{' sp' if par.sp else ''} on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
     for note in notes:
         run.reporter.say(note)
-
-
-def described_parameters(config: RunConfig) -> str:
-    """How many parameters the model has, and how many of them LoRA trains, in words."""
-    count = config.model.parameter_count()
-    if config.lora is None:
-        return f"{count:,} parameters"
-    own = sum(parameter.numel for parameter in config.lora.parameters(config.model))
-    return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%})"
 
 
 def export_run(run: Run) -> Path:

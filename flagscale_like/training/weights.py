@@ -10,6 +10,7 @@ from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.manifest import find_checkpoint
 from flagscale_like.checkpoint.store import WeightSource, verify
 from flagscale_like.config import Checkpoint, Lora, RunConfig
+from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -36,9 +37,7 @@ def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: Par
             )
         return source
     if source is None:
-        raise ConfigError(
-            "lora trains adapters beside weights: give them with checkpoint.load or checkpoint.init_from_hf"
-        )
+        raise ConfigError(NO_BASE)
     if not isinstance(source, CheckpointReader) or not holds_adapters(source):
         if reader is not None:
             raise CheckpointError(
