@@ -27,6 +27,7 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
+from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.config.run import RunConfig, check_layout
 
@@ -39,6 +40,7 @@ __all__ = [
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Lora",
     "Monitors",
     "MuP",
     "NextTokenLoss",

@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
     Train,
 )
 from flagscale_like.config.health import Init, Monitors
+from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.errors import ConfigError
 
@@ -99,6 +100,7 @@ class RunConfig(Frozen):
         resilience: timeouts and signals.
         offload: activation offload to host memory.
         init: initialisation of the weights.
+        lora: train low-rank adapters instead of the weights.
     """
 
     run_dir: PathText
@@ -114,6 +116,7 @@ class RunConfig(Frozen):
     resilience: Resilience = Resilience()
     offload: Offload | None = None
     init: Init = Init()
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -139,8 +142,27 @@ class RunConfig(Frozen):
             raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
+        self._check_lora()
         self._check_schedule()
         return self
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        self.lora.check(self.model)
+        if self.train.frozen:
+            raise ValueError("lora trains nothing but its adapters: train.frozen must be empty with it")
+        if self.init.mup or self.init.salience:
+            name = "mup" if self.init.mup else "salience"
+            raise ValueError(
+                f"init.{name} is for weights that are drawn and trained; with lora they are loaded and stay"
+            )
+        ranks = self.monitors.effective_rank
+        if ranks and set(ranks.of) - {"activations"}:
+            raise ValueError(
+                "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
+                "give of: [activations]"
+            )
 
     def _check_schedule(self) -> None:
         optimizer, steps = self.optimizer, self.train.steps
@@ -193,6 +215,19 @@ class RunConfig(Frozen):
                     f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
                 )
         return dp
+
+    def flops_per_token(self, *, causal: bool = False) -> float:
+        """Model FLOPs of one token's forward and backward; see ModelArch.flops_per_token()."""
+        adapters = self.lora.parameters(self.model) if self.lora is not None else ()
+        return self.model.flops_per_token(self.train.seq_length, causal=causal, adapters=adapters)
+
+    def describe_parameters(self) -> str:
+        """How many parameters the model has, and how many of them LoRA trains, in words."""
+        count = self.model.parameter_count()
+        if self.lora is None:
+            return f"{count:,} parameters"
+        own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
+        return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
 
     def planned_samples(self) -> int:
         """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""

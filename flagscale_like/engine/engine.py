@@ -19,17 +19,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from flagscale_like.arch import is_adapter
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.load import Left, load_optimizer, load_weights
+from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
+from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -61,6 +63,7 @@ class Engine:
         chunks: the same, wrapped for gradient reduction where there is an optimizer.
         optimizer: None for a model that is only run.
         left: what a load that was not strict left at its initial values, in words.
+        base: of a model with LoRA, the record of the weights that its adapters belong to; None where they were drawn.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Engine:
         self.spec, self.ctx, self.models, self.name, self.left = spec, ctx, models, name, left or []
         self.chunks: list[MegatronModule] = list(models)
         self.optimizer: MegatronOptimizer | None = None
+        self.base: dict[str, Any] | None = None
 
     @classmethod
     def build(
@@ -92,7 +96,8 @@ class Engine:
         Args:
             optimizer: None builds no gradient buffers and no optimizer states.
             source: where the weights come from; None draws them.
-            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn.
+            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
+                adapters are drawn where the source has none.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
@@ -103,10 +108,15 @@ class Engine:
         if source is None:
             initialize_weights(models, ctx)
         else:
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name))
+            # A base without adapters: they are drawn, and so is the head of another kind of model.
+            new = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
+            wanted = spec.is_frozen if new else None
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
+        if spec.lora is not None and source is not None and optimizer is not None:
+            engine.base = base_record(source, ctx)
         if optimizer is not None:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
             engine.chunks = wrap_chunks(models, spec, ctx)
@@ -170,6 +180,15 @@ class Engine:
                 if gathers:
                     chunk.enable_forward_pre_hook()
 
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Within it the model computes what it computes without its LoRA adapters: the reference model of DPO, for one.
+
+        For forward passes: a backward pass would find nothing to train. A model without adapters is not changed.
+        """
+        with adapters_off(self.models):
+            yield
+
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
         # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
         iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
@@ -200,17 +219,27 @@ class Engine:
         return list(owned_shards(self.models, self.optimizer, self.ctx, _prefix(self.name)))
 
     def fragments(self) -> Iterator[Shard]:
-        """What this rank saves: weights of frozen parameters; master weights and moments of trained ones."""
+        """What this rank saves: weights of frozen parameters; master weights and moments of trained ones.
+
+        With LoRA the trained ones alone: the others are the base's.
+        """
         if self.optimizer is not None:
             ensure_moments(self.optimizer)
         for shard in self.owned:
-            yield from shard.fragments()
+            if self._is_saved(shard.name):
+                yield from shard.fragments()
+
+    def _is_saved(self, name: str) -> bool:
+        return self.spec.lora is None or not self.spec.is_frozen(name)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the fragments, JSON-able."""
         if self.optimizer is None:
             return {}
-        return {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        state = {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        if self.spec.lora is not None:
+            state |= {"lora": self.spec.lora.model_dump(mode="json"), "base": self.base}
+        return state
 
     def load(self, reader: CheckpointReader) -> None:
         """Take weights and optimizer states from a checkpoint of this model.
@@ -218,7 +247,7 @@ class Engine:
         Raises:
             CheckpointError: it is of another model, or holds no optimizer states.
         """
-        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name))
+        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name), wanted=self._is_saved)
         self.load_optimizer(reader)
 
     def load_optimizer(self, reader: CheckpointReader) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flagscale_like.arch import OUTPUT_NAME, Parameter, Role, parameters_by_name
+from flagscale_like.arch import OUTPUT_NAME, Parameter, Role
 from flagscale_like.model.build import LanguageModel, named_shards
+from flagscale_like.model.lora import adapted
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -41,15 +42,17 @@ def initialize_weights(
     """Fill the weights of this rank's chunks, as their spec says.
 
     Each rank draws the full matrix and keeps its own part. Matrices are normal, with `matrix_std`; norms are norm_init, q's
-    and k's own norms 1. Biases, a value head and the rows of the padded vocabulary are zero.
+    and k's own norms 1. Biases, a value head and the rows of the padded vocabulary are zero. Of an adapter, A is drawn as
+    lora.init says, B is zero, and DoRA's magnitudes are the lengths of the rows, so that the model computes what it computes
+    without.
 
     Args:
-        only: parameters to fill; None fills all.
+        only: parameters to fill; None fills all. Magnitudes need the weights that they are of.
     """
     for chunk in chunks:
         spec = chunk.spec
-        table = parameters_by_name(spec.arch)
-        constants = {Role.NORM: spec.arch.norm_init, Role.HEAD_NORM: 1.0, Role.BIAS: 0.0}
+        table = spec.table
+        constants = {Role.NORM: spec.arch.norm_init, Role.HEAD_NORM: 1.0, Role.BIAS: 0.0, Role.ADAPTER_B: 0.0}
         for name, shard in named_shards(chunk).items():
             if only is not None and shard not in only:
                 continue
@@ -57,10 +60,16 @@ def initialize_weights(
                 shard.fill_(0.0)
                 continue
             parameter = table[name]
+            if parameter.role is Role.ADAPTER_MAGNITUDE:
+                continue  # from the weights: see below
             if parameter.role in constants:
                 shard.fill_(constants[parameter.role])
             else:
                 shard.copy_(_shard_of(_draw(parameter, spec, ctx), parameter, ctx))
+    for linear in adapted(chunks):
+        magnitude = linear.lora.magnitude
+        if magnitude is not None and (only is None or magnitude in only):
+            magnitude.copy_(linear.lora.row_norms(linear.weight))
 
 
 def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor:
@@ -68,7 +77,14 @@ def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor
     digest = hashlib.sha256(f"{spec.seed}/{parameter.name}".encode()).digest()
     generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
     full = torch.empty(parameter.shape, device=ctx.platform.device, dtype=torch.float32)
-    return full.normal_(0.0, matrix_std(parameter.role, spec), generator=generator)
+    if parameter.role is not Role.ADAPTER_A:
+        return full.normal_(0.0, matrix_std(parameter.role, spec), generator=generator)
+    rank, columns = parameter.shape
+    if spec.lora.init == "gaussian":
+        return full.normal_(0.0, 1 / rank, generator=generator)
+    return full.uniform_(
+        -(columns**-0.5), columns**-0.5, generator=generator
+    )  # torch's of a linear: kaiming, a = sqrt(5)
 
 
 def _shard_of(full: Tensor, parameter: Parameter, ctx: ParallelContext) -> Tensor:

@@ -204,7 +204,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
     return {
         "title": html.escape(run_dir.resolve().name),
         "subtitle": html.escape(
-            f"{config.model.parameter_count():,} parameters, {layout.describe()}, {config.train.precision}; "
+            f"{config.describe_parameters()}, {layout.describe()}, {config.train.precision}; "
             f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
         ),
         "tiles": _tiles(story),
