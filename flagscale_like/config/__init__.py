@@ -2,6 +2,7 @@
 
 from flagscale_like.config.groups import (
     Checkpoint,
+    ContextParallelKind,
     Data,
     KernelChoice,
     Kernels,
@@ -31,6 +32,7 @@ from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
     "Checkpoint",
+    "ContextParallelKind",
     "Data",
     "EffectiveRank",
     "Init",
