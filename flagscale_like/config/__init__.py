@@ -15,6 +15,7 @@ from flagscale_like.config.groups import (
     Resilience,
     Source,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import (
     EffectiveRank,
@@ -57,4 +58,5 @@ __all__ = [
     "Train",
     "check_layout",
     "load_config",
+    "parts_of_row",
 ]

@@ -35,6 +35,11 @@ def expand_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(expand_path)]
 
 
+def parts_of_row(cp: int, kind: ContextParallelKind) -> int:
+    """Equal parts that a row is cut into for context parallelism: see runtime.row_cut."""
+    return 2 * cp if cp > 1 and kind == "gather" else cp
+
+
 class Parallel(Frozen):
     """Degrees of parallelism. The data-parallel degree is the world size divided by tp * pp * cp.
 

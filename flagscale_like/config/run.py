@@ -18,6 +18,7 @@ from flagscale_like.config.groups import (
     PathText,
     Resilience,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.objectives import NextTokenLoss
@@ -67,9 +68,9 @@ def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
             f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
             f"({par.cp}) with cp_kind a2a: cp {near_divisors(par.cp, groups)} would do, or cp_kind gather"
         )
+    chunks = parts_of_row(par.cp, par.cp_kind)
     factors = {
-        "2 chunks": 2 if par.cp > 1 and par.cp_kind == "gather" else 1,
-        f"parallel.cp ({par.cp})": par.cp,
+        f"{'2 * ' if chunks > par.cp else ''}parallel.cp ({par.cp})": chunks,
         f"parallel.tp ({par.tp}) with sp": par.tp if par.sp else 1,
     }
     parts = math.prod(factors.values())

@@ -191,7 +191,7 @@ class CoreAttention(nn.Module):
 
     def _rows(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
         """Attention of whole rows."""
-        if self.frees_qkv:
+        if self.frees_qkv or (self.cut is not None and self.tables is not None):  # or what was exchanged
             value = value.contiguous()
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params).flatten(1)
