@@ -111,6 +111,26 @@ WRONG = {
     "a huge micro-batch": (["train.micro_batch_size=100000000"], "micro_batch_size 8 would do"),
     "deep brackets": (["train.frozen=" + "[" * 3000], "its brackets are nested too deeply"),
     "longer than positions": (["model.max_position_embeddings=16"], "seq_length (32) exceeds"),
+    "longer than scaled positions": (
+        ["model.max_position_embeddings=8", "model.position.scaling={kind: linear, factor: 2}"],
+        "seq_length (32) exceeds model.max_position_embeddings (8), 16 with model.position.scaling",
+    ),
+    "a scaling's missing length": (
+        ["model.position.scaling={kind: yarn, factor: 2}"],
+        "scaling of kind yarn needs original_max_position_embeddings",
+    ),
+    "a number of another scaling": (
+        ["model.position.scaling={kind: linear, factor: 2, beta_fast: 8}"],
+        "beta_fast (8.0) belongs to scaling of kind yarn (it is linear)",
+    ),
+    "frequency factors the wrong way": (
+        ["model.position.scaling={kind: llama3, factor: 8, low_freq_factor: 4}"],
+        "low_freq_factor (4.0) must be less than high_freq_factor (4.0)",
+    ),
+    "a context of no tokens": (
+        ["model.position.scaling={kind: llama3, factor: 8, original_max_position_embeddings: 0}"],
+        "original_max_position_embeddings: Input should be greater than 0",
+    ),
 }
 
 

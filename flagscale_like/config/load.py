@@ -25,7 +25,7 @@ def load_config(
         path: the YAML file.
         overrides: strings `key.path=value`; the value is YAML.
         read_model: reads the group `model` from the checkpoint or Hugging Face folder that the other values name; None if
-            they name neither. Keys of `model` in the YAML file override the ones it returns.
+            they name neither. Keys of `model` and `model.position` in the YAML file override the ones it returns.
 
     Raises:
         ConfigError: the file cannot be read, is not a mapping, or has invalid values. The message has one line for each
@@ -52,11 +52,22 @@ def load_config(
         _apply(values, override)
     found = read_model(values) if read_model else None
     if found is not None and isinstance(values.get("model") or {}, dict):
-        values["model"] = found | (values.get("model") or {})  # a group of comments alone is read as null
+        # a group of comments alone is read as null
+        values["model"] = _merged(found, values.get("model") or {}, groups=("position",))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, node, item) for item in error.errors())) from None
+
+
+def _merged(found: dict[str, Any], given: dict[str, Any], groups: Sequence[str] = ()) -> dict[str, Any]:
+    """`found` with the keys of `given` in their places; the groups key by key."""
+    inner = {
+        name: _merged(found[name], given[name])
+        for name in groups
+        if isinstance(found.get(name), dict) and isinstance(given.get(name), dict)
+    }
+    return found | given | inner
 
 
 def _twice(node: yaml.Node | None) -> list[str]:

@@ -40,7 +40,7 @@ def near_multiples(value: int, number: int) -> str:
 
 
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    """Check that a layout divides the model, and that a sequence is not longer than max_position_embeddings.
+    """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
     Raises:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
@@ -55,9 +55,11 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
             )
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
-    if model.max_position_embeddings and seq_length > model.max_position_embeddings:
+    if model.longest_sequence and seq_length > model.longest_sequence:
+        scaled = model.longest_sequence != model.max_position_embeddings
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
+            + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
         )
 
 

@@ -51,7 +51,7 @@ def compare_logits(
     if plan.dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(plan.dtype).float()
-    length = min(tokens, model.arch.max_position_embeddings or tokens)
+    length = min(tokens, model.arch.longest_sequence or tokens)
     ids = torch.randint(0, model.arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(ctx.platform.device)
     ours = model(ids, None, None)[..., : model.arch.vocab_size].float()

@@ -58,14 +58,16 @@ class Plan:
 
     Attributes:
         rows: rows of a pack; 1 where the tensors have a batch dimension.
-        positions: int64 [tokens], of this rank's tokens in their documents, on the device.
-        longest: a number that no position reaches.
+        lengths: tokens of the documents that fill the rows.
+        tokens: int64, this rank's tokens, counted over the whole rows; on the device.
+        positions: int64, the same tokens, counted in their documents.
         calls: those of the front chunks, and those of the back chunks.
     """
 
     rows: int
+    lengths: tuple[int, ...]
+    tokens: Tensor
     positions: Tensor
-    longest: int
     calls: tuple[list[Call], list[Call]]
 
 
@@ -81,8 +83,8 @@ def plan_rows(cut: RowCut, tokens: int, device: torch.device) -> Plan:
         [Call(slice(half * length, (half + 1) * length), slice(0, (chunk + 1) * length), {})]
         for half, chunk in enumerate(cut.held)
     )
-    positions = cut.part(torch.arange(tokens * cut.size, device=device), 0)
-    return Plan(1, positions, tokens * cut.size, calls)
+    mine = cut.part(torch.arange(tokens * cut.size, device=device), 0)
+    return Plan(1, (tokens * cut.size,), mine, mine, calls)
 
 
 def plan_pack(cut: RowCut, pack: Pack, device: torch.device, *, one_by_one: bool) -> Plan:
@@ -93,9 +95,8 @@ def plan_pack(cut: RowCut, pack: Pack, device: torch.device, *, one_by_one: bool
     """
     bounds, rows = torch.tensor(pack.bounds), pack.rows
     whole = pack.bounds[-1] // rows
-    tokens = torch.arange(rows * whole)
-    starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
-    positions = cut.part((tokens - starts).view(rows, whole), 1).flatten()
+    tokens = cut.part(torch.arange(rows * whole).view(rows, whole), 1).flatten()
+    positions = tokens - bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
     length = whole // cut.chunks
     pieces = [
         (half, row * 2 * length + half * length, _overlaps(pack.bounds, row * whole + chunk * length, length))
@@ -119,7 +120,8 @@ def plan_pack(cut: RowCut, pack: Pack, device: torch.device, *, one_by_one: bool
         given = dict(zip(names, (next(on_device), next(on_device), *longest), strict=True))
         keys = slice(documents[0][1], documents[-1][2])
         calls[half].append(Call(slice(first, first + sides[0][-1]), keys, {} if one_by_one else given))
-    return Plan(rows, positions.to(device, non_blocking=True), whole, calls)
+    lengths = tuple(bounds.diff().tolist())
+    return Plan(rows, lengths, tokens.to(device, non_blocking=True), positions.to(device, non_blocking=True), calls)
 
 
 def _overlaps(bounds: Sequence[int], start: int, length: int) -> list[tuple[int, int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ class Pack(PackedSeqParams):
         bounds: 0, ..., t: where each document begins, and the end, on the host. cu_seqlens_q and cu_seqlens_kv are the same
             on the device.
         rows: rows of the batch that the pack's row consists of. Context-parallel ranks hold a part of each of them.
-        plans: what model.context_parallel makes of the bounds, once for all layers.
+        plan: what model.context_parallel makes of the bounds, once for all layers.
     """
 
     bounds: tuple[int, ...] = ()
     rows: int = 1
-    plans: dict[Any, Any] = field(default_factory=dict)
+    plan: Any = None
 
 
 def packing(documents: Tensor, device: torch.device, rows: int) -> Pack:

@@ -74,6 +74,11 @@ ARCHS = {
     "rope": {},
     "alibi": {"model__position": {"kind": "alibi"}},
     "window": {"model__sliding_window": 4},
+    "dynamic": {
+        "model__position": {"scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 6}}
+    },
+    "nlpe clipped": {"model__position": {"kind": "nlpe", "threshold": 4}},
+    "nlpe compressed": {"model__position": {"kind": "nlpe", "threshold": 4, "far": "compressed"}},
 }
 
 
