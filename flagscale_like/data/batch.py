@@ -69,7 +69,7 @@ class Batch:
         )
 
     def row_sums(self, x: Tensor) -> Tensor:
-        """The sum of x [b, s] over each whole row, [b]: alike on every context-parallel rank, and differentiable.
+        """The sum of x [b, s, ...] over each whole row, [b, ...]: alike on every context-parallel rank, and differentiable.
 
         Every rank computes the same from it, so that the backward pass takes each rank's own gradient and adds up nothing.
         """

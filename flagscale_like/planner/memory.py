@@ -174,14 +174,18 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
 
 @functools.lru_cache(maxsize=4096)
 def state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, *, precision: str, replica: int = 0
+    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0
 ) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer states of one rank; exact."""
+    """Bytes of weights, gradients and optimizer states of one rank; exact.
+
+    Args:
+        dp_rank: the rank among the layout's replicas, which differs from the data-parallel rank where cp is above 1.
+    """
     weights = gradients = optimizer = 0
     for buffer in stage_buffers(arch, layout, stage):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
-        elements, parameters = buffer.owned(layout.replicas, replica)
+        elements, parameters = buffer.owned(layout.replicas, dp_rank)
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
 
@@ -230,7 +234,7 @@ def rank_memory(
     seq_length: int,
     precision: str,
     ops: Operators = FUSED,
-    replica: int = 0,
+    dp_rank: int = 0,
     overhead: bool = True,
 ) -> RankMemory:
     """All components of one rank.
@@ -240,7 +244,7 @@ def rank_memory(
     """
     shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
     cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
-    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, replica=replica)
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows
