@@ -94,7 +94,7 @@ def generate(  # typer makes an option of every parameter
     adapter: Adapter = None,
     force: Force = False,
 ) -> None:
-    """Print a continuation of the prompt, or the answer to a question, by the model of a checkpoint or a Hugging Face folder."""
+    """Print what the model of a checkpoint or of a Hugging Face folder makes of a prompt, or its answer to a question."""
     from flagscale_like.config import Parallel
     from flagscale_like.data.chat import ChatTokenizer
     from flagscale_like.data.tokenizer import Tokenizer

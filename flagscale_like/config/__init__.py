@@ -3,6 +3,7 @@
 from flagscale_like.config.groups import (
     Chat,
     Checkpoint,
+    ContextParallelKind,
     Data,
     KernelChoice,
     Kernels,
@@ -15,6 +16,7 @@ from flagscale_like.config.groups import (
     Resilience,
     Source,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import (
     EffectiveRank,
@@ -34,6 +36,7 @@ from flagscale_like.config.run import RunConfig, check_layout
 __all__ = [
     "Chat",
     "Checkpoint",
+    "ContextParallelKind",
     "Data",
     "EffectiveRank",
     "Init",
@@ -59,4 +62,5 @@ __all__ = [
     "Train",
     "check_layout",
     "load_config",
+    "parts_of_row",
 ]

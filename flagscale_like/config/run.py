@@ -18,6 +18,7 @@ from flagscale_like.config.groups import (
     PathText,
     Resilience,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
@@ -53,17 +54,34 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
                 f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
                 f"tp {near_divisors(par.tp, shared)} would do"
             )
-    if par.sp and seq_length % par.tp:
-        raise ValueError(
-            f"train.seq_length ({seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
-            f"seq_length {near_multiples(seq_length, par.tp)} would do"
-        )
+    _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
     if model.longest_sequence and seq_length > model.longest_sequence:
         scaled = model.longest_sequence != model.max_position_embeddings
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
             + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
+        )
+
+
+def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
+    groups = model.num_query_groups // par.tp
+    if par.cp_kind == "a2a" and groups % par.cp:
+        raise ValueError(
+            f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
+            f"({par.cp}) with cp_kind a2a: cp {near_divisors(par.cp, groups)} would do, or cp_kind gather"
+        )
+    chunks = parts_of_row(par.cp, par.cp_kind)
+    factors = {
+        f"{'2 * ' if chunks > par.cp else ''}parallel.cp ({par.cp})": chunks,
+        f"parallel.tp ({par.tp}) with sp": par.tp if par.sp else 1,
+    }
+    parts = math.prod(factors.values())
+    if seq_length % parts:
+        given = " * ".join(name for name, factor in factors.items() if factor > 1)
+        raise ValueError(
+            f"train.seq_length ({seq_length}) must be divisible by {given}: "
+            f"seq_length {near_multiples(seq_length, parts)} would do"
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
@@ -29,11 +30,13 @@ from flagscale_like.engine.load import Left, base_record, load_optimizer, load_w
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
+from flagscale_like.errors import ConfigError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.row_cut import RowCut
 
 
 @dataclass
@@ -42,8 +45,10 @@ class Outputs:
 
     Attributes:
         sums: `total`, `count` and the objective's sums, added up over the micro-batches; 0 on ranks that another one counts
-            for (other stages than the last, and all but the first tensor-parallel rank).
-        samples: the objective's samples in the order of the micro-batches, [micro-batches * b]; empty on those other ranks.
+            for (other stages than the last, and all but the first tensor-parallel rank). Context-parallel ranks count their
+            tokens each, or the first one the rows; see Objective.cut.
+        samples: the objective's samples in the order of the micro-batches, [micro-batches * b], of whole rows; empty on those
+            other ranks and on all but the first context-parallel rank.
         grad_square: of the gradients, this rank's part of the squared L2 norm, float64; 0 without a backward pass.
         overflow: whether the fp16 gradients overflowed, on any rank.
     """
@@ -190,6 +195,10 @@ class Engine:
             yield
 
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+        cut = self.ctx.row_cut
+        if cut is not None:
+            _check_cut(objective, cut)
+            batches = (batch.part_of(cut) for batch in batches)
         # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
         iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
         several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
@@ -209,6 +218,8 @@ class Engine:
             return Outputs(dict.fromkeys(names, 0.0))
         sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
         samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
+        if cut is not None:
+            samples = _whole_samples(samples, cut, objective)
         return Outputs(sums, samples)
 
     # What it holds
@@ -267,6 +278,24 @@ class Engine:
         return total
 
 
+def _check_cut(objective: Objective, cut: RowCut) -> None:
+    if getattr(objective, "cut", None) is None:
+        raise ConfigError(
+            f"parallel.cp is {cut.size}, and the objective ({objective.metric}) takes whole rows: use cp 1, or an objective "
+            "that says how it takes a part of a row (Objective.cut)"
+        )
+
+
+def _whole_samples(samples: dict[str, Tensor], cut: RowCut, objective: Objective) -> dict[str, Tensor]:
+    """Each row's numbers over its context-parallel ranks, on the first of them; all call it. Nothing waits for the device."""
+    sums = [name for name, value in samples.items() if value.is_floating_point()]
+    if sums and objective.cut == "tokens":
+        added = torch.stack([samples[name].detach().double() for name in sums])  # [names, n]
+        dist.all_reduce(added, group=cut.group)
+        samples |= dict(zip(sums, added, strict=True))
+    return samples if cut.rank == 0 else {}
+
+
 def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:
     """The states of a checkpoint's engines: of the one without a name as they are, of the others under `engines`."""
     engines = list(engines)
@@ -297,4 +326,6 @@ def loss_function(
     loss = objective.loss(output, batch)
     # The schedule scales the first value in place after this returns, so what is reported is a copy.
     sums = {"total": loss.total.detach().clone(), "count": loss.count, **loss.sums}
-    return loss.total, loss.count.to(torch.int), {"sums": sums, "samples": loss.samples}
+    if batch is not None and batch.cut is not None and batch.cut.rank and objective.cut == "rows":
+        sums = {name: torch.zeros_like(value) for name, value in sums.items()}  # the first rank counts the rows
+    return loss.total, sums["count"].to(torch.int), {"sums": sums, "samples": loss.samples}

@@ -193,7 +193,8 @@ def announce(run: Run, notes: list[str]) -> None:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
-        f"{' sp' if par.sp else ''} on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
+        f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
+        f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
     for note in notes:
         run.reporter.say(note)

@@ -215,7 +215,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
             if any(m.kind == kind for m in story.happened)
         ),
         "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
-        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
+        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp, cp=layout.cp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
         "data": _script_data(story),
