@@ -30,7 +30,7 @@ from flagscale_like.config.health import (
 )
 from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "ContextParallelKind",
     "Data",
+    "DirectPreference",
     "EffectiveRank",
     "Init",
     "KernelChoice",
@@ -54,6 +55,7 @@ __all__ = [
     "Profile",
     "RampUp",
     "Resilience",
+    "RewardModel",
     "RunConfig",
     "Salience",
     "Selection",

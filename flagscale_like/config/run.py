@@ -22,7 +22,7 @@ from flagscale_like.config.groups import (
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
 from flagscale_like.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ class RunConfig(Frozen):
     train: Train
     optimizer: Optimizer
     data: Data
-    objective: NextTokenLoss = NextTokenLoss()
+    objective: AnyObjective = NextTokenLoss()
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
@@ -161,6 +161,8 @@ class RunConfig(Frozen):
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_lora()
+        if self.objective.reads_pairs:
+            self._check_pairs()
         self._check_schedule()
         return self
 
@@ -180,6 +182,23 @@ class RunConfig(Frozen):
             raise ValueError(
                 "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
                 "give of: [activations]"
+            )
+
+    def _check_pairs(self) -> None:
+        kind, data = f"objective.kind {self.objective.kind}", self.data
+        if not data.sources:
+            given = "data.synthetic" if data.synthetic else "data.prepare"
+            raise ValueError(f"{kind} reads pairs of answers, which {given} has not: make a source with `data pairs`")
+        if self.parallel.cp > 1:
+            raise ValueError(f"{kind} takes no context parallelism yet: parallel.cp is {self.parallel.cp}, set it to 1")
+        if self.model.position.kind == "nlpe":
+            raise ValueError(f"{kind} reads packs of answers, which model.position.kind nlpe does not take yet")
+        if self.init.salience:
+            raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
+        if data.selection and data.selection.rule == "target" and getattr(self.objective, "reference", "") == "stored":
+            raise ValueError(
+                f"data.selection.rule target has no log-probabilities of the reference for its held-out set: use another "
+                f"rule with {kind}, or objective.reference none"
             )
 
     def _check_schedule(self) -> None:

@@ -20,17 +20,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from flagscale_like.arch import is_adapter
+from flagscale_like.arch import OUTPUT_NAME, is_adapter
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.shard import Shard
-from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.checkpoint.store import WeightSource, value_heads_of
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
@@ -102,7 +102,7 @@ class Engine:
             optimizer: None builds no gradient buffers and no optimizer states.
             source: where the weights come from; None draws them.
             strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
-                adapters are drawn where the source has none.
+                adapters are drawn where the source has none, and a value head where it is a language model.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
@@ -113,10 +113,18 @@ class Engine:
         if source is None:
             initialize_weights(models, ctx)
         else:
-            # A base without adapters: they are drawn, and so is the head of another kind of model.
-            new = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
-            wanted = spec.is_frozen if new else None
+            new_adapters = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
+            new_head = draws_head(source, spec, _prefix(name))
+
+            def wanted(parameter: str) -> bool:
+                return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
+
             left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            if new_head:
+                size = f"{spec.value_heads} x {spec.arch.hidden_size}"
+                left.reasons.append(
+                    f"{OUTPUT_NAME}: the value head ({size}) is drawn, {source.folder} is a language model"
+                )
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
@@ -294,6 +302,21 @@ def _whole_samples(samples: dict[str, Tensor], cut: RowCut, objective: Objective
         dist.all_reduce(added, group=cut.group)
         samples |= dict(zip(sums, added, strict=True))
     return samples if cut.rank == 0 else {}
+
+
+def draws_head(source: WeightSource, spec: ModelSpec, prefix: str = "") -> bool:
+    """Whether a model needs a value head that its source, a language model, does not have.
+
+    Raises:
+        CheckpointError: the source is a reward or value model with another head than the model has.
+    """
+    if spec.head == "hidden":
+        return False
+    found, wanted = value_heads_of(source, prefix), spec.value_heads if spec.head == "value" else 0
+    if found and found != wanted:
+        kind = f"the model has one of {wanted} outputs" if wanted else "the model is a language model"
+        raise CheckpointError(f"{source.folder}: is a reward model, its value head has {found} outputs; {kind}")
+    return bool(wanted) and not found
 
 
 def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class LanguageModel(GPTModel):
     def _head(self) -> LanguageModelHead | ValueHead | HiddenHead:
         tp_group = self.pg_collection.tp
         if self.spec.head == "value":
-            return ValueHead(self.config, tp_group)
+            return ValueHead(self.config, self.spec.value_heads, tp_group)
         if self.spec.head == "hidden":
             return HiddenHead(self.config, tp_group)
         return LanguageModelHead(

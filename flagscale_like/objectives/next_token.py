@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from flagscale_like.config import NextTokenLoss
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.packs import packing
@@ -20,7 +21,7 @@ class NextToken:
             to 1.
     """
 
-    metric = "lm loss"
+    metric = NextTokenLoss.metric
     sums: tuple[str, ...] = ()
     cut = "tokens"
 

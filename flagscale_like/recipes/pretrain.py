@@ -112,7 +112,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         StepMonitors(config.monitors, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
-        StepLog(config, ctx, clock, feed, objective.metric),
+        StepLog(config, ctx, clock, feed, objective),
         OffloadReport(offload) if offload else None,
         *(make_parts(engine) if make_parts else ()),
         guard,

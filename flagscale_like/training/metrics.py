@@ -96,6 +96,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_records(RunFolder(run_dir).metrics)
 
 
+def loss_name(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a run's records call the loss that it trains on: the first number of a step's record."""
+    for record in records:
+        if "iteration-time" in record:
+            return next(name for name in record if name != "step")
+    return "lm loss"
+
+
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 
@@ -122,13 +130,14 @@ def plot_losses(run_dir: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = read_metrics(run_dir)
+    loss = loss_name(records)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, style in (("lm loss", "-"), ("lm loss validation", "o--")):
+    for name, style in ((loss, "-"), (f"{loss} validation", "o--")):
         points = loss_curve(records, name)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats/token)")
+    axes.set_ylabel("loss (nats/token)" if loss == "lm loss" else loss)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
