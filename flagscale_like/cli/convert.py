@@ -71,7 +71,7 @@ def export(
     from flagscale_like.errors import ConversionError
     from flagscale_like.runtime.parallel import parallel_context
 
-    with parallel_context(Parallel()) as ctx:
+    with parallel_context(Parallel(), alone=True) as ctx:
         try:
             difference = compare_logits(reader, plan, out, ctx)
         except ConversionError:

@@ -38,12 +38,13 @@ def evaluate(  # typer makes an option of every parameter
 ) -> None:
     """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
     from flagscale_like.config import Parallel
-    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+    from flagscale_like.runtime.launch import default_processes, launch
+    from flagscale_like.runtime.launched import current_launch
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
     parallel = Parallel(tp=tp, pp=pp)
-    processes = 1 if is_worker() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
@@ -100,7 +101,7 @@ def generate(
         raise ConfigError("the run names no tokenizer: give --tokenizer FOLDER")
     words = Tokenizer(folder)
     ids = words.encode_batch([prompt])[0] or [words.eod]
-    with parallel_context(Parallel()) as ctx:
+    with parallel_context(Parallel(), alone=True) as ctx:
         model = Engine.build(ModelSpec(arch=reader.arch), ctx, source=reader).model
         new = generate(
             model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=words.eod, seed=seed

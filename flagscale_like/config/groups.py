@@ -161,7 +161,10 @@ class Train(Frozen):
         return self.consumed_after(0, self.steps)
 
     def consumed_after(self, consumed: int, steps: int) -> int:
-        """Samples consumed `steps` steps after the step at which `consumed` were. Its cost grows with the batch sizes of the ramp-up, not with the steps."""
+        """Samples consumed `steps` steps after the step at which `consumed` were.
+
+        The ramp-up is walked by its batch sizes, not by its steps.
+        """
         ramp = self.ramp_up
         while ramp is not None and steps > 0 and consumed < ramp.samples:
             size = self.batch_size_at(consumed)
@@ -258,6 +261,8 @@ class Data(Frozen):
         num_workers: data loader processes of each rank; 0 loads data in the training process.
         cache_dir: folder of the sample index; without it, a folder in the run folder.
         selection: dynamic data selection, which adapts the weights of the sources during training.
+        accept_changes: resume although the sources or `split` have changed so that documents move between training and
+            validation.
     """
 
     sources: list[Source] = Field(default_factory=list)
@@ -268,6 +273,7 @@ class Data(Frozen):
     num_workers: int = Field(default=0, ge=0)
     cache_dir: PathText | None = None
     selection: Selection | None = None
+    accept_changes: bool = False
 
     @property
     def tests(self) -> bool:

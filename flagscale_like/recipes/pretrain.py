@@ -23,6 +23,7 @@ from flagscale_like.objectives.choice import objective_of
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
 from flagscale_like.training.guard import Guard
@@ -129,6 +130,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         reporter=reporter,
         watchdog=watchdog,
         clock=clock,
+        documents=source_record(config),
     )
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
