@@ -1,4 +1,4 @@
-"""Context parallelism: every layout and kind of position learns from parts of rows what one process learns from whole ones."""
+"""Context parallelism: every layout and kind of position learns from parts of rows what one process learns of whole ones."""
 
 import itertools
 import math
