@@ -50,9 +50,14 @@ from flagscale_like.runtime.random_state import random_states
 
 
 class WeightSource(Protocol):
-    """What weights are loaded from: a native checkpoint, or a Hugging Face folder."""
+    """What weights are loaded from: a native checkpoint, a Hugging Face folder, or one of them with adapters.
+
+    Attributes:
+        reads_in_threads: whether several threads may read at once.
+    """
 
     folder: Path
+    reads_in_threads: bool
 
     @property
     def arch(self) -> ModelArch: ...

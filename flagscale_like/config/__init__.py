@@ -3,6 +3,7 @@
 from flagscale_like.config.groups import (
     Chat,
     Checkpoint,
+    ContextParallelKind,
     Data,
     KernelChoice,
     Kernels,
@@ -15,6 +16,7 @@ from flagscale_like.config.groups import (
     Resilience,
     Source,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import (
     EffectiveRank,
@@ -27,12 +29,14 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
+from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
     "Chat",
     "Checkpoint",
+    "ContextParallelKind",
     "Data",
     "DirectPreference",
     "EffectiveRank",
@@ -40,6 +44,7 @@ __all__ = [
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Lora",
     "Monitors",
     "MuP",
     "NextTokenLoss",
@@ -59,4 +64,5 @@ __all__ = [
     "Train",
     "check_layout",
     "load_config",
+    "parts_of_row",
 ]

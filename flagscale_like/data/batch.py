@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from flagscale_like.runtime.row_cut import RowCut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class Batch:
             document. None: each row is one document.
         source: int64 [b] on the host, the index of each row's data source. None: the data has no sources.
         extras: further tensors that one objective needs, by name.
+        cut: how the rows lie over context-parallel ranks, where they do; see `part_of`. s then counts this rank's tokens, and
+            `documents` keeps the boundaries of the whole rows.
     """
 
     tokens: Tensor
@@ -32,12 +37,15 @@ class Batch:
     documents: Tensor | None = None
     source: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    cut: RowCut | None = None
 
     def bounds(self) -> Tensor:
         """`documents`; where each row is one document, its boundaries."""
         if self.documents is not None:
             return self.documents
         rows, length = self.tokens.shape
+        if self.cut is not None:
+            length *= self.cut.size
         return torch.arange(0, rows * length + 1, length, dtype=torch.int32)
 
     @classmethod
@@ -46,10 +54,37 @@ class Batch:
 
         `documents` and `source` stay on the host.
         """
-        names = {f.name for f in fields(cls)} - {"documents", "source", "extras"}
+        names = {f.name for f in fields(cls)} - {"documents", "source", "extras", "cut"}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if name in names}
         extras = {name: value.to(device, non_blocking=True) for name, value in values.get("extras", {}).items()}
         return cls(**moved, documents=values.get("documents"), source=source, extras=extras)
+
+    def part_of(self, cut: RowCut) -> Batch:
+        """What one context-parallel rank gets of a batch of whole rows: its part of every row.
+
+        Extras are cut where their first two dimensions are those of the tokens, [b, s, ...]; others stay as they are.
+        """
+        rows = self.tokens.shape
+
+        def part(x: Tensor) -> Tensor:
+            return cut.part(x, 1) if x.shape[:2] == rows else x
+
+        return replace(
+            self,
+            tokens=part(self.tokens),
+            labels=part(self.labels),
+            loss_mask=part(self.loss_mask),
+            extras={name: part(value) for name, value in self.extras.items()},
+            cut=cut,
+        )
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """The sum of x [b, s, ...] over each whole row, [b, ...]: alike on every context-parallel rank, and differentiable.
+
+        Every rank computes the same from it, so that the backward pass takes each rank's own gradient and adds up nothing.
+        """
+        sums = x.sum(1)
+        return sums if self.cut is None else reduce_from_tensor_model_parallel_region(sums, group=self.cut.group)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
 from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS
@@ -99,6 +101,14 @@ def load_weights(
     return Left(problems, {p for p, piece in everything if piece.box.key in misfits or not is_wanted(piece)})
 
 
+def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
+    """What a checkpoint of adapters records of the weights that they belong to. Rank 0 reads what there is to read."""
+    record = None
+    if ctx.is_main:
+        record = source.record if isinstance(source, AdaptedWeights) else identify(source)
+    return ctx.broadcast(record)
+
+
 def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> None:
     """Read fragments into contiguous 1-D views, on a device by way of the host; several at a time where that is safe."""
 
@@ -109,7 +119,7 @@ def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> No
         if out is not view:
             view.copy_(out)
 
-    with ThreadPoolExecutor(READERS if isinstance(source, CheckpointReader) else 1) as pool:
+    with ThreadPoolExecutor(READERS if source.reads_in_threads else 1) as pool:
         for done in [pool.submit(fill, *wanted) for wanted in views]:
             done.result()
 

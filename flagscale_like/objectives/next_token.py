@@ -23,6 +23,7 @@ class NextToken:
 
     metric = NextTokenLoss.metric
     sums: tuple[str, ...] = ()
+    cut = "tokens"
 
     def __init__(self, *, packed: bool = False, per: Literal["token", "conversation"] = "token") -> None:
         self.packed, self.per = packed, per
@@ -32,7 +33,7 @@ class NextToken:
         inputs = {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None, "labels": batch.labels}
         if self.packed:  # one row, [1, b * s]
             inputs |= {"input_ids": batch.tokens.view(1, -1), "labels": batch.labels.view(1, -1)}
-            inputs["packed_seq_params"] = packing(batch.bounds(), batch.tokens.device)
+            inputs["packed_seq_params"] = packing(batch.bounds(), batch.tokens.device, len(batch.tokens))
         return inputs
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:

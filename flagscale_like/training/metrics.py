@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from flagscale_like.json_files import keep_records, open_records, read_records, write_record
+from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event, close_all
 
@@ -50,26 +50,41 @@ class Reporter:
         """One record of a step."""
         if self._metrics is None or not values:
             return
-        write_record(self._metrics, {"step": step, **values, "time": _now()})
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        with dispensable(self.folder.metrics):
+            write_record(self._metrics, {"step": step, **values, "time": _now()})
+        with dispensable(self.folder.tensorboard):
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
         """What a monitor found, to the log, to events.jsonl and to TensorBoard."""
         self.say(f"step {step} | {event.message}")
         if self._events is not None:
             found = dataclasses.asdict(event)
-            write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
-            self._board.add_scalar(f"event/{event.kind}", event.value, step)
+            with dispensable(self.folder.events):
+                write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
+            with dispensable(self.folder.tensorboard):
+                self._board.add_scalar(f"event/{event.kind}", event.value, step)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._metrics is not None:
-            plot = functools.partial(plot_losses, self.folder.root)
-            close_all([self._metrics.close, self._events.close, self._board.close, plot], error)
+            folder, plot = self.folder, functools.partial(plot_losses, self.folder.root)
+            closings = {
+                folder.metrics: self._metrics.close,
+                folder.events: self._events.close,
+                folder.tensorboard: self._board.close,
+                folder.loss_plot: plot,
+            }
+            close_all([functools.partial(_close, path, close) for path, close in closings.items()], error)
+
+
+def _close(path: Path, close: Callable[[], object]) -> None:
+    with dispensable(path):
+        close()
 
 
 def _now() -> str:

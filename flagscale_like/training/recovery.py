@@ -49,7 +49,7 @@ class Ledger(Part):
     def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
         self.path, self.run_dir, self._now = RunFolder(run_dir).resilience, Path(run_dir), now
         self._step = step
-        self.events = read_records(self.path)
+        self.events = [r for r in read_records(self.path) if {"event", "time", "step"} <= r.keys()]
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
             steps = [r for r in read_metrics(self.run_dir) if "iteration-time" in r]
@@ -119,6 +119,8 @@ def effective_time_ratio(run_dir: Path, now: float) -> float:
             kept.append((record["step"], steps * record["iteration-time"]))
     wall, started = 0.0, None
     for event in read_records(RunFolder(run_dir).resilience):
+        if not {"event", "time"} <= event.keys():
+            continue
         if event["event"] == "stop" and started is not None:
             wall += event["time"] - started
             started = None

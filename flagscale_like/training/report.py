@@ -215,7 +215,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
     return {
         "title": html.escape(run_dir.resolve().name),
         "subtitle": html.escape(
-            f"{config.model.parameter_count():,} parameters, {layout.describe()}, {config.train.precision}; "
+            f"{config.describe_parameters()}, {layout.describe()}, {config.train.precision}; "
             f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
         ),
         "tiles": _tiles(story),
@@ -226,7 +226,7 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
             if any(m.kind == kind for m in story.happened)
         ),
         "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
-        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
+        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp, cp=layout.cp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
         "data": _script_data(story),

@@ -67,7 +67,7 @@ class StepLog(Part):
         total, count = self.clock.pop()
         seconds = total / count
         tokens_per_s = step.plan.batch_size * train.seq_length / seconds
-        flops = self.config.model.flops_per_token(train.seq_length) * tokens_per_s / world
+        flops = self.config.flops_per_token() * tokens_per_s / world
         record = {
             self.metric: step.facts.loss,
             **({self.metric + MEAN: self._mean(self._loss)} if self._is_in_turn(step.plan) else {}),

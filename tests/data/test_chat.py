@@ -17,6 +17,7 @@ from flagscale_like.data.chat import (
     read_template,
 )
 from flagscale_like.data.conversations import conversations_at, mask_of
+from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.table import DocumentTable
@@ -196,7 +197,7 @@ def test_a_conversation_too_long_is_refused_dropped_or_cut_and_counted(folder, t
         [source], folder, tmp_path / "cut", options(folder, length=60, long="cut", skip_empty=True)
     )
     assert (cut.documents, cut.counts["cut"], cut.dropped["without a counted token"].documents) == (2, 1, 1)
-    assert IndexedDataset(str(tmp_path / "cut")).sequence_lengths.tolist()[1] == 61
+    assert read_lengths(str(tmp_path / "cut")).tolist()[1] == 61
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flagscale_like.errors import DataError
 from tests.data.chats import CHATML, MARKED, make_tokenizer, write_chats
 from tests.harness import tiny_config
 
-LENGTH = 96
+LENGTH = 160
 
 
 def test_best_fit_decreasing_fills_bins_and_needs_as_many_for_any_order():
