@@ -1,6 +1,7 @@
 """Runs on pairs of answers: they learn the preference, alike on every layout, and go on exactly; the reference is stored."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.preprocess import preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.training.metrics import read_metrics
@@ -251,15 +253,17 @@ def test_sources_that_do_not_hold_what_the_objective_reads_are_refused(folder, t
     assert "run `data pairs --length 32 --long drop`" in short
 
 
-def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_process, tmp_path):
+def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_process, folder, tmp_path):
     run, out, native = one_process[0]["reward"].run_dir, tmp_path / "hf", tmp_path / "native"
     commands = [
         ["convert", "export", "--checkpoint", run, "--out", str(out), "--dtype", "fp32"],
         ["convert", "import", "--hf", str(out), "--out", str(native)],
         ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "baichuan"],
         ["generate", "--checkpoint", run, "--prompt", "And"],
+        ["score", "--hf", str(out), "--pairs", str(folder / "more"), "--out", str(tmp_path / "scores.jsonl")],
+        ["score", "--checkpoint", run, "--pairs", str(folder / "chats")],
     ]
-    ((exported, imported, other, generated),) = run_commands(commands)
+    ((exported, imported, other, generated, scored, no_pairs),) = run_commands(commands)
     assert "verified: transformers' logits differ from the native model's by" in exported.printed
     assert imported.exit_code == 0
     assert "a reward model cannot be written as baichuan: transformers has no class with scores for it" in other.error
@@ -270,3 +274,13 @@ def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_proces
         assert torch.equal(after.full(key), before.full(key)[:rows]), key
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert (model.config.num_labels, list(model.score.weight.shape)) == (3, [3, 64])
+    assert re.match(r"rewards of 60 pairs: the chosen answer has the higher one in [\d.]+%, by ", scored.printed)
+    assert f"{folder}/chats: holds no pairs: make them with `data pairs IN" in no_pairs.error
+    # transformers, on the tokens of one answer alone, gives the rewards that `score` read in a row of pairs.
+    record = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[7])
+    assert (record["file"], record["line"]) == (f"{folder}/more.jsonl", 8)
+    lengths = read_lengths(str(folder / "more"))
+    for side, document in (("chosen", 14), ("rejected", 15)):
+        ids = torch.from_numpy(read_tokens(str(folder / "more"), lengths, document).astype(np.int64))[None]
+        with torch.no_grad():
+            assert model(ids).logits[0].tolist() == pytest.approx(record[side], abs=1e-4)
