@@ -49,6 +49,7 @@ NEAR, FAR_FACTOR = (
 VOCABULARY = 2048
 HELD_OUT = ("multiprocessing", "tkinter", "xml", "sqlite3", "wsgiref", "curses")
 BATCH, RATE = {"code": 8, "recall": 16}, 2e-3  # rows a step, learning rate
+INIT_STD = 0.08  # about 1 / sqrt(width)
 BIN = 64  # positions whose losses are averaged
 
 # The words of the retrieval task.
@@ -126,13 +127,14 @@ def recall_row(rng: random.Random, length: int, *, ask_last: int = 0) -> tuple[l
         length + 1 tokens, and the places of the keys that are asked for: the next token is the answer.
     """
     row = [KEYS + VALUES + rng.randrange(WORDS) for _ in range(length + 1)]
-    keys, slots = rng.sample(range(KEYS), PAIRS), length // 3
+    pairs = PAIRS if ask_last else rng.randint(1, PAIRS)
+    keys, slots = rng.sample(range(KEYS), pairs), length // 3
     told: dict[int, int] = {}
-    places = sorted(rng.sample(range(slots - ask_last), PAIRS + (0 if ask_last else QUESTIONS)))
+    places = sorted(rng.sample(range(slots - ask_last), pairs + (0 if ask_last else QUESTIONS)))
     places += range(slots - ask_last, slots)
     asked = []
     for left, slot in zip(range(len(places), 0, -1), places, strict=True):
-        untold = PAIRS - len(told)
+        untold = pairs - len(told)
         if untold and (ask_last or not told or left == untold or rng.random() < 2 * untold / left):
             key = keys[len(told)]
             told[key] = KEYS + rng.randrange(VALUES)
@@ -168,6 +170,7 @@ def arch(task: str) -> ModelArch:
         num_attention_heads=4,
         ffn_hidden_size=352,
         vocab_size=VOCABULARY if code else GET + 1,
+        init_std=INIT_STD,
     )
 
 

@@ -13,6 +13,7 @@ from flagscale_like.arch import Frozen
 from flagscale_like.config.health import Selection
 
 KernelChoice = Literal["auto", "triton", "torch"]
+ContextParallelKind = Literal["gather", "a2a"]
 
 
 def expand_path(text: str) -> str:
@@ -34,6 +35,11 @@ def expand_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(expand_path)]
 
 
+def parts_of_row(cp: int, kind: ContextParallelKind) -> int:
+    """Equal parts that a row is cut into for context parallelism: see runtime.row_cut."""
+    return 2 * cp if cp > 1 and kind == "gather" else cp
+
+
 class Parallel(Frozen):
     """Degrees of parallelism. The data-parallel degree is the world size divided by tp * pp * cp.
 
@@ -42,7 +48,10 @@ class Parallel(Frozen):
         pp: pipeline stages.
         vpp: model chunks on each stage in the interleaved schedule (Narayanan et al. 2021); 1 uses the 1F1B schedule.
         sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022); needs tp above 1.
-        cp: context-parallel ranks, which split the sequence. Only 1 is supported.
+        cp: context-parallel ranks. Each holds a part of every sequence, and attention brings the parts together.
+        cp_kind: how it does. `gather` gathers keys and values on every rank (Dubey et al. 2024). `a2a` exchanges tokens for
+            heads before and after attention (DeepSpeed Ulysses: Jacobs et al. 2023); it needs num_query_groups / tp
+            divisible by cp.
         ep: expert-parallel ranks. Only 1 is supported.
         first_stage_layers: layers of the first pipeline stage; without it, as many as the other stages.
         last_stage_layers: layers of the last pipeline stage; without it, as many as the other stages.
@@ -52,7 +61,8 @@ class Parallel(Frozen):
     pp: int = Field(default=1, gt=0)
     vpp: int = Field(default=1, gt=0)
     sp: bool = False
-    cp: Literal[1] = 1
+    cp: int = Field(default=1, gt=0)
+    cp_kind: ContextParallelKind = "gather"
     ep: Literal[1] = 1
     first_stage_layers: int | None = Field(default=None, gt=0)
     last_stage_layers: int | None = Field(default=None, gt=0)

@@ -17,7 +17,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from flagscale_like.data.batch import Batch, collate
+from flagscale_like.data.batch import CONVERSATIONS, Batch, collate
 from flagscale_like.data.conversations import mask_of
 from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.order import OneSource
@@ -172,15 +172,18 @@ def pack_row(
 
     Returns:
         tokens and labels int64 [length]; loss_mask float32 [length], the weight of each label; documents int32 [n + 1], see
-        Batch.documents.
+        Batch.documents. With per_conversation, `extras` has conversations, float32 [length]: 1 at the first label of each
+        that counts.
     """
     tokens = np.full(length, pad, dtype=np.int64)
     labels, mask, bounds = tokens.copy(), np.zeros(length, dtype=np.float32), [0]
+    firsts = np.zeros(length, dtype=np.float32)
     for ids, weights in conversations:
         start, stop = bounds[-1], bounds[-1] + len(ids) - 1
         tokens[start:stop], labels[start:stop], mask[start:stop] = ids[:-1], ids[1:], weights[1:]
-        if per_conversation:
-            mask[start:stop] /= weights[1:].sum(dtype=np.float64) or 1.0
+        if per_conversation and (counted := np.flatnonzero(weights[1:])).size:
+            mask[start:stop] /= weights[1:].sum(dtype=np.float64)
+            firsts[start + counted[0]] = 1
         bounds.append(stop)
     bounds += [length] if bounds[-1] < length else []
     return {
@@ -188,6 +191,7 @@ def pack_row(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.tensor(bounds, dtype=torch.int32),
+        **({"extras": {CONVERSATIONS: torch.from_numpy(firsts)}} if per_conversation else {}),
     }
 
 

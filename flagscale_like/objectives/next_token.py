@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from flagscale_like.data.batch import Batch
+from flagscale_like.config import NextTokenLoss
+from flagscale_like.data.batch import CONVERSATIONS, Batch
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.packs import packing
 
@@ -16,12 +17,13 @@ class NextToken:
 
     Args:
         packed: the batches are packs of documents. Every pipeline stage then reads their bounds.
-        per: what has the same weight in the mean: a `token`, or a `conversation`, whose weights in the loss mask then add up
-            to 1.
+        per: what has the same weight in the mean: a `token`, or a `conversation`. Its weights in the loss mask then add up to
+            1, and the batch's extras say where each begins.
     """
 
-    metric = "lm loss"
+    metric = NextTokenLoss.metric
     sums: tuple[str, ...] = ()
+    cut = "tokens"
 
     def __init__(self, *, packed: bool = False, per: Literal["token", "conversation"] = "token") -> None:
         self.packed, self.per = packed, per
@@ -31,17 +33,15 @@ class NextToken:
         inputs = {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None, "labels": batch.labels}
         if self.packed:  # one row, [1, b * s]
             inputs |= {"input_ids": batch.tokens.view(1, -1), "labels": batch.labels.view(1, -1)}
-            inputs["packed_seq_params"] = packing(batch.bounds(), batch.tokens.device)
+            inputs["packed_seq_params"] = packing(batch.bounds(), batch.tokens.device, len(batch.tokens))
         return inputs
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: fp32 [b, s], or [1, b * s] of packs: each token's cross-entropy."""
         masked = output.float().view_as(batch.loss_mask) * batch.loss_mask  # [b, s]
-        counts = (
-            batch.loss_mask.sum(-1) if self.per == "conversation" else (batch.loss_mask != 0).float().sum(-1)
-        )  # [b]
+        each = batch.extras[CONVERSATIONS] if self.per == "conversation" else (batch.loss_mask != 0).float()
+        counts = each.sum(-1)  # [b]
         samples = {"loss": masked.detach().sum(-1), "tokens": counts}  # [b]
         if batch.source is not None:
             samples["source"] = batch.source
-        # The weights of a conversation add up to 1 but for rounding.
-        return Loss(masked.sum(), counts.sum().round(), samples=samples)
+        return Loss(masked.sum(), counts.sum(), samples=samples)

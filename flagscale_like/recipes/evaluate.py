@@ -40,6 +40,9 @@ def evaluate_stream(
 ) -> StreamLoss:
     """Predict every token but the first, once, from the tokens before it in its window. All ranks call it.
 
+    Args:
+        source: the weights; with adapters (AdaptedWeights), these take part.
+
     Raises:
         ConfigError: the layout or the sequence length does not fit the model.
     """
@@ -83,5 +86,6 @@ def _engine(
         precision=precision,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
+        lora=getattr(source, "lora", None),
     )
     return Engine.build(spec, ctx, source=source)

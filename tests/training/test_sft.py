@@ -25,7 +25,13 @@ from tests.data.chats import CHATML, make_tokenizer, write_chats
 from tests.harness import build_engine, run_ranks, tiny_config, write_yaml
 
 ROWS = 4
-LAYOUTS = {"tp2 sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "dp2": {}}
+LAYOUTS = {
+    "tp2 sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+    "dp2": {},
+}
 
 
 @pytest.fixture(scope="module")
