@@ -128,7 +128,9 @@ def test_conversations_and_text_are_blended_and_collated(chats, tmp_path):
 
 
 def test_per_conversation_each_has_the_same_weight(chats, tmp_path):
-    config = chat_config(tmp_path, chats, names=("chats", "text"), objective={"per": "conversation"})
+    config = chat_config(
+        tmp_path, chats, names=("chats", "text"), objective={"kind": "next_token", "per": "conversation"}
+    )
     rows = in_memory(config)
     for position in range(6):
         row = rows[position]

@@ -73,7 +73,7 @@ def _learn(config):
 
 @pytest.mark.parametrize("per", ["token", "conversation"])
 def test_every_layout_and_micro_batch_size_learns_conversations_and_text_alike(per, chats, tmp_path):
-    common = {"names": ("chats", "text"), "objective": {"per": per}}
+    common = {"names": ("chats", "text"), "objective": {"kind": "next_token", "per": per}}
     config = chat_config(tmp_path, chats, **common)
     wider = chat_config(tmp_path, chats, train__micro_batch_size=2, **common)
     ((expected, two_rows),) = run_ranks(1, learn, [config, wider])
@@ -104,7 +104,7 @@ def learn_one_row(config):
 
 @pytest.mark.parametrize("per", ["token", "conversation"])
 def test_a_pack_is_hugging_face_on_each_of_its_conversations_alone(per, chats, tmp_path):
-    config = chat_config(tmp_path, chats, objective={"per": per})
+    config = chat_config(tmp_path, chats, objective={"kind": "next_token", "per": per})
     ((total, count, grads, weights, members),) = run_ranks(1, learn_one_row, config)
     assert len(members) >= 2
     family, model = find_family("llama"), config.model
