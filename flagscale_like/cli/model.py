@@ -84,10 +84,13 @@ def generate(  # typer makes an option of every parameter
         str | None,
         typer.Option(help="A question, instead of --prompt: goes through the chat template; prints the answer."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
+        float,
+        typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.", min=1e-6, max=1.0),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
@@ -114,10 +117,16 @@ def generate(  # typer makes an option of every parameter
     text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
     ids = words.encode_batch([text])[0] or [words.eod]
     stop = {words.eod, chats.end} if chats else {words.eod}
+    limit = source.arch.longest_sequence
+    if limit and len(ids) + max_new_tokens > limit:
+        raise ConfigError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: give "
+            f"at most {max(0, limit - len(ids))} new ones"
+        )
     with parallel_context(Parallel(), alone=True) as ctx:
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
         model = Engine.build(spec, ctx, source=source).model
         new = generate(
             model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
         )
-    typer.echo((prompt or "") + words.decode(new))
+    typer.echo((prompt or "") + words.continuation(ids, new))
