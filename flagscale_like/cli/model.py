@@ -120,8 +120,8 @@ def generate(  # typer makes an option of every parameter
     limit = source.arch.longest_sequence
     if limit and len(ids) + max_new_tokens > limit:
         raise ConfigError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: give "
-            f"at most {max(0, limit - len(ids))} new ones"
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
+            f"give at most {max(0, limit - len(ids))} new ones"
         )
     with parallel_context(Parallel(), alone=True) as ctx:
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
