@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 VOCAB_MULTIPLE = 128
 EMBEDDING_NAME = "embedding.word_embeddings.weight"
@@ -27,27 +27,94 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class RopeScaling(Frozen):
-    """How RoPE's frequencies are scaled for contexts longer than those trained on.
+def whole_number(value: object) -> int | None:
+    """The value as the integer that a field of a configuration reads it as (32, 32.0, "32"); None for others."""
+    try:
+        return TypeAdapter(int).validate_python(value)
+    except ValidationError:
+        return None
 
-    `linear` divides positions by `factor` (Chen et al. 2023); `llama3` divides only the low frequencies and blends
-    between (Llama 3.1).
+
+# The numbers that a kind of scaling uses; those of another kind must have their default values.
+SCALING_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class RopeScaling(Frozen):
+    """How RoPE's frequencies are scaled for contexts longer than those trained on. The numbers have transformers' names.
+
+    `linear` divides positions by `factor` (position interpolation, Chen et al. 2023). `dynamic` (dynamic NTK) raises the base
+    with the length of the sequence, and changes nothing up to original_max_position_embeddings. `yarn` divides the low
+    frequencies and scales q and k (Peng et al. 2023). `llama3` divides the low frequencies (Llama 3.1).
 
     Attributes:
-        kind: `linear` or `llama3`.
-        factor: factor by which the frequencies are divided.
+        kind: `linear`, `dynamic`, `yarn` or `llama3`.
+        factor: factor by which the context grows. 1.0 changes nothing, but with dynamic: there the base grows with the length
+            over original_max_position_embeddings whatever the factor is.
         low_freq_factor: frequencies whose wavelength is above original_max_position_embeddings / low_freq_factor are divided
             by `factor` (llama3 only).
         high_freq_factor: frequencies whose wavelength is below original_max_position_embeddings / high_freq_factor are not
             changed (llama3 only). Frequencies in between are interpolated.
-        original_max_position_embeddings: tokens of the context before scaling (llama3 only).
+        original_max_position_embeddings: tokens of the context before scaling (not with linear). dynamic and yarn need it.
+        beta_fast: frequencies that turn more often than this over the original context are not changed (yarn only).
+        beta_slow: frequencies that turn less often than this over the original context are divided by `factor` (yarn only).
+            Frequencies in between are interpolated.
+        mscale: with mscale_all_dim, q and k are scaled by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)
+            (yarn only).
+        mscale_all_dim: see mscale. Where one of the two is missing or 0, the other has no effect (yarn only).
+        attention_factor: number by which q and k are scaled; without it and mscale, 0.1 ln(factor) + 1 (yarn only).
+        truncate: the first and the last frequency that are interpolated are rounded to whole ones (yarn only).
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float = Field(gt=1.0)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float = Field(ge=1.0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_max_position_embeddings: int = Field(default=8192, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale: float | None = Field(default=None, ge=0)
+    mscale_all_dim: float | None = Field(default=None, ge=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        for name, field in type(self).model_fields.items():
+            if name not in ("kind", *SCALING_FIELDS[self.kind]) and getattr(self, name) != field.default:
+                users = " or ".join(kind for kind, names in SCALING_FIELDS.items() if name in names)
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) belongs to scaling of kind {users} (it is {self.kind})"
+                )
+        if self.kind in ("dynamic", "yarn") and "original_max_position_embeddings" not in self.model_fields_set:
+            raise ValueError(
+                f"scaling of kind {self.kind} needs original_max_position_embeddings: the tokens of the context before it"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor ({self.low_freq_factor}) must be less than high_freq_factor ({self.high_freq_factor})"
+            )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow})")
+        return self
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The numbers that this kind uses, by name."""
+        return {name: getattr(self, name) for name in SCALING_FIELDS[self.kind]}
 
 
 class Position(Frozen):
@@ -57,7 +124,7 @@ class Position(Frozen):
         kind: `rope` rotates q and k (Su et al. 2021); `alibi` adds to a score the head's slope times the distance (Press et
             al. 2022); `nlpe` is RoPE up to a distance and constrained beyond it, so that a text longer than those of training
             has no distance that training had not (Aquila2).
-        base: RoPE's theta.
+        base: RoPE's theta, above 1.
         scaling: how RoPE is scaled for contexts longer than those of training.
         threshold: the first distance, in tokens, that nlpe constrains.
         far: how nlpe constrains it. Aquila2's scheme is not published; these two fit its operator (Su 2023). `clipped`
@@ -67,7 +134,7 @@ class Position(Frozen):
     """
 
     kind: Literal["rope", "alibi", "nlpe"] = "rope"
-    base: float = Field(default=10000.0, gt=0)
+    base: float = Field(default=10000.0, gt=1)
     scaling: RopeScaling | None = None
     threshold: int | None = Field(default=None, gt=0)
     far: Literal["clipped", "compressed"] = "clipped"
@@ -92,7 +159,9 @@ class ModelArch(Frozen):
         hidden_size: width of the residual stream.
         num_attention_heads: query heads of each layer.
         ffn_hidden_size: width of the SwiGLU FFN, after the gate.
-        max_position_embeddings: longest sequence, in tokens, that training accepts; 0 sets no limit.
+        max_position_embeddings: longest sequence, in tokens, that training accepts; 0 sets no limit. Scaled positions accept
+            more: linear its factor times as many, yarn its factor times original_max_position_embeddings, dynamic any
+            number.
         position: how attention receives the order of the tokens.
         norm_eps: epsilon of the RMSNorms.
         tie_embeddings: the output layer uses the weights of the embedding.
@@ -136,12 +205,12 @@ class ModelArch(Frozen):
     def _fill(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
-        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-        if isinstance(heads, int) and heads > 0:
+        heads, hidden = whole_number(values.get("num_attention_heads")), whole_number(values.get("hidden_size"))
+        if heads is not None and heads > 0:
             values = dict(values)
             if not values.get("num_query_groups"):
                 values["num_query_groups"] = heads
-            if not values.get("head_dim") and isinstance(hidden, int):
+            if not values.get("head_dim") and hidden is not None:
                 if hidden % heads:
                     raise ValueError(
                         f"hidden_size ({hidden}) must be divisible by num_attention_heads ({heads}), or head_dim given"
@@ -158,6 +227,9 @@ class ModelArch(Frozen):
             )
         if self.head_dim % 2 and self.position.kind != "alibi":
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        scaling = self.position.scaling
+        if scaling is not None and scaling.kind == "dynamic" and self.head_dim < 4:
+            raise ValueError(f"head_dim ({self.head_dim}) must be at least 4 for dynamic scaling")
         if self.sliding_window and self.position.kind == "nlpe":
             raise ValueError(f"sliding_window ({self.sliding_window}) needs position.kind rope or alibi (it is nlpe)")
         if self.norm_head and self.tie_embeddings:
@@ -168,6 +240,22 @@ class ModelArch(Frozen):
     def layers(self) -> tuple[Layer, ...]:
         """The decoder's layers, the first one first."""
         return _layers(self)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the positions are made for; 0 sets no limit.
+
+        max_position_embeddings, or what linear or yarn scaling makes of the context before it, where that is more: published
+        models with these state max_position_embeddings before or after the scaling. (With llama3 it is after.) Dynamic
+        scaling is made for any length.
+        """
+        limit, scaling = self.max_position_embeddings, self.position.scaling
+        if not limit or scaling is None or scaling.kind == "llama3":
+            return limit
+        if scaling.kind == "dynamic":
+            return 0
+        before = limit if scaling.kind == "linear" else scaling.original_max_position_embeddings
+        return max(limit, round(before * scaling.factor))
 
     def padded_vocab_size(self, tp: int = 1) -> int:
         """Rows of the embedding: the vocabulary rounded up to a multiple of 128 * tp."""

@@ -22,6 +22,7 @@ class RunFolder:
         samples, draws, sample_losses: which data each step read; see data.provenance and data.draws.
         profile: a torch profiler trace a rank.
         hang: the ranks' stacks, written when one makes no progress.
+        lock: whose run it is while it trains; see run_lock.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -42,3 +43,4 @@ class RunFolder:
         self.sample_losses = self.root / "sample_losses"
         self.profile = self.root / "profile"
         self.hang = self.root / "hang"
+        self.lock = self.root / "lock"

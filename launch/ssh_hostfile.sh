@@ -3,8 +3,9 @@
 #
 #   launch/ssh_hostfile.sh [--dry-run] start|status|stop HOSTFILE X.yaml [KEY=VALUE]...
 #
-# HOSTFILE has one line for each node: `host slots=8`. All nodes have the same number of slots; # starts a comment. The
-# rendezvous runs on the first node. Each node needs this folder at the same path, and ssh access without a password.
+# HOSTFILE has one line for each node: `host slots=8`, and `port=2222` if ssh listens on another port. All nodes have the same
+# number of slots; # starts a comment. FlagScale's `type=A800` and MPI's `max_slots=8` may be there, and change nothing: all
+# nodes run the same layout. The rendezvous runs on the first node. Each node needs this folder at the same path, and ssh access without a password.
 # `start` returns when torchrun runs on all nodes; it continues after this terminal is closed. `stop` lets the ranks finish the
 # step and save. Give the same HOSTFILE and YAML file to start, status and stop.
 #
@@ -34,19 +35,30 @@ shift 2
 [[ $verb =~ ^(start|status|stop)$ ]] || fail "$verb: say start, status or stop"
 [[ -r $hostfile ]] || fail "hostfile $hostfile: cannot be read"
 
-hosts=() slots=
+hosts=() ports=() slots=
 number=0
+declare -A line_of=()
 while IFS= read -r line || [[ -n $line ]]; do
   number=$((number + 1))
   line=${line%%#*}
   [[ $line =~ [^[:space:]] ]] || continue
   # A host name must not start with a dash, which ssh would read as an option.
-  [[ $line =~ ^[[:space:]]*([A-Za-z0-9_][A-Za-z0-9_.@-]*)([[:space:]]+slots[[:space:]]*=[[:space:]]*([1-9][0-9]*))?[[:space:]]*$ ]] ||
+  [[ $line =~ ^[[:space:]]*([A-Za-z0-9_][A-Za-z0-9_.@-]*)(([[:space:]]+[a-z_]+[[:space:]]*=[[:space:]]*[A-Za-z0-9_.-]+)*)[[:space:]]*$ ]] ||
     fail "hostfile $hostfile:$number: '$line': write it as \`name slots=8\`"
-  hosts+=("${BASH_REMATCH[1]}")
-  here=${BASH_REMATCH[3]:-1}
+  host=${BASH_REMATCH[1]} options=${BASH_REMATCH[2]} here=1 ssh_port=22
+  while [[ $options =~ ^[[:space:]]+([a-z_]+)[[:space:]]*=[[:space:]]*([A-Za-z0-9_.-]+)(.*)$ ]]; do
+    name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]} options=${BASH_REMATCH[3]}
+    [[ $name =~ ^(slots|max_slots|port|type)$ ]] ||
+      fail "hostfile $hostfile:$number: $name is not known: give slots, port, max_slots or type"
+    [[ $name == type || $value =~ ^[1-9][0-9]{0,4}$ ]] || fail "hostfile $hostfile:$number: $name=$value: must be a number"
+    case $name in slots) here=$value ;; port) ssh_port=$value ;; esac
+  done
+  [[ -z ${line_of[$host]-} ]] ||
+    fail "hostfile $hostfile:$number: $host is in line ${line_of[$host]} already: give each host once, with all its slots"
+  line_of[$host]=$number
+  hosts+=("$host") ports+=("$ssh_port")
   [[ -z $slots || $slots == "$here" ]] ||
-    fail "hostfile $hostfile:$number: ${BASH_REMATCH[1]} has $here slots, the others $slots: every node must offer the same"
+    fail "hostfile $hostfile:$number: $host has $here slots, the others $slots: every node must offer the same"
   slots=$here
 done <"$hostfile"
 ((${#hosts[@]})) || fail "hostfile $hostfile: names no host"
@@ -87,8 +99,11 @@ remote() {
 }
 
 code=0
-for host in "${hosts[@]}"; do
-  command=(ssh -n -o BatchMode=yes -o ConnectTimeout=10 -- "$host" "$(remote "$host" "$@")")
+for index in "${!hosts[@]}"; do
+  host=${hosts[$index]}
+  command=(ssh -n -o BatchMode=yes -o ConnectTimeout=10)
+  [[ ${ports[$index]} == 22 ]] || command+=(-p "${ports[$index]}")
+  command+=(-- "$host" "$(remote "$host" "$@")")
   if [[ -n $dry_run ]]; then
     printf '%s ' "${command[@]:0:${#command[@]}-1}"
     printf '\n    %s\n' "${command[-1]}"

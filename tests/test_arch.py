@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from flagscale_like.arch import ModelArch, Role, parameters, parameters_by_name
+from flagscale_like.arch import ModelArch, Role, RopeScaling, parameters, parameters_by_name
 from flagscale_like.config import Parallel, load_config
 from flagscale_like.families import read_config
 from flagscale_like.model.build import build_chunks, named_shards
@@ -178,3 +178,14 @@ def test_every_example_is_a_valid_configuration(path):
     # A run that starts from a Hugging Face folder reads the model there; any model stands in for it here.
     overrides = [] if "model" in yaml.safe_load(path.read_text()) else [f"model={BAICHUAN_7B}"]
     load_config(path, overrides)
+
+
+def test_a_scaling_that_an_older_version_saved_is_read():
+    """It saved the numbers of all kinds, which were those of linear and llama3."""
+    numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for kind in ("linear", "llama3"):
+        old = RopeScaling.model_validate({"kind": kind, "factor": 2.0, **numbers})
+        assert old == RopeScaling(kind=kind, factor=2.0)
+    for kind in ("dynamic", "yarn"):
+        new = RopeScaling(kind=kind, factor=2.0, original_max_position_embeddings=64)
+        assert RopeScaling.model_validate(new.model_dump(mode="json")) == new

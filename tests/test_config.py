@@ -102,7 +102,35 @@ WRONG = {
         "init.mup needs model.tie_embeddings false",
     ),
     "an unknown action": (["monitors.loss={action: panic}"], "monitors.loss.action"),
+    "a source's file": (
+        ["data.synthetic=false", "data.sources=[{path: d/x.bin}]", "data.tokenizer=x"],
+        "named without the suffix: d/x",
+    ),
+    "a variable that is not set": (["run_dir=$NO_SUCH_NAME/run"], "names $NO_SUCH_NAME, which is not set"),
+    "nobody's home": (["run_dir=~no_such_user/run"], "there is no such user's home folder"),
+    "a huge micro-batch": (["train.micro_batch_size=100000000"], "micro_batch_size 8 would do"),
+    "deep brackets": (["train.frozen=" + "[" * 3000], "its brackets are nested too deeply"),
     "longer than positions": (["model.max_position_embeddings=16"], "seq_length (32) exceeds"),
+    "longer than scaled positions": (
+        ["model.max_position_embeddings=8", "model.position.scaling={kind: linear, factor: 2}"],
+        "seq_length (32) exceeds model.max_position_embeddings (8), 16 with model.position.scaling",
+    ),
+    "a scaling's missing length": (
+        ["model.position.scaling={kind: yarn, factor: 2}"],
+        "scaling of kind yarn needs original_max_position_embeddings",
+    ),
+    "a number of another scaling": (
+        ["model.position.scaling={kind: linear, factor: 2, beta_fast: 8}"],
+        "beta_fast (8.0) belongs to scaling of kind yarn (it is linear)",
+    ),
+    "frequency factors the wrong way": (
+        ["model.position.scaling={kind: llama3, factor: 8, low_freq_factor: 4}"],
+        "low_freq_factor (4.0) must be less than high_freq_factor (4.0)",
+    ),
+    "a context of no tokens": (
+        ["model.position.scaling={kind: llama3, factor: 8, original_max_position_embeddings: 0}"],
+        "original_max_position_embeddings: Input should be greater than 0",
+    ),
 }
 
 
@@ -121,6 +149,10 @@ def test_a_wrong_value_is_refused_in_one_line(name, tmp_path):
         ("a: [1,\nb: 2", "run.yaml:2: not valid YAML"),
         ("x: !!python/object/apply:os.system ['touch pwned']", "not valid YAML"),
         ("", "must be a mapping of keys to values, found NoneType"),
+        ("x: " + "[" * 5000, "its brackets are nested too deeply"),
+        ("run_dir: a\ntrain: {}\ntrain: {}\n", "run.yaml:3: train is given twice, here and in line 2: keep one"),
+        ("data:\n  sources:\n  - path: a\n    path: b\n", "run.yaml:4: path is given twice, here and in line 3"),
+        ("run_dir: x\nmodel:\n", "model: is empty: give its keys, or leave it out"),
     ],
 )
 def test_a_yaml_that_is_no_configuration_is_refused(tmp_path, text, part):
@@ -186,6 +218,40 @@ def test_ramp_up_grows_the_batch_by_equal_stretches_of_samples(tmp_path):
     assert set(sizes) == {2, 4, 6, 8}
     assert sum(s for s in sizes if s == 2) == 10  # 30 samples in three stretches
     assert train.total_samples() == consumed
+
+
+def test_a_long_ramp_up_is_computed_and_not_walked(tmp_path):
+    ramp = {"start": 2, "increment": 2, "samples": 10**12}
+    train = tiny_config(tmp_path, train__ramp_up=ramp, train__steps=10**12).train
+    assert train.consumed_after(0, 3) == 6
+    # Each third of the samples has one size; what is left of the steps has the last.
+    steps = [-(-(10**12) // 3 // size) for size in (2, 4, 6)]
+    assert train.total_samples() == pytest.approx(10**12 + (10**12 - sum(steps)) * 8, rel=1e-9)
+
+
+def test_whole_numbers_may_be_written_as_floats_or_text(tmp_path):
+    changes = {"model__hidden_size": 64.0, "model__num_attention_heads": "4"}
+    assert tiny_config(tmp_path, **changes).model == tiny_config(tmp_path).model
+
+
+def test_an_empty_model_is_the_one_of_the_folder_that_the_weights_come_from(tmp_path):
+    path = write_yaml(tiny_config(tmp_path), tmp_path / "run.yaml")
+    text = path.read_text()
+    model = yaml.safe_load(text)["model"]
+    values = {key: value for key, value in yaml.safe_load(text).items() if key != "model"}
+    path.write_text(yaml.safe_dump(values) + "model:\n")
+    assert load_config(path, (), lambda values: model) == tiny_config(tmp_path)
+
+
+def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CORPUS", "deep/corpus")
+    sources = [{"path": "${CORPUS}/text"}]
+    data = {"data": {"sources": sources, "tokenizer": "$CORPUS/tok", "cache_dir": "~/cache"}}
+    config = tiny_config("~/run", **data)
+    assert config.run_dir == f"{tmp_path}/run"
+    assert config.data.sources[0].path == "deep/corpus/text"
+    assert (config.data.tokenizer, config.data.cache_dir) == ("deep/corpus/tok", f"{tmp_path}/cache")
 
 
 def test_the_command_line_ends_with_the_code_of_the_error_and_no_traceback(tmp_path):

@@ -15,6 +15,7 @@ LAYER = {
     "cluster": 0,
     "json_files": 0,
     "run_folder": 0,
+    "run_lock": 0,
     "planner": 1,
     "families": 1,
     "runtime": 2,

@@ -43,9 +43,10 @@ def bench(  # typer makes an option of every parameter
     import tempfile
 
     from flagscale_like.config import load_config
-    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+    from flagscale_like.runtime.launch import default_processes, launch
+    from flagscale_like.runtime.launched import current_launch
 
-    if is_worker():
+    if current_launch() is not None:
         _bench_here(load_config(config_file, overrides or (), model_of_source), steps, warmup, compare, save, result)
         return
     from flagscale_like.planner.report import table

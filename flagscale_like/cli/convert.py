@@ -134,7 +134,7 @@ def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) 
     from flagscale_like.engine.hf_check import change_by_merging, compare_logits, transformers_ships
     from flagscale_like.runtime.parallel import parallel_context
 
-    with parallel_context(Parallel()) as ctx, _set_aside(out):
+    with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference = compare_logits(plan, out, ctx)
         change = change_by_merging(adapted, plan, out, ctx) if adapted is not None else None
     if transformers_ships(plan.family.model_type):
@@ -169,7 +169,7 @@ def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: P
     from flagscale_like.engine.hf_check import compare_adapter
     from flagscale_like.runtime.parallel import parallel_context
 
-    with parallel_context(Parallel()) as ctx, _set_aside(out):
+    with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference, by_peft = compare_adapter(adapted, out, ctx, dtype=DTYPES[dtype])
     how = "verified: peft's logits" if by_peft else "verified by importing the adapter again: its logits"
     why = "" if by_peft else "; peft is not installed, or transformers cannot load the base"

@@ -40,12 +40,13 @@ def evaluate(  # typer makes an option of every parameter
 ) -> None:
     """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
     from flagscale_like.config import Parallel
-    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+    from flagscale_like.runtime.launch import default_processes, launch
+    from flagscale_like.runtime.launched import current_launch
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
     parallel = Parallel(tp=tp, pp=pp)
-    processes = 1 if is_worker() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
@@ -54,8 +55,8 @@ def evaluate(  # typer makes an option of every parameter
     from flagscale_like.runtime.parallel import parallel_context
 
     source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
-    limit = source.arch.max_position_embeddings
-    seq_length = seq_length or min(limit or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
+    limit = source.arch.longest_sequence
+    seq_length = seq_length or min(source.arch.max_position_embeddings or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
     if limit and seq_length > limit:
         raise ConfigError(
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
@@ -103,7 +104,7 @@ def generate(  # typer makes an option of every parameter
         raise ConfigError("the run names no tokenizer: give --tokenizer FOLDER")
     words = Tokenizer(folder)
     ids = words.encode_batch([prompt])[0] or [words.eod]
-    with parallel_context(Parallel()) as ctx:
+    with parallel_context(Parallel(), alone=True) as ctx:
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
         model = Engine.build(spec, ctx, source=source).model
         new = generate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ import typer
 from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
 from flagscale_like.cli.describe import describe
 from flagscale_like.errors import ConfigError
+from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.config import RunConfig
@@ -22,7 +25,8 @@ def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start on this machine. Default: one for each GPU; on a CPU, tp*pp*cp.")
+        int | None,
+        typer.Option(help="Ranks to start on this machine. Default: one for each GPU; on a CPU, tp*pp*cp.", min=1),
     ] = None,
     max_restarts: Annotated[
         int,
@@ -44,13 +48,21 @@ def train(
     if print_config:  # loads no torch
         typer.echo(config.to_yaml(), nl=False)
         return
-    from flagscale_like.runtime.launch import default_processes, is_worker, launch
+    from flagscale_like.runtime.launch import default_processes, launch
+    from flagscale_like.runtime.launched import current_launch
 
-    if is_worker():
+    if (rank := current_launch()) is not None:
+        if nproc_per_node is not None:
+            raise ConfigError(
+                f"--nproc-per-node ({nproc_per_node}) starts ranks, and this process is rank {rank.rank} of "
+                f"{rank.world_size} already: leave it out"
+            )
+        if rank.restart and rank.rank == 0:
+            typer.echo(
+                f"restarting all ranks ({rank.restart} of {rank.max_restarts}): the error above ended one of them"
+            )
         _train_here(config)
         return
-    if nproc_per_node is not None and nproc_per_node < 1:
-        raise ConfigError(f"--nproc-per-node ({nproc_per_node}) must be 1 or more")
     processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
@@ -67,14 +79,40 @@ def train(
 def _train_here(config: RunConfig) -> None:
     from flagscale_like.data.pretrain import prepare_once
     from flagscale_like.recipes.pretrain import pretrain
-    from flagscale_like.runtime.parallel import agree, parallel_context, world_size_from_env
+    from flagscale_like.runtime.launched import current_launch
+    from flagscale_like.runtime.parallel import agree, parallel_context
 
-    config.data_parallel_size(world_size_from_env())
+    rank = current_launch()
+    config.data_parallel_size(rank.world_size if rank else 1)
     with parallel_context(config.parallel, seed=config.train.seed) as ctx:
         _make_run_folder(config, ctx)
-        # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
-        agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
-        pretrain(prepare_once(config), ctx)
+        with _held(config, ctx):
+            # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
+            agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
+            pretrain(prepare_once(config), ctx)
+
+
+@contextmanager
+def _held(config: RunConfig, ctx: ParallelContext) -> Iterator[None]:
+    """Keep other processes from training in the run's folder. All ranks call it; rank 0 holds the lock.
+
+    Raises:
+        ConfigError: on every rank, if another process holds it.
+    """
+    from flagscale_like.run_lock import RunLock
+
+    lock, problem = RunLock(RunFolder(config.run_dir).lock), None
+    with ExitStack() as held:
+        if ctx.is_main:
+            try:
+                held.enter_context(lock)
+            except ConfigError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"run_dir {config.run_dir}: the lock cannot be written: {error.strerror}"
+        if problem := ctx.broadcast(problem):
+            raise ConfigError(problem)
+        yield
 
 
 def _make_run_folder(config: RunConfig, ctx: ParallelContext) -> None:

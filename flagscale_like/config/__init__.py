@@ -27,6 +27,7 @@ from flagscale_like.config.health import (
 )
 from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
+from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Lora",
     "Monitors",
     "MuP",
+    "NextTokenLoss",
     "Offload",
     "Optimizer",
     "Parallel",

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+import os
+import re
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from flagscale_like.arch import Frozen
 from flagscale_like.config.health import Selection
 
 KernelChoice = Literal["auto", "triton", "torch"]
+
+
+def expand_path(text: str) -> str:
+    """A path with `~`, `$NAME` and `${NAME}` replaced, as a shell does.
+
+    Raises:
+        ValueError: a variable is not set. Its name would become a folder's.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    if unset := re.search(r"\$\{?[A-Za-z_]\w*\}?", expanded):
+        raise ValueError(
+            f"{text!r} names {unset[0]}, which is not set in the environment: set it, or write the path out"
+        )
+    if expanded.startswith("~"):
+        raise ValueError(f"{text!r}: there is no such user's home folder: write the path out")
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 class Parallel(Frozen):
@@ -137,12 +158,22 @@ class Train(Frozen):
 
     def total_samples(self) -> int:
         """Samples that all `steps` steps consume together."""
-        consumed = step = 0
-        if self.ramp_up is not None:
-            while step < self.steps and consumed < self.ramp_up.samples:
-                consumed += self.batch_size_at(consumed)
-                step += 1
-        return consumed + (self.steps - step) * self.global_batch_size
+        return self.consumed_after(0, self.steps)
+
+    def consumed_after(self, consumed: int, steps: int) -> int:
+        """Samples consumed `steps` steps after the step at which `consumed` were.
+
+        The ramp-up is walked by its batch sizes, not by its steps.
+        """
+        ramp = self.ramp_up
+        while ramp is not None and steps > 0 and consumed < ramp.samples:
+            size = self.batch_size_at(consumed)
+            increments = (self.global_batch_size - ramp.start) // ramp.increment
+            grown = consumed * increments // ramp.samples + 1  # increases made when the size changes next
+            until = -(-grown * ramp.samples // increments) if increments > 0 else ramp.samples
+            taken = min(steps, max(1, -(-(until - consumed) // size)))
+            consumed, steps = consumed + taken * size, steps - taken
+        return consumed + steps * self.global_batch_size
 
 
 class Optimizer(Frozen):
@@ -192,9 +223,17 @@ class Source(Frozen):
         name: name of the source in logs and reports; without it, the last part of `path`.
     """
 
-    path: str
+    path: PathText
     weight: float = Field(default=1.0, gt=0)
     name: str | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _check(cls, path: str) -> str:
+        prefix = path.removesuffix(".bin").removesuffix(".idx")
+        if prefix != path:
+            raise ValueError(f"a source is a .bin and an .idx file, named without the suffix: {prefix}")
+        return path
 
 
 class Prepare(Frozen):
@@ -205,7 +244,7 @@ class Prepare(Frozen):
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
     """
 
-    input: list[str] = Field(min_length=1)
+    input: list[PathText] = Field(min_length=1)
     tokenizer_vocab_size: int | None = Field(default=None, ge=257)
 
 
@@ -222,16 +261,19 @@ class Data(Frozen):
         num_workers: data loader processes of each rank; 0 loads data in the training process.
         cache_dir: folder of the sample index; without it, a folder in the run folder.
         selection: dynamic data selection, which adapts the weights of the sources during training.
+        accept_changes: resume although the sources or `split` have changed so that documents move between training and
+            validation.
     """
 
     sources: list[Source] = Field(default_factory=list)
     prepare: Prepare | None = None
     synthetic: bool = False
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     split: str = "98,2,0"
     num_workers: int = Field(default=0, ge=0)
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     selection: Selection | None = None
+    accept_changes: bool = False
 
     @property
     def tests(self) -> bool:
@@ -337,9 +379,9 @@ class Checkpoint(Frozen):
     when_busy: Literal["wait", "skip"] = "wait"
     on_error: Literal["stop", "continue"] = "stop"
     sha256: bool = False
-    load: str | None = None
+    load: PathText | None = None
     load_strict: bool = True
-    init_from_hf: str | None = None
+    init_from_hf: PathText | None = None
     export_hf: bool = False
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ def load_config(
         path: the YAML file.
         overrides: strings `key.path=value`; the value is YAML.
         read_model: reads the group `model` from the checkpoint or Hugging Face folder that the other values name; None if
-            they name neither. Keys of `model` in the YAML file override the ones it returns.
+            they name neither. Keys of `model` and `model.position` in the YAML file override the ones it returns.
 
     Raises:
         ConfigError: the file cannot be read, is not a mapping, or has invalid values. The message has one line for each
@@ -42,17 +42,50 @@ def load_config(
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a configuration: its brackets are nested too deeply") from None
+    if twice := _twice(node):
+        raise ConfigError("\n".join(f"{path}:{problem}" for problem in twice))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
     found = read_model(values) if read_model else None
-    if found is not None and isinstance(values.get("model", {}), dict):
-        values["model"] = found | values.get("model", {})
+    if found is not None and isinstance(values.get("model") or {}, dict):
+        # a group of comments alone is read as null
+        values["model"] = _merged(found, values.get("model") or {}, groups=("position",))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, node, item) for item in error.errors())) from None
+
+
+def _merged(found: dict[str, Any], given: dict[str, Any], groups: Sequence[str] = ()) -> dict[str, Any]:
+    """`found` with the keys of `given` in their places; the groups key by key."""
+    inner = {
+        name: _merged(found[name], given[name])
+        for name in groups
+        if isinstance(found.get(name), dict) and isinstance(given.get(name), dict)
+    }
+    return found | given | inner
+
+
+def _twice(node: yaml.Node | None) -> list[str]:
+    """The keys that a mapping gives twice, of which YAML would keep the last: "LINE: KEY is given twice ..." for each."""
+    found = []
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in lines:
+                    found.append(f"{line}: {key.value} is given twice, here and in line {lines[key.value]}: keep one")
+                lines.setdefault(key.value, line)
+            found += _twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            found += _twice(item)
+    return found
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -69,8 +102,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is not a group of keys")
     try:
         here[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: not a YAML value: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "its brackets are nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"override {override[:80]!r}: not a YAML value: {reason}") from None
 
 
 def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
@@ -112,6 +146,8 @@ def _explain(path: Path, node: yaml.Node | None, item: Any) -> str:
         message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known keys: {known}")
     elif item["type"] == "missing":
         message = "required, but not given"
+    elif item["type"] == "model_type" and item["input"] is None:
+        message = "is empty: give its keys, or leave it out"
     elif item["type"] != "value_error":
         message += f" (got {item['input']!r})"
     return f"{where}: {name}: {message}" if name else f"{where}: {message}"

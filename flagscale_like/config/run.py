@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import yaml
 from pydantic import model_validator
@@ -16,23 +15,32 @@ from flagscale_like.config.groups import (
     Offload,
     Optimizer,
     Parallel,
+    PathText,
     Resilience,
     Train,
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
+from flagscale_like.config.objectives import NextTokenLoss
 from flagscale_like.errors import ConfigError
 
 
-def _near(value: int, fits: Callable[[int], bool]) -> str:
-    """The nearest numbers below and above `value` that fit, such as "2 or 4". Empty if none fits."""
-    below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
-    above = next((n for n in range(value + 1, 2 * value + 4096) if fits(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)
+def near_divisors(value: int, number: int) -> str:
+    """The nearest divisors of `number` below and above `value`, such as "2 or 4"."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
+    below = [n for n in divisors if n < value][-1:]
+    return " or ".join(map(str, below + [n for n in divisors if n > value][:1]))
+
+
+def near_multiples(value: int, number: int) -> str:
+    """The nearest multiples of `number` below and above `value`, such as "32 or 34"; without 0."""
+    below = value // number * number
+    return " or ".join(str(n) for n in (below, below + number) if n > 0)
 
 
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    """Check that a layout divides the model, and that a sequence is not longer than max_position_embeddings.
+    """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
     Raises:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
@@ -43,17 +51,19 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
         if getattr(model, name) % par.tp:
             raise ValueError(
                 f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
-                f"tp {_near(par.tp, lambda tp: shared % tp == 0)} would do"
+                f"tp {near_divisors(par.tp, shared)} would do"
             )
     if par.sp and seq_length % par.tp:
         raise ValueError(
             f"train.seq_length ({seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
-            f"seq_length {_near(seq_length, lambda s: s % par.tp == 0)} would do"
+            f"seq_length {near_multiples(seq_length, par.tp)} would do"
         )
     _check_stages(model.num_layers, par)
-    if model.max_position_embeddings and seq_length > model.max_position_embeddings:
+    if model.longest_sequence and seq_length > model.longest_sequence:
+        scaled = model.longest_sequence != model.max_position_embeddings
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
+            + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
         )
 
 
@@ -62,8 +72,8 @@ def _check_stages(layers: int, par: Parallel) -> None:
     rest, stages = layers - (first or 0) - (last or 0), par.pp - bool(first) - bool(last)
     if not (first or last):
         if layers % (par.pp * par.vpp):
-            near = _near(par.pp, lambda pp: layers % (pp * par.vpp) == 0)
-            way_out = f"pp {near} would do" if near else f"vpp {_near(par.vpp, lambda v: layers % v == 0)} may do"
+            near = near_divisors(par.pp, layers // par.vpp) if layers % par.vpp == 0 else ""
+            way_out = f"pp {near} would do" if near else f"vpp {near_divisors(par.vpp, layers)} may do"
             raise ValueError(f"model.num_layers ({layers}) must be divisible by pp*vpp ({par.pp}*{par.vpp}): {way_out}")
     elif (stages == 0 and rest) or (stages and (rest <= 0 or rest % stages)):
         raise ValueError(
@@ -83,6 +93,7 @@ class RunConfig(Frozen):
         train: training loop.
         optimizer: optimizer and learning-rate schedule.
         data: training data.
+        objective: what the run learns.
         checkpoint: checkpoints.
         kernels: implementation of each operator.
         monitors: monitors, and the reaction to anomalies.
@@ -92,12 +103,13 @@ class RunConfig(Frozen):
         lora: train low-rank adapters instead of the weights.
     """
 
-    run_dir: str
+    run_dir: PathText
     model: ModelArch
     parallel: Parallel = Parallel()
     train: Train
     optimizer: Optimizer
     data: Data
+    objective: NextTokenLoss = NextTokenLoss()
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
@@ -119,7 +131,7 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
                 f"train.micro_batch_size ({train.micro_batch_size}): micro_batch_size "
-                f"{_near(train.micro_batch_size, lambda b: train.global_batch_size % b == 0)} would do"
+                f"{near_divisors(train.micro_batch_size, train.global_batch_size)} would do"
             )
         if self.init.mup and self.model.tie_embeddings:
             raise ValueError(
@@ -170,7 +182,7 @@ class RunConfig(Frozen):
         if world_size % par.model_parallel_size:
             raise ConfigError(
                 f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
-                f"start {_near(world_size, lambda n: n % par.model_parallel_size == 0)} processes, or change parallel.*"
+                f"start {near_multiples(world_size, par.model_parallel_size)} processes, or change parallel.*"
             )
         dp = world_size // par.model_parallel_size
         per_pass = train.micro_batch_size * dp
@@ -181,12 +193,12 @@ class RunConfig(Frozen):
             if size % per_pass:
                 raise ConfigError(
                     f"{name} ({size}) must be divisible by micro_batch_size*dp ({train.micro_batch_size}*{dp}): "
-                    f"{_near(size, lambda n: n % per_pass == 0)} would do"
+                    f"{near_multiples(size, per_pass)} would do"
                 )
             if par.vpp > 1 and (size // per_pass) % par.pp:
                 raise ConfigError(
                     f"{name} ({size}) gives {size // per_pass} micro-batches, which must be a multiple of pp ({par.pp}) "
-                    f"with vpp ({par.vpp}): {_near(size, lambda n: n % (per_pass * par.pp) == 0)} would do"
+                    f"with vpp ({par.vpp}): {near_multiples(size, per_pass * par.pp)} would do"
                 )
         if train.ramp_up:
             if train.ramp_up.start > train.global_batch_size:

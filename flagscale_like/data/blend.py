@@ -23,6 +23,7 @@ from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import Tokenizer
@@ -97,6 +98,8 @@ class _Config(GPTDatasetConfig):
 class SourceDataset(GPTDataset):
     """The samples of one source in one split."""
 
+    packed = False  # a sample is one row of text, whatever documents it is cut from
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         mark = self.config.source_marks[self.dataset_path]
         key = f"{self.unique_description_hash}-{mark}-{self.index_split.name}"
@@ -115,6 +118,20 @@ class SourceDataset(GPTDataset):
             DataError: `position` is outside the dataset.
         """
         return 0, _checked_position(position, self)
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """What the sample at `index` consists of: (document, first token, end) in the order of its tokens."""
+        row = self.shuffle_index[index]
+        (begin, begin_offset), (end, end_offset) = self.sample_index[row], self.sample_index[row + 1]
+        found = []
+        for place in range(int(begin), int(end) + 1):
+            document = int(self.document_index[place])
+            start = int(begin_offset) if place == begin else 0
+            # Samples overlap by one token: the last token of a sample is only a label, and is the next one's first token.
+            stop = int(end_offset) + 1 if place == end else int(self.dataset.sequence_lengths[document])
+            if stop > start:
+                found.append((document, start, stop))
+        return found
 
 
 class Blend(BlendedDataset):
@@ -144,6 +161,12 @@ def _checked_position(position: int, dataset: SourceDataset | Blend) -> int:
     if not 0 <= position < len(dataset):
         raise DataError(f"sample {position}: the order has {len(dataset)} samples, from 0")
     return position
+
+
+def is_packed(dataset: Dataset) -> bool:
+    """Whether the rows of a run's dataset are packs of documents, or some of them are."""
+    parts = getattr(dataset, "parts", None) or getattr(dataset, "datasets", [])
+    return any(part.packed for part in parts)
 
 
 def index_folder(config: RunConfig) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flagscale_like.config import RunConfig, Source
-from flagscale_like.data.batch import Batch
+from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.preprocess import preprocess
@@ -208,6 +208,7 @@ def micro_batches(
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=ctx.platform.pins_memory,
         persistent_workers=workers > 0,

@@ -157,10 +157,7 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
 def _consumed_at(segment: Segment, step: int) -> int:
     """Samples consumed after `step`, if the run continues from the segment without a rewind."""
     train = RunConfig.model_validate(segment.config).train
-    consumed = segment.consumed
-    for _ in range(segment.step, step):
-        consumed += train.batch_size_at(consumed)
-    return consumed
+    return train.consumed_after(segment.consumed, max(0, step - segment.step))
 
 
 def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
@@ -270,17 +267,10 @@ class Provenance:
         """
         number, index = self.order.place(position)
         source, table = self._parts[number], self.tables[number]
-        row = source.shuffle_index[index]
-        (begin, begin_offset), (end, end_offset) = source.sample_index[row], source.sample_index[row + 1]
         found = []
-        for place in range(int(begin), int(end) + 1):
-            document = int(source.document_index[place])
-            start = int(begin_offset) if place == begin else 0
-            # Samples overlap by one token: the last token of a sample is only a label, and is the next one's first token.
-            stop = int(end_offset) + 1 if place == end else int(source.dataset.sequence_lengths[document])
-            if stop > start:
-                file, line = table.place(document) or (None, None)
-                found.append(Part(self.names[number], source.dataset_path, document, start, stop, file, line))
+        for document, start, stop in source.pieces(index):
+            file, line = table.place(document) or (None, None)
+            found.append(Part(self.names[number], source.dataset_path, document, start, stop, file, line))
         return found
 
     def tokens(self, part: Part) -> np.ndarray:

@@ -192,14 +192,16 @@ class Engine:
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
         # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
         iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
-        several = len(self.chunks) > 1
+        several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
+        if objective.packed:
+            rows, length = 1, rows * length
         losses = get_forward_backward_func()(
             forward_step_func=functools.partial(_forward, objective),
             data_iterator=list(iterators) if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=count,
-            seq_length=self.spec.seq_length,
-            micro_batch_size=self.spec.micro_batch_size,
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
         names = ("total", "count", *objective.sums)
@@ -280,7 +282,7 @@ def _forward(
     objective: Objective, batches: Iterator[Batch], chunk: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Mapping[str, Any]]]]:
     model = unwrap(chunk)
-    if model.pre_process or model.post_process or objective.on_every_stage:
+    if model.pre_process or model.post_process or objective.packed:
         batch = next(batches)
         return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
     return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(

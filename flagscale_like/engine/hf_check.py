@@ -100,7 +100,7 @@ def compare_adapter(
 
 
 def _random_tokens(arch: ModelArch, ctx: ParallelContext, tokens: int = 64) -> Tensor:
-    length = min(tokens, arch.max_position_embeddings or tokens)
+    length = min(tokens, arch.longest_sequence or tokens)
     ids = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     return ids.to(ctx.platform.device)
 

@@ -34,12 +34,13 @@ class Objective(Protocol):
     Attributes:
         metric: what reports call the mean loss, total over count.
         sums: names of Loss.sums, the same on every rank.
-        on_every_stage: whether the middle pipeline stages need the batch as well, for the bounds of packed documents.
+        packed: whether the batches are packs of documents. The model then gets them as one row, [1, b * s], and the middle
+            pipeline stages read the documents' bounds as well.
     """
 
     metric: str
     sums: tuple[str, ...]
-    on_every_stage: bool
+    packed: bool
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model."""

@@ -26,6 +26,10 @@ def _read(name: str, settings: Settings) -> ModelArch:
     published = "rope" if settings.get("max_position_embeddings") is not None else "alibi"
     if settings.get("position_embedding", published) == "rope":
         position = settings.rope()
+        if position.scaling is not None:
+            raise settings.fail(
+                f"rope_scaling is {position.scaling.kind!r}, which the published code of {name} has not"
+            )
     else:
         settings.number("model_max_length")
         position = Position(kind="alibi")

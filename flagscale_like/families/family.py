@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from flagscale_like.arch import (
     EMBEDDING_NAME,
     OUTPUT_NAME,
+    SCALING_FIELDS,
     GatedFeedForward,
     GroupedQueryAttention,
     ModelArch,
@@ -32,16 +33,22 @@ def features(arch: ModelArch) -> set[str]:
     """The parts of the architecture that not every family has.
 
     Returns:
-        names of ModelArch's fields that are on, the kind of the position, and `query_groups` where there are fewer KV heads
-        than query heads.
+        names of ModelArch's fields that are on, the kind of the position and of its scaling, and `query_groups` where there
+        are fewer KV heads than query heads.
     """
     used = {name for name in ("qkv_bias", "qk_norm", "norm_head", "tie_embeddings") if getattr(arch, name)}
     used.add(arch.position.kind)
+    if arch.position.scaling is not None:
+        used.add(f"{arch.position.scaling.kind} RoPE scaling")
     if arch.sliding_window is not None:
         used.add("sliding_window")
     if arch.num_query_groups != arch.num_attention_heads:
         used.add("query_groups")
     return used
+
+
+# The features of a family whose code takes RoPE's parameters from transformers.
+SCALINGS = frozenset(f"{kind} RoPE scaling" for kind in SCALING_FIELDS)
 
 
 class Settings:
@@ -123,20 +130,42 @@ class Settings:
         partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         if partial != 1.0:
             raise self.fail(f"partial_rotary_factor is {partial!r}, supported: 1.0")
-        if kind == "default":
-            return Position(base=base)
-        supported = ("linear", "llama3")
-        if kind not in supported:
-            raise self.fail(f"rope_scaling is {kind!r}, supported: {', '.join(supported)}")
-        fields = {"linear": ("factor",), "llama3": tuple(set(RopeScaling.model_fields) - {"kind"})}[kind]
-        missing = [name for name in fields if parameters.get(name) is None]
+        scaling = None if kind == "default" else self._scaling(kind, parameters)
+        try:
+            return Position(base=base, scaling=scaling)
+        except ValidationError as error:
+            raise self.fail(f"rope_theta: {_first_message(error)}") from None
+
+    def _scaling(self, kind: str, parameters: dict[str, Any]) -> RopeScaling | None:
+        """What is missing has the defaults of transformers' modeling_rope_utils."""
+        if kind not in tuple(SCALING_FIELDS):
+            raise self.fail(f"rope_scaling is {kind!r}, supported: {', '.join(SCALING_FIELDS)}")
+        given = {name: parameters[name] for name in SCALING_FIELDS[kind] if parameters.get(name) is not None}
+        if kind != "linear":
+            before = self.get("original_max_position_embeddings", parameters.get("original_max_position_embeddings"))
+            if before is None and kind != "llama3":
+                before = self.number("max_position_embeddings")
+            if before is not None:
+                given["original_max_position_embeddings"] = before
+            if kind == "dynamic" and before != self.number("max_position_embeddings"):
+                raise self.fail(
+                    f"rope_scaling of type dynamic has original_max_position_embeddings {before}, for which transformers "
+                    f"takes max_position_embeddings ({self.get('max_position_embeddings')}): let them be equal"
+                )
+        if kind == "yarn":
+            if "factor" not in given and isinstance(before, int) and before > 0:
+                given["factor"] = self.number("max_position_embeddings") / before
+            given = {k: v for k, v in given.items() if v != 0 or k not in ("beta_fast", "beta_slow")}
+            given["truncate"] = bool(parameters.get("truncate", True))
+        required = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        missing = [name for name in required if name in SCALING_FIELDS[kind] and name not in given]
         if missing:
             raise self.fail(f"rope_scaling of type {kind} has no {', '.join(sorted(missing))}")
         try:
-            scaling = RopeScaling(kind=kind, **{name: parameters[name] for name in fields})
+            scaling = RopeScaling(kind=kind, **given)
         except ValidationError as error:
             raise self.fail(f"rope_scaling: {_first_message(error)}") from None
-        return Position(base=base, scaling=scaling)
+        return None if kind == "linear" and scaling.factor == 1 else scaling
 
     def arch(self, family: str, **more: Any) -> ModelArch:
         """ModelArch from the keys that all families share, and the fields in `more`.
@@ -192,19 +221,34 @@ def common_config(arch: ModelArch) -> dict[str, Any]:
     }
 
 
-def rope_config(arch: ModelArch) -> dict[str, Any]:
-    """RoPE's keys of config.json: those of transformers 5 (rope_parameters), and those of transformers 4 and others."""
+def rope_config(arch: ModelArch, *, type_key: str = "rope_type") -> dict[str, Any]:
+    """RoPE's keys of config.json: those of transformers 5 (rope_parameters), and those of transformers 4 and others.
+
+    Args:
+        type_key: the name of the kind in `rope_scaling`.
+
+    Raises:
+        ConversionError: dynamic scaling starts at another length than max_position_embeddings.
+    """
     scaling = arch.position.scaling
     kind = scaling.kind if scaling else "default"
-    numbers: dict[str, Any] = {}
+    length, numbers = arch.max_position_embeddings or 2048, {}
     if scaling is not None:
-        numbers = scaling.model_dump(
-            exclude={"kind"} if kind == "llama3" else set(RopeScaling.model_fields) - {"factor"}
-        )
+        fields = RopeScaling.model_fields
+        optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+        numbers = {k: v for k, v in scaling.numbers.items() if k not in optional or v != fields[k].default}
+        before = numbers.get("original_max_position_embeddings")
+        if before and not arch.max_position_embeddings:
+            length = before if kind == "dynamic" else round(before * scaling.factor)
+        if kind == "dynamic" and length != numbers.pop("original_max_position_embeddings"):
+            raise ConversionError(
+                f"model.position.scaling is dynamic from original_max_position_embeddings ({before}) on, which a config.json "
+                f"takes from max_position_embeddings ({length}): set model.max_position_embeddings to {before}"
+            )
     return {
-        "max_position_embeddings": arch.max_position_embeddings or 2048,
+        "max_position_embeddings": length,
         "rope_theta": arch.position.base,
-        "rope_scaling": {"rope_type": kind, **numbers} if scaling else None,
+        "rope_scaling": {type_key: kind, **numbers} if scaling else None,
         "rope_parameters": {"rope_type": kind, "rope_theta": arch.position.base, **numbers},
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.families.family import Family, Settings, common_config, rope_config
+from flagscale_like.families.family import SCALINGS, Family, Settings, common_config, rope_config
 
 
 def _read_llama(settings: Settings) -> ModelArch:
@@ -47,14 +47,16 @@ def _read_aquila(settings: Settings) -> ModelArch:
 
 
 def _write_aquila(arch: ModelArch) -> dict[str, Any]:
-    return {**common_config(arch), **rope_config(arch), "num_key_value_heads": arch.num_query_groups}
+    # Its code is that of Llama as of transformers 4.31, which has two kinds of scaling, named by `type`.
+    rope = rope_config(arch, type_key="type")
+    return {**common_config(arch), **rope, "num_key_value_heads": arch.num_query_groups}
 
 
 LLAMA = Family(
     name="llama",
     model_type="llama",
     architectures=("LlamaForCausalLM",),
-    supports=frozenset({"rope", "query_groups", "tie_embeddings"}),
+    supports=frozenset({"rope", "query_groups", "tie_embeddings"}) | SCALINGS,
     read=_read_llama,
     write=_write_llama,
 )
@@ -63,7 +65,7 @@ MISTRAL = Family(
     name="mistral",
     model_type="mistral",
     architectures=("MistralForCausalLM",),
-    supports=frozenset({"rope", "query_groups", "sliding_window", "tie_embeddings"}),
+    supports=frozenset({"rope", "query_groups", "sliding_window", "tie_embeddings"}) | SCALINGS,
     read=_read_mistral,
     write=_write_mistral,
 )
@@ -72,7 +74,7 @@ AQUILA = Family(
     name="aquila",
     model_type="aquila",
     architectures=("AquilaForCausalLM", "AquilaModel"),
-    supports=frozenset({"rope", "query_groups"}),
+    supports=frozenset({"rope", "query_groups", "linear RoPE scaling", "dynamic RoPE scaling"}),
     read=_read_aquila,
     write=_write_aquila,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.families.family import Family, Settings, common_config, rope_config
+from flagscale_like.families.family import SCALINGS, Family, Settings, common_config, rope_config
 
 
 def _window(settings: Settings) -> int | None:
@@ -58,7 +58,7 @@ def _write_qwen3(arch: ModelArch) -> dict[str, Any]:
     return {**_write(arch), "head_dim": arch.head_dim, "attention_bias": False}
 
 
-_COMMON = {"rope", "query_groups", "sliding_window", "tie_embeddings"}
+_COMMON = {"rope", "query_groups", "sliding_window", "tie_embeddings"} | SCALINGS
 
 QWEN2 = Family(
     name="qwen2",

@@ -9,6 +9,8 @@ once, and NLPE finds the unrotated q and k that it needs.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,49 +31,106 @@ from flagscale_kernels import (
 from flagscale_like.arch import ModelArch, Position
 from flagscale_like.config import Kernels
 from flagscale_like.model.modules import backend_of
+from flagscale_like.model.packs import Pack
 
 
 class RotaryTables:
-    """RoPE's angles, made at first use and shared by the layers of a model chunk."""
+    """RoPE's angles, made at first use and shared by the layers of a model chunk.
+
+    With dynamic scaling the frequencies depend on the length of the sequence, as in transformers where it runs a sequence
+    without a cache of keys. (Its cache keeps keys that were rotated for shorter sequences.)
+
+    Attributes:
+        attention_factor: number that multiplies cos and sin, 1.0 but for yarn.
+    """
 
     def __init__(self, arch: ModelArch) -> None:
-        position, scaling = arch.position, arch.position.scaling
-        options: dict[str, Any] = {}
+        self._dim, self._base = arch.head_dim, arch.position.base
+        self._options: dict[str, Any] = {}
+        self._fixed_up_to: int | None = None  # tokens up to which one set of frequencies holds; None: any number
+        scaling = arch.position.scaling
         if scaling is not None:
-            options = {"scaling": scaling.kind, "factor": scaling.factor}
-            if scaling.kind == "llama3":
-                options |= {
-                    "original_max_positions": scaling.original_max_position_embeddings,
-                    "low_freq_factor": scaling.low_freq_factor,
-                    "high_freq_factor": scaling.high_freq_factor,
-                }
-        # On the CPU whatever the default device is: a model may be built on the meta device.
-        self._frequencies, _ = rope_frequencies(arch.head_dim, position.base, device="cpu", **options)
-        self._made: dict[tuple, tuple[Tensor, ...]] = {}
+            numbers = scaling.numbers
+            original = numbers.pop("original_max_position_embeddings", None)
+            self._options = {"scaling": scaling.kind, "original_max_positions": original, **numbers}
+            self._fixed_up_to = original if scaling.kind == "dynamic" else None
+        _, self.attention_factor = self._frequencies(1)
+        self._made: dict[tuple, tuple[Tensor | None, ...]] = {}
+        self._packs: dict[tuple, tuple[tuple[int, ...], tuple[Tensor | None, ...]]] = {}
+
+    def vary(self, longest: int) -> bool:
+        """Whether documents of up to `longest` tokens have angles that depend on their lengths."""
+        return self._fixed_up_to is not None and longest > self._fixed_up_to
 
     def tables(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, each fp32 [s, d/2], of positions 0, 1, ..."""
-        key = ("tables", seq_length, device)
-        if key not in self._made:
-            self._made[key] = tuple(t.to(device) for t in rope_tables(self._frequencies, seq_length))
-        return self._made[key]
+        """cos and sin, each fp32 [s, d/2], of positions 0, 1, ... s - 1.
+
+        Args:
+            seq_length: tokens of the whole sequence, with dynamic scaling also where a rank holds a part of it.
+        """
+
+        def make() -> tuple[Tensor, ...]:
+            return rope_tables(self._frequencies(seq_length)[0], seq_length, attention_factor=self.attention_factor)
+
+        return self._kept("tables", seq_length, device, make)
 
     def far_angles(self, position: Position, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """NLPE's angles for q2 and k2, fp32 [s, 1, 1, d] (each twice); None for a k2 that is not rotated."""
-        key = ("far", seq_length, device)
-        if key not in self._made:
-            true, w = torch.arange(seq_length, dtype=torch.float32), float(position.threshold)
+
+        def make() -> tuple[Tensor | None, ...]:
+            true, w = torch.arange(seq_length, dtype=torch.float32, device="cpu"), float(position.threshold)
             if position.far == "clipped":
                 places = (torch.full_like(true, w), None)
             else:
                 c = position.far_factor
                 places = (w - w / c + true / c, true / c)
-            self._made[key] = tuple(p if p is None else self._angles(p).to(device) for p in places)
-        return self._made[key]
+            frequencies, _ = self._frequencies(seq_length)
+            return tuple(p if p is None else _angles(p, frequencies) for p in places)
 
-    def _angles(self, places: Tensor) -> Tensor:
-        angles = torch.outer(places, self._frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return self._kept("far", seq_length, device, make)
+
+    def of_documents(
+        self, lengths: tuple[int, ...], made: Callable[..., tuple[Tensor | None, ...]], *args: Any
+    ) -> tuple:
+        """`made(*args, length, device)` of each document of a pack, one after another: a row for each token.
+
+        What was made last is kept, for the layers that read the same pack.
+
+        Args:
+            lengths: tokens of the documents.
+            made: `tables`, or `far_angles`.
+            args: what it takes, ending with the device.
+        """
+        *first, device = args
+        if len(lengths) == 1:
+            return made(*first, lengths[0], device)
+        key = ("pack", made.__name__, device)
+        if key not in self._packs or self._packs[key][0] != lengths:
+            parts = zip(*(made(*first, length, device) for length in lengths), strict=True)
+            self._packs[key] = (lengths, tuple(None if rows[0] is None else torch.cat(rows) for rows in parts))
+        return self._packs[key][1]
+
+    def _frequencies(self, seq_length: int) -> tuple[Tensor, float]:
+        """fp32 [d/2], and the attention factor. On the CPU: a model may be built on the meta device."""
+        length = {} if self._fixed_up_to is None else {"seq_len": seq_length}
+        return rope_frequencies(self._dim, self._base, device="cpu", **self._options, **length)
+
+    def _kept(self, name: str, seq_length: int, device: torch.device, make: Callable) -> tuple[Tensor | None, ...]:
+        """The first rows of what was made for the longest sequence so far.
+
+        Beyond the length up to which the frequencies are fixed, what was made last is kept, for its own length.
+        """
+        fixed = not self.vary(seq_length)
+        key = (name, device, fixed)
+        rows = len(self._made[key][0]) if key in self._made else 0
+        if rows < seq_length if fixed else rows != seq_length:
+            self._made[key] = tuple(t if t is None else t.to(device) for t in make())
+        return tuple(t if t is None else t[:seq_length] for t in self._made[key])
+
+
+def _angles(places: Tensor, frequencies: Tensor) -> Tensor:
+    angles = torch.outer(places, frequencies)
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -165,7 +224,7 @@ class CoreAttention(nn.Module):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params).flatten(1)
         if self.position.kind == "nlpe":
-            return self._piecewise(query, key, value).flatten(2)
+            return self._piecewise(query, key, value, (query.shape[0],)).flatten(2)
         if self.tables is not None:
             query, key = self._rotate(query, key)
         return self._attend(query, key, value, layout="sbnd").flatten(2)
@@ -186,10 +245,14 @@ class CoreAttention(nn.Module):
         """Each document of a pack by itself: positions start at 0 in each, and no query sees another document's keys."""
         if pack.qkv_format != "thd":
             raise ValueError(f"packed_seq_params.qkv_format is {pack.qkv_format!r}: core attention takes packs as thd")
+        bounds, longest = pack.cu_seqlens_q, pack.max_seqlen_q
         if self.position.kind == "nlpe":
-            raise ValueError("position.kind nlpe takes no packs of documents yet: use rows of one document each")
-        bounds = pack.cu_seqlens_q
-        if self.tables is not None:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))  # [t, n/tp, d] -> [t, 1, n/tp, d]
+            return self._piecewise(query, key, value, _lengths(pack)).squeeze(1)
+        if self.tables is not None and self.tables.vary(longest or query.shape[0]):
+            tables = self.tables.of_documents(_lengths(pack), self.tables.tables, query.device)
+            query, key = rope(query, key, *tables, layout="tnd", inplace_backward=True, backend=self.rope_backend)
+        elif self.tables is not None:
             tables = self.tables.tables(query.shape[0], query.device)
             options = {"layout": "tnd", "cu_seqlens": bounds, "inplace_backward": True, "backend": self.rope_backend}
             query, key = rope(query, key, *tables, **options)
@@ -201,22 +264,33 @@ class CoreAttention(nn.Module):
         # In place: the rotated q and k go to the attention alone, so nothing else reads their gradients.
         return rope(query, key, *tables, layout="sbnd", inplace_backward=True, backend=self.rope_backend)
 
-    def _piecewise(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        far_q, far_k = self.tables.far_angles(self.position, query.shape[0], query.device)
-        q2 = apply_rope(query, far_q, backend=self.rope_backend)
+    def _piecewise(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """NLPE, one call of the kernel for each document. lengths: tokens of the documents, which fill the rows."""
+        tables, backend = self.tables, self.rope_backend
+        far_q, far_k = tables.of_documents(lengths, tables.far_angles, self.position, query.device)
+        factor = tables.attention_factor
         if far_k is not None:
-            k2 = apply_rope(key, far_k, backend=self.rope_backend)
-        else:
+            q2 = apply_rope(query, far_q, mscale=factor, backend=backend)
+            k2 = apply_rope(key, far_k, mscale=factor, backend=backend)
+        else:  # k2 is the key itself: q2 takes the factor of both
+            q2 = apply_rope(query, far_q, mscale=factor**2, backend=backend)
             k2 = key.contiguous() if self.frees_qkv else key
-        q1, k1 = self._rotate(query, key)
-        return piecewise_attention(
-            q1,
-            k1,
-            q2,
-            k2,
-            value,
-            self.position.threshold,
-            softmax_scale=self.softmax_scale,
-            layout="sbnd",
-            backend=self.backend,
+        true = tables.of_documents(lengths, tables.tables, query.device)
+        q1, k1 = rope(query, key, *true, layout="sbnd", inplace_backward=True, backend=backend)
+
+        def attend(*document: Tensor) -> Tensor:
+            options = {"softmax_scale": self.softmax_scale, "layout": "sbnd", "backend": self.backend}
+            return piecewise_attention(*document, self.position.threshold, **options)
+
+        if len(lengths) == 1:
+            return attend(q1, k1, q2, k2, value)
+        return torch.cat([attend(*d) for d in zip(*(t.split(lengths) for t in (q1, k1, q2, k2, value)), strict=True)])
+
+
+def _lengths(pack: PackedSeqParams) -> tuple[int, ...]:
+    """Tokens of a pack's documents."""
+    if not isinstance(pack, Pack):
+        raise ValueError(
+            "packed_seq_params has no bounds on the host, which these positions need: make it with packing()"
         )
+    return tuple(stop - start for start, stop in itertools.pairwise(pack.bounds))

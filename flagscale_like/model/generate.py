@@ -32,7 +32,7 @@ def generate(
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids, window = list(prompt), model.arch.max_position_embeddings or model.max_sequence_length
+    ids, window = list(prompt), model.arch.longest_sequence  # 0: all of them
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids[-window:]], device=device), None, None)[0, -1, : model.arch.vocab_size]
         token = _pick(logits.float().cpu(), temperature, top_p, generator)

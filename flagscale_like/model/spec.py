@@ -67,6 +67,7 @@ class ModelSpec:
         train = config.train
         return cls(
             arch=config.model,
+            head=config.objective.head,
             parallel=config.parallel,
             kernels=config.kernels,
             precision=train.precision,

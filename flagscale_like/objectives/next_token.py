@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
+from flagscale_like.model.packs import packing
 
 
 class NextToken:
@@ -22,24 +22,20 @@ class NextToken:
     sums: tuple[str, ...] = ()
 
     def __init__(self, *, packed: bool = False) -> None:
-        self.on_every_stage = packed
+        self.packed = packed
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model computes each token's cross-entropy itself, because its head may fuse it with the output layer."""
         inputs = {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None, "labels": batch.labels}
-        if batch.documents is not None:
-            inputs["packed_seq_params"] = packing(batch.documents)
+        if self.packed:  # one row, [1, b * s]
+            inputs |= {"input_ids": batch.tokens.view(1, -1), "labels": batch.labels.view(1, -1)}
+            inputs["packed_seq_params"] = packing(batch.documents, batch.tokens.device)
         return inputs
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
-        """Args: output: fp32 [b, s], each token's cross-entropy."""
-        masked = output.float() * batch.loss_mask  # [b, s]
+        """Args: output: fp32 [b, s], or [1, b * s] of packs: each token's cross-entropy."""
+        masked = output.float().view_as(batch.loss_mask) * batch.loss_mask  # [b, s]
         samples = {"loss": masked.detach().sum(-1), "tokens": batch.loss_mask.sum(-1)}  # [b]
         if batch.source is not None:
             samples["source"] = batch.source
         return Loss(masked.sum(), batch.loss_mask.sum(), samples=samples)
-
-
-def packing(documents: Tensor) -> PackedSeqParams:
-    """The bounds of a pack's documents, int32 [n + 1], as megatron-core hands them to core attention."""
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=documents, cu_seqlens_kv=documents)

@@ -24,13 +24,14 @@ import torch
 
 from flagscale_like.cluster import ClusterSpec, DeviceSpec
 from flagscale_like.config import RunConfig
+from flagscale_like.data.blend import is_packed
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import features
 from flagscale_like.model.spec import ModelSpec
-from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.objectives.choice import objective_of
 from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.planner.throughput import MEASURED, Efficiency
 from flagscale_like.recipes.pretrain import pretrain
@@ -244,7 +245,8 @@ def our_steps(config: RunConfig, ctx: ParallelContext) -> Iterator[float]:
     engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
     data, _ = build_datasets(config, ctx, train_samples=config.train.total_samples(), valid_samples=0)
     batches = micro_batches(data, config, ctx)
-    objective, add_up, dp = NextToken(), NamedSum(ctx), ctx.dp
+    objective = objective_of(config, packed=is_packed(data))
+    add_up, dp = NamedSum(ctx), ctx.dp
     count = config.train.global_batch_size // (config.train.micro_batch_size * dp)
     while True:
         outputs = engine.forward_backward(batches, objective, count)

@@ -14,15 +14,17 @@ from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.config import RunConfig
+from flagscale_like.data.blend import is_packed
 from flagscale_like.data.feed import Feed
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
 from flagscale_like.model.offload import attach_offload
-from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.objectives.choice import objective_of
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
 from flagscale_like.training.guard import Guard, suspects
@@ -97,7 +99,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     mixture = selection.mixture if selection else None
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
-    objective, clock = NextToken(), Clock()
+    objective, clock = objective_of(config, packed=is_packed(data)), Clock()
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config))
     saves = Saves(begun.store, config.checkpoint)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
@@ -130,6 +132,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         reporter=reporter,
         watchdog=watchdog,
         clock=clock,
+        documents=source_record(config),
     )
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)

@@ -15,11 +15,6 @@ import psutil
 from flagscale_like.runtime.platforms import choose, prepared
 
 
-def is_worker() -> bool:
-    """Whether this process is one of torchrun's ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def default_processes(model_parallel_size: int) -> int:
     """Ranks to start on this node: one a device, or where they share it as many as hold one copy of the model.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import time
 import uuid
@@ -22,17 +21,13 @@ from torch.distributed.rendezvous import rendezvous
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError
 from flagscale_like.runtime import device_shim
+from flagscale_like.runtime.launched import Launch, current_launch
 from flagscale_like.runtime.platforms import Platform, get_platform
 
 T = TypeVar("T")
 
 # What gloo and NCCL say of a rank that is gone.
 PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited")
-
-
-def world_size_from_env() -> int:
-    """Ranks of this launch: torchrun's WORLD_SIZE, or 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class ParallelContext:
     Attributes:
         layout: the configured degrees.
         dp: data-parallel degree.
+        local_rank: among the ranks of this node.
         groups: megatron-core's process groups.
     """
 
@@ -50,6 +46,7 @@ class ParallelContext:
     dp: int
     rank: int
     world_size: int
+    local_rank: int
     groups: ProcessGroupCollection
 
     @property
@@ -80,7 +77,7 @@ class ParallelContext:
     @property
     def is_node_main(self) -> bool:
         """The one rank of each node that prepares what the node's ranks share."""
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return self.local_rank == 0
 
     def barrier(self) -> None:
         dist.barrier()
@@ -159,7 +156,7 @@ def agree_on_a_launch(store: dist.Store, rank: int, world: int, timeout_s: float
     return mine
 
 
-def _meet(platform: Platform, timeout_s: float) -> int:
+def _meet(platform: Platform, launch: Launch | None, timeout_s: float) -> int:
     """Start torch.distributed: with the other ranks at torchrun's address, or alone. Returns the world size.
 
     Raises:
@@ -167,22 +164,26 @@ def _meet(platform: Platform, timeout_s: float) -> int:
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     options = {"timeout": timeout, "device_id": platform.group_device}
-    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+    if launch is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return 1
+    launch.check_address()
     try:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(agree_on_a_launch(store, rank, world, timeout_s), store)
         dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
-        raise PlatformError(f"the ranks cannot meet at {where}: {cause} ({str(error).splitlines()[0]})") from None
+        raise PlatformError(
+            f"the ranks cannot meet at {launch.endpoint}: {cause} ({str(error).splitlines()[0]})"
+        ) from None
     return world
 
 
 @contextmanager
-def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0) -> Iterator[ParallelContext]:
+def parallel_context(
+    layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0, alone: bool = False
+) -> Iterator[ParallelContext]:
     """Start torch.distributed and the model-parallel groups, and stop them at the end.
 
     Under torchrun the ranks meet at its address; without it, this process is a world of one.
@@ -190,13 +191,15 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     Args:
         seed: of the model-parallel random streams (dropout).
         timeout_s: after this long in one collective a rank gives up.
+        alone: be a world of one under torchrun as well.
 
     Raises:
         ConfigError: the world size is no multiple of tp * pp * cp.
         PlatformError: the ranks cannot meet: the port is taken, or nobody answers there.
         PeerLostError: another rank ended inside the `with` block.
     """
-    world = world_size_from_env()
+    launch = None if alone else current_launch()
+    world = launch.world_size if launch else 1
     if world % layout.model_parallel_size:
         raise ConfigError(
             f"world size ({world}) must be divisible by tp*pp*cp ({layout.tp}*{layout.pp}*{layout.cp}): "
@@ -205,7 +208,7 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
     platform = get_platform()
     if platform.needs_shim:
         device_shim.install(platform)
-    world = _meet(platform, timeout_s)
+    world = _meet(platform, launch, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -222,6 +225,7 @@ def parallel_context(layout: Parallel, *, seed: int = 1234, timeout_s: float = 1
         dp=world // layout.model_parallel_size,
         rank=dist.get_rank(),
         world_size=world,
+        local_rank=launch.local_rank if launch else 0,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
     try:

@@ -25,13 +25,14 @@ from flagscale_like.model.spec import ModelSpec
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.watchdog import Watchdog
+from flagscale_like.training.changes import check_held_out, describe_changes
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.learning_rate import build_scheduler
 from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.parts import Parts
-from flagscale_like.training.plan import Progress
+from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.standard_parts import Saves
 from flagscale_like.training.weights import check_model, weights_to_load
 
@@ -62,6 +63,7 @@ class Run:
     Attributes:
         evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
         clock: of the steps since the last log line.
+        documents: see changes.source_record.
     """
 
     config: RunConfig
@@ -78,6 +80,7 @@ class Run:
     watchdog: Watchdog
     evaluate: Callable[[str], Evaluation] | None = None
     clock: Clock = field(default_factory=Clock)
+    documents: dict[str, int] = field(default_factory=dict)
 
     @property
     def ctx(self) -> ParallelContext:
@@ -100,6 +103,7 @@ class Run:
             "layout": layout_record(self.ctx),
             "model": config.model.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
+            "documents": self.documents,
             "versions": versions(),
             **engine_states([self.engine]),
         }
@@ -155,7 +159,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     source = weights_to_load(config, reader, ctx)
     strict = reader is not None or config.checkpoint.load_strict
     if source is not None and strict:
-        check_model(config, reader or source)
+        notes += check_model(config, reader or source, resuming=reader is not None)
     # What LoRA does not train must be there, even where a different architecture is accepted.
     strict = strict or config.lora is not None
     engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer, source=source, strict=strict)
@@ -167,7 +171,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     if reader is not None:
         engine.load_optimizer(reader)
         begun.saved = reader.state
-        notes += _restore(begun, reader, same_layout=load_random_state(reader, ctx))
+        notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
         notes += [f"not loaded: {reason}" for reason in engine.left]
@@ -179,7 +183,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     return begun
 
 
-def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> list[str]:
+def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_layout: bool) -> list[str]:
     """Put progress and learning rate where the checkpoint's run stood; returns what to tell the user."""
     state, progress, needed = reader.state, begun.progress, begun.progress.train_samples
     try:
@@ -188,6 +192,7 @@ def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> li
         progress.rewinds = int(state.get("rewinds", 0))
         rate_steps = int(state["learning_rate_steps"])
         saved = " ".join(f"{name}{size}" for name, size in state["layout"].items())
+        before = dict(state.get("config", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{reader.folder}: state.json does not say where the run stood ({type(error).__name__}: {error})"
@@ -197,6 +202,13 @@ def _restore(begun: Start, reader: CheckpointReader, *, same_layout: bool) -> li
         f"resuming from step {progress.step}: {reader.folder} is the newest whole checkpoint "
         f"(saved on {saved}{', the same layout' if same_layout else ', another layout'})"
     ]
+    notes += describe_changes(before, config, consumed=progress.consumed, rate_steps=rate_steps)
+    notes += check_held_out(before, state.get("documents"), config)
+    if progress.step >= last_step(config):
+        limit = f"train.steps is {config.train.steps}"
+        if config.train.exit_at_step is not None:
+            limit += f" and train.exit_at_step {config.train.exit_at_step}"
+        notes.append(f"nothing is left to train: {limit}, and step {progress.step} is done; raise it to go on")
     if needed > progress.train_samples:
         notes.append(
             f"from here on the order of the samples is another one: the run now reads {needed}, not {progress.train_samples}"

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from flagscale_like.arch import ModelArch, Role, parameters
 from flagscale_like.config import RunConfig
+from flagscale_like.data.blend import is_packed
 from flagscale_like.data.pretrain import build_datasets, micro_batch_count, micro_batches
 from flagscale_like.data.selection import Mixture
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard
 from flagscale_like.model.build import named_shards
-from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.objectives.choice import objective_of
 
 
 def calibrate(config: RunConfig, engine: Engine, train_samples: int) -> str:
@@ -116,7 +117,8 @@ class SalienceCalibration:
             mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
             mixture.draw(self.batches * config.train.micro_batch_size * ctx.dp)
         batches = micro_batches(data, config, ctx, mixture=mixture)
-        self.engine.forward_backward(batches, NextToken(), self.batches)
+        objective = objective_of(config, packed=is_packed(data))
+        self.engine.forward_backward(batches, objective, self.batches)
         sums = torch.zeros(self.count, dtype=torch.float64, device=ctx.platform.device)
         for branch, shard in self.shards:
             sums[branch] += (shard.main.detach().view(-1) * shard.main.grad.view(-1)).abs().sum().double()

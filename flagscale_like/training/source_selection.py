@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from flagscale_like.config import Data, RunConfig
-from flagscale_like.data.batch import Batch
+from flagscale_like.data.batch import Batch, collate
+from flagscale_like.data.blend import is_packed
 from flagscale_like.data.pretrain import build_target, micro_batch_count
 from flagscale_like.data.selection import Mixture, SourcesDataset, losses_by_source
 from flagscale_like.engine.engine import Engine, Outputs
 from flagscale_like.engine.shards import loss_scaler_state, set_loss_scaler_state
 from flagscale_like.errors import DataError
-from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.objectives.choice import objective_of
 from flagscale_like.runtime.reduction import Value
 from flagscale_like.training.parts import Part, Report, Step
 from flagscale_like.training.plan import StepPlan
@@ -105,9 +106,9 @@ class TargetAlignment:
 
     def __init__(self, config: RunConfig, engine: Engine, train_data: SourcesDataset) -> None:
         self.config, self.engine, self.data = config, engine, train_data
-        self.objective = NextToken()
         self.count = micro_batch_count(config, engine.ctx, config.data.selection.probe_samples)
         self.target = build_target(config, engine.ctx, self.count * config.train.micro_batch_size * engine.ctx.dp)
+        self.objective = objective_of(config, packed=is_packed(train_data))
         self.shards = [s for s in engine.owned if s.counts and s.trained]
 
     def measure(self, drawn: Sequence[int]) -> list[float | None]:
@@ -137,8 +138,7 @@ class TargetAlignment:
         for turn in range(self.count):
             start = first + (turn * ctx.dp + ctx.dp_rank) * size
             rows = [dataset[(start + row) % len(dataset)] for row in range(size)]  # type: ignore[arg-type]
-            batch = default_collate([{k: row[k] for k in ("tokens", "labels", "loss_mask")} for row in rows])
-            yield Batch.of(batch, ctx.platform.device)
+            yield Batch.of(collate(rows), ctx.platform.device)
 
 
 def cosine(product: float, *squares: float) -> float | None:

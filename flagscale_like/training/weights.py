@@ -51,7 +51,7 @@ def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: Par
         source, named, way_out="name its folder with lora.base", identity=lambda base: identify_once(base, ctx)
     )
     if config.checkpoint.load_strict:
-        check_model(config, base)
+        check_model(config, base, resuming=False)
     return AdaptedWeights(base, source)
 
 
@@ -102,14 +102,23 @@ def open_weights(options: Checkpoint, ctx: ParallelContext) -> WeightSource | No
     return CheckpointReader(folder)
 
 
-def check_model(config: RunConfig, source: WeightSource) -> None:
+def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> list[str]:
     """Refuse weights of another architecture, naming what differs.
+
+    A new run may read the weights with other positions than they were trained with (a scaling of RoPE, another base, NLPE),
+    because these hold no weights. A run that goes on may not.
+
+    Returns:
+        What differs and is allowed, to tell the user.
 
     Raises:
         CheckpointError: a field of the model differs.
     """
     free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
     saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
+    before, after = saved["position"], wanted["position"]
+    if not resuming and "alibi" not in (before["kind"], after["kind"]):
+        free.add("position")
     different = [
         f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
         for key, value in wanted.items()
@@ -117,3 +126,8 @@ def check_model(config: RunConfig, source: WeightSource) -> None:
     ]
     if different:
         raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
+    return [
+        f"model.position.{key} is {value!r} from here on; the weights were trained with {before[key]!r}"
+        for key, value in after.items()
+        if before[key] != value
+    ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flagscale_like.data.batch import Batch
+from flagscale_like.data.batch import Batch, collate
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.build import build_chunks, named_shards
@@ -28,15 +28,15 @@ def tokens(count, seed=0):
     return torch.randint(0, 250, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def documents():
-    """Batches of one document each, and the pack that holds them all."""
+def documents(rows=1):
+    """Batches of one document each, and the pack that holds them all: in one row, or in two of the same length."""
     whole = tokens(sum(LENGTHS) + len(LENGTHS))
     parts = whole.split([n + 1 for n in LENGTHS], dim=1)
-    rows = [(part[:, :-1], part[:, 1:]) for part in parts]
+    each = [(part[:, :-1], part[:, 1:]) for part in parts]
     bounds = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
-    packed = [torch.cat(side, dim=1) for side in zip(*rows, strict=True)]
+    packed = [torch.cat(side, dim=1).view(rows, -1) for side in zip(*each, strict=True)]
     ones = torch.ones(packed[0].shape)
-    return rows, Batch(tokens=packed[0], labels=packed[1], loss_mask=ones, documents=bounds)
+    return each, Batch(tokens=packed[0], labels=packed[1], loss_mask=ones, documents=bounds)
 
 
 def gradients(engine):
@@ -45,11 +45,11 @@ def gradients(engine):
     }
 
 
-def train_on_a_pack(config):
+def train_on_a_pack(config, rows=1):
     with parallel_context(config.parallel) as ctx:
-        spec = dataclasses.replace(ModelSpec.of(config), seq_length=sum(LENGTHS))
+        spec = dataclasses.replace(ModelSpec.of(config), seq_length=sum(LENGTHS) // rows, micro_batch_size=rows)
         engine = Engine.build(spec, ctx, optimizer=config.optimizer)
-        _, pack = documents()
+        _, pack = documents(rows)
         outputs = engine.forward_backward(iter([pack]), NextToken(packed=True), 1)
         sums = NamedSum(ctx)({"norm": outputs.grad_square, **outputs.sums})
         return sums, gradients(engine)
@@ -74,6 +74,11 @@ ARCHS = {
     "rope": {},
     "alibi": {"model__position": {"kind": "alibi"}},
     "window": {"model__sliding_window": 4},
+    "dynamic": {
+        "model__position": {"scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 6}}
+    },
+    "nlpe clipped": {"model__position": {"kind": "nlpe", "threshold": 4}},
+    "nlpe compressed": {"model__position": {"kind": "nlpe", "threshold": 4, "far": "compressed"}},
 }
 
 
@@ -97,12 +102,28 @@ def test_every_layout_learns_a_pack_alike(layout, recompute, tmp_path):
         assert sums == pytest.approx(one, rel=1e-5)
 
 
+def test_a_micro_batch_of_two_packs_is_their_documents_one_by_one(tmp_path):
+    """LENGTHS fill two rows of 16: 5 and 11, 1 and 15."""
+    ((one, _),) = run_ranks(1, train_on_a_pack, tiny_config(tmp_path))
+    for ranks, parallel in ((1, {}), LAYOUTS["tp2 pp2 dp1"]):
+        for sums, _ in run_ranks(ranks, train_on_a_pack, tiny_config(tmp_path, parallel=parallel), 2):
+            assert sums == pytest.approx(one, rel=1e-5)
+
+
+def test_collate_counts_the_documents_on_over_the_rows():
+    row = {"tokens": torch.zeros(8), "labels": torch.zeros(8), "loss_mask": torch.ones(8)}
+    batch = collate([row, {**row, "documents": torch.tensor([0, 3, 8], dtype=torch.int32)}, row])
+    assert batch["documents"].tolist() == [0, 8, 11, 16, 24]
+    assert batch["tokens"].shape == (3, 8)
+    assert "documents" not in collate([row, row])
+
+
 class Regression:
     """An objective of a value head: the squared distance of each token's value to a target, and the mean value."""
 
     metric = "squared error"
     sums = ("value",)
-    on_every_stage = False
+    packed = False
 
     def inputs(self, batch):
         return {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None}

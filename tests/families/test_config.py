@@ -60,7 +60,7 @@ PUBLISHED = {
         config("llama", "LlamaForCausalLM", 32, 4096, 32, 8, 14336, 128256, **LENGTH, **LLAMA3),
         "llama",
         8_030_261_248,
-        {"rope", "query_groups"},
+        {"rope", "query_groups", "llama3 RoPE scaling"},
     ),
     "SmolLM2-135M": (
         config("llama", "LlamaForCausalLM", 30, 576, 9, 3, 1536, 49152, **LENGTH, tie_word_embeddings=True),
@@ -185,7 +185,38 @@ def test_a_config_written_from_what_was_read_reads_the_same(name, tmp_path):
         ),
         ("Llama-2-7B", {"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu', 'swish'"),
         ("Llama-2-7B", {"attention_bias": True}, "attention_bias is True, supported: False"),
-        ("Llama-2-7B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is 'yarn', supported: linear"),
+        (
+            "Llama-2-7B",
+            {"rope_scaling": {"type": "longrope"}},
+            "rope_scaling is 'longrope', supported: linear, dynamic",
+        ),
+        ("Llama-2-7B", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling of type dynamic has no factor"),
+        (
+            "Llama-2-7B",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048}},
+            r"original_max_position_embeddings 2048, for which transformers takes max_position_embeddings \(4096\)",
+        ),
+        (
+            "Llama-2-7B",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0}},
+            r"rope_scaling: beta_fast \(1.0\) must be at least beta_slow \(2.0\)",
+        ),
+        (
+            "Llama-3.1-8B",
+            {"rope_scaling": {**LLAMA3["rope_scaling"], "low_freq_factor": 4.0}},
+            r"rope_scaling: low_freq_factor \(4.0\) must be less than high_freq_factor \(4.0\)",
+        ),
+        (
+            "Llama-3.1-8B",
+            {"rope_scaling": {**LLAMA3["rope_scaling"], "original_max_position_embeddings": 0}},
+            "rope_scaling: original_max_position_embeddings: Input should be greater than 0",
+        ),
+        (
+            "Baichuan-7B",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is 'linear', which the published code of baichuan has not",
+        ),
+        ("Llama-2-7B", {"rope_theta": 1}, "rope_theta: base: Input should be greater than 1"),
         ("Llama-2-7B", {"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no factor"),
         ("Llama-2-7B", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: factor"),
         ("Llama-2-7B", {"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic', supported: one set of numbers"),

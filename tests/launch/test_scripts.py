@@ -106,8 +106,9 @@ def test_settings_that_are_no_numbers_are_refused(setting, value):
         ("# all\n\n  n1  slots = 4  # first\nn2 slots=4", ["n1", "n2"], 4),
         ("n1\nn2\n", ["n1", "n2"], 1),
         ("me@n1 slots=2\n", ["me@n1"], 2),
+        ("10.0.0.1 slots=8 type=A800\n10.0.0.2 type=A800 slots=8 max_slots=8", ["10.0.0.1", "10.0.0.2"], 8),
     ],
-    ids=["plain", "comments, blanks, no end of line", "no slots", "a user's name"],
+    ids=["plain", "comments, blanks, no end of line", "no slots", "a user's name", "FlagScale's"],
 )
 def test_a_hostfile_names_hosts_and_slots(text, hosts, slots, tmp_path):
     path = tmp_path / "hosts"
@@ -123,8 +124,11 @@ def test_a_hostfile_names_hosts_and_slots(text, hosts, slots, tmp_path):
         ("# nobody\n", ": names no host"),
         ("n1 slots=0\n", ":1: "),
         ("n1 slots=8 n2\n", ":1: "),
+        ("n1 slots=8 speed=9\n", ":1: speed is not known: give slots, port, max_slots or type"),
+        ("n1 port=x\n", ":1: port=x: must be a number"),
+        ("n1\nn2\nn1\n", ":3: n1 is in line 1 already: give each host once, with all its slots"),
     ],
-    ids=["nothing", "no slots at all", "words"],
+    ids=["nothing", "no slots at all", "words", "unknown", "no number", "twice"],
 )
 def test_a_wrong_hostfile_is_refused_with_its_line(text, message, tmp_path):
     path = tmp_path / "hosts"
@@ -132,6 +136,19 @@ def test_a_wrong_hostfile_is_refused_with_its_line(text, message, tmp_path):
     found = script("ssh_hostfile.sh", "--dry-run", "start", path, "x.yaml")
     assert found.returncode == 10
     assert f"error: hostfile {path}{message}" in found.stderr
+
+
+def test_a_node_may_have_an_ssh_port_of_its_own(tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=8 port=2222\nn2 slots=8\n")
+    lines = script("ssh_hostfile.sh", "--dry-run", "start", tmp_path / "hosts", "x.yaml").stdout.splitlines()
+    assert lines[0].split() == ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-p", "2222", "--", "n1"]
+    assert lines[2].split() == ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", "n2"]
+
+
+def test_a_job_script_without_scontrol_says_so_and_starts_nothing(tmp_path):
+    found = script("slurm.sbatch", "x.yaml", SLURM_JOB_NODELIST="n[1-2]")
+    assert found.returncode == 15
+    assert "error: scontrol names no first node of this job (SLURM_JOB_NODELIST is 'n[1-2]')" in found.stderr
 
 
 def test_nodes_with_different_slots_are_refused(tmp_path):

@@ -22,6 +22,13 @@ POSITIONS = {
     "nlpe clipped": {"position": {"kind": "nlpe", "threshold": 5}},
     "nlpe compressed": {"position": {"kind": "nlpe", "threshold": 5, "far": "compressed", "far_factor": 4.0}},
 }
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.3}
+DYNAMIC = {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
+SCALED = {
+    f"{name}, {scaling['kind']}": {"position": POSITIONS[name]["position"] | {"scaling": scaling}}
+    for name in ("rope", "nlpe clipped", "nlpe compressed")
+    for scaling in (YARN, DYNAMIC)
+}
 
 
 def config_of(tmp_path, backend: str, name: str = "rope", **changes) -> RunConfig:
@@ -32,7 +39,7 @@ def config_of(tmp_path, backend: str, name: str = "rope", **changes) -> RunConfi
         "num_query_groups": 2,
         "ffn_hidden_size": 80,
         "vocab_size": 100,
-        **POSITIONS[name],
+        **(POSITIONS | SCALED)[name],
     }
     kernels = dict.fromkeys(OPERATORS, backend)
     sizes = {"train__seq_length": 16, "train__global_batch_size": 2}
@@ -70,11 +77,26 @@ def attention_of(config: RunConfig, seed: int) -> tuple:
 
 
 def rotated(x: torch.Tensor, places: torch.Tensor, arch) -> torch.Tensor:
-    """x [s, b, n, d] turned by RoPE to the given positions [s], from the formula."""
-    half = arch.head_dim // 2
-    angle = places[:, None] * arch.position.base ** (-torch.arange(half) / half)
+    """x [s, b, n, d] turned by RoPE to the given positions [s], from the formulas."""
+    half, base, turned, scaling = arch.head_dim // 2, arch.position.base, x, arch.position.scaling
+    frequencies = base ** (-torch.arange(half) / half)
+    if scaling is not None and scaling.kind == "yarn":
+        # the bounds of the ramp, as indices of frequencies that turn beta_fast and beta_slow times
+        low, high = (
+            half * math.log(scaling.original_max_position_embeddings / (2 * math.pi * beta), base)
+            for beta in (scaling.beta_fast, scaling.beta_slow)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * half - 1)
+        ramp = ((torch.arange(half) - low) / (high - low)).clamp(0, 1)
+        assert ramp[0] < 1 < ramp.sum()  # or the comparison would say little
+        frequencies = frequencies * (1 - ramp) + frequencies / scaling.factor * ramp
+        turned = x * scaling.attention_factor
+    elif scaling is not None:
+        longer = scaling.factor * len(places) / scaling.original_max_position_embeddings - (scaling.factor - 1)
+        frequencies = (base * longer ** (half / (half - 1))) ** (-torch.arange(half) / half)
+    angle = places[:, None] * frequencies
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    first, second = x[..., :half], x[..., half:]
+    first, second = turned[..., :half], turned[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -95,7 +117,7 @@ def expected_attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     if position.kind == "nlpe":
         w = float(position.threshold)
         if position.far == "clipped":
-            far = scores(rotated(q, torch.full((s,), w), arch), k)
+            far = scores(rotated(q, torch.full((s,), w), arch), rotated(k, torch.zeros(s), arch))
         else:
             c = position.far_factor
             far = scores(rotated(q, w - w / c + true / c, arch), rotated(k, true / c, arch))
@@ -106,7 +128,7 @@ def expected_attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return torch.einsum("bnij,jbnd->ibnd", found.masked_fill(hidden, -math.inf).softmax(-1), v).flatten(2)
 
 
-@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("name", POSITIONS | SCALED)
 def test_attention_is_what_its_definition_says(name, tmp_path):
     config = config_of(tmp_path, "torch", name)
     ((q, k, v, out),) = run_ranks(1, attention_of, config, 0)

@@ -84,6 +84,41 @@ def test_a_folder_of_another_model_is_refused_with_both_values(tmp_path):
         run_ranks(1, train_run, other)
 
 
+def test_a_run_may_start_with_other_positions_and_says_so_but_not_go_on_with_others(tmp_path):
+    folder = tiny.make("llama3", tmp_path)
+    config = tiny_config(tmp_path / "run", train__steps=1, optimizer__warmup_steps=0, checkpoint__export_hf=True)
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    del values["model"]
+    values["checkpoint"]["init_from_hf"] = str(folder)
+    values["model"] = {"position": {"scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}}
+    values["train"]["seq_length"] = 128
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    train = ["train", str(tmp_path / "run.yaml")]
+    on, changed = ["train.steps=2"], ["model.position.scaling.factor=8.0"]
+    ((first, again, other, alibi),) = run_commands(
+        [
+            train,
+            [*train, *on],
+            [*train, *on, *changed],
+            [
+                *train,
+                f"run_dir={tmp_path / 'x'}",
+                "train.seq_length=32",
+                "checkpoint.export_hf=false",
+                "model.position={kind: alibi, scaling: null}",
+            ],
+        ]
+    )
+    assert first.exit_code == 0, first.error
+    assert "model.position.scaling is {'kind': 'yarn', 'factor': 4.0" in first.printed
+    assert "model.position.base" not in first.printed  # the folder's stays: 500000
+    assert again.exit_code == 0, again.error
+    assert "is of another model: model.position" in other.error
+    assert "is of another model: model.position" in alibi.error
+    arch = HfFolder(tmp_path / "run" / "hf").arch
+    assert (arch.position.base, arch.position.scaling.kind, arch.position.scaling.factor) == (500000.0, "yarn", 4.0)
+
+
 def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path):
     config = tiny_config(tmp_path / "run", model__position={"kind": "alibi"}, checkpoint__export_hf=True)
     with pytest.raises(AssertionError, match="a model with alibi cannot be written as llama"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
 from flagscale_like.errors import PlatformError
+from flagscale_like.runtime.launched import local_rank
 from flagscale_like.runtime.platforms.base import Platform
 from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.runtime.platforms.cuda import CudaPlatform
@@ -93,14 +94,14 @@ def get_platform() -> Platform:
     chosen = prepared(choose())
     if (reason := chosen.missing_backend()) is not None:
         raise PlatformError(f"the platform is {chosen.name}, but {reason}: see `flagscale-like doctor`")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if not chosen.ranks_share_device and local_rank >= chosen.count():
+    place = local_rank()
+    if not chosen.ranks_share_device and place >= chosen.count():
         visible = f" ({chosen.visible_env})" if chosen.visible_env in os.environ else ""
         raise PlatformError(
-            f"local rank {local_rank} has no {chosen.name} device: {chosen.count()} visible{visible}; "
+            f"local rank {place} has no {chosen.name} device: {chosen.count()} visible{visible}; "
             f"start fewer processes a node"
         )
-    platform = chosen(local_rank)
+    platform = chosen(place)
     platform.make_current()
     return platform
 
