@@ -17,7 +17,10 @@ MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-len
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
     data: Annotated[
-        Path, typer.Option(help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix.")
+        Path,
+        typer.Option(
+            help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
+        ),
     ],
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
@@ -50,8 +53,9 @@ def evaluate(  # typer makes an option of every parameter
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
+    from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream
-    from flagscale_like.recipes.evaluate import evaluate_stream
+    from flagscale_like.recipes.evaluate import evaluate_conversations, evaluate_stream
     from flagscale_like.runtime.parallel import parallel_context
 
     source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
@@ -62,15 +66,12 @@ def evaluate(  # typer makes an option of every parameter
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
         )
     with parallel_context(parallel) as ctx:
-        stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
-        found = evaluate_stream(
-            source,
-            stream,
-            ctx,
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
-        )
+        options = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "precision": precision}
+        if conversations_at(prefix := str(data).removesuffix(".bin").removesuffix(".idx")):
+            found = evaluate_conversations(source, prefix, ctx, **options)
+        else:
+            stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
+            found = evaluate_stream(source, stream, ctx, **options)
         if ctx.is_main:
             bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
             typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
