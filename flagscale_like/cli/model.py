@@ -37,8 +37,9 @@ def evaluate(  # typer makes an option of every parameter
     ] = "fp32",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
 ) -> None:
     """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
@@ -48,7 +49,7 @@ def evaluate(  # typer makes an option of every parameter
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    parallel = Parallel(tp=tp, pp=pp)
+    parallel = Parallel(tp=tp, pp=pp, cp=cp)
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
