@@ -2,7 +2,7 @@
 
 Checkpoints, monitors, calibration and the benchmark look at parameters here and nowhere else. Names, global shapes and
 offsets come from megatron-core's sharded state dicts; the flat ranges come from its distributed optimizer. Nothing is
-gathered: a shard is what lies in this rank's memory, and each element is owned by one data-parallel rank, so that sums over
+gathered: a shard is what lies in this rank's memory, and each element is owned by one of its replicas, so that sums over
 the counting shards of all ranks are sums over the model.
 """
 
@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
+from flagscale_like.arch import Parameter
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS, Shard
 from flagscale_like.model.build import LanguageModel, named_shards
@@ -52,6 +53,8 @@ class Piece:
 def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "") -> dict[nn.Parameter, list[Piece]]:
     """Every parameter of a chunk as pieces: one, or two for a gated MLP's [gate; up] matrix.
 
+    megatron-core's state dicts take adapters for whole on every rank; their pieces come from the table of parameters.
+
     Args:
         prefix: of the pieces' keys; see Engine.name.
     """
@@ -66,6 +69,26 @@ def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "
             pieces[entry.data] = parts
         elif isinstance(entry, ShardedTensor):
             pieces[entry.data] = [_piece(entry, 0, prefix)]
+    table = chunk.spec.table
+    for name, parameter in named_shards(chunk).items():
+        if name in table and table[name].role.is_adapter:
+            pieces[parameter] = _pieces_of(table[name], ctx, prefix)
+    return pieces
+
+
+def _pieces_of(parameter: Parameter, ctx: ParallelContext, prefix: str) -> list[Piece]:
+    """The pieces of this tensor-parallel rank's part, from the table's entry."""
+    shape, cut, tp, rank = parameter.shape, parameter.cut, ctx.layout.tp, ctx.tp_rank
+    if cut is None:
+        box = Fragment(prefix + parameter.name, shape, (0,) * len(shape), shape, 0, prod(shape))
+        return [Piece(box, 0, primary=rank == 0)]
+    block = shape[cut] // parameter.blocks
+    own = tuple(block // tp if dim == cut else size for dim, size in enumerate(shape))
+    pieces = []
+    for index in range(parameter.blocks):
+        offset = tuple(index * block + rank * own[cut] if dim == cut else 0 for dim in range(len(shape)))
+        box = Fragment(prefix + parameter.name, shape, offset, own, 0, prod(own))
+        pieces.append(Piece(box, index * box.numel, primary=True))
     return pieces
 
 
@@ -73,13 +96,13 @@ def _piece(sharded: ShardedTensor, start: int, prefix: str) -> Piece:
     shape, replica = tuple(sharded.local_shape), sharded.replica_id
     key = prefix + sharded.key
     box = Fragment(key, tuple(sharded.global_shape), tuple(sharded.global_offset), shape, 0, prod(shape))
-    # replica_id is (pipeline copy, tensor-parallel copy, data-parallel copy); the walk divides the last itself.
+    # replica_id is (pipeline copy, tensor-parallel copy, replica); the walk divides the last itself.
     return Piece(box, start, primary=replica[0] == 0 and replica[1] == 0)
 
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """The flat range of a parameter that this data-parallel rank owns: it computes its update, and saves it.
+    """The flat range of a parameter that this rank owns among its replicas: it computes its update, and saves it.
 
     Attributes:
         name: of the parameter, the same on every layout.
@@ -122,7 +145,7 @@ def owned_shards(
     """What this rank owns, parameter by parameter.
 
     Of a trained parameter the distributed optimizer says which range that is. A frozen parameter is the same on all
-    data-parallel ranks, and is dealt out to them in equal parts.
+    replicas (data- and context-parallel ranks), and is dealt out to them in equal parts.
     """
     parts = optimizer.chained_optimizers if optimizer is not None else []
     for model in models:
@@ -133,13 +156,14 @@ def owned_shards(
                 parameter, tp_group=ctx.groups.tp
             )
             if not parameter.requires_grad or not parts:
-                low, high = (parameter.numel() * rank // ctx.dp for rank in (ctx.dp_rank, ctx.dp_rank + 1))
+                ranks = ctx.replica_rank, ctx.replica_rank + 1
+                low, high = (parameter.numel() * rank // ctx.replicas for rank in ranks)
                 if low < high:
                     main = parameter.detach().view(-1)[low:high]
                     yield OwnedShard(name, parameter, main, low, counts, own, {}, {})
                 continue
             for part in parts:
-                if parameter in part.model_param_group_index_map:  # else all of it belongs to other data-parallel ranks
+                if parameter in part.model_param_group_index_map:  # else all of it belongs to other replicas
                     index, order = part.model_param_group_index_map[parameter]
                     group = part.optimizer.param_groups[index]
                     main = group["params"][order]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flagscale_like.arch import Layer, ModelArch, counted_keys
-from flagscale_like.config import RunConfig
+from flagscale_like.arch import Layer, ModelArch, Parameter, counted_keys
+from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -24,6 +24,8 @@ class Shape:
         window: keys a query sees; all before it where it is None.
         norm_head: as in ModelArch.
         layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
+        adapters: of one layer: LoRA's parameters, which are then all that is trained.
+        lora: their options; None without LoRA.
     """
 
     layers: int
@@ -39,9 +41,11 @@ class Shape:
     window: int | None = None
     norm_head: bool = False
     layer: Layer | None = None
+    adapters: tuple[Parameter, ...] = ()
+    lora: Lora | None = None
 
     @classmethod
-    def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
+    def of(cls, arch: ModelArch, tp: int = 1, lora: Lora | None = None) -> Shape:
         """The shape of a model whose layers are alike, its vocabulary padded for `tp`."""
         return cls(
             layers=arch.num_layers,
@@ -54,6 +58,8 @@ class Shape:
             window=arch.sliding_window,
             norm_head=arch.norm_head,
             layer=arch.layers[0],
+            adapters=tuple(p for p in lora.parameters(arch) if p.layer == 0) if lora is not None else (),
+            lora=lora,
         )
 
     @classmethod
@@ -91,14 +97,19 @@ class Shape:
         """
         keys = counted_keys(seq_length, self.window)
         layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
-        return tokens * ((8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab)
+        flops = (8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab
+        if self.adapters:  # no gradient of the matrices is computed
+            own = self.layers * sum(parameter.numel for parameter in self.adapters if len(parameter.shape) == 2)
+            flops += (8.0 if recompute_layers else 6.0) * own - 2.0 * self.matrix_parameters
+        return tokens * flops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A parallel layout: degrees, micro-batches, recompute, offload. Ranks are numbered tp fastest, then dp, then pp.
+    """A parallel layout: degrees, micro-batches, recompute, offload. Ranks are numbered tp fastest, then cp, dp and pp.
 
     Attributes:
+        cp, cp_kind: context-parallel ranks, and how attention brings their parts of a row together; see config.Parallel.
         num_microbatches: micro-batches a data-parallel rank runs a step.
         offload: share of its activations that each stage moves to host memory; () moves none.
         first_stage_layers, last_stage_layers: layers of these stages where they differ from the others'.
@@ -108,6 +119,8 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     dp: int = 1
+    cp: int = 1
+    cp_kind: ContextParallelKind = "gather"
     sp: bool = False
     micro_batch_size: int = 1
     num_microbatches: int = 1
@@ -130,6 +143,8 @@ class Layout:
             pp=par.pp,
             vpp=par.vpp,
             dp=dp,
+            cp=par.cp,
+            cp_kind=par.cp_kind,
             sp=par.sp,
             micro_batch_size=train.micro_batch_size,
             num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
@@ -140,7 +155,16 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and own a part of their gradients and optimizer states each."""
+        return self.cp * self.dp
+
+    def rows(self, seq_length: int) -> float:
+        """Tokens of a micro-batch that a rank has, before sequence parallelism."""
+        return seq_length * self.micro_batch_size / self.cp
 
     def chunk_layers(self, num_layers: int, stage: int) -> list[list[int]]:
         """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core assigns them."""
@@ -186,6 +210,7 @@ class Layout:
     def describe(self) -> str:
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
+        parts += [f"cp {self.cp}{' a2a' if self.cp_kind == 'a2a' else ''}"] if self.cp > 1 else []
         parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []

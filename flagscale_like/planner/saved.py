@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention
-from flagscale_like.config import Kernels
+from flagscale_like.config import Kernels, Lora
 from flagscale_like.planner.layout import Layout, Shape
 
 Saves = Literal["torch", "fused"]
@@ -26,12 +26,14 @@ class Operators:
     Attributes:
         linear_cross_entropy: the output layer and the loss are one operator, which holds a chunk of the logits at a time and
             computes them again in the backward pass.
+        lora: adapters beside the matrices, which then keep no input of theirs; None without LoRA.
     """
 
     rms_norm: Saves = "torch"
     swiglu: Saves = "torch"
     cross_entropy: Saves = "torch"
     linear_cross_entropy: bool = False
+    lora: Lora | None = None
 
 
 FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
@@ -71,19 +73,22 @@ class MicroBatch:
         rows: tokens.
         rows_sp: tokens that this rank's norms and residuals see: a part of them under sequence parallelism.
         tp: ranks that heads and FFN channels are cut over.
+        exchanges: core attention works on exchanged copies of q, k and v (cp_kind a2a).
         dtype_bytes: of an activation.
     """
 
     rows: float
     rows_sp: float
     tp: int
+    exchanges: bool
     dtype_bytes: int
 
     @classmethod
     def of(cls, layout: Layout, seq_length: int, dtype_bytes: int) -> MicroBatch:
-        rows = seq_length * layout.micro_batch_size
+        rows = layout.rows(seq_length)
         rows_sp = rows / layout.tp if layout.sp else rows
-        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, dtype_bytes=dtype_bytes)
+        exchanges = layout.cp > 1 and layout.cp_kind == "a2a"
+        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, exchanges=exchanges, dtype_bytes=dtype_bytes)
 
 
 def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
@@ -93,12 +98,46 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     batch = MicroBatch.of(layout, seq_length, dtype_bytes)
     attention, feed_forward = shape.layer.attention, shape.layer.feed_forward
     norm = _norm(batch.rows_sp, shape.hidden, dtype_bytes, ops)
-    return [
+    saves = [
         Saved(name="attention norm", bytes=norm),
         *BLOCK_SAVES[type(attention)](attention, batch, ops),
         Saved(name="MLP norm", bytes=norm),
         *BLOCK_SAVES[type(feed_forward)](feed_forward, batch, ops),
     ]
+    return saves if ops.lora is None else _with_adapters(saves, shape, batch, ops.lora)
+
+
+# Inputs that a matrix keeps for its own gradient alone, by the matrix.
+KEPT_FOR = {
+    "linear_qkv": "input of the QKV product",
+    "linear_fc1": "input of the gate and up product",
+    "linear_fc2": "input of the down product",
+}
+
+
+def _with_adapters(saves: list[Saved], shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
+    """What a layer keeps with LoRA: the inputs of the matrices with an adapter, which A needs, and what the adapters keep."""
+    unused = {name for matrix, name in KEPT_FOR.items() if matrix not in lora.targets or lora.dropout}
+    found = [save for save in saves if save.name not in unused]
+    e, rows, rows_sp = batch.dtype_bytes, batch.rows, batch.rows_sp
+    for b in (parameter for parameter in shape.adapters if parameter.name.endswith(".b")):
+        # Of a matrix that is cut by rows, A x is whole on every rank; else a part of the sequence with SP.
+        found.append(Saved(name=f"A x beside {b.name}", bytes=(rows if b.cut == 0 else rows_sp) * b.shape[1] * e))
+    return found + [save for matrix in lora.targets for save in _adapter_extras(matrix, shape, batch, lora)]
+
+
+def _adapter_extras(matrix: str, shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
+    """What dropout and DoRA keep beside one matrix."""
+    a, b = (next(p for p in shape.adapters if p.name.endswith(f"{matrix}.lora.{letter}")) for letter in "ab")
+    by_rows, e = b.cut == 0, batch.dtype_bytes
+    inputs = batch.rows_sp * a.shape[1] if by_rows else batch.rows * a.shape[1] / batch.tp
+    outputs = batch.rows * b.shape[0] / batch.tp if by_rows else batch.rows_sp * b.shape[0]
+    extras = []
+    if lora.dropout:
+        extras.append(Saved(name=f"input of A of {matrix} after dropout, and the mask", bytes=inputs * (e + 1)))
+    if lora.dora:
+        extras.append(Saved(name=f"output of {matrix} before its length", bytes=outputs * e))
+    return extras
 
 
 def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
@@ -120,6 +159,10 @@ def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) 
             saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
     if block.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+    if batch.exchanges:
+        if block.qk_norm:
+            saves.append(Saved(name="v, exchanged", bytes=rows * g * d * e, in_core_attention=True))
+        saves.append(Saved(name="attention output before its exchange", bytes=rows * n * d * e, in_core_attention=True))
     saves.append(Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True))
     saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * d * e))
     return saves
@@ -188,7 +231,7 @@ def _gpt_layer(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int) 
 
 def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
     """Bytes that one layer keeps for one micro-batch on one rank, after its recompute choice."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     if layout.recompute == "full":  # only its input
         return (rows / layout.tp if layout.sp else rows) * shape.hidden * dtype_bytes
     saves = layer_saves(shape, layout, seq_length, dtype_bytes, ops)
@@ -203,13 +246,16 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
 
 def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
     """What the last stage keeps after its layers: final norm, output layer, cross-entropy."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows
     logits = rows * shape.vocab / layout.tp
     saves = [
         Saved(name="final norm", bytes=_norm(rows_sp, shape.hidden, dtype_bytes, ops)),
-        Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes),
     ]
+    if (
+        not shape.adapters or ops.linear_cross_entropy
+    ):  # LoRA leaves the output layer as it is, which then keeps no input
+        saves.append(Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes))
     if shape.norm_head:
         matrix = shape.vocab / layout.tp * (shape.hidden + 2) * dtype_bytes
         saves.append(Saved(name="output matrix with rows of length 1, and their lengths", bytes=matrix))
@@ -226,7 +272,7 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
 
 def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Operators) -> float:
     """Elements of logits that the last stage holds beside what is saved: all of one micro-batch's, or one chunk's."""
-    rows, columns = seq_length * layout.micro_batch_size, shape.vocab / layout.tp
+    rows, columns = layout.rows(seq_length), shape.vocab / layout.tp
     if ops.linear_cross_entropy:
         rows = min(rows, max(MIN_CHUNK_TOKENS, rows * shape.hidden // int(columns)))
     return rows * columns
@@ -234,5 +280,5 @@ def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Oper
 
 def embedding_saves(layout: Layout, seq_length: int) -> list[Saved]:
     """What the first stage keeps before its layers: the token ids, and under tensor parallelism which of them are its own."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     return [Saved(name="token ids", bytes=rows * (8 + (1 if layout.tp > 1 else 0)))]

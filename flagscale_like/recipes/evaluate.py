@@ -39,6 +39,9 @@ def evaluate_stream(
 ) -> StreamLoss:
     """Predict every token but the first, once, from the tokens before it in its window. All ranks call it.
 
+    Args:
+        source: the weights; with adapters (AdaptedWeights), these take part.
+
     Raises:
         ConfigError: the layout or the sequence length does not fit the model.
     """
@@ -48,6 +51,7 @@ def evaluate_stream(
         precision=precision,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
+        lora=getattr(source, "lora", None),
     )
     engine = Engine.build(spec, ctx, source=source)
     count = -(-window_count(len(stream.tokens), seq_length) // (micro_batch_size * ctx.dp))

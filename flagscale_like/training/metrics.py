@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from flagscale_like.json_files import keep_records, open_records, read_records, write_record
+from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event, close_all
 
@@ -50,26 +50,41 @@ class Reporter:
         """One record of a step."""
         if self._metrics is None or not values:
             return
-        write_record(self._metrics, {"step": step, **values, "time": _now()})
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        with dispensable(self.folder.metrics):
+            write_record(self._metrics, {"step": step, **values, "time": _now()})
+        with dispensable(self.folder.tensorboard):
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
         """What a monitor found, to the log, to events.jsonl and to TensorBoard."""
         self.say(f"step {step} | {event.message}")
         if self._events is not None:
             found = dataclasses.asdict(event)
-            write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
-            self._board.add_scalar(f"event/{event.kind}", event.value, step)
+            with dispensable(self.folder.events):
+                write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
+            with dispensable(self.folder.tensorboard):
+                self._board.add_scalar(f"event/{event.kind}", event.value, step)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._metrics is not None:
-            plot = functools.partial(plot_losses, self.folder.root)
-            close_all([self._metrics.close, self._events.close, self._board.close, plot], error)
+            folder, plot = self.folder, functools.partial(plot_losses, self.folder.root)
+            closings = {
+                folder.metrics: self._metrics.close,
+                folder.events: self._events.close,
+                folder.tensorboard: self._board.close,
+                folder.loss_plot: plot,
+            }
+            close_all([functools.partial(_close, path, close) for path, close in closings.items()], error)
+
+
+def _close(path: Path, close: Callable[[], object]) -> None:
+    with dispensable(path):
+        close()
 
 
 def _now() -> str:
@@ -79,6 +94,14 @@ def _now() -> str:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line cut short by a kill is left out."""
     return read_records(RunFolder(run_dir).metrics)
+
+
+def loss_name(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a run's records call the loss that it trains on: the first number of a step's record."""
+    for record in records:
+        if "iteration-time" in record:
+            return next(name for name in record if name != "step")
+    return "lm loss"
 
 
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
@@ -107,13 +130,14 @@ def plot_losses(run_dir: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = read_metrics(run_dir)
+    loss = loss_name(records)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, style in (("lm loss", "-"), ("lm loss validation", "o--")):
+    for name, style in ((loss, "-"), (f"{loss} validation", "o--")):
         points = loss_curve(records, name)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats/token)")
+    axes.set_ylabel("loss (nats/token)" if loss == "lm loss" else loss)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -16,6 +16,7 @@ parts; a new one is a class and a line in the recipe.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -54,6 +55,10 @@ class Facts:
     count: int
     overflow: bool
     sums: Mapping[str, Any]
+
+    def means(self, names: Iterable[str]) -> dict[str, float]:
+        """Of the sums of these names, over the count; nan where nothing counted."""
+        return {name: self.sums[name] / self.count if self.count else math.nan for name in names}
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ class Ledger(Part):
     def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
         self.path, self.run_dir, self._now = RunFolder(run_dir).resilience, Path(run_dir), now
         self._step = step
-        self.events = read_records(self.path)
+        self.events = [r for r in read_records(self.path) if {"event", "time", "step"} <= r.keys()]
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
-            steps = [r for r in read_metrics(self.run_dir) if "lm loss" in r]
+            steps = [r for r in read_metrics(self.run_dir) if "iteration-time" in r]
             last = steps[-1] if steps else None
             alive = max(self.events[-1]["time"], _unix(last["time"]) if last else 0.0)
             self.interruption = Interruption(
@@ -112,13 +112,15 @@ def effective_time_ratio(run_dir: Path, now: float) -> float:
     """
     kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
     for record in read_metrics(run_dir):
-        if "lm loss" in record:
+        if "iteration-time" in record:
             while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
                 kept.pop()
             steps = record["step"] - (kept[-1][0] if kept else 0)
             kept.append((record["step"], steps * record["iteration-time"]))
     wall, started = 0.0, None
     for event in read_records(RunFolder(run_dir).resilience):
+        if not {"event", "time"} <= event.keys():
+            continue
         if event["event"] == "stop" and started is not None:
             wall += event["time"] - started
             started = None

@@ -21,7 +21,7 @@ from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
-from flagscale_like.training.metrics import loss_curve, read_metrics
+from flagscale_like.training.metrics import loss_curve, loss_name, read_metrics
 from flagscale_like.training.recovery import effective_time_ratio
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -35,7 +35,8 @@ KINDS = {
     "checkpoint": "checkpoint",
 }
 CHARTS = (
-    ("lm loss", "loss, nats/token"),
+    ("rewards/accuracy", "share of pairs whose chosen answer has the higher reward"),
+    ("rewards/margin", "reward of the chosen answer less that of the rejected one"),
     ("tokens-per-second", "tokens/s"),
     ("learning-rate", "learning rate"),
     ("grad-norm", "gradient norm"),
@@ -48,6 +49,7 @@ class Story:
 
     Attributes:
         config: the run's configuration.
+        loss: what the records call the loss.
         kept: one record of metrics.jsonl for each step, without the steps that a rewind discarded.
         given_up: the records of discarded steps, one list for each rewind.
         validation: (step, validation loss).
@@ -56,11 +58,18 @@ class Story:
     """
 
     config: RunConfig
+    loss: str
     kept: list[dict[str, Any]]
     given_up: list[list[dict[str, Any]]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     happened: list[Mark] = field(default_factory=list)
     ettr: float | None = None
+
+    @property
+    def charts(self) -> list[tuple[str, str]]:
+        """Name in the records, and title, of every number that is drawn."""
+        title = "loss, nats/token" if self.loss == "lm loss" else self.loss
+        return [(self.loss, title), *((name, title) for name, title in CHARTS if name in self.last)]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -90,12 +99,13 @@ def read_story(run_dir: Path) -> Story:
         )
     config = load_config(RunFolder(run_dir).config)
     records = read_metrics(run_dir)
+    loss = loss_name(records)
     kept: list[dict[str, Any]] = []
     given_up, validation, happened = [], {}, []
     for record in records:
         step = record["step"]
-        if "lm loss validation" in record:
-            validation[step] = record["lm loss validation"]
+        if f"{loss} validation" in record:
+            validation[step] = record[f"{loss} validation"]
         if "checkpoint/stall_s" in record:
             text = f"step {step}: checkpoint; training waited {record['checkpoint/stall_s']:.2f} s"
             happened.append(Mark(step=step, kind="checkpoint", text=text))
@@ -103,13 +113,13 @@ def read_story(run_dir: Path) -> Story:
             lost, took = record["resilience/lost-steps"], record["resilience/recovery_s"]
             text = f"step {step}: restart {record['resilience/restarts']:.0f}, {lost:.0f} steps lost, back after {took:.1f} s"
             happened.append(Mark(step=step, kind="restart", text=text))
-        if "lm loss" not in record:
+        if loss not in record:
             continue
         if kept and step <= kept[-1]["step"]:
             lost_steps = [r for r in kept if r["step"] >= step]
             kept = [r for r in kept if r["step"] < step]
             given_up.append(lost_steps)
-            validation = {s: loss for s, loss in validation.items() if s < step}
+            validation = {s: value for s, value in validation.items() if s < step}
             text = f"step {lost_steps[-1]['step']}: rewound to before step {step}"
             happened.append(Mark(step=step, kind="rewind", text=text))
         before = kept[-1].get("skipped-steps", 0) if kept else 0
@@ -125,9 +135,10 @@ def read_story(run_dir: Path) -> Story:
     seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
     return Story(
         config=config,
+        loss=loss,
         kept=kept,
         given_up=given_up,
-        validation=[(s, loss) for s, loss in sorted(validation.items()) if loss is not None],
+        validation=[(s, value) for s, value in sorted(validation.items()) if value is not None],
         happened=sorted(happened, key=lambda mark: mark.step),
         ettr=effective_time_ratio(run_dir, max(now, seen)) if now is not None else None,
     )
@@ -204,18 +215,18 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
     return {
         "title": html.escape(run_dir.resolve().name),
         "subtitle": html.escape(
-            f"{config.model.parameter_count():,} parameters, {layout.describe()}, {config.train.precision}; "
+            f"{config.describe_parameters()}, {layout.describe()}, {config.train.precision}; "
             f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
         ),
         "tiles": _tiles(story),
-        "charts": "\n".join(_chart(story, name, title) for name, title in CHARTS),
+        "charts": "\n".join(_chart(story, name, title) for name, title in story.charts),
         "legend": "".join(
             f'<span><span class="key {kind}"></span>{words}</span>'
             for kind, words in KINDS.items()
             if any(m.kind == kind for m in story.happened)
         ),
         "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
-        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
+        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp, cp=layout.cp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
         "data": _script_data(story),
@@ -226,7 +237,7 @@ def _tiles(story: Story) -> str:
     """The figures at the top of the report, as HTML."""
     kept, last = story.kept, story.last
     speed = statistics.median(r["tokens-per-second"] for r in kept)
-    losses = loss_curve(kept)
+    losses = loss_curve(kept, story.loss)
     tiles = [("loss", f"{losses[-1][1]:.4f}" if losses else "not finite")]
     tiles += [("validation loss", f"{story.validation[-1][1]:.4f}")] if story.validation else []
     tiles += [("tokens/s, median", f"{speed:,.0f}")]
@@ -240,16 +251,16 @@ def _tiles(story: Story) -> str:
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
 
 
-def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    if name == "lm loss":
-        return loss_curve(records)
+def _points(story: Story, records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    if name == story.loss:
+        return loss_curve(records, name)
     return [(r["step"], r[name]) for r in records if r.get(name) is not None and math.isfinite(r[name])]
 
 
 def _chart(story: Story, name: str, title: str) -> str:
-    curves = [Curve(name="given up", points=_points(part, name), style="given-up") for part in story.given_up]
-    curves.append(Curve(name="training", points=_points(story.kept, name)))
-    if name == "lm loss":
+    curves = [Curve(name="given up", points=_points(story, part, name), style="given-up") for part in story.given_up]
+    curves.append(Curve(name="training", points=_points(story, story.kept, name)))
+    if name == story.loss:
         curves.append(Curve(name="validation", points=story.validation, style="second", dots=True))
     return chart(name, title, curves, story.happened, last_step=story.last["step"])
 
@@ -273,8 +284,8 @@ def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> s
 
 def _script_data(story: Story) -> str:
     """The JSON data that the report's script shows for the step under the pointer, thinned to about 2000 steps."""
-    points = {step for step, _ in thinned(_points(story.kept, "lm loss"), 2000)}
-    names = [name for name, _ in CHARTS]
+    points = {step for step, _ in thinned(_points(story, story.kept, story.loss), 2000)}
+    names = [name for name, _ in story.charts]
     rows = [[r["step"], *(r.get(name) for name in names)] for r in story.kept if r["step"] in points]
     text = json.dumps({"names": names, "rows": rows, "last": story.last["step"]}, allow_nan=False)
     return text.replace("<", "\\u003c")
