@@ -116,11 +116,11 @@ def batch_of(rows: torch.Tensor, mask: torch.Tensor) -> Batch:
 
 def code_batches(tokens: np.ndarray) -> Iterator[Batch]:
     """Random stretches of TRAINED + 1 tokens."""
-    rng, batch = np.random.default_rng(1), BATCH
+    rng = np.random.default_rng(1)
     while True:
-        starts = rng.integers(0, len(tokens) - TRAINED - 1, batch)
+        starts = rng.integers(0, len(tokens) - TRAINED - 1, BATCH)
         rows = np.stack([tokens[start : start + TRAINED + 1] for start in starts])
-        yield batch_of(torch.from_numpy(rows), torch.ones(batch, TRAINED))
+        yield batch_of(torch.from_numpy(rows), torch.ones(BATCH, TRAINED))
 
 
 def recall_row(rng: random.Random, length: int, *, ask_last: int = 0) -> tuple[list[int], list[int]]:
@@ -151,10 +151,10 @@ def recall_row(rng: random.Random, length: int, *, ask_last: int = 0) -> tuple[l
 
 def recall_batches() -> Iterator[Batch]:
     """Rows of TRAINED + 1 tokens, of which the answers count."""
-    rng, batch = random.Random(1), BATCH
+    rng = random.Random(1)
     while True:
-        rows, mask = [], torch.zeros(batch, TRAINED)
-        for number in range(batch):
+        rows, mask = [], torch.zeros(BATCH, TRAINED)
+        for number in range(BATCH):
             row, asked = recall_row(rng, TRAINED)
             rows.append(row)
             mask[number, asked] = 1.0
