@@ -121,7 +121,7 @@ class SourceDataset(OneSource, GPTDataset):
             mask = sample["loss_mask"]
             sample["loss_mask"] = mask / mask.sum().clamp(min=1)
             firsts = (mask.cumsum(0) == 1) & (mask != 0)
-            sample["extras"] = {CONVERSATIONS: firsts.float()}
+            sample["extras"] = {CONVERSATIONS: firsts.float()[None]}
         return sample
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
