@@ -10,6 +10,7 @@ import enum
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -265,7 +266,7 @@ class ModelArch(Frozen):
         rows = self.vocab_size if vocab_size is None else vocab_size
         return sum(rows * p.shape[1] if p.role.is_vocabulary else p.numel for p in parameters(self))
 
-    def flops_per_token(self, seq_length: int, *, causal: bool = False) -> float:
+    def flops_per_token(self, seq_length: int, *, causal: bool = False, adapters: Sequence[Parameter] = ()) -> float:
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
 
         Without recompute, the output layer counted, the embedding lookup not: equation 3 of Narayanan et al. 2021 written
@@ -274,9 +275,16 @@ class ModelArch(Frozen):
 
         Args:
             seq_length: tokens a sequence.
+            adapters: LoRA's parameters. With them no gradient of the model's matrices is computed: 4 per parameter of these,
+                6 per parameter of the adapters' A and B.
         """
         layers = sum(layer.flops_per_token(seq_length, causal=causal) for layer in self.layers)
-        return 3.0 * (layers + 2 * self.hidden_size * self.padded_vocab_size())
+        output = self.hidden_size * self.padded_vocab_size()
+        total = 3.0 * (layers + 2 * output)
+        if adapters:
+            matrices = sum(p.numel for p in parameters(self) if p.role.is_layer_matrix)
+            total += 6.0 * sum(p.numel for p in adapters if len(p.shape) == 2) - 2.0 * (matrices + output)
+        return total
 
 
 class Role(enum.Enum):
@@ -291,6 +299,10 @@ class Role(enum.Enum):
     NORM = "norm"
     HEAD_NORM = "head_norm"  # of each head's q or k
     BIAS = "bias"
+    # Of a LoRA adapter beside a matrix; see adapter_parameters().
+    ADAPTER_A = "adapter_a"
+    ADAPTER_B = "adapter_b"
+    ADAPTER_MAGNITUDE = "adapter_magnitude"
 
     @property
     def is_vocabulary(self) -> bool:
@@ -306,6 +318,11 @@ class Role(enum.Enum):
     def writes_to_residual(self) -> bool:
         """The last matrix of a residual branch."""
         return self in (Role.ATTENTION_OUT, Role.FFN_OUT)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Part of a LoRA adapter."""
+        return self in (Role.ADAPTER_A, Role.ADAPTER_B, Role.ADAPTER_MAGNITUDE)
 
     @property
     def grows_with_width(self) -> bool:
@@ -349,6 +366,11 @@ class Parameter:
     def place_in_layer(self) -> str:
         """The module that holds it, seen from its layer: `self_attention.linear_qkv`."""
         return self.name.removeprefix(f"decoder.layers.{self.layer}.").rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds it, without the modules around that: `linear_qkv`."""
+        return self.name.rsplit(".", 2)[-2]
 
     def padded_shape(self, tp: int = 1) -> tuple[int, ...]:
         """The shape in the built model, all tensor-parallel ranks together: the rows of the vocabulary are padded."""
@@ -501,6 +523,36 @@ def parameters_by_name(arch: ModelArch) -> dict[str, Parameter]:
     """
     found = {parameter.name: parameter for parameter in parameters(arch)}
     return found if OUTPUT_NAME in found else found | {OUTPUT_NAME: found[EMBEDDING_NAME]}
+
+
+@functools.lru_cache(maxsize=256)
+def adapter_parameters(
+    arch: ModelArch, targets: tuple[str, ...], rank: int, *, magnitude: bool
+) -> tuple[Parameter, ...]:
+    """The LoRA adapters of the layer matrices whose module is in `targets`, in the built model's order.
+
+    A matrix [out, in] has A [rank, in] and B [out, rank]; with `magnitude` (DoRA) also the lengths of its rows [out]. What is
+    cut is cut as the matrix is: B's rows where its rows are cut, else A's columns.
+    """
+    found = []
+    for matrix in parameters(arch):
+        if not matrix.role.is_layer_matrix or matrix.module not in targets:
+            continue
+        out, inner = matrix.shape
+        by_rows = matrix.cut == 0
+        place = functools.partial(Parameter, layer=matrix.layer, expert=matrix.expert)
+        rows = functools.partial(place, cut=0 if by_rows else None, blocks=matrix.blocks if by_rows else 1)
+        at = matrix.name.removesuffix("weight") + "lora."
+        found.append(place(at + "a", (rank, inner), Role.ADAPTER_A, None if by_rows else 1))
+        found.append(rows(at + "b", (out, rank), Role.ADAPTER_B))
+        if magnitude:
+            found.append(rows(at + "magnitude", (out,), Role.ADAPTER_MAGNITUDE))
+    return tuple(found)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the name of a parameter is that of a LoRA adapter's."""
+    return ".lora." in name
 
 
 def _padded(vocab_size: int, tp: int) -> int:

@@ -104,7 +104,7 @@ def test_the_native_model_completes_text_as_the_exported_one(demo):
 def compare(checkpoint, folder, dtype: str) -> float:
     with parallel_context(Parallel()) as ctx:
         reader = CheckpointReader(checkpoint)
-        return compare_logits(reader, plan_export(reader, dtype=dtype), folder, ctx)
+        return compare_logits(plan_export(reader, dtype=dtype), folder, ctx)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

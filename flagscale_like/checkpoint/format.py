@@ -192,11 +192,14 @@ class CheckpointReader:
 
     Attributes:
         notes: what the user should know: a damaged index. Empty for most checkpoints.
+        reads_in_threads: see WeightSource.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or a file that must be read cannot be parsed. Checksums of other
             files than the index are `check_file`'s business.
     """
+
+    reads_in_threads = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -210,6 +213,10 @@ class CheckpointReader:
         if table is None:
             for key in self._table.keys():
                 self._check_key(key)
+
+    def __reduce__(self) -> tuple[type[CheckpointReader], tuple[Path]]:
+        """Another process opens the folder itself."""
+        return CheckpointReader, (self.folder,)
 
     def _load_index(self, record: FileRecord) -> FragmentTable | None:
         """The index, or None, with a note, where it cannot be used."""

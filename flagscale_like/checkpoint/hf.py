@@ -26,9 +26,10 @@ from torch import Tensor
 
 from flagscale_like import json_files
 from flagscale_like.arch import ModelArch
+from flagscale_like.checkpoint.adapters import MergedWeights
 from flagscale_like.checkpoint.format import CheckpointReader, WrittenFile, finish_folder, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.hf_folder import INDEX, TOKEN_IDS, WEIGHTS, HfFolder
 from flagscale_like.checkpoint.manifest import STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
@@ -52,7 +53,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int, max_bytes: int) -> list[list[Rule]]:
@@ -122,7 +122,7 @@ class _ImportFile:
     def __call__(self, index: int) -> WrittenFile:
         folder, rules = HfFolder(self.source), self.groups[index]
         fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
-        specs = [TensorSpec(f"{i}.param", folder.dtype(rule), (rule.numel,)) for i, rule in enumerate(rules)]
+        specs = [TensorSpec(f"{i}.param", folder.dtype(rule.core), (rule.numel,)) for i, rule in enumerate(rules)]
         tensors = (folder.full(rule.core).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
         return write_fragments(path, fragments, ahead(tensors), specs)
@@ -144,7 +144,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
     folder = HfFolder(source)
     groups = split_rules(
         folder.rules,
-        lambda rule: rule.numel * folder.dtype(rule).itemsize,
+        lambda rule: rule.numel * folder.dtype(rule.core).itemsize,
         files=workers,
         max_bytes=max_file_bytes,
     )
@@ -156,7 +156,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
             "consumed_samples": 0,
             "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
             "model": folder.arch.model_dump(mode="json"),
-            "hugging_face": {"folder": str(folder.folder), "token_ids": _folder_token_ids(folder.folder)},
+            "hugging_face": {"folder": str(folder.folder), "token_ids": folder.state_token_ids()},
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state)])
     return folder.arch
@@ -171,12 +171,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _folder_token_ids(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
-
-
 # From native to Hugging Face
+
+ExportSource = CheckpointReader | MergedWeights
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class ExportPlan:
     """Which tensors go to which file of a Hugging Face folder, from names and shapes alone. Picklable.
 
     Attributes:
-        source: the native checkpoint.
+        source: the weights: a native checkpoint, or a base with adapters merged into it. Another process opens it itself.
         arch: the model's, without a NormHead where the target family has none.
         dtype: of all weights; None where each tensor keeps its own.
         normalize_head: write the output matrix with normalised rows, in place of a NormHead.
@@ -192,7 +189,7 @@ class ExportPlan:
         specs: the tensors of each file.
     """
 
-    source: Path
+    source: ExportSource
     arch: ModelArch
     family_name: str
     dtype: torch.dtype | None
@@ -214,18 +211,17 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class ExportFile:
-    """Writes one file of an export; called with its number. Picklable: its process opens the checkpoint itself."""
+    """Writes one file of an export; called with its number. Picklable."""
 
     plan: ExportPlan
     target: Path
 
     def __call__(self, index: int) -> None:
-        reader = CheckpointReader(self.plan.source)
         specs = self.plan.specs[index]
-        tensors = ahead(self._tensors(reader, index))
+        tensors = ahead(self._tensors(self.plan.source, index))
         write_tensors(self.target / self.plan.files[index], specs, tensors, {"format": "pt"})
 
-    def _tensors(self, reader: CheckpointReader, index: int) -> Iterator[Tensor]:
+    def _tensors(self, reader: ExportSource, index: int) -> Iterator[Tensor]:
         plan = self.plan
         dtypes = iter(spec.dtype for spec in plan.specs[index])
         for rule in plan.groups[index]:
@@ -238,7 +234,7 @@ class ExportFile:
 
 
 def plan_export(
-    reader: CheckpointReader,
+    reader: ExportSource,
     *,
     family: str | None = None,
     dtype: str = "bf16",
@@ -287,7 +283,7 @@ def plan_export(
         ]
         for group in groups
     ]
-    return ExportPlan(reader.folder, arch, target.name, DTYPES.get(dtype), fold, groups, specs)
+    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs)
 
 
 def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, token_ids: dict[str, Any]) -> None:
@@ -307,13 +303,21 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, tok
     json_files.write_json(
         folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids}
     )
-    json_files.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    json_files.write_json(folder / "generation_config.json", generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 
 
+def generation_settings(tokenizer: Path | None, ids: dict[str, Any]) -> dict[str, Any]:
+    """The settings of generation: those beside the tokenizer, such as all ids that end an answer, or the tokenizer's ids."""
+    path = tokenizer / "generation_config.json" if tokenizer is not None else None
+    if path is None or not path.is_file():
+        return {"_from_model_config": True, **ids}
+    return ids | json.loads(path.read_text(encoding="utf-8"))
+
+
 def export(
-    reader: CheckpointReader,
+    reader: ExportSource,
     out: Path,
     *,
     family: str | None = None,
@@ -341,7 +345,7 @@ def export(
 
 
 def export_on_ranks(
-    reader: CheckpointReader, out: Path, ctx: ParallelContext, *, dtype: str, tokenizer: Path | None
+    reader: ExportSource, out: Path, ctx: ParallelContext, *, dtype: str, tokenizer: Path | None
 ) -> None:
     """Like export(), but each rank of a run writes some of the files, and a folder at `out` is replaced. All ranks call it.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.weight_map import Rule
+from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,11 +30,14 @@ class HfFolder:
     Attributes:
         family, arch: from config.json.
         rules: the weight map's rule of every tensor of the model.
+        reads_in_threads: see WeightSource.
 
     Raises:
         ConversionError: an unknown family; a file missing, truncated or damaged; a tensor missing, unknown, or of another
             shape than config.json gives it.
     """
+
+    reads_in_threads = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -43,13 +48,17 @@ class HfFolder:
         self._check_tensors()
         self._last: tuple[str, Tensor] | None = None
 
+    def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
+        """Another process opens the folder itself."""
+        return HfFolder, (self.folder,)
+
     def _open_files(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by the tensor's name."""
         if (self.folder / INDEX).is_file():
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, *BAD_JSON, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(
                     f"{self.folder / INDEX}: damaged ({type(error).__name__}: {error}); fetch it again"
                 ) from None
@@ -121,13 +130,18 @@ class HfFolder:
             found.setdefault(self._files[spec.name].path.name, []).append(spec)
         return found
 
-    def dtype(self, rule: Rule) -> torch.dtype:
-        """The dtype that all tensors of a rule convert to without loss."""
-        dtypes = [self._files[name].specs[name].dtype for name in rule.hf]
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype that all Hugging Face tensors of a tensor convert to without loss."""
+        dtypes = [self._files[name].specs[name].dtype for name in self._by_core[key].hf]
         wide = dtypes[0]
         for dtype in dtypes[1:]:
             wide = torch.promote_types(wide, dtype)
         return wide
+
+    def state_token_ids(self) -> dict[str, Any]:
+        """bos, eos and pad ids of config.json."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
 
     def keys(self) -> list[str]:
         """The tensors, under megatron-core's names."""
@@ -147,7 +161,7 @@ class HfFolder:
         """A whole tensor under megatron-core's name, in its own dtype or the one given."""
         assert kind == "param", kind
         rule = self._by_core[key]
-        own = self.dtype(rule)
+        own = self.dtype(key)
         tensors = tuple(self.hf_tensor(name).to(own) for name in rule.hf)
         tensor = rule.to_core(tensors, self.arch)
         return tensor if dtype is None else tensor.to(dtype)

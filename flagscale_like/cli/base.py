@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
     from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.hf_folder import HfFolder
+
+    OpenedModel = tuple[CheckpointReader | HfFolder | AdaptedWeights, Path | None]
 
 
 def example(text: str) -> str:
@@ -18,18 +24,42 @@ def example(text: str) -> str:
 
 app = typer.Typer(
     name="flagscale-like",
-    help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
     epilog=example("flagscale-like init first-run, and then cd first-run; flagscale-like train run.yaml"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flagscale_like {version('flagscale_like')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """3D-parallel pretraining and fine-tuning of language models, from a laptop CPU to a GPU cluster."""
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=100", metavar="[KEY=VALUE]...")
 ]
 Checkpoint = Annotated[Path, typer.Option(help="A run folder, a checkpoints/ folder, or one step_* folder.")]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="LoRA adapters for these weights: a run, a checkpoint of adapters, or a folder in peft's format."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take weights that are not the ones the adapters were trained on.")
+]
 Processes = Annotated[
     int | None, typer.Option(help="Number of processes that read files. Default: the number of CPUs.")
 ]
@@ -59,6 +89,63 @@ def model_of_source(values: dict) -> dict | None:
     return None
 
 
+def open_model(
+    path: Path, *, hugging_face: bool = False, adapter: Path | None, base: Path | None = None, force: bool = False
+) -> OpenedModel:
+    """Open the weights at a path, with adapters where it holds some or `adapter` does.
+
+    Args:
+        path: a run, a checkpoint or a Hugging Face folder.
+        hugging_face: it can only be the last.
+        adapter: a run, a checkpoint of adapters or a folder in peft's format, whose base is at `path`.
+        base: where the base of a checkpoint's adapters is now; None for where it was.
+        force: take a base that is not the one the adapters were trained on.
+
+    Raises:
+        CheckpointError, ConversionError: something cannot be read, or does not belong together.
+    """
+    from flagscale_like.checkpoint.adapters import AdaptedWeights, holds_adapters, open_base, open_weights
+    from flagscale_like.checkpoint.format import CheckpointReader
+    from flagscale_like.checkpoint.hf_folder import HfFolder
+    from flagscale_like.checkpoint.manifest import find_checkpoint
+    from flagscale_like.checkpoint.peft_folder import PeftFolder, is_peft_folder
+    from flagscale_like.errors import CheckpointError
+
+    source = HfFolder(path) if hugging_face else open_weights(path)
+    for note in getattr(source, "notes", ()):
+        typer.echo(note, err=True)
+    if adapter is not None and is_peft_folder(adapter):
+        if holds_adapters(source):
+            raise CheckpointError(f"{path}: holds adapters alone, and cannot be the base of others")
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(
+                f"{adapter}: peft records no identity of the base: not verified that it is {path}; the shapes agree"
+            )
+        return AdaptedWeights(source, PeftFolder(adapter, source.arch)), _tokenizer_of(source)
+    if adapter is not None:
+        adapters, base = CheckpointReader(find_checkpoint(adapter)), path
+        if not holds_adapters(adapters):
+            raise CheckpointError(f"{adapters.folder}: holds no LoRA adapters")
+    elif isinstance(source, CheckpointReader) and holds_adapters(source):
+        adapters = source
+    else:
+        return source, _tokenizer_of(source)
+    way_out = "give the base's folder, and this one with --adapter" if base is None else "give another folder"
+    opened = open_base(adapters, base, way_out=way_out, force=force)
+    return AdaptedWeights(opened, adapters), _tokenizer_of(adapters) or _tokenizer_of(opened)
+
+
+def _tokenizer_of(source: CheckpointReader | HfFolder) -> Path | None:
+    """The tokenizer folder that a run used, or that lies with the weights; None if it does not exist."""
+    from flagscale_like.checkpoint.hf import TOKENIZER_FILES
+
+    state = getattr(source, "state", None)
+    if state is None:
+        return source.folder if any((source.folder / name).is_file() for name in TOKENIZER_FILES) else None
+    tokenizer = state.get("config", {}).get("data", {}).get("tokenizer") or source.folder / "tokenizer"
+    return Path(tokenizer) if Path(tokenizer).is_dir() else None
+
+
 def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
     """Open the newest checkpoint at a path.
 
@@ -72,5 +159,4 @@ def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
     reader = CheckpointReader(find_checkpoint(checkpoint))
     for note in reader.notes:
         typer.echo(note, err=True)
-    tokenizer = reader.state.get("config", {}).get("data", {}).get("tokenizer") or reader.folder / "tokenizer"
-    return reader, Path(tokenizer) if Path(tokenizer).is_dir() else None
+    return reader, _tokenizer_of(reader)

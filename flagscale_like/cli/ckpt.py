@@ -34,18 +34,21 @@ def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its chec
 
     root = _checkpoints_root(run)
     latest = read_latest(root)
-    table = Table("step", "layout", "MB", "consumed samples", "folder", box=None)
+    table = Table("step", "holds", "layout", "MB", "consumed samples", "folder", box=None)
     for folder in step_folders(root):
         try:
             size = sum(record.size_bytes for record in read_manifest(folder)) / 1e6
             state = read_state(folder)
             layout = " ".join(f"{name}{degree}" for name, degree in state.get("layout", {}).items())
             where = f"{folder}{' (latest)' if folder == latest else ''}"
-            table.add_row(str(state.get("step")), layout, f"{size:,.1f}", str(state.get("consumed_samples")), where)
+            holds = "adapters" if state.get("lora") else "model"
+            table.add_row(
+                str(state.get("step")), holds, layout, f"{size:,.1f}", str(state.get("consumed_samples")), where
+            )
         except CheckpointError as error:
-            table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", str(error))
+            table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", "", str(error))
     for folder in sorted(root.glob(f"{TEMPORARY}*")):
-        table.add_row("", "unfinished", "", "", str(folder))
+        table.add_row("", "unfinished", "", "", "", str(folder))
     if not table.row_count:
         raise CheckpointError(f"{root}: holds no checkpoints: give a run folder or its checkpoints/ folder")
     console = Console()

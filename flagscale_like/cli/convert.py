@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flagscale_like.cli.base import Checkpoint, app, example, open_checkpoint
+from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model
+
+if TYPE_CHECKING:
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.hf import ExportPlan
 
 convert_app = typer.Typer(
     help="Convert from and to Hugging Face.",
@@ -20,21 +26,42 @@ app.add_typer(convert_app, name="convert")
 
 @convert_app.command("import", epilog=example("flagscale-like convert import --hf Llama-3.2-1B --out ckpt --workers 4"))
 def import_(
-    hf: Annotated[Path, typer.Option(help="Hugging Face folder with config.json and safetensors files.")],
     out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
+    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder with config.json and safetensors files.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Convert this LoRA adapter, in peft's format, for the base in --hf or --checkpoint."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="With --adapter: the base, if it is a native checkpoint.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
 ) -> None:
-    """Convert a Hugging Face folder to a native checkpoint, one tensor at a time. Any layout loads the checkpoint."""
+    """Convert a Hugging Face folder, or a LoRA adapter, to a native checkpoint. Any layout loads the checkpoint."""
+    from flagscale_like.errors import ConfigError
+
+    if (hf is None) == (checkpoint is None) or (checkpoint is not None and adapter is None):
+        raise ConfigError("give --hf FOLDER; with --adapter, --hf or --checkpoint for the base")
+    began = time.perf_counter()
+    if adapter is not None:
+        from flagscale_like.checkpoint.adapters import open_weights
+        from flagscale_like.checkpoint.peft_folder import import_adapter
+
+        lora = import_adapter(adapter, open_weights(hf or checkpoint), out)
+        typer.echo(
+            f"wrote {out} from {adapter}: adapters of rank {lora.rank} and alpha {lora.alpha:g} for "
+            f"{', '.join(lora.targets)}; not verified that {hf or checkpoint} is their base: peft records no identity"
+        )
+        return
     from flagscale_like.checkpoint.hf import import_folder
 
-    began = time.perf_counter()
     arch = import_folder(hf, out, workers=workers)
     seconds = time.perf_counter() - began
     typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
 
 
 @convert_app.command(epilog=example("flagscale-like convert export --checkpoint runs/demo --out hf --as llama"))
-def export(
+def export(  # typer makes an option of every parameter
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     as_family: Annotated[
@@ -42,9 +69,11 @@ def export(
         typer.Option("--as", help="Family to export as; it must compute the same function. Default: the model's."),
     ] = None,
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32", "stored"],
-        typer.Option(help="Data type of the weights; stored: as in the checkpoint."),
-    ] = "bf16",
+        Literal["bf16", "fp16", "fp32", "stored"] | None,
+        typer.Option(
+            help="Data type of the weights; stored: as in the checkpoint. Default: bf16; with --adapter, stored."
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer folder to copy to the export. Default: the run's tokenizer.")
     ] = None,
@@ -52,34 +81,62 @@ def export(
     verify: Annotated[
         bool, typer.Option(help="Compare the logits with the native model's; needs memory for both models.")
     ] = True,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA run: add the adapters to their base, and write the whole model.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: write the adapters alone, in peft's format.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Of a LoRA run: where its base is now, if that folder has moved.")
+    ] = None,
+    force: Force = False,
 ) -> None:
     """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits."""
-    import shutil
-
+    from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
     from flagscale_like.checkpoint.hf import export
+    from flagscale_like.errors import CheckpointError, ConfigError
 
-    reader, found_tokenizer = open_checkpoint(checkpoint)
-    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer or found_tokenizer, workers=workers)
-    typer.echo(f"wrote {out} from {reader.folder} as {plan.family.name} in {dtype}")
+    reader, found_tokenizer = open_model(checkpoint, adapter=None, base=base, force=force)
+    tokenizer = tokenizer or found_tokenizer
+    if merge and adapter:
+        raise ConfigError("give either --merge or --adapter")
+    adapted = reader if isinstance(reader, AdaptedWeights) else None
+    if adapted is not None and not (merge or adapter):
+        raise ConfigError(f"{reader.folder}: holds LoRA adapters: give --merge for the whole model, or --adapter")
+    if adapted is None and (merge or adapter or base or force):
+        raise CheckpointError(
+            f"{reader.folder}: holds no LoRA adapters: leave out --merge, --adapter, --base and --force"
+        )
+    if adapted is not None:
+        reader = MergedWeights(adapted)
+        if not reader.trained():
+            typer.echo(f"warning: every B in {reader.folder} is 0: the adapters were not trained, and change nothing")
+    if adapter:
+        if as_family is not None:
+            raise ConfigError("--adapter writes for the base's own family: leave out --as")
+        _export_adapter(adapted, out, dtype or "stored", tokenizer, verify=verify)
+        return
+    dtype = dtype or "bf16"
+    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer, workers=workers)
+    merged = f", merged into {adapted.base.folder}" if adapted is not None else ""
+    typer.echo(f"wrote {out} from {reader.folder}{merged} as {plan.family.name} in {dtype}")
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
+    _verify_export(plan, out, adapted)
 
+
+def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) -> None:
+    """Compare logits, and say how far they are apart; a folder that fails loses its name."""
     # Imported here, because a conversion without verification does not need megatron-core.
     from flagscale_like.config import Parallel
-    from flagscale_like.engine.hf_check import compare_logits, transformers_ships
-    from flagscale_like.errors import ConversionError
+    from flagscale_like.engine.hf_check import change_by_merging, compare_logits, transformers_ships
     from flagscale_like.runtime.parallel import parallel_context
 
-    with parallel_context(Parallel(), alone=True) as ctx:
-        try:
-            difference = compare_logits(reader, plan, out, ctx)
-        except ConversionError:
-            failed = out.with_name(out.name + ".failed")
-            shutil.rmtree(failed, ignore_errors=True)
-            out.rename(failed)
-            typer.echo(f"moved to {failed}", err=True)
-            raise
+    with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
+        difference = compare_logits(plan, out, ctx)
+        change = change_by_merging(adapted, plan, out, ctx) if adapted is not None else None
     if transformers_ships(plan.family.model_type):
         typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
     else:
@@ -87,6 +144,53 @@ def export(
             f"verified by importing the export again: logits differ by {difference:.1e} of the largest; transformers has no "
             f"model class for {plan.family.model_type}"
         )
+    if change is not None:
+        typer.echo(f"merging and rounding changed the logits by {change:.1e} of the largest")
+
+
+def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: Path | None, *, verify: bool) -> None:
+    """`export --adapter`."""
+    from flagscale_like.checkpoint.hf_folder import HfFolder
+    from flagscale_like.checkpoint.peft_folder import export_adapter
+    from flagscale_like.runtime.precision import DTYPES
+
+    base = adapted.base
+    native = None if isinstance(base, HfFolder) else base.state.get("hugging_face", {}).get("folder")
+    name = str(base.folder) if isinstance(base, HfFolder) else native
+    dtype = "fp32" if dtype == "stored" else dtype  # adapters are saved as the optimizer's fp32 weights
+    export_adapter(adapted.adapters, out, base_name=name, dtype=DTYPES[dtype], tokenizer=tokenizer)
+    typer.echo(f"wrote {out} from {adapted.folder} for peft, in {dtype}")
+    if name is None:
+        typer.echo("adapter_config.json names no base: it is a native checkpoint; export that too, for peft to load it")
+    if not verify:
+        typer.echo("not verified: --no-verify was given")
+        return
+    from flagscale_like.config import Parallel
+    from flagscale_like.engine.hf_check import compare_adapter
+    from flagscale_like.runtime.parallel import parallel_context
+
+    with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
+        difference, by_peft = compare_adapter(adapted, out, ctx, dtype=DTYPES[dtype])
+    how = "verified: peft's logits" if by_peft else "verified by importing the adapter again: its logits"
+    why = "" if by_peft else "; peft is not installed, or transformers cannot load the base"
+    typer.echo(f"{how} differ from the native model's by {difference:.1e} of the largest{why}")
+
+
+@contextmanager
+def _set_aside(out: Path) -> Iterator[None]:
+    """Take the name of an export that fails its verification."""
+    import shutil
+
+    from flagscale_like.errors import ConversionError
+
+    try:
+        yield
+    except ConversionError:
+        failed = out.with_name(out.name + ".failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        out.rename(failed)
+        typer.echo(f"moved to {failed}", err=True)
+        raise
 
 
 @convert_app.command(epilog=example("flagscale-like convert quantize --hf hf --out hf-int4 --bits 4 --group-size 64"))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
     typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    if config.lora is not None:
+        typer.echo(f"lora         {_describe_lora(config)}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
         f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
@@ -61,6 +64,22 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
                 f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
             )
     typer.echo("the configuration is valid")
+
+
+def _describe_lora(config: RunConfig) -> str:
+    """The adapters in a few words.
+
+    Raises:
+        ConfigError: a new run has no weights that they could stand beside.
+    """
+    from flagscale_like.checkpoint.manifest import step_folders
+    from flagscale_like.run_folder import RunFolder
+
+    lora, options = config.lora, config.checkpoint
+    if not (options.load or options.init_from_hf or any(step_folders(RunFolder(config.run_dir).checkpoints))):
+        raise ConfigError(NO_BASE)
+    kind = "".join(word for word, on in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if on)
+    return f"rank {lora.rank}, alpha {lora.alpha:g}{kind}, {', '.join(lora.targets)}; {config.describe_parameters()}"
 
 
 def _describe_data(config: RunConfig, *, local: bool) -> str:

@@ -1,6 +1,7 @@
 """RunConfig: the configuration of a run, read from one YAML file and dotted overrides."""
 
 from flagscale_like.config.groups import (
+    Chat,
     Checkpoint,
     ContextParallelKind,
     Data,
@@ -28,18 +29,22 @@ from flagscale_like.config.health import (
     Spike,
 )
 from flagscale_like.config.load import load_config
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.lora import Lora
+from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
+    "Chat",
     "Checkpoint",
     "ContextParallelKind",
     "Data",
+    "DirectPreference",
     "EffectiveRank",
     "Init",
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Lora",
     "Monitors",
     "MuP",
     "NextTokenLoss",
@@ -50,6 +55,7 @@ __all__ = [
     "Profile",
     "RampUp",
     "Resilience",
+    "RewardModel",
     "RunConfig",
     "Salience",
     "Selection",

@@ -246,16 +246,35 @@ class Source(Frozen):
         return path
 
 
+class Chat(Frozen):
+    """How the lines of .jsonl files become conversations to train on, as the command `data chat` makes them.
+
+    Attributes:
+        template: file of the chat template (Jinja); without it, the template of data.tokenizer.
+        train: the assistant's messages that count: `all`, or only the `last` of each conversation.
+        long: what happens to a conversation that does not fit train.seq_length: `refuse` ends with an error, `drop` leaves it
+            out, `cut` keeps its beginning.
+        skip_empty: leave out conversations without a token that counts; without it, such a conversation is an error.
+    """
+
+    template: str | None = None
+    train: Literal["all", "last"] = "all"
+    long: Literal["refuse", "drop", "cut"] = "refuse"
+    skip_empty: bool = False
+
+
 class Prepare(Frozen):
     """Tokenize raw text before the first step. The first run writes the .bin/.idx to RUN_DIR/data; later runs reuse them.
 
     Attributes:
         input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
+        chat: the input is conversations, one on each line of .jsonl files; without it, text.
     """
 
     input: list[PathText] = Field(min_length=1)
     tokenizer_vocab_size: int | None = Field(default=None, ge=257)
+    chat: Chat | None = None
 
 
 class Data(Frozen):
@@ -303,6 +322,10 @@ class Data(Frozen):
             raise ValueError(f"give exactly one of sources, prepare and synthetic ({given} given)")
         if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):
             raise ValueError("prepare needs data.tokenizer, or prepare.tokenizer_vocab_size to train one")
+        if self.prepare and self.prepare.chat and not (self.tokenizer or self.prepare.chat.template):
+            raise ValueError(
+                "prepare.chat needs prepare.chat.template where a tokenizer is trained: the chat template's file"
+            )
         if self.sources and not self.tokenizer:
             raise ValueError("sources need data.tokenizer: the folder of the tokenizer that made them")
         try:

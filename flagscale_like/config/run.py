@@ -21,7 +21,8 @@ from flagscale_like.config.groups import (
     parts_of_row,
 )
 from flagscale_like.config.health import Init, Monitors
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.lora import Lora
+from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
 from flagscale_like.errors import ConfigError
 
 
@@ -117,6 +118,7 @@ class RunConfig(Frozen):
         resilience: timeouts and signals.
         offload: activation offload to host memory.
         init: initialisation of the weights.
+        lora: train low-rank adapters instead of the weights.
     """
 
     run_dir: PathText
@@ -125,13 +127,14 @@ class RunConfig(Frozen):
     train: Train
     optimizer: Optimizer
     data: Data
-    objective: NextTokenLoss = NextTokenLoss()
+    objective: AnyObjective = NextTokenLoss()
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
     resilience: Resilience = Resilience()
     offload: Offload | None = None
     init: Init = Init()
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -152,10 +155,51 @@ class RunConfig(Frozen):
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
+        objective = self.objective
+        if self.data.synthetic and objective.kind == "next_token" and objective.per == "conversation":
+            raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
+        self._check_lora()
+        if self.objective.reads_pairs:
+            self._check_pairs()
         self._check_schedule()
         return self
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        self.lora.check(self.model)
+        if self.train.frozen:
+            raise ValueError("lora trains nothing but its adapters: train.frozen must be empty with it")
+        if self.init.mup or self.init.salience:
+            name = "mup" if self.init.mup else "salience"
+            raise ValueError(
+                f"init.{name} is for weights that are drawn and trained; with lora they are loaded and stay"
+            )
+        ranks = self.monitors.effective_rank
+        if ranks and set(ranks.of) - {"activations"}:
+            raise ValueError(
+                "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
+                "give of: [activations]"
+            )
+
+    def _check_pairs(self) -> None:
+        kind, data = f"objective.kind {self.objective.kind}", self.data
+        if not data.sources:
+            given = "data.synthetic" if data.synthetic else "data.prepare"
+            raise ValueError(f"{kind} reads pairs of answers, which {given} has not: make a source with `data pairs`")
+        if self.parallel.cp > 1:
+            raise ValueError(f"{kind} takes no context parallelism yet: parallel.cp is {self.parallel.cp}, set it to 1")
+        if self.model.position.kind == "nlpe":
+            raise ValueError(f"{kind} reads packs of answers, which model.position.kind nlpe does not take yet")
+        if self.init.salience:
+            raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
+        if data.selection and data.selection.rule == "target" and getattr(self.objective, "reference", "") == "stored":
+            raise ValueError(
+                f"data.selection.rule target has no log-probabilities of the reference for its held-out set: use another "
+                f"rule with {kind}, or objective.reference none"
+            )
 
     def _check_schedule(self) -> None:
         optimizer, steps = self.optimizer, self.train.steps
@@ -208,6 +252,19 @@ class RunConfig(Frozen):
                     f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
                 )
         return dp
+
+    def flops_per_token(self, *, causal: bool = False) -> float:
+        """Model FLOPs of one token's forward and backward; see ModelArch.flops_per_token()."""
+        adapters = self.lora.parameters(self.model) if self.lora is not None else ()
+        return self.model.flops_per_token(self.train.seq_length, causal=causal, adapters=adapters)
+
+    def describe_parameters(self) -> str:
+        """How many parameters the model has, and how many of them LoRA trains, in words."""
+        count = self.model.parameter_count()
+        if self.lora is None:
+            return f"{count:,} parameters"
+        own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
+        return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
 
     def planned_samples(self) -> int:
         """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""

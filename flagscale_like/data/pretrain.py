@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,17 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flagscale_like.config import RunConfig, Source
+from flagscale_like.config import Chat, Prepare, RunConfig, Source
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
+from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
+from flagscale_like.data.conversations import check_conversations, conversations_at
 from flagscale_like.data.index_file import read_lengths
-from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
+from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
@@ -64,18 +67,48 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     if prepare is None:
         return config
     folder = RunFolder(config.run_dir).data
-    prefix, tokenizer = folder / "text", config.data.tokenizer
+    prefix, tokenizer = folder / ("chat" if prepare.chat else "text"), config.data.tokenizer
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            texts = (document.text for document in read_documents(find_inputs(prepare.input)))
-            train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
-    if not Path(f"{prefix}.idx").is_file():
+            train_bpe(_texts(prepare), prepare.tokenizer_vocab_size, folder / "tokenizer")
+    if prepare.chat is not None:
+        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
+    elif not Path(f"{prefix}.idx").is_file():
         preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers)
     data = config.data.model_copy(
         update={"prepare": None, "tokenizer": tokenizer, "sources": [Source(path=str(prefix))]}
     )
     return config.model_copy(update={"data": data})
+
+
+def _texts(prepare: Prepare) -> Iterator[str]:
+    """The texts that a tokenizer is trained on."""
+    if prepare.chat is None:
+        yield from (document.text for document in read_documents(find_inputs(prepare.input)))
+        return
+    for line in read_documents(find_inputs(prepare.input), key=None):
+        try:
+            yield from (message["content"] for message in parse_record(line.text).messages)
+        except BadConversationError as error:
+            raise DataError(f"{line.source}:{line.line}: {error}") from None
+
+
+def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int) -> str:
+    """Write the conversations of data.prepare, unless they are there, and return the tokenizer folder of the run."""
+    template = read_template_file(Path(chat.template)) if chat.template else read_template(tokenizer)
+    if template is None:
+        raise DataError(f"tokenizer {tokenizer}: has no chat template: give its file as data.prepare.chat.template")
+    own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
+    found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
+    if found is None:
+        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty)
+        preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
+    elif (found.template, found.train) != (template, chat.train):
+        raise DataError(
+            f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
+        )
+    return own
 
 
 def check_sources(config: RunConfig) -> Tokenizer | None:
@@ -86,7 +119,8 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
 
     Raises:
         DataError: a file is missing, is not a megatron-core index or holds no documents; the tokenizer has more ids than
-            model.vocab_size; or data.split leaves no tokens for a split that the run reads.
+            model.vocab_size; conversations do not fit the run (see check_conversations); or data.split leaves no tokens for a
+            split that the run reads.
     """
     if config.data.synthetic:
         return None
@@ -99,7 +133,14 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
-                raise DataError(f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first")
+                raise DataError(
+                    f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
+                    "conversations, `data chat`)"
+                )
+        found = conversations_at(source.path)
+        if found is not None:
+            places, vocab_size = config.train.seq_length, config.model.vocab_size
+            check_conversations(source.path, found, places=places, tokenizer=tokenizer.folder, vocab_size=vocab_size)
         _check_split(config, source.path, read_lengths(source.path))
     return tokenizer
 

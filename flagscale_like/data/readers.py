@@ -60,12 +60,12 @@ class ReadOptions:
     """How files are read.
 
     Attributes:
-        key: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        key: the field of a jsonl line, or the column of a parquet file, that holds the text. None: the text is the line.
         unit: what one document is in a plain text file: the file, a line, or a paragraph.
         max_document_bytes: a longer line is a BadLine, and with unit `file` a longer file is. It bounds the memory.
     """
 
-    key: str = "text"
+    key: str | None = "text"
     unit: TextUnit = "file"
     max_document_bytes: int = 64 << 20
 
@@ -160,7 +160,7 @@ class PieceReader:
     def _read(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
         if kind(self._path) == ".jsonl":
             for found in self._lines(stream):
-                yield self._parse(found) if isinstance(found, Document) else found
+                yield self._parse(found) if isinstance(found, Document) and self.options.key is not None else found
         elif self.options.unit == "line":
             for found in self._lines(stream):
                 text = found.text.rstrip("\r\n") if isinstance(found, Document) else ""
@@ -249,7 +249,7 @@ class PieceReader:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        key = self.options.key
+        key = self.options.key or "(none)"
         try:
             file = pq.ParquetFile(self._path)
         except pa.ArrowException as error:

@@ -1,4 +1,7 @@
-"""Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists."""
+"""Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists.
+
+`ShardMaker` makes them of text, `chat_shards.ChatShardMaker` of conversations.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 
+from flagscale_like.data.chat import Train
 from flagscale_like.data.dedup import minhash_signature, text_digest
 from flagscale_like.data.filters import Cleaning
 from flagscale_like.data.index_file import token_dtype
@@ -25,6 +29,26 @@ BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How conversations become tokens.
+
+    Attributes:
+        template: the text of the chat template.
+        train: which of the assistant's messages count.
+        length: places of a row, train.seq_length. A conversation of n tokens takes n - 1: its last token is only a label.
+        long: what happens to a conversation that takes more places: `refuse` ends with an error, `drop` leaves it out, `cut`
+            keeps its beginning.
+        skip_empty: leave out a conversation without a counted token; without it, such a conversation is an error.
+    """
+
+    template: str
+    train: Train = "all"
+    length: int | None = None
+    long: Literal["refuse", "drop", "cut"] = "refuse"
+    skip_empty: bool = False
+
+
+@dataclass(frozen=True)
 class ShardOptions:
     """The options that the content of a shard depends on, in addition to its pieces.
 
@@ -33,12 +57,14 @@ class ShardOptions:
         read: how files are read.
         cleaning: how documents are cleaned.
         bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
+        chat: how lines become conversations. None: the documents are text.
     """
 
     tokenizer_folder: str
     read: ReadOptions
     cleaning: Cleaning
     bad_lines: BadLines
+    chat: ChatOptions | None = None
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
@@ -70,25 +96,31 @@ def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> l
 class Shard:
     """The paths of a shard's files in the work folder.
 
-    N.bin has the tokens, N.parquet one row for each document. N.json, the report, is written last.
+    N.bin has the tokens, N.parquet one row for each document. Of conversations, N.weights has the float32 weight of each
+    token. N.json, the report, is written last.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
-        self.tokens, self.rows, self.report = (
-            folder / f"{number:06d}{suffix}" for suffix in (".bin", ".parquet", ".json")
+        self.tokens, self.rows, self.weights, self.report = (
+            folder / f"{number:06d}{suffix}" for suffix in (".bin", ".parquet", ".weights", ".json")
         )
+
+    def sizes(self) -> list[int]:
+        """The bytes of the files beside the report."""
+        files = [self.tokens, self.rows] + ([self.weights] if self.weights.is_file() else [])
+        return [path.stat().st_size for path in files]
 
     def is_done(self) -> bool:
         """Whether the report exists and the other files have the sizes that it states."""
         try:
             sizes = json.loads(self.report.read_text(encoding="utf-8"))["sizes"]
-            return sizes == [self.tokens.stat().st_size, self.rows.stat().st_size]
+            return sizes == self.sizes()
         except (OSError, ValueError, KeyError):
             return False
 
     def remove(self) -> None:
         """Remove the shard's files."""
-        for path in (self.report, self.tokens, self.rows):
+        for path in (self.report, self.tokens, self.rows, self.weights):
             path.unlink(missing_ok=True)
 
     def lines(self) -> dict[str, int]:
@@ -112,24 +144,26 @@ class ShardMaker:
                 written.
         """
         report, lines = Report(), {}
-        documents = self._documents(pieces, report, lines)
         try:
             shard.remove()
-            with open(shard.tokens, "wb") as tokens, _RowWriter(shard.rows, self.options.cleaning) as rows:
-                for batch in _batches(documents):
-                    for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
-                        if not len(ids):
-                            report.empty += 1
-                            continue
-                        tokens.write(ids.astype(self.dtype).tobytes() + self.dtype.type(self.tokenizer.eod).tobytes())
-                        rows.add(document, len(ids) + 1)
-                        report.documents += 1
-                        report.tokens += len(ids) + 1
-                        report.characters += len(document.text)
-                tokens.flush()
-                os.fsync(tokens.fileno())
-            sizes = [shard.tokens.stat().st_size, shard.rows.stat().st_size]
-            report.write(shard.report, sizes=sizes, lines=lines)
+            with (
+                open(shard.tokens, "wb") as tokens,
+                _RowWriter(shard.rows, self.options.cleaning) as rows,
+                self._weights_file(shard) as masks,
+            ):
+                for document, ids, weights in self.encoded(pieces, report, lines):
+                    tokens.write(ids.astype(self.dtype).tobytes())
+                    if masks is not None:
+                        masks.write(weights.astype(np.float32).tobytes())
+                    rows.add(document, len(ids))
+                    report.documents += 1
+                    report.tokens += len(ids)
+                    report.characters += len(document.text)
+                for file in (tokens, masks):
+                    if file is not None:
+                        file.flush()
+                        os.fsync(file.fileno())
+            report.write(shard.report, sizes=shard.sizes(), lines=lines)
         except DataError:
             shard.remove()
             raise
@@ -141,17 +175,32 @@ class ShardMaker:
             ) from None
         return report
 
+    def _weights_file(self, shard: Shard) -> contextlib.AbstractContextManager[BinaryIO | None]:
+        return open(shard.weights, "wb") if self.options.chat else contextlib.nullcontext()
+
+    def encoded(
+        self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]
+    ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+        """Yield each document to keep with its token ids and, of a conversation, their weights.
+
+        Args:
+            report: counts the other documents.
+            lines: gets the number of lines of each file.
+        """
+        for batch in _batches(self._documents(pieces, report, lines)):
+            for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
+                if len(ids):
+                    yield document, np.append(ids, self.tokenizer.eod), None
+                else:
+                    report.empty += 1
+
     def _documents(self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]) -> Iterator[Document]:
         """Yield the documents to keep, cleaned. Count the others in `report`, and the lines of each file in `lines`."""
         for piece in pieces:
             reader = PieceReader(piece, self.options.read)
             for found in reader:
                 if isinstance(found, BadLine):
-                    if self.options.bad_lines == "stop":
-                        raise DataError(
-                            f"{_in_file(found, piece)}: fix the line, or skip such lines with --bad-lines skip"
-                        )
-                    report.bad((found.source, found.line, found.reason))
+                    self.bad_line(found, piece, report)
                     continue
                 report.read += 1
                 text, objection = self.options.cleaning.apply(found.text)
@@ -161,8 +210,18 @@ class ShardMaker:
                     yield Document(found.source, found.line, text)
             lines[piece.path] = reader.lines
 
+    def bad_line(self, found: BadLine, piece: Piece, report: Report) -> None:
+        """Count a line without a document.
 
-def _in_file(bad: BadLine, piece: Piece) -> BadLine:
+        Raises:
+            DataError: `bad_lines` is `stop`.
+        """
+        if self.options.bad_lines == "stop":
+            raise DataError(f"{in_file(found, piece)}: fix the line, or skip such lines with --bad-lines skip")
+        report.bad((found.source, found.line, found.reason))
+
+
+def in_file(bad: BadLine, piece: Piece) -> BadLine:
     """Change the line number of a bad line from counting within the piece to counting within the file."""
     if not piece.start:
         return bad
@@ -254,6 +313,7 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         "read": asdict(options.read),
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
+        "chat": asdict(options.chat) if options.chat else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
 

@@ -100,10 +100,53 @@ class Tokenizer:
                 found[i] = np.array(ids, dtype=np.int32)
         return found
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text."""
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Encode a text to int32 ids, and [start, end) of each token in the text's characters. No special token is added.
+
+        Raises:
+            DataError: the tokenizer knows no offsets.
+        """
+        fast = self._fast or getattr(self._slow, "backend_tokenizer", None)
+        if fast is None:
+            raise DataError(
+                f"tokenizer {self.folder}: has no tokenizer.json, and gives no offsets: save it with transformers as a fast "
+                "tokenizer"
+            )
+        found = fast.encode(text, add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int32), found.offsets
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that tokenizer_config.json names, such as bos_token, as a chat template gets them."""
+        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+        return {name: text for name in names if (text := self._special_token(name))}
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts that are one special token each."""
+        fast = self._fast or self._slow.backend_tokenizer
+        return tuple(token.content for token in fast.get_added_tokens_decoder().values() if token.special)
+
+    def decode_one(self, token: int) -> str:
+        """The text of one token as the vocabulary has it; special tokens too."""
+        found = self._fast.id_to_token(token) if self._fast is not None else self._slow.convert_ids_to_tokens(token)
+        return found or ""
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Decode token ids to text. `special` keeps the special tokens."""
         ids = list(ids)
-        return self._fast.decode(ids) if self._fast is not None else self._slow.decode(ids)
+        if self._fast is not None:
+            return self._fast.decode(ids, skip_special_tokens=not special)
+        return self._slow.decode(ids, skip_special_tokens=not special)
+
+    def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` adds to the text of `ids`.
+
+        Both are decoded together and cut, because a decoder drops the space at the beginning of a text (SentencePiece), and a
+        character may be spread over several tokens.
+        """
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:

@@ -20,18 +20,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME, is_adapter
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.shard import Shard
-from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.checkpoint.store import WeightSource, value_heads_of
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.load import Left, load_optimizer, load_weights
+from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
+from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.row_cut import RowCut
@@ -66,6 +68,7 @@ class Engine:
         chunks: the same, wrapped for gradient reduction where there is an optimizer.
         optimizer: None for a model that is only run.
         left: what a load that was not strict left at its initial values, in words.
+        base: of a model with LoRA, the record of the weights that its adapters belong to; None where they were drawn.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Engine:
         self.spec, self.ctx, self.models, self.name, self.left = spec, ctx, models, name, left or []
         self.chunks: list[MegatronModule] = list(models)
         self.optimizer: MegatronOptimizer | None = None
+        self.base: dict[str, Any] | None = None
 
     @classmethod
     def build(
@@ -97,7 +101,8 @@ class Engine:
         Args:
             optimizer: None builds no gradient buffers and no optimizer states.
             source: where the weights come from; None draws them.
-            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn.
+            strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
+                adapters are drawn where the source has none, and a value head where it is a language model.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
@@ -108,10 +113,23 @@ class Engine:
         if source is None:
             initialize_weights(models, ctx)
         else:
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name))
+            new_adapters = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
+            new_head = draws_head(source, spec, _prefix(name))
+
+            def wanted(parameter: str) -> bool:
+                return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
+
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            if new_head:
+                size = f"{spec.value_heads} x {spec.arch.hidden_size}"
+                left.reasons.append(
+                    f"{OUTPUT_NAME}: the value head ({size}) is drawn, {source.folder} is a language model"
+                )
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
+        if spec.lora is not None and source is not None and optimizer is not None:
+            engine.base = base_record(source, ctx)
         if optimizer is not None:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
             engine.chunks = wrap_chunks(models, spec, ctx)
@@ -175,6 +193,15 @@ class Engine:
                 if gathers:
                     chunk.enable_forward_pre_hook()
 
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Within it the model computes what it computes without its LoRA adapters: the reference model of DPO, for one.
+
+        For forward passes: a backward pass would find nothing to train. A model without adapters is not changed.
+        """
+        with adapters_off(self.models):
+            yield
+
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
         cut = self.ctx.row_cut
         if cut is not None:
@@ -211,17 +238,27 @@ class Engine:
         return list(owned_shards(self.models, self.optimizer, self.ctx, _prefix(self.name)))
 
     def fragments(self) -> Iterator[Shard]:
-        """What this rank saves: weights of frozen parameters; master weights and moments of trained ones."""
+        """What this rank saves: weights of frozen parameters; master weights and moments of trained ones.
+
+        With LoRA the trained ones alone: the others are the base's.
+        """
         if self.optimizer is not None:
             ensure_moments(self.optimizer)
         for shard in self.owned:
-            yield from shard.fragments()
+            if self._is_saved(shard.name):
+                yield from shard.fragments()
+
+    def _is_saved(self, name: str) -> bool:
+        return self.spec.lora is None or not self.spec.is_frozen(name)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the fragments, JSON-able."""
         if self.optimizer is None:
             return {}
-        return {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        state = {"adam_step": adam_step(self.optimizer), "loss_scaler": loss_scaler_state(self.optimizer)}
+        if self.spec.lora is not None:
+            state |= {"lora": self.spec.lora.model_dump(mode="json"), "base": self.base}
+        return state
 
     def load(self, reader: CheckpointReader) -> None:
         """Take weights and optimizer states from a checkpoint of this model.
@@ -229,7 +266,7 @@ class Engine:
         Raises:
             CheckpointError: it is of another model, or holds no optimizer states.
         """
-        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name))
+        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name), wanted=self._is_saved)
         self.load_optimizer(reader)
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
@@ -265,6 +302,21 @@ def _whole_samples(samples: dict[str, Tensor], cut: RowCut, objective: Objective
         dist.all_reduce(added, group=cut.group)
         samples |= dict(zip(sums, added, strict=True))
     return samples if cut.rank == 0 else {}
+
+
+def draws_head(source: WeightSource, spec: ModelSpec, prefix: str = "") -> bool:
+    """Whether a model needs a value head that its source, a language model, does not have.
+
+    Raises:
+        CheckpointError: the source is a reward or value model with another head than the model has.
+    """
+    if spec.head == "hidden":
+        return False
+    found, wanted = value_heads_of(source, prefix), spec.value_heads if spec.head == "value" else 0
+    if found and found != wanted:
+        kind = f"the model has one of {wanted} outputs" if wanted else "the model is a language model"
+        raise CheckpointError(f"{source.folder}: is a reward model, its value head has {found} outputs; {kind}")
+    return bool(wanted) and not found
 
 
 def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
 from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.checkpoint.store import WeightSource, layout_record
 from flagscale_like.engine.shards import (
     OwnedShard,
+    Piece,
     ensure_moments,
     parameter_pieces,
     set_adam_step,
@@ -44,20 +47,32 @@ class Left:
 
 @torch.no_grad()
 def load_weights(
-    source: WeightSource, models: list[LanguageModel], ctx: ParallelContext, *, strict: bool = True, prefix: str = ""
+    source: WeightSource,
+    models: list[LanguageModel],
+    ctx: ParallelContext,
+    *,
+    strict: bool = True,
+    prefix: str = "",
+    wanted: Callable[[str], bool] | None = None,
 ) -> Left:
     """Fill the models' parameters on this layout, in the models' dtype. All ranks call it.
 
     Args:
         strict: every tensor of the model and of the source has its counterpart; otherwise what does not fit is left.
         prefix: of the model's keys in the source; see Engine.name.
+        wanted: whether a parameter, by its name, is to come from the source; the others are left.
 
     Raises:
         CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written.
     """
-    pieces = [
+    everything = [
         (p, piece) for model in models for p, held in parameter_pieces(model, ctx, prefix).items() for piece in held
     ]
+
+    def is_wanted(piece: Piece) -> bool:
+        return wanted is None or wanted(piece.box.key.removeprefix(prefix))
+
+    pieces = [(p, piece) for p, piece in everything if is_wanted(piece)]
     vocab_size = models[0].arch.vocab_size
     misfits: dict[str, str] = {}
     for _, piece in pieces:
@@ -70,10 +85,10 @@ def load_weights(
                 )
         except (CheckpointError, ConversionError) as error:
             misfits[piece.box.key] = str(error)
-    gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in pieces})))
-    wanted = {key for _, keys in gathered for key in keys}
+    gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
+    known = {key for _, keys in gathered for key in keys}
     problems = sorted({text for found, _ in gathered for text in found.values()})
-    extra = {key for key in source.keys() if key.startswith(prefix)} - wanted
+    extra = {key for key in source.keys() if key.startswith(prefix)} - known
     problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
@@ -83,7 +98,15 @@ def load_weights(
         if piece.box.key not in misfits
     ]
     _fill(fills, source)
-    return Left(problems, {p for p, piece in pieces if piece.box.key in misfits})
+    return Left(problems, {p for p, piece in everything if piece.box.key in misfits or not is_wanted(piece)})
+
+
+def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
+    """What a checkpoint of adapters records of the weights that they belong to. Rank 0 reads what there is to read."""
+    record = None
+    if ctx.is_main:
+        record = source.record if isinstance(source, AdaptedWeights) else identify(source)
+    return ctx.broadcast(record)
 
 
 def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> None:
@@ -96,7 +119,7 @@ def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> No
         if out is not view:
             view.copy_(out)
 
-    with ThreadPoolExecutor(READERS if isinstance(source, CheckpointReader) else 1) as pool:
+    with ThreadPoolExecutor(READERS if source.reads_in_threads else 1) as pool:
         for done in [pool.submit(fill, *wanted) for wanted in views]:
             done.result()
 

@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
-from flagscale_like.arch import parameters_by_name
+from flagscale_like.arch import Role
 from flagscale_like.config import Optimizer
 from flagscale_like.model.build import named_shards, unwrap
 from flagscale_like.model.spec import ModelSpec
@@ -42,7 +42,11 @@ def build_optimizer(chunks: list[MegatronModule], spec: ModelSpec, options: Opti
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
-    overrides = {**get_standard_config_overrides(settings), **_mup_overrides(chunks, spec, options)}
+    overrides = {
+        **get_standard_config_overrides(settings),
+        **_mup_overrides(chunks, spec, options),
+        **_lora_plus_overrides(chunks, spec, options),
+    }
     optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -63,17 +67,33 @@ def _mup_overrides(
     if spec.init.mup is None:
         return {}
     m = spec.arch.hidden_size / spec.init.mup.base_hidden_size
+    scaled = {role for role in Role if role.grows_with_width}
+    key = _parameters_of(scaled, "grows with the width", chunks, spec)
+    return {key: ParamGroupOverride(max_lr=options.lr / m, min_lr=options.min_lr / m)}
 
-    table = parameters_by_name(spec.arch)
-    matrices = {
+
+def _lora_plus_overrides(
+    chunks: list[MegatronModule], spec: ModelSpec, options: Optimizer
+) -> dict[ParamKey, ParamGroupOverride]:
+    """LoRA+'s learning rate of B: that of A times lora.plus_ratio (Hayou et al. 2024)."""
+    if spec.lora is None or spec.lora.plus_ratio == 1:
+        return {}
+    ratio = spec.lora.plus_ratio
+    key = _parameters_of({Role.ADAPTER_B}, "B of an adapter", chunks, spec)
+    return {key: ParamGroupOverride(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio)}
+
+
+def _parameters_of(roles: set[Role], words: str, chunks: list[MegatronModule], spec: ModelSpec) -> ParamKey:
+    """What tells megatron-core which parameters an override is for."""
+    table = spec.table
+    chosen = {
         id(parameter)
         for chunk in chunks
         for name, parameter in named_shards(unwrap(chunk)).items()
-        if table[name].role.grows_with_width
+        if table[name].role in roles
     }
 
-    def grows_with_width(parameter: torch.nn.Parameter, _: str) -> bool:
-        return id(parameter) in matrices
+    def is_chosen(parameter: torch.nn.Parameter, _: str) -> bool:
+        return id(parameter) in chosen
 
-    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="grows with the width", fn=grows_with_width))
-    return {key: ParamGroupOverride(max_lr=options.lr / m, min_lr=options.min_lr / m)}
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=words, fn=is_chosen))

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
+from flagscale_like.arch import Parameter
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS, Shard
 from flagscale_like.model.build import LanguageModel, named_shards
@@ -52,6 +53,8 @@ class Piece:
 def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "") -> dict[nn.Parameter, list[Piece]]:
     """Every parameter of a chunk as pieces: one, or two for a gated MLP's [gate; up] matrix.
 
+    megatron-core's state dicts take adapters for whole on every rank; their pieces come from the table of parameters.
+
     Args:
         prefix: of the pieces' keys; see Engine.name.
     """
@@ -66,6 +69,26 @@ def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "
             pieces[entry.data] = parts
         elif isinstance(entry, ShardedTensor):
             pieces[entry.data] = [_piece(entry, 0, prefix)]
+    table = chunk.spec.table
+    for name, parameter in named_shards(chunk).items():
+        if name in table and table[name].role.is_adapter:
+            pieces[parameter] = _pieces_of(table[name], ctx, prefix)
+    return pieces
+
+
+def _pieces_of(parameter: Parameter, ctx: ParallelContext, prefix: str) -> list[Piece]:
+    """The pieces of this tensor-parallel rank's part, from the table's entry."""
+    shape, cut, tp, rank = parameter.shape, parameter.cut, ctx.layout.tp, ctx.tp_rank
+    if cut is None:
+        box = Fragment(prefix + parameter.name, shape, (0,) * len(shape), shape, 0, prod(shape))
+        return [Piece(box, 0, primary=rank == 0)]
+    block = shape[cut] // parameter.blocks
+    own = tuple(block // tp if dim == cut else size for dim, size in enumerate(shape))
+    pieces = []
+    for index in range(parameter.blocks):
+        offset = tuple(index * block + rank * own[cut] if dim == cut else 0 for dim in range(len(shape)))
+        box = Fragment(prefix + parameter.name, shape, offset, own, 0, prod(own))
+        pieces.append(Piece(box, index * box.numel, primary=True))
     return pieces
 
 

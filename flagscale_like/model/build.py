@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from flagscale_like.config import Kernels
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.heads import HiddenHead, LanguageModelHead, ValueHead
 from flagscale_like.model.layer_spec import block_spec
+from flagscale_like.model.lora import attach_adapters
 from flagscale_like.model.modules import backend_of
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
@@ -143,7 +144,7 @@ class LanguageModel(GPTModel):
     def _head(self) -> LanguageModelHead | ValueHead | HiddenHead:
         tp_group = self.pg_collection.tp
         if self.spec.head == "value":
-            return ValueHead(self.config, tp_group)
+            return ValueHead(self.config, self.spec.value_heads, tp_group)
         if self.spec.head == "hidden":
             return HiddenHead(self.config, tp_group)
         return LanguageModelHead(
@@ -206,7 +207,10 @@ def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -
                     vp_stage=vp_stage,
                 )
             )
-    freeze(chunks, spec.frozen, ctx)
+    if spec.lora is not None:
+        for chunk in chunks:
+            attach_adapters(chunk, spec.lora, ctx, spec.seed)
+    freeze(chunks, spec, ctx)
     return chunks
 
 
@@ -240,29 +244,28 @@ def fuses_loss(kernels: Kernels, platform: Platform) -> bool:
     return choice == "fused" or (choice == "auto" and platform.triton)
 
 
-def freeze(chunks: list[LanguageModel], patterns: Sequence[str], ctx: ParallelContext) -> None:
-    """Exclude the parameters whose names match a shell pattern from training.
+def freeze(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext) -> None:
+    """Exclude the parameters that the spec freezes from training: those that match a pattern, or all but the adapters.
 
     Raises:
-        ConfigError: on every rank, where a pattern names no parameter of any rank, or nothing is left to train.
+        ConfigError: on every rank, where a pattern names no parameter of any rank, or a stage has nothing to train.
     """
-    if not patterns:
+    if not spec.frozen and spec.lora is None:
         return
-    matched, trained = set(), 0
+    names, trained = [], 0
     for chunk in chunks:
         # On a last stage of its own, a tied output layer is a copy of the embedding: it is frozen, or trained, with it.
         copied = chunk.share_embeddings_and_output_weights and not chunk.pre_process
         for name, parameter in named_shards(chunk).items():
-            name = EMBEDDING_NAME if copied and name == OUTPUT_NAME else name
-            hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
-            parameter.requires_grad_(not hits)
-            matched |= hits
-            trained += not hits
+            names.append(EMBEDDING_NAME if copied and name == OUTPUT_NAME else name)
+            parameter.requires_grad_(not spec.is_frozen(names[-1]))
+            trained += parameter.requires_grad
         if chunk.pre_process and not any(p.requires_grad for p in chunk.embedding.parameters()):
             # Full recompute passes gradients only to an input that asks for one; a frozen embedding's output does not.
             chunk.embedding.register_forward_hook(_requires_grad)
+    matched = {pattern for pattern in spec.frozen if fnmatch.filter(names, pattern)}
     found = ctx.gather((matched, trained))
-    unknown = set(patterns) - set().union(*(names for names, _ in found))
+    unknown = set(spec.frozen) - set().union(*(patterns for patterns, _ in found))
     if unknown:
         raise ConfigError(
             f"train.frozen: {sorted(unknown)[0]!r} matches no parameter; names look like decoder.layers.0.*"

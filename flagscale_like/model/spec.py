@@ -6,8 +6,8 @@ import fnmatch
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flagscale_like.arch import ModelArch
-from flagscale_like.config import Init, Kernels, Parallel, RunConfig, check_layout
+from flagscale_like.arch import OUTPUT_NAME, ModelArch, Parameter, is_adapter, parameters_by_name
+from flagscale_like.config import Init, Kernels, Lora, Parallel, RunConfig, check_layout
 from flagscale_like.errors import ConfigError
 
 DEFAULT_SEQ_LENGTH = 2048
@@ -23,6 +23,7 @@ class ModelSpec:
     Attributes:
         arch: the decoder.
         head: what the last stage computes from the hidden states; see model.heads.
+        value_heads: numbers that the head `value` computes for each token.
         parallel: the layout; data parallelism is what is left of the world size.
         kernels: which implementation computes each operator.
         precision: of the weights and activations.
@@ -31,13 +32,16 @@ class ModelSpec:
         micro_batch_size: rows of a micro-batch. Pipeline stages exchange [seq_length, micro_batch_size, hidden].
         init, seed: how weights are drawn that no checkpoint gives.
         frozen: shell patterns of parameter names that training leaves as they are.
+        lora: adapters beside the model's matrices. They alone are trained, and a head that the model did not come with.
 
     Raises:
-        ConfigError: the layout does not divide the model, or the sequence is longer than the model's positions.
+        ConfigError: the layout does not divide the model, the sequence is longer than the model's positions, or the adapters
+            do not fit the model.
     """
 
     arch: ModelArch
     head: Head = "language_model"
+    value_heads: int = 1
     parallel: Parallel = field(default_factory=Parallel)
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = "fp32"
@@ -47,12 +51,15 @@ class ModelSpec:
     init: Init = field(default_factory=Init)
     seed: int = 1234
     frozen: tuple[str, ...] = ()
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if not self.seq_length:
             object.__setattr__(self, "seq_length", self.arch.max_position_embeddings or DEFAULT_SEQ_LENGTH)
         try:
             check_layout(self.arch, self.parallel, self.seq_length)
+            if self.lora is not None:
+                self.lora.check(self.arch)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -63,6 +70,7 @@ class ModelSpec:
         return cls(
             arch=config.model,
             head=config.objective.head,
+            value_heads=getattr(config.objective, "heads", 1),
             parallel=config.parallel,
             kernels=config.kernels,
             precision=train.precision,
@@ -72,11 +80,21 @@ class ModelSpec:
             init=config.init,
             seed=train.seed,
             frozen=tuple(train.frozen),
+            lora=config.lora,
         )
 
     def is_frozen(self, name: str) -> bool:
         """Whether training leaves the parameter of this name as it is."""
+        if self.lora is not None:
+            own_head = name == OUTPUT_NAME and self.head != "language_model"
+            return not (is_adapter(name) or own_head)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.frozen)
+
+    @property
+    def table(self) -> dict[str, Parameter]:
+        """Every parameter by the names of a built model (model.build.named_shards), the adapters among them."""
+        adapters = self.lora.parameters(self.arch) if self.lora is not None else ()
+        return parameters_by_name(self.arch) | {parameter.name: parameter for parameter in adapters}
 
     @property
     def tied(self) -> bool:

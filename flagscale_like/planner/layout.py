@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flagscale_like.arch import Layer, ModelArch, counted_keys
-from flagscale_like.config import ContextParallelKind, RunConfig
+from flagscale_like.arch import Layer, ModelArch, Parameter, counted_keys
+from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -24,6 +24,8 @@ class Shape:
         window: keys a query sees; all before it where it is None.
         norm_head: as in ModelArch.
         layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
+        adapters: of one layer: LoRA's parameters, which are then all that is trained.
+        lora: their options; None without LoRA.
     """
 
     layers: int
@@ -39,9 +41,11 @@ class Shape:
     window: int | None = None
     norm_head: bool = False
     layer: Layer | None = None
+    adapters: tuple[Parameter, ...] = ()
+    lora: Lora | None = None
 
     @classmethod
-    def of(cls, arch: ModelArch, tp: int = 1) -> Shape:
+    def of(cls, arch: ModelArch, tp: int = 1, lora: Lora | None = None) -> Shape:
         """The shape of a model whose layers are alike, its vocabulary padded for `tp`."""
         return cls(
             layers=arch.num_layers,
@@ -54,6 +58,8 @@ class Shape:
             window=arch.sliding_window,
             norm_head=arch.norm_head,
             layer=arch.layers[0],
+            adapters=tuple(p for p in lora.parameters(arch) if p.layer == 0) if lora is not None else (),
+            lora=lora,
         )
 
     @classmethod
@@ -91,7 +97,11 @@ class Shape:
         """
         keys = counted_keys(seq_length, self.window)
         layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
-        return tokens * ((8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab)
+        flops = (8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab
+        if self.adapters:  # no gradient of the matrices is computed
+            own = self.layers * sum(parameter.numel for parameter in self.adapters if len(parameter.shape) == 2)
+            flops += (8.0 if recompute_layers else 6.0) * own - 2.0 * self.matrix_parameters
+        return tokens * flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 from flagscale_like.arch import ModelArch, Parameter, parameters
 from flagscale_like.cluster import GIB
+from flagscale_like.config import Lora
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
 from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes, logits_for_a_moment
 
@@ -88,6 +89,12 @@ def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) ->
     return found
 
 
+def chunk_adapters(arch: ModelArch, lora: Lora, layout: Layout, stage: int, chunk: int) -> list[Parameter]:
+    """The adapters of a model chunk, in the built model's order."""
+    layers = set(layout.chunk_layers(arch.num_layers, stage)[chunk])
+    return [parameter for parameter in lora.parameters(arch) if parameter.layer in layers]
+
+
 def shard_numel(parameter: Parameter, tp: int) -> int:
     """Elements on one of `tp` tensor-parallel ranks."""
     return math.prod(parameter.shard_shape(tp))
@@ -154,12 +161,17 @@ def buffer_of(
     return Buffer(tuple(spans), tuple(buckets))
 
 
-def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
-    """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only."""
+def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> list[Buffer]:
+    """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only.
+
+    With LoRA the adapters alone are in buffers.
+    """
     buffers = []
     for chunk in range(layout.vpp):
         bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         held = chunk_parameters(arch, layout, stage, chunk)
+        if lora is not None:
+            held = chunk_adapters(arch, lora, layout, stage, chunk)
         shared = arch.tie_embeddings and layout.pp > 1  # a tied embedding on two stages has a bucket to itself
         buffers.append(
             buffer_of(
@@ -174,15 +186,18 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int) -> list[Buffer]:
 
 @functools.lru_cache(maxsize=4096)
 def state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0
+    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0, lora: Lora | None = None
 ) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer states of one rank; exact.
+    """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
 
     Args:
         dp_rank: the rank among the layout's replicas, which differs from the data-parallel rank where cp is above 1.
     """
     weights = gradients = optimizer = 0
-    for buffer in stage_buffers(arch, layout, stage):
+    if lora is not None:
+        held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk)]
+        weights = sum(shard_numel(parameter, layout.tp) for parameter in held) * DTYPE_BYTES[precision]
+    for buffer in stage_buffers(arch, layout, stage, lora):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
         elements, parameters = buffer.owned(layout.replicas, dp_rank)
@@ -194,7 +209,7 @@ def microbatch_bytes(
     arch: ModelArch | Shape, layout: Layout, stage: int, seq_length: int, precision: str, ops: Operators
 ) -> tuple[float, float]:
     """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last)."""
-    shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp)
+    shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp, ops.lora)
     e = DTYPE_BYTES[precision]
     layers = len(layout.chunk_layers(shape.layers, stage)[0])
     chunk = layers * layer_bytes(shape, layout, seq_length, e, ops)
@@ -209,7 +224,7 @@ def saved_activation_bytes(
 
     With recompute, the layer that is being recomputed holds all that it saves without.
     """
-    shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
+    shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     in_flight = layout.chunks_in_flight(stage)
     bytes_ = in_flight * chunk
@@ -242,9 +257,9 @@ def rank_memory(
     Args:
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
-    shape, e = Shape.of(arch, layout.tp), DTYPE_BYTES[precision]
+    shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
     cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
-    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank)
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention
-from flagscale_like.config import Kernels
+from flagscale_like.config import Kernels, Lora
 from flagscale_like.planner.layout import Layout, Shape
 
 Saves = Literal["torch", "fused"]
@@ -26,12 +26,14 @@ class Operators:
     Attributes:
         linear_cross_entropy: the output layer and the loss are one operator, which holds a chunk of the logits at a time and
             computes them again in the backward pass.
+        lora: adapters beside the matrices, which then keep no input of theirs; None without LoRA.
     """
 
     rms_norm: Saves = "torch"
     swiglu: Saves = "torch"
     cross_entropy: Saves = "torch"
     linear_cross_entropy: bool = False
+    lora: Lora | None = None
 
 
 FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
@@ -96,12 +98,46 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
     batch = MicroBatch.of(layout, seq_length, dtype_bytes)
     attention, feed_forward = shape.layer.attention, shape.layer.feed_forward
     norm = _norm(batch.rows_sp, shape.hidden, dtype_bytes, ops)
-    return [
+    saves = [
         Saved(name="attention norm", bytes=norm),
         *BLOCK_SAVES[type(attention)](attention, batch, ops),
         Saved(name="MLP norm", bytes=norm),
         *BLOCK_SAVES[type(feed_forward)](feed_forward, batch, ops),
     ]
+    return saves if ops.lora is None else _with_adapters(saves, shape, batch, ops.lora)
+
+
+# Inputs that a matrix keeps for its own gradient alone, by the matrix.
+KEPT_FOR = {
+    "linear_qkv": "input of the QKV product",
+    "linear_fc1": "input of the gate and up product",
+    "linear_fc2": "input of the down product",
+}
+
+
+def _with_adapters(saves: list[Saved], shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
+    """What a layer keeps with LoRA: the inputs of the matrices with an adapter, which A needs, and what the adapters keep."""
+    unused = {name for matrix, name in KEPT_FOR.items() if matrix not in lora.targets or lora.dropout}
+    found = [save for save in saves if save.name not in unused]
+    e, rows, rows_sp = batch.dtype_bytes, batch.rows, batch.rows_sp
+    for b in (parameter for parameter in shape.adapters if parameter.name.endswith(".b")):
+        # Of a matrix that is cut by rows, A x is whole on every rank; else a part of the sequence with SP.
+        found.append(Saved(name=f"A x beside {b.name}", bytes=(rows if b.cut == 0 else rows_sp) * b.shape[1] * e))
+    return found + [save for matrix in lora.targets for save in _adapter_extras(matrix, shape, batch, lora)]
+
+
+def _adapter_extras(matrix: str, shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
+    """What dropout and DoRA keep beside one matrix."""
+    a, b = (next(p for p in shape.adapters if p.name.endswith(f"{matrix}.lora.{letter}")) for letter in "ab")
+    by_rows, e = b.cut == 0, batch.dtype_bytes
+    inputs = batch.rows_sp * a.shape[1] if by_rows else batch.rows * a.shape[1] / batch.tp
+    outputs = batch.rows * b.shape[0] / batch.tp if by_rows else batch.rows_sp * b.shape[0]
+    extras = []
+    if lora.dropout:
+        extras.append(Saved(name=f"input of A of {matrix} after dropout, and the mask", bytes=inputs * (e + 1)))
+    if lora.dora:
+        extras.append(Saved(name=f"output of {matrix} before its length", bytes=outputs * e))
+    return extras
 
 
 def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
@@ -215,8 +251,11 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
     logits = rows * shape.vocab / layout.tp
     saves = [
         Saved(name="final norm", bytes=_norm(rows_sp, shape.hidden, dtype_bytes, ops)),
-        Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes),
     ]
+    if (
+        not shape.adapters or ops.linear_cross_entropy
+    ):  # LoRA leaves the output layer as it is, which then keeps no input
+        saves.append(Saved(name="input of the output layer", bytes=rows_sp * shape.hidden * dtype_bytes))
     if shape.norm_head:
         matrix = shape.vocab / layout.tp * (shape.hidden + 2) * dtype_bytes
         saves.append(Saved(name="output matrix with rows of length 1, and their lengths", bytes=matrix))

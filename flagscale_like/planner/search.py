@@ -55,7 +55,7 @@ class Goal:
             seq_length=config.train.seq_length,
             global_batch_size=config.train.global_batch_size,
             precision=config.train.precision,
-            ops=operators_of(config.kernels, cuda=cuda),
+            ops=replace(operators_of(config.kernels, cuda=cuda), lora=config.lora),
         )
 
 
@@ -124,7 +124,7 @@ def evaluate(
             for stage in range(layout.pp)
         )
     time = step_time(
-        Shape.of(arch, layout.tp),
+        Shape.of(arch, layout.tp, goal.ops.lora),
         layout,
         cluster,
         seq_length=goal.seq_length,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flagscale_like.arch import counted_keys
+from flagscale_like.arch import Role, counted_keys
 from flagscale_like.cluster import ClusterSpec, DeviceSpec, EfficiencyKind
 from flagscale_like.planner.layout import Layout, Shape
 
@@ -186,7 +186,7 @@ def layer_passes(
     rows_sp = rows / t if layout.sp else rows
     products = _layer_products(shape, layout, rows)
     matmul = sum(gemm_seconds(m, n, k, device, eff) for m, n, k in products)
-    grad_weight = sum(gemm_seconds(n, k, m, device, eff) for m, n, k in products)
+    grad_weight = 0.0 if shape.adapters else sum(gemm_seconds(n, k, m, device, eff) for m, n, k in products)
     grad_input = sum(gemm_seconds(m, k, n, device, eff) for m, n, k in products)
     core_forward, core_backward = _core_attention(shape, layout, seq_length, device, eff)
     # Elementwise traffic, 2 bytes an element. Rows of h: two norms (read, write) and two residual sums (two reads, a write;
@@ -207,6 +207,8 @@ def layer_passes(
         exposed = max(0.0, 4 * collective - hidden_behind)
     gather, scatter = _context_parallel(shape, layout, seq_length, cluster, eff, core_forward, core_backward)
     fwd, bwd = Pass(forward, 4 * collective, gather), Pass(backward, exposed, scatter)
+    adapters = _adapter_passes(shape, layout, rows, cluster, eff)
+    fwd, bwd = fwd + adapters[0], bwd + adapters[1]
     again = {"none": Pass(), "selective": Pass(core_forward, 0.0, gather), "full": fwd}[layout.recompute]
     return fwd, bwd, again
 
@@ -246,6 +248,28 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
     return exposed(core_forward), again + exposed(core_backward)
 
 
+def _adapter_passes(
+    shape: Shape, layout: Layout, rows: float, cluster: ClusterSpec, eff: Efficiency
+) -> tuple[Pass, Pass]:
+    """Forward and backward of a layer's LoRA adapters: two products each, and the gradients of both sides.
+
+    A product with a side of `rank` moves more than it computes, so its time is that of its operands.
+    """
+    device, t = cluster.device, layout.tp
+    forward = backward = traffic = 0.0
+    for parameter in shape.adapters:
+        if len(parameter.shape) != 2:
+            continue
+        n, k = parameter.shard_shape(t)
+        flops = 2.0 * rows * n * k / (device.bf16_flops * eff.gemm)
+        product = max(flops, _move(2 * (rows * k + n * k + rows * n), device, eff))
+        forward, backward = forward + product, backward + 2 * product
+        if parameter.role is Role.ADAPTER_B:
+            forward += _move(2 * rows * n, device, eff)  # the sum with the matrix's output reads that, too
+            traffic += ring_seconds(rows * k * 2, t, cluster, eff)
+    return Pass(forward, traffic), Pass(backward, traffic)
+
+
 def head_pass(
     shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, logits_twice: bool
 ) -> Pass:
@@ -254,7 +278,7 @@ def head_pass(
     v, h = shape.vocab / layout.tp, shape.hidden
     products = (
         gemm_seconds(rows, v, h, device, eff) * (2 if logits_twice else 1)
-        + gemm_seconds(v, h, rows, device, eff)
+        + (0.0 if shape.adapters else gemm_seconds(v, h, rows, device, eff))
         + gemm_seconds(rows, h, v, device, eff)
     )
     # fp32 logits are written, exponentiated in place, summed, normalised; the gradient is scaled and rounded.

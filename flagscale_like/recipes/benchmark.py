@@ -153,7 +153,7 @@ def _point(
     median = statistics.median(times)
     outer = 1 if len(times) >= 5 else 0
     tokens = config.train.global_batch_size * config.train.seq_length
-    flops = config.model.flops_per_token(config.train.seq_length) * tokens / median / ctx.world_size
+    flops = config.flops_per_token() * tokens / median / ctx.world_size
     stalls = [r["checkpoint/stall_s"] for r in records if "checkpoint/stall_s" in r]
     moved = [r for r in records if "offload/bytes_out" in r and r["step"] > warmup]
     names = [name for name in moved[0] if name.startswith("offload/")] if moved else []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
@@ -26,7 +27,7 @@ from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
-from flagscale_like.training.guard import Guard
+from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.loop import evaluate as report_evaluation
 from flagscale_like.training.loop import run_steps
 from flagscale_like.training.metrics import Reporter
@@ -91,6 +92,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
     )
     watchdog = closing.enter_context(make_watchdog(config, ctx))
+    if begun.saved:
+        watchdog.kept = f"The newest checkpoint is {step_name(progress.step)}"
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
     )
@@ -99,7 +102,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
     objective, clock = objective_of(config, packed=is_packed(data)), Clock()
-    guard, saves = Guard(config.monitors, rewinds=progress.rewinds), Saves(begun.store, config.checkpoint)
+    guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config))
+    saves = Saves(begun.store, config.checkpoint, watchdog)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
     # come after all that measure a step, and before the guard, which reports their events, and the saves.
     parts: list[Part | None] = [
@@ -108,7 +112,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         StepMonitors(config.monitors, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
-        StepLog(config, ctx, clock, feed, objective.metric),
+        StepLog(config, ctx, clock, feed, objective),
         OffloadReport(offload) if offload else None,
         *(make_parts(engine) if make_parts else ()),
         guard,
@@ -188,7 +192,7 @@ def announce(run: Run, notes: list[str]) -> None:
     if ctx.is_main:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
-        f"{config.model.parameter_count():,} parameters | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
@@ -199,11 +203,17 @@ def announce(run: Run, notes: list[str]) -> None:
 def export_run(run: Run) -> Path:
     """Write RUN_DIR/hf from the checkpoint of the last step; the ranks share the files. All ranks call it.
 
+    LoRA adapters are merged into their base.
+
     Raises:
         ConversionError: on every rank, where any rank could not write.
     """
     data, out = run.config.data, RunFolder(run.config.run_dir).hf
     reader = CheckpointReader(run.store.root / step_name(run.progress.step))
+    source: CheckpointReader | MergedWeights = reader
+    if run.config.lora is not None:
+        base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
+        source = MergedWeights(AdaptedWeights(base, reader))
     tokenizer = Path(data.tokenizer) if data.tokenizer else None
-    export_on_ranks(reader, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
+    export_on_ranks(source, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out

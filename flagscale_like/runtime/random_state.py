@@ -22,4 +22,5 @@ def set_random_states(platform: Platform, states: Mapping[str, Tensor]) -> None:
     """Put back what random_states() returned."""
     platform.set_rng_state(states["rng.default"])
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({name: states[f"rng.{name}"] for name in tracker.get_states() if f"rng.{name}" in states})
+    own = tracker.get_states()
+    tracker.set_states({name: states.get(f"rng.{name}", state) for name, state in own.items()})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flagscale_like.config import Monitors
+from flagscale_like.config import Monitors, RunConfig
 from flagscale_like.training.parts import Event, Facts, Part, Report, Step, Verdict
 
 # The fp16 loss scaler comes from 2**32 down to 1 in fewer overflows in a row.
@@ -27,6 +27,7 @@ class Guard(Part):
 
     Args:
         rewinds: how often the run has gone back so far.
+        suspects: what of the run's configuration may keep gradients from the parameters, in words.
 
     Attributes:
         reason: why the last step's update was not made, with the setting that decided.
@@ -35,8 +36,9 @@ class Guard(Part):
 
     name = "guard"
 
-    def __init__(self, options: Monitors, *, rewinds: int = 0) -> None:
-        self.options, self.rewinds = options, rewinds
+    def __init__(self, options: Monitors, *, rewinds: int = 0, suspects: str = "") -> None:
+        self.options, self.rewinds, self.suspects = options, rewinds, suspects
+        self._checked = False  # whether a step of this start had a gradient
         self.reason, self.skips, self.overflows = "", 0, 0
         self._events: list[Event] = []
 
@@ -49,7 +51,7 @@ class Guard(Part):
                 self.reason = "the fp16 loss scale was too large"
                 return Verdict.SKIP
             facts = replace(facts, grad_norm=math.nan)  # no scale is small enough
-        found = [*self._not_finite(facts), *judge(facts)]
+        found = [*self._not_finite(facts), *self._no_gradient(facts), *judge(facts)]
         self._events += found
         gravest = max(found, key=lambda event: SEVERITY.index(event.action), default=None)
         action, self.reason = (gravest.action, gravest.message) if gravest else ("log", "")
@@ -82,7 +84,22 @@ class Guard(Part):
         if math.isfinite(facts.loss) and math.isfinite(facts.grad_norm):
             return []
         policy, value = self.options.non_finite, facts.grad_norm if math.isfinite(facts.loss) else facts.loss
-        return [Event("non_finite", value, None, policy, f"not finite; monitors.non_finite is {policy}")]
+        why = "not finite" if facts.count else "nothing of the batch counts, as with a loss mask of zeros"
+        return [Event("non_finite", value, None, policy, f"{why}; monitors.non_finite is {policy}")]
+
+    def _no_gradient(self, facts: Facts) -> list[Event]:
+        """A first step that counts and has no gradient at all: the run would train nothing, and would not say so."""
+        if self._checked or not facts.count or not math.isfinite(facts.grad_norm):
+            return []
+        self._checked = True
+        if facts.grad_norm != 0.0:
+            return []
+        why = (
+            "the loss is exactly 0: what counts has weight 0"
+            if facts.loss == 0.0
+            else "no gradient reached a trained parameter" + self.suspects
+        )
+        return [Event("zero_gradient", 0.0, None, "stop", f"of {facts.count:,} counted, {why}")]
 
     def after(self, step: Step, report: Report) -> None:
         """Report the events of the step."""
@@ -95,3 +112,15 @@ class Guard(Part):
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.skips, self.overflows = int(state["skips"]), int(state.get("overflows", 0))
+
+
+def suspects(config: RunConfig) -> str:
+    """What of a configuration may keep gradients from the parameters, for the message of a first step without any."""
+    found = []
+    if config.train.frozen:
+        found.append(f"train.frozen ({', '.join(config.train.frozen)}) leaves nothing that the loss depends on")
+    if config.lora is not None:
+        found.append("the LoRA adapters take no part in the forward pass")
+    if config.train.recompute == "full":
+        found.append("train.recompute full passes no gradient through a layer whose input asks for none")
+    return f"; possible causes: {'; '.join(found)}" if found else ""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flagscale_like.arch import parameters, parameters_by_name
+from flagscale_like.arch import parameters
 from flagscale_like.config import EffectiveRank, LayerNorms, Monitors, Spike
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard, adam_update
@@ -66,7 +66,7 @@ class LayerMonitor:
 
     def __init__(self, options: LayerNorms, engine: Engine) -> None:
         self.options, self.ctx, self.shards = options, engine.ctx, [s for s in engine.owned if s.trained]
-        self.table = parameters_by_name(engine.spec.arch)
+        self.table = engine.spec.table
         units = dict.fromkeys(parameter.unit for parameter in parameters(engine.spec.arch))
         self.units = {unit: column for column, unit in enumerate(units)}
         self._squares: Tensor | None = None

@@ -14,10 +14,8 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.hf_folder import HfFolder
-from flagscale_like.checkpoint.manifest import find_checkpoint
-from flagscale_like.checkpoint.store import CheckpointStore, WeightSource, layout_record, verify
-from flagscale_like.config import Checkpoint, RunConfig
+from flagscale_like.checkpoint.store import CheckpointStore, layout_record
+from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.engine.engine import Engine, engine_states
 from flagscale_like.engine.load import load_random_state
@@ -36,6 +34,7 @@ from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.parts import Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.standard_parts import Saves
+from flagscale_like.training.weights import check_model, weights_to_load
 
 
 @dataclass
@@ -145,7 +144,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole, or it is of another model.
-        ConfigError: see Engine.build().
+        ConfigError: see Engine.build() and weights_to_load().
     """
     store = CheckpointStore(RunFolder(config.run_dir).checkpoints, ctx, config.checkpoint)
     newest, rejected = store.newest_good()
@@ -157,11 +156,15 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         )
     reader = CheckpointReader(newest) if newest is not None else None
     notes += reader.notes if reader is not None else ()
-    source = reader or open_weights(config.checkpoint, ctx)
+    source = weights_to_load(config, reader, ctx)
     strict = reader is not None or config.checkpoint.load_strict
     if source is not None and strict:
-        notes += check_model(config, source, resuming=reader is not None)
+        notes += check_model(config, reader or source, resuming=reader is not None)
+    # What LoRA does not train must be there, even where a different architecture is accepted.
+    strict = strict or config.lora is not None
     engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer, source=source, strict=strict)
+    if engine.base is not None:
+        notes.append(f"the base of the adapters is {engine.base['folder']} (hash {engine.base['xxh3']})")
     scheduler = build_scheduler(engine.optimizer, config)
     progress = Progress(train_samples=config.planned_samples())
     begun = Start(engine, scheduler, store, progress, notes=notes)
@@ -218,53 +221,6 @@ def set_steps(scheduler: OptimizerParamScheduler, steps: int) -> None:
     """Put the learning rate where it is after `steps` steps."""
     scheduler.num_steps = 0
     scheduler.step(increment=steps)
-
-
-def open_weights(options: Checkpoint, ctx: ParallelContext) -> WeightSource | None:
-    """What a new run's weights come from: `load`'s checkpoint, whole, or `init_from_hf`'s folder; None draws them.
-
-    Raises:
-        CheckpointError, ConversionError: it is not there, cannot be read, or is damaged.
-    """
-    if options.init_from_hf:
-        return HfFolder(Path(options.init_from_hf))
-    if not options.load:
-        return None
-    folder = find_checkpoint(Path(options.load))
-    if problems := verify(folder, ctx):
-        raise CheckpointError(f"{folder}: is not whole: {problems[0]}")
-    return CheckpointReader(folder)
-
-
-def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> list[str]:
-    """Refuse weights of another architecture, naming what differs.
-
-    A new run may read the weights with other positions than they were trained with (a scaling of RoPE, another base, NLPE),
-    because these hold no weights. A run that goes on may not.
-
-    Returns:
-        What differs and is allowed, to tell the user.
-
-    Raises:
-        CheckpointError: a field of the model differs.
-    """
-    free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
-    saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
-    before, after = saved["position"], wanted["position"]
-    if not resuming and "alibi" not in (before["kind"], after["kind"]):
-        free.add("position")
-    different = [
-        f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
-        for key, value in wanted.items()
-        if key not in free and saved.get(key) != value
-    ]
-    if different:
-        raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
-    return [
-        f"model.position.{key} is {value!r} from here on; the weights were trained with {before[key]!r}"
-        for key, value in after.items()
-        if before[key] != value
-    ]
 
 
 @functools.cache

@@ -182,7 +182,8 @@ def test_every_layout_trains_a_head_alike_also_where_embeddings_are_tied(layout,
     assert ("output_layer.weight" in names) == (head == "value")
     assert expected[0] != expected[2]
     for found, samples, _ in run_ranks(ranks, regress, tiny_config(tmp_path, parallel=parallel, **tied), head):
-        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+        # Adam turns rounding into signs where a gradient is nearly 0: later steps differ by more.
+        assert found == [pytest.approx(step, rel=rel) for step, rel in zip(expected, (1e-5, 1e-4, 1e-3), strict=True)]
         assert samples in ([], ["length"])
 
 

@@ -166,6 +166,20 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
     check("one process", config)
 
 
+def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 48, "vocab_size": 250}
+    yarn = {"scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}
+    for recompute in ("none", "full"):
+        config = tiny_config(
+            tmp_path,
+            model={"num_layers": 1, "position": yarn, **shape},
+            train__seq_length=16384,
+            train__global_batch_size=1,
+            train__recompute=recompute,
+        )
+        check("one process", config)
+
+
 @pytest.mark.parametrize("name", ["one process", "tp2 sp"])
 def test_a_step_with_the_fused_head_holds_what_is_planned_and_less_than_without(name, tmp_path):
     held = {}

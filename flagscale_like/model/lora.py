@@ -1,0 +1,170 @@
+"""LoRA (Hu et al. 2022): y = W x + scale B A x, as a child module and a forward hook of megatron-core's parallel linears.
+
+Nothing is wrapped, so no parameter of the base changes its name. A matrix W [out, in] has A [r, in] and B [out, r]:
+
+    ColumnParallelLinear   A whole on every rank, B [out/tp, r] cut as the rows of W
+    RowParallelLinear      A [r, in/tp] cut as the columns of W, B whole
+
+What crosses tensor-parallel ranks is A x, [s, b, r]. With SP, each rank sees its part of the sequence where a matrix is
+whole; megatron-core sums the gradients of parameters that are marked `sequence_parallel`.
+
+DoRA (Liu et al. 2024) also trains the lengths m of the rows: y = m / |W + scale B A| (W x + scale B A x), rows' norms taken
+over `in` and, as in the paper's section 4.3, without a gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from flagscale_like.config import Lora
+from flagscale_like.runtime.parallel import ParallelContext
+
+# The number of masks drawn so far, among megatron-core's random streams: a recomputed forward pass gets its own number back,
+# and checkpoints save it with the other streams.
+MASKS_DRAWN = "adapter-dropout"
+
+
+class Adapter(nn.Module):
+    """A and B of one matrix.
+
+    Args:
+        linear: holds W, whose dtype and device the adapter has.
+        seed: of the dropout, different on ranks that see different data or layers.
+
+    Attributes:
+        on: whether the adapter takes part in the forward pass.
+    """
+
+    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, options: Lora, seed: str) -> None:
+        super().__init__()
+        self.column, self.group = isinstance(linear, ColumnParallelLinear), linear.tp_group
+        self.sequence_parallel, self.scale = linear.sequence_parallel, options.scale
+        self.dropout, self.on = options.dropout, True
+        # Ranks that hold the same inputs draw the same mask: otherwise their copies of A would grow apart.
+        alike = self.column and not self.sequence_parallel
+        self.seed = seed if alike else f"{seed}/tp{self.group.rank()}"
+        out, inner = linear.weight.shape
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device=linear.weight.device))
+
+        self.a, self.b = new(options.rank, inner), new(out, options.rank)
+        cut, whole = ({self.b: 0}, [self.a]) if self.column else ({self.a: 1}, [self.b])
+        if options.dora:
+            self.magnitude = new(out)
+            if self.column:
+                cut[self.magnitude] = 0
+            else:
+                whole.append(self.magnitude)
+        else:
+            self.magnitude = None
+        for parameter, dimension in (*cut.items(), *((parameter, -1) for parameter in whole)):
+            parameter.tensor_model_parallel, parameter.partition_dim = dimension >= 0, dimension
+            parameter.partition_stride = 1
+        for parameter in whole:
+            parameter.sequence_parallel = self.sequence_parallel
+
+    def forward(self, x: Tensor, base: Tensor, linear: nn.Module) -> Tensor:
+        """The output with the adapter.
+
+        Args:
+            x: input of the linear: column [s, b, in] (s/tp with SP), row [s, b, in/tp].
+            base: its output: column [s, b, out/tp], row [s, b, out] (s/tp with SP).
+        """
+        low = F.linear(self._drop(x), self.a)  # [s(/tp), b, r]
+        if self.column and self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, group=self.group)
+        elif self.column:
+            low = copy_to_tensor_model_parallel_region(low, group=self.group)
+        elif self.sequence_parallel:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=self.group)
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=self.group)
+        rows, low = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
+        kept = self.scale / (1 - self.dropout if self.training else 1.0)
+        y = torch.addmm(rows, low, self.b.t(), alpha=kept).view_as(base)
+        if self.magnitude is None:
+            return y
+        factor = (self.magnitude / self.row_norms(linear.weight)).to(y.dtype)
+        bias = linear.bias if linear.bias is not None and not linear.skip_bias_add else None
+        return y * factor if bias is None else (y - bias) * factor + bias
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """x with some elements set to 0; the others are scaled up with the product (see forward())."""
+        if not self.dropout or not self.training:
+            return x
+        tracker = get_cuda_rng_tracker()
+        states = tracker.get_states()
+        drawn = states[MASKS_DRAWN]
+        tracker.set_states(states | {MASKS_DRAWN: drawn + 1})
+        digest = hashlib.sha256(f"{self.seed}/{int(drawn)}".encode()).digest()
+        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:6], "little"))
+        return x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+            1 - self.dropout, generator=generator
+        )
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """|W + scale B A| over `in`, fp32: [out/tp] of a column's W, [out] of a row's, whose columns lie on all ranks.
+
+        By |W|² + 2 scale B·(W Aᵀ) + scale² B (A Aᵀ)·B, so that the sum is never made.
+        """
+        a, b = self.a.float(), self.b.float()
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        square += 2 * self.scale * ((weight @ self.a.t()).float() * b).sum(1)
+        square += self.scale**2 * ((b @ (a @ a.t())) * b).sum(1)
+        if not self.column and self.group.size() > 1:
+            dist.all_reduce(square, group=self.group)
+        return square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+
+def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed: int) -> None:
+    """Give every parallel linear of the layers that `options` names an adapter, with uninitialised weights."""
+    tracker = get_cuda_rng_tracker()
+    if MASKS_DRAWN not in tracker.get_states():
+        tracker.set_states(tracker.get_states() | {MASKS_DRAWN: torch.zeros((), dtype=torch.int64, device="cpu")})
+    place = f"{seed}/dp{ctx.dp_rank}/pp{ctx.groups.pp.rank()}"
+    for name, module in list(chunk.decoder.layers.named_modules()):
+        if name.rpartition(".")[2] in options.targets and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.lora = Adapter(module, options, place)
+            module.register_forward_hook(_adapt)
+
+
+def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+    return (linear.lora(inputs[0], output[0], linear), output[1]) if linear.lora.on else None
+
+
+def adapted(chunks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The linears that have an adapter."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(getattr(module, "lora", None), Adapter))
+
+
+@contextmanager
+def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it the chunks compute what they compute without adapters."""
+    adapters = [module.lora for module in adapted(chunks)]
+    before = [adapter.on for adapter in adapters]
+    for adapter in adapters:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter, on in zip(adapters, before, strict=True):
+            adapter.on = on

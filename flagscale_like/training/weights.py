@@ -1,0 +1,133 @@
+"""What a run's weights are loaded from: its own checkpoint, another one, a Hugging Face folder; a base and its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flagscale_like.checkpoint.adapters import AdaptedWeights, Base, holds_adapters, identify, lora_of, open_base
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.manifest import find_checkpoint
+from flagscale_like.checkpoint.store import WeightSource, verify
+from flagscale_like.config import Checkpoint, Lora, RunConfig
+from flagscale_like.config.lora import NO_BASE
+from flagscale_like.errors import CheckpointError, ConfigError
+from flagscale_like.runtime.parallel import ParallelContext
+
+# Options of the adapters that decide what a checkpoint's adapters compute. The others may change on resume.
+FIXED = ("rank", "alpha", "targets", "rslora", "dora")
+
+
+def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: ParallelContext) -> WeightSource | None:
+    """The source of a run's weights; None where they are drawn. All ranks call it.
+
+    Args:
+        reader: the run's own newest checkpoint, if it has one.
+
+    Raises:
+        ConfigError: a new run with LoRA has no weights to begin with.
+        CheckpointError, ConversionError: a source is not there, cannot be read, or does not belong to the others.
+    """
+    source = reader or open_weights(config.checkpoint, ctx)
+    if config.lora is None:
+        if source is not None and holds_adapters(source):
+            raise CheckpointError(
+                f"{source.folder}: holds LoRA adapters: give the group lora to train them, or merge them into their base "
+                "with `convert export --merge`"
+            )
+        return source
+    if source is None:
+        raise ConfigError(NO_BASE)
+    if not isinstance(source, CheckpointReader) or not holds_adapters(source):
+        if reader is not None:
+            raise CheckpointError(
+                f"{source.folder}: was saved without lora: go on without it, or begin a new run from it with "
+                f"checkpoint.load"
+            )
+        return source
+    _check_options(source, config.lora)
+    named = Path(config.lora.base) if config.lora.base else _renamed(config, source)
+    base = open_base(
+        source, named, way_out="name its folder with lora.base", identity=lambda base: identify_once(base, ctx)
+    )
+    if config.checkpoint.load_strict:
+        check_model(config, base, resuming=False)
+    return AdaptedWeights(base, source)
+
+
+def identify_once(base: Base, ctx: ParallelContext) -> dict:
+    """identify(), whose reading rank 0 does for all."""
+    return ctx.broadcast(identify(base) if ctx.is_main else None)
+
+
+def _check_options(adapters: CheckpointReader, wanted: Lora) -> None:
+    saved = lora_of(adapters)
+    different = [
+        f"lora.{name}: {getattr(saved, name)!r} saved, {getattr(wanted, name)!r} configured"
+        for name in FIXED
+        if getattr(saved, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise CheckpointError(f"{adapters.folder}: has other adapters: {'; '.join(different)}")
+
+
+def _renamed(config: RunConfig, adapters: CheckpointReader) -> Path | None:
+    """The base that the configuration names now, where it named another when the checkpoint was saved."""
+    saved = adapters.state.get("config", {}).get("checkpoint", {})
+    for name in ("init_from_hf", "load"):
+        now = getattr(config.checkpoint, name)
+        if now and saved and now != saved.get(name) and not _is_at(Path(now), adapters):
+            return Path(now)
+    return None
+
+
+def _is_at(path: Path, adapters: CheckpointReader) -> bool:
+    """Whether a path of checkpoint.load is that of the adapters themselves."""
+    return adapters.folder.absolute().is_relative_to(path.absolute())
+
+
+def open_weights(options: Checkpoint, ctx: ParallelContext) -> WeightSource | None:
+    """What a new run's weights come from: `load`'s checkpoint, whole, or `init_from_hf`'s folder; None draws them.
+
+    Raises:
+        CheckpointError, ConversionError: it is not there, cannot be read, or is damaged.
+    """
+    if options.init_from_hf:
+        return HfFolder(Path(options.init_from_hf))
+    if not options.load:
+        return None
+    folder = find_checkpoint(Path(options.load))
+    if problems := verify(folder, ctx):
+        raise CheckpointError(f"{folder}: is not whole: {problems[0]}")
+    return CheckpointReader(folder)
+
+
+def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> list[str]:
+    """Refuse weights of another architecture, naming what differs.
+
+    A new run may read the weights with other positions than they were trained with (a scaling of RoPE, another base, NLPE),
+    because these hold no weights. A run that goes on may not.
+
+    Returns:
+        What differs and is allowed, to tell the user.
+
+    Raises:
+        CheckpointError: a field of the model differs.
+    """
+    free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
+    saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
+    before, after = saved["position"], wanted["position"]
+    if not resuming and "alibi" not in (before["kind"], after["kind"]):
+        free.add("position")
+    different = [
+        f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
+        for key, value in wanted.items()
+        if key not in free and saved.get(key) != value
+    ]
+    if different:
+        raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
+    return [
+        f"model.position.{key} is {value!r} from here on; the weights were trained with {before[key]!r}"
+        for key, value in after.items()
+        if before[key] != value
+    ]
