@@ -194,7 +194,10 @@ def learn_pairs(config, kinds):
     found = []
     for parallel in kinds:
         with parallel_context(config.parallel.model_copy(update=parallel)) as ctx:
-            for objective in (Preference(DirectPreference(reference="none")), Reward(RewardModel())):
+            for objective in (
+                Preference(DirectPreference(kind="dpo", reference="none")),
+                Reward(RewardModel(kind="reward")),
+            ):
                 head = "value" if isinstance(objective, Reward) else "language_model"
                 numbers = {"parallel": ctx.layout, "seq_length": 16, "micro_batch_size": 2, "head": head}
                 engine = Engine.build(
