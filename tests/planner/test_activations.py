@@ -6,6 +6,7 @@ import torch
 from flagscale_kernels.linear_cross_entropy import default_chunk_tokens, fused_linear_cross_entropy
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import Kernels, RunConfig
+from flagscale_like.model.offload import return_weight_gradients
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
 from flagscale_like.planner.saved import (
@@ -66,6 +67,9 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
     """(stage, peak bytes held) of one training step."""
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
+        if ctx.replicas > 1:
+            for model in engine.models:
+                return_weight_gradients(model)
         skip = {p.untyped_storage().data_ptr() for c in engine.chunks for p in c.parameters()}
         for model in engine.models:  # RoPE's tables are made once and kept: no activation
             for layer in model.decoder.layers:
