@@ -217,10 +217,10 @@ def reader(task: str, weights: dict, way: str, length: int, ctx: ParallelContext
 
 @torch.no_grad()
 def code_losses(model: LanguageModel, windows: list[np.ndarray], length: int) -> list[float]:
-    """The mean loss of each stretch of BIN positions, over the beginnings of all windows."""
+    """The mean loss of each stretch of BIN positions. All lengths end at the ends of the windows, on the same tokens."""
     total = torch.zeros(length)
     for window in windows:
-        row = torch.from_numpy(window[: length + 1])[None]
+        row = torch.from_numpy(window[-length - 1 :])[None]
         total += model(row[:, :-1], None, None, labels=row[:, 1:])[0]
     return (total / len(windows)).view(-1, BIN).mean(-1).tolist()
 
@@ -269,10 +269,10 @@ def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
 
 
 def tables(results: dict) -> str:
-    """Perplexity of the last 256 tokens of texts of each length, and the share of right answers."""
+    """Perplexity of the same 256 tokens at the end of texts of each length, and the share of right answers."""
     heads = "".join(f" {length:,} |" for length in LENGTHS)
     rule = "|---|" + "---|" * len(LENGTHS)
-    lines = [f"| perplexity of the last 256 tokens of |{heads}", rule]
+    lines = [f"| perplexity, read at |{heads}", rule]
     for way in WAYS:
         ends = [np.mean(results["code"][way][length][-256 // BIN :]) for length in LENGTHS]
         lines.append(f"| {way} |" + "".join(f" {math.exp(end):.2f} |" for end in ends))
