@@ -7,6 +7,7 @@ them, and rename the folder. An interrupted conversion leaves a hidden temporary
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -302,9 +303,17 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, tok
     json_files.write_json(
         folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids}
     )
-    json_files.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    json_files.write_json(folder / "generation_config.json", generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
+
+
+def generation_settings(tokenizer: Path | None, ids: dict[str, Any]) -> dict[str, Any]:
+    """The settings of generation: those beside the tokenizer, such as all ids that end an answer, or the tokenizer's ids."""
+    path = tokenizer / "generation_config.json" if tokenizer is not None else None
+    if path is None or not path.is_file():
+        return {"_from_model_config": True, **ids}
+    return ids | json.loads(path.read_text(encoding="utf-8"))
 
 
 def export(

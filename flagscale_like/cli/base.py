@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,12 +24,27 @@ def example(text: str) -> str:
 
 app = typer.Typer(
     name="flagscale-like",
-    help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
     epilog=example("flagscale-like init first-run, and then cd first-run; flagscale-like train run.yaml"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flagscale_like {version('flagscale_like')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """3D-parallel pretraining and fine-tuning of language models, from a laptop CPU to a GPU cluster."""
+
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]
 Overrides = Annotated[

@@ -13,6 +13,9 @@ from torch.utils.data import default_collate
 
 from flagscale_like.runtime.row_cut import RowCut
 
+# In Batch.extras, float [b, s]: 1 at the first label of each conversation, where each has the same weight in the loss.
+CONVERSATIONS = "conversations"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

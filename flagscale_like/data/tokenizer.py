@@ -139,6 +139,15 @@ class Tokenizer:
             return self._fast.decode(ids, skip_special_tokens=not special)
         return self._slow.decode(ids, skip_special_tokens=not special)
 
+    def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` adds to the text of `ids`.
+
+        Both are decoded together and cut, because a decoder drops the space at the beginning of a text (SentencePiece), and a
+        character may be spread over several tokens.
+        """
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and save it as a Hugging Face folder.

@@ -21,13 +21,13 @@ class RowCut:
 
     Attributes:
         rank, size: in the group.
-        group: the context-parallel ranks that hold the rows.
+        group: the context-parallel ranks that hold the rows; None of a cut that is only looked at.
     """
 
     rank: int
     size: int
     zigzag: bool
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
     @property
     def chunks(self) -> int:

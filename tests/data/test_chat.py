@@ -8,11 +8,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from flagscale_like.checkpoint.hf import generation_settings
 from flagscale_like.data.chat import (
     BadConversationError,
     ChatTokenizer,
     NothingCountsError,
     check_messages,
+    copy_with_template,
     parse_record,
     read_template,
 )
@@ -249,3 +251,21 @@ def test_the_command_says_what_it_wrote_and_inspect_marks_what_counts(folder, tm
     found = invoke(["data", "chat", "x.jsonl", "--tokenizer", str(bare), "--out", "y"])
     assert "has no chat template: give one with --template FILE" in found.error
     assert Tokenizer(folder).decode_one(1) == "<|im_end|>"
+
+
+def test_a_copy_of_the_tokenizer_says_every_token_that_ends_an_answer(folder, tmp_path):
+    copy_with_template(folder, MARKED, tmp_path / "same")
+    assert not (tmp_path / "same/generation_config.json").exists()
+    starts = CHATML.replace("<|im_end|>", "<|im_start|>")
+    copy_with_template(folder, starts, tmp_path / "other")
+    assert json.loads((tmp_path / "other/generation_config.json").read_text())["eos_token_id"] == [1, 0]
+    assert ChatTokenizer(tmp_path / "other").end == 0
+    with pytest.raises(DataError, match="is there with another chat template"):
+        copy_with_template(folder, MARKED, tmp_path / "other")
+    copy_with_template(folder, MARKED, tmp_path / "other", replace=True)
+    assert read_template(tmp_path / "other") == MARKED
+    ids = {"eos_token_id": 1, "bos_token_id": 5}
+    found = generation_settings(tmp_path / "same", ids)
+    assert found == {"_from_model_config": True, **ids}
+    (tmp_path / "same/generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    assert generation_settings(tmp_path / "same", ids) == {"eos_token_id": [1, 0], "bos_token_id": 5}

@@ -57,6 +57,7 @@ def test_a_row_has_each_conversation_as_a_document_and_counts_nothing_of_the_res
     assert pack_row(pairs, 5, pad=9)["documents"].tolist() == [0, 2, 5]
     halved = pack_row([(pairs[0][0], np.array([0, 2, 2]))], 2, pad=9, per_conversation=True)
     assert halved["loss_mask"].tolist() == [0.5, 0.5]
+    assert halved["extras"]["conversations"].tolist() == [1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_per_conversation_each_has_the_same_weight(chats, tmp_path):
         row = rows[position]
         conversations = len(Provenance(rows, ["a", "b"]).parts(position)) if "documents" in row else 1
         assert row["loss_mask"].sum().item() == pytest.approx(conversations, abs=1e-5)
+        assert row["extras"]["conversations"].sum().item() == conversations
 
 
 def test_the_packs_are_cached_and_follow_their_source(chats, tmp_path):
