@@ -189,18 +189,12 @@ def chat(  # typer makes an option of every parameter
 
     A line has messages [{role, content}], prompt and completion, or ShareGPT's conversations [{from, value}].
     """
-    from flagscale_like.data.chat import read_template, read_template_file
     from flagscale_like.data.preprocess import preprocess_chat
     from flagscale_like.data.readers import find_inputs
     from flagscale_like.data.shards import ChatOptions
-    from flagscale_like.errors import DataError
 
     files = find_inputs(inputs)
-    if long != "refuse" and length is None:
-        raise ConfigError(f"--long {long} needs --length, the places of a row (train.seq_length)")
-    text = read_template_file(template) if template else read_template(tokenizer)
-    if text is None:
-        raise DataError(f"tokenizer {tokenizer}: has no chat template: give one with --template FILE (Jinja)")
+    text = _chat_template(tokenizer, template, long, length)
     with _progress(files) as progress:
         report, own = preprocess_chat(
             files,
@@ -216,6 +210,96 @@ def chat(  # typer makes an option of every parameter
         )
     _print_chat_report(report, own)
     typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .documents.parquet, .report.json")
+
+
+@data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
+def pairs(  # typer makes an option of every parameter
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
+    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
+    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Places of a row: train.seq_length.")] = None,
+    long: Annotated[
+        Literal["refuse", "drop", "cut"],
+        typer.Option(help="Pairs whose two conversations do not fit --length together; cut shortens their ends."),
+    ] = "refuse",
+    skip_empty: Annotated[
+        bool, typer.Option("--skip-empty", help="Leave out pairs with an answer of which no token counts.")
+    ] = False,
+    bad_lines: Annotated[
+        Literal["stop", "skip"], typer.Option(help="Lines without a pair: stop at the first, or count and skip them.")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    max_document_mb: Annotated[
+        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
+    ] = 64.0,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
+    ] = None,
+) -> None:
+    """Tokenize pairs of answers for DPO and reward models: the tokens, which count, and a table with the line of each pair.
+
+    A line has prompt, chosen and rejected (texts or messages), or chosen and rejected as whole conversations; margin and
+    weight may stand beside them.
+    """
+    from flagscale_like.data.preprocess import preprocess_chat
+    from flagscale_like.data.readers import find_inputs
+    from flagscale_like.data.shards import ChatOptions
+
+    files = find_inputs(inputs)
+    text = _chat_template(tokenizer, template, long, length)
+    with _progress(files) as progress:
+        report, own = preprocess_chat(
+            files,
+            tokenizer,
+            out,
+            ChatOptions(text, "all", length, long, skip_empty, pairs=True),
+            workers=workers,
+            bad_lines=bad_lines,
+            overwrite=overwrite,
+            max_document_bytes=int(max_document_mb * 2**20),
+            shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            progress=progress,
+        )
+    _print_pair_report(report, own)
+    typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .pairs.npy, .documents.parquet, .report.json")
+
+
+def _chat_template(tokenizer: Path, template: Path | None, long: str, length: int | None) -> str:
+    """The chat template of `data chat` and `data pairs`, from its file or the tokenizer's folder."""
+    from flagscale_like.data.chat import read_template, read_template_file
+    from flagscale_like.errors import DataError
+
+    if long != "refuse" and length is None:
+        raise ConfigError(f"--long {long} needs --length, the places of a row (train.seq_length)")
+    text = read_template_file(template) if template else read_template(tokenizer)
+    if text is None:
+        raise DataError(f"tokenizer {tokenizer}: has no chat template: give one with --template FILE (Jinja)")
+    return text
+
+
+def _print_pair_report(report: Report, tokenizer: Path) -> None:
+    """Print the counts of `data pairs`, what was left out, where a reward is read, and what a run needs."""
+    from flagscale_like.data.chat_shards import COUNTED, CUT, ENDS
+    from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
+
+    if report.dropped or report.bad_lines:
+        _print_report(report)
+    number, counted = report.documents // 2, report.counts[COUNTED]
+    typer.echo(
+        f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
+        f"{report.counts.get(CUT, 0):,} cut; {report.counts[MARGINS]:,} with a margin"
+    )
+    for name, count in report.counts.items():
+        if name.startswith(ENDS):
+            typer.echo(f"a reward is read at the last counted token: {name.removeprefix(ENDS)} of {count:,} answers")
+    if report.counts[OTHER_PROMPTS]:
+        typer.echo(f"note: {report.counts[OTHER_PROMPTS]:,} {OTHER_PROMPTS}: each answer counts after its own tokens")
+    typer.echo(f"a run names the tokenizer {tokenizer}, which has the chat template")
 
 
 def _print_chat_report(report: Report, tokenizer: Path) -> None:

@@ -31,6 +31,7 @@ from flagscale_like.data.conversations import Conversations, conversations_at
 from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates, near_duplicates
 from flagscale_like.data.filters import Cleaning
 from flagscale_like.data.index_file import write_index
+from flagscale_like.data.pair_shards import PairShardMaker
 from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit, kind
 from flagscale_like.data.report import EXAMPLES, Report, format_place
 from flagscale_like.data.shards import (
@@ -40,6 +41,7 @@ from flagscale_like.data.shards import (
     ShardOptions,
     fingerprint,
     plan_shards,
+    read_judgements,
     read_row_lengths,
 )
 from flagscale_like.errors import DataError
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
 TEXT_OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 CHAT_OUTPUTS = (".bin", ".mask.bin", ".documents.parquet", ".report.json", ".mask.idx", ".chat.json", ".idx")
+PAIR_OUTPUTS = (".pairs.npy", *CHAT_OUTPUTS)
 
 
 def preprocess(  # each parameter is one option of the command `preprocess`
@@ -148,7 +151,9 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
 
 
 def _maker_of(options: ShardOptions) -> ShardMaker:
-    return ChatShardMaker(options) if options.chat else ShardMaker(options)
+    if options.chat is None:
+        return ShardMaker(options)
+    return PairShardMaker(options) if options.chat.pairs else ChatShardMaker(options)
 
 
 def _write(
@@ -289,7 +294,8 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
     import pyarrow.parquet as pq
 
     report, lengths = Report(), []
-    outputs = CHAT_OUTPUTS if maker.options.chat else TEXT_OUTPUTS
+    chat = maker.options.chat
+    outputs = TEXT_OUTPUTS if chat is None else PAIR_OUTPUTS if chat.pairs else CHAT_OUTPUTS
     partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in outputs}
     originals = _find_duplicates(shards, maker.options.cleaning, shards[0].rows.parent if shards else prefix)
     places = _DocumentPlaces(shards, pieces)
@@ -370,9 +376,13 @@ def _write_chat(
     write_index(partial[".mask.idx"], lengths, dtype)
     chat, words = maker.options_of_chat, maker.tokenizer
     counted, length = report.counts[COUNTED], chat.length
-    Conversations(str(words.folder), words.vocab_size, chat.template, chat.train, length, counted).write(
+    Conversations(str(words.folder), words.vocab_size, chat.template, chat.train, length, counted, chat.pairs).write(
         partial[".chat.json"]
     )
+    if chat.pairs:
+        values = np.concatenate([read_judgements(shard) for shard in shards])
+        with open(partial[".pairs.npy"], "wb") as file:
+            np.save(file, values[::2])  # the two answers of a pair have the same
 
 
 class _DocumentPlaces:

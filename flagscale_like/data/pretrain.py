@@ -19,8 +19,9 @@ from flagscale_like.config import Chat, Prepare, RunConfig, Source
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
-from flagscale_like.data.conversations import check_conversations, conversations_at
+from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
 from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
@@ -71,7 +72,8 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            train_bpe(_texts(prepare), prepare.tokenizer_vocab_size, folder / "tokenizer")
+            texts = _texts(prepare, pairs=config.objective.reads_pairs)
+            train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
     if prepare.chat is not None:
         tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
     elif not Path(f"{prefix}.idx").is_file():
@@ -82,14 +84,16 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def _texts(prepare: Prepare) -> Iterator[str]:
-    """The texts that a tokenizer is trained on."""
+def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
+    """The texts that a tokenizer is trained on; of pairs, the messages of both conversations."""
     if prepare.chat is None:
         yield from (document.text for document in read_documents(find_inputs(prepare.input)))
         return
     for line in read_documents(find_inputs(prepare.input), key=None):
         try:
-            yield from (message["content"] for message in parse_record(line.text).messages)
+            pair = parse_pair(line.text) if pairs else None
+            found = [pair.chosen, pair.rejected] if pair else [parse_record(line.text)]
+            yield from (message["content"] for conversation in found for message in conversation.messages)
         except BadConversationError as error:
             raise DataError(f"{line.source}:{line.line}: {error}") from None
 
@@ -102,9 +106,10 @@ def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, w
     own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
     found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
     if found is None:
-        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty)
+        pairs = config.objective.reads_pairs
+        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
         preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
-    elif (found.template, found.train) != (template, chat.train):
+    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads_pairs):
         raise DataError(
             f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
         )
@@ -135,21 +140,44 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
             if not Path(source.path + suffix).is_file():
                 raise DataError(
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
-                    "conversations, `data chat`)"
+                    "conversations, `data chat`; of pairs, `data pairs`)"
                 )
         found = conversations_at(source.path)
         if found is not None:
             places, vocab_size = config.train.seq_length, config.model.vocab_size
             check_conversations(source.path, found, places=places, tokenizer=tokenizer.folder, vocab_size=vocab_size)
-        _check_split(config, source.path, read_lengths(source.path))
+        _check_kind(config, source.path, found)
+        _check_split(
+            config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
+        )
     return tokenizer
+
+
+def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> None:
+    """Check that a source holds what the objective reads.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    kind, pairs = config.objective.kind, found is not None and found.pairs
+    if config.objective.reads_pairs and not pairs:
+        held = "conversations" if found else "text"
+        raise DataError(
+            f"data source {prefix}: holds {held}, objective.kind {kind} reads pairs of answers: make them with "
+            f"`data pairs IN --tokenizer {config.data.tokenizer} --out PREFIX`"
+        )
+    if pairs and not config.objective.reads_pairs:
+        raise DataError(
+            f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
+            "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"
+        )
 
 
 def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
     """Check that each split that the run reads has tokens. For a split without tokens, megatron-core's dataset never returns.
 
     Args:
-        lengths: tokens of each document of the source.
+        lengths: tokens of each document, or of each pair, of the source.
     """
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
     evaluates = config.train.eval_interval > 0

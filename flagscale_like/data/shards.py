@@ -39,6 +39,7 @@ class ChatOptions:
         long: what happens to a conversation that takes more places: `refuse` ends with an error, `drop` leaves it out, `cut`
             keeps its beginning.
         skip_empty: leave out a conversation without a counted token; without it, such a conversation is an error.
+        pairs: a line is a pair of answers, whose two conversations share a row; see pair_shards.
     """
 
     template: str
@@ -46,6 +47,7 @@ class ChatOptions:
     length: int | None = None
     long: Literal["refuse", "drop", "cut"] = "refuse"
     skip_empty: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class ShardMaker:
             shard.remove()
             with (
                 open(shard.tokens, "wb") as tokens,
-                _RowWriter(shard.rows, self.options.cleaning) as rows,
+                _RowWriter(shard.rows, self.options) as rows,
                 self._weights_file(shard) as masks,
             ):
                 for document, ids, weights in self.encoded(pieces, report, lines):
@@ -252,19 +254,23 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _RowWriter:
-    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed."""
+    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed; margin
+    and weight of answers.
+    """
 
     ROWS = 4096
 
-    def __init__(self, path: Path, cleaning: Cleaning) -> None:
+    def __init__(self, path: Path, options: ShardOptions) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._pa, self._duplicates = pa, cleaning.duplicates
+        self._pa, self._duplicates = pa, options.cleaning.duplicates
+        self._pairs = options.chat is not None and options.chat.pairs
         names = pa.dictionary(pa.int32(), pa.string())
         fields = [("source", names), ("line", pa.int64()), ("tokens", pa.int32()), ("characters", pa.int64())]
         fields += [("digest", pa.binary(16))] if self._duplicates != "keep" else []
         fields += [("signature", pa.binary())] if self._duplicates == "near" else []
+        fields += [("margin", pa.float32()), ("weight", pa.float32())] if self._pairs else []
         self._schema = pa.schema(fields)
         self._file = open(path, "wb")  # noqa: SIM115
         self._writer = pq.ParquetWriter(self._file, self._schema)
@@ -274,6 +280,7 @@ class _RowWriter:
         row = [document.source, document.line, tokens, len(document.text)]
         row += [text_digest(document.text)] if self._duplicates != "keep" else []
         row += [minhash_signature(document.text)] if self._duplicates == "near" else []
+        row += [document.margin, document.weight] if self._pairs else []
         self._rows.append(tuple(row))
         if len(self._rows) >= self.ROWS:
             self._flush()
@@ -323,3 +330,11 @@ def read_row_lengths(shard: Shard) -> np.ndarray:
     import pyarrow.parquet as pq
 
     return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)
+
+
+def read_judgements(shard: Shard) -> np.ndarray:
+    """Read margin and weight of the pair that each document of a shard belongs to, float32 [documents, 2]."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shard.rows, columns=["margin", "weight"])
+    return np.stack([column.to_numpy() for column in table.columns], axis=1).astype(np.float32)

@@ -18,7 +18,7 @@ from flagscale_like.checkpoint.store import CheckpointStore, layout_record
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.engine.engine import Engine, engine_states
-from flagscale_like.engine.load import load_random_state
+from flagscale_like.engine.load import base_record, load_random_state
 from flagscale_like.engine.objective import Objective
 from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.model.spec import ModelSpec
@@ -44,6 +44,7 @@ class Start:
     Attributes:
         saved: state.json of the checkpoint that the run goes on from; empty where it begins.
         new: whether the weights were drawn.
+        weights: what the weights of a new run come from, as checkpoint.adapters records it; None where they were drawn.
         notes: what to tell the user about it.
     """
 
@@ -53,6 +54,7 @@ class Start:
     progress: Progress
     saved: dict[str, Any] = field(default_factory=dict)
     new: bool = False
+    weights: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -174,6 +176,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
+        begun.weights = base_record(source, ctx)
         notes += [f"not loaded: {reason}" for reason in engine.left]
     else:
         begun.new = True
