@@ -52,7 +52,9 @@ class Tokenizer:
             else:
                 from transformers import AutoTokenizer
 
-                self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+                self._slow = AutoTokenizer.from_pretrained(
+                    str(self.folder), trust_remote_code=False, local_files_only=True
+                )
                 self.vocab_size, self.eod = len(self._slow), self._slow.eos_token_id
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"tokenizer {folder}: cannot be read: {str(error).splitlines()[0]}") from None

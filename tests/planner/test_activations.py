@@ -139,7 +139,13 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
 
 
 def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 48, "vocab_size": 250}
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "ffn_hidden_size": 48,
+        "vocab_size": 250,
+    }
     yarn = {"scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}
     for recompute in ("none", "full"):
         config = tiny_config(
