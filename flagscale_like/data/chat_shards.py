@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flagscale_like.data.chat import BadConversationError, ChatTokenizer, Encoded, NothingCountsError, parse_record
+from flagscale_like.data.formats import printable
 from flagscale_like.data.readers import BadLine, Document, Piece, PieceReader
 from flagscale_like.data.report import Report
 from flagscale_like.data.shards import ChatOptions, ShardMaker, ShardOptions, in_file
@@ -41,7 +42,7 @@ class ChatShardMaker(ShardMaker):
                 if encoded is not None:
                     self._count(encoded, report)
                     yield found, encoded.ids, encoded.weights
-            lines[piece.path] = reader.lines
+            lines[printable(piece.path)] = reader.lines
 
     def _encode(self, line: Document, piece: Piece, report: Report) -> Encoded | None:
         """The tokens of a line; None, and counted in `report`, if the options leave it out."""
