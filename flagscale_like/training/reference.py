@@ -1,8 +1,8 @@
 """The log-probabilities of DPO's reference model: computed once by the starting weights, and kept in the run folder.
 
 RUN_DIR/reference.safetensors holds, for each data source, by its mark (data.blend.source_mark), a float32 number for each
-answer, chosen and rejected in turn. Its metadata says what the numbers are of (the weights, the sources, the length of a row) and has a checksum. A run that starts or
-goes on with others refuses the file; every checkpoint of the run has the checksum.
+answer, chosen and rejected in turn. Its metadata says what the numbers are of (the weights, the sources, the length of a row)
+and has a checksum. A run that starts or goes on with others refuses the file; every checkpoint of the run has the checksum.
 """
 
 from __future__ import annotations
