@@ -14,6 +14,7 @@ plot.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -217,10 +218,10 @@ def reader(task: str, weights: dict, way: str, length: int, ctx: ParallelContext
 
 @torch.no_grad()
 def code_losses(model: LanguageModel, windows: list[np.ndarray], length: int) -> list[float]:
-    """The mean loss of each stretch of BIN positions, over the beginnings of all windows."""
+    """The mean loss of each stretch of BIN positions. All lengths end at the ends of the windows, on the same tokens."""
     total = torch.zeros(length)
     for window in windows:
-        row = torch.from_numpy(window[: length + 1])[None]
+        row = torch.from_numpy(window[-length - 1 :])[None]
         total += model(row[:, :-1], None, None, labels=row[:, 1:])[0]
     return (total / len(windows)).view(-1, BIN).mean(-1).tolist()
 
@@ -238,8 +239,16 @@ def recall_share(model: LanguageModel, length: int, rows: int) -> float:
     return right / asked
 
 
+def perplexity(losses: list[float]) -> float:
+    """Of the last 256 tokens."""
+    return math.exp(np.mean(losses[-256 // BIN :]))
+
+
 def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
-    """Both models' results by way and length: {"code": {way: {length: [loss, ...]}}, "recall": {way: {length: share}}}."""
+    """Both models' results by way and length: {"code": {way: {length: [loss, ...]}}, "recall": {way: {length: share}}}.
+
+    The lengths are text, as JSON has them.
+    """
     work = options.work
     tokens, windows = code_tokens(work)
     windows = random.Random(0).sample(windows, min(options.windows, len(windows)))
@@ -252,16 +261,18 @@ def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
         "code": lambda model, length: code_losses(model, windows, length),
         "recall": lambda model, length: recall_share(model, length, options.rows),
     }
-    results: dict = {"steps": {task: curve for task, (_, curve) in models.items()}}
-    for task, test in tests.items():
-        results[task] = {}
-        for way in WAYS:
-            results[task][way] = {}
-            for length in LENGTHS:
-                model = reader(task, models[task][0], way, length, ctx)
-                results[task][way][length] = found = test(model, length)
-                shown = found if task == "recall" else math.exp(found[-1])
-                print(f"{task}, {way}, {length}: {shown:.3f}", flush=True)
+    file = work / f"results-{options.code_steps}-{options.recall_steps}.json"
+    results = json.loads(file.read_text()) if file.is_file() else {task: {way: {} for way in WAYS} for task in tests}
+    for task, way, length in itertools.product(tests, WAYS, LENGTHS):
+        kept = results[task][way]
+        if str(length) not in kept:
+            kept[str(length)] = tests[task](reader(task, models[task][0], way, length, ctx), length)
+            file.write_text(json.dumps(results) + "\n")
+            found = kept[str(length)]
+            shown = (
+                f"{100 * found:.1f} % right" if task == "recall" else f"perplexity {perplexity(found):.2f} at the end"
+            )
+            print(f"{task}, {way}, {length}: {shown}", flush=True)
     return results
 
 
@@ -269,47 +280,47 @@ def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
 
 
 def tables(results: dict) -> str:
-    """Perplexity of the last 256 tokens of texts of each length, and the share of right answers."""
+    """Perplexity of the same 256 tokens at the end of texts of each length, and the share of right answers."""
     heads = "".join(f" {length:,} |" for length in LENGTHS)
     rule = "|---|" + "---|" * len(LENGTHS)
-    lines = [f"| perplexity of the last 256 tokens of |{heads}", rule]
+    lines = [f"| perplexity, read at |{heads}", rule]
     for way in WAYS:
-        ends = [np.mean(results["code"][way][length][-256 // BIN :]) for length in LENGTHS]
-        lines.append(f"| {way} |" + "".join(f" {math.exp(end):.2f} |" for end in ends))
+        ends = [perplexity(results["code"][way][str(length)]) for length in LENGTHS]
+        lines.append(f"| {way} |" + "".join(f" {end:.2f} |" for end in ends))
     lines += ["", f"| right answers at |{heads}", rule]
     for way in WAYS:
-        shares = [results["recall"][way][length] for length in LENGTHS]
+        shares = [results["recall"][way][str(length)] for length in LENGTHS]
         lines.append(f"| {way} |" + "".join(f" {100 * share:.1f} % |" for share in shares))
     return "\n".join(lines)
 
 
 def plot(results: dict, path: Path) -> None:
-    """Left: perplexity by position in texts of the longest length. Right: right answers by length."""
-    figure, (left, right) = plt.subplots(2, 1, figsize=(5, 7), layout="constrained")
-    styles = dict(
-        zip(WAYS, [("0.4", "--"), ("C1", "-"), ("C2", "-"), ("C3", "-"), ("C0", "-"), ("C4", "-")], strict=True)
-    )
+    """Above: perplexity by position in texts of the longest length. Below: right answers by length."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(5, 7.4), layout="constrained")
+    lines = [("0.4", ":"), ("C1", "-"), ("C2", "-"), ("C3", "-"), ("C0", "-"), ("C9", "--")]
     longest = LENGTHS[-1]
-    for way, (color, dash) in styles.items():
-        losses = results["code"][way][longest]
+    for way, (color, dash) in zip(WAYS, lines, strict=True):
+        losses = results["code"][way][str(longest)]
         places = [BIN * (n + 0.5) for n in range(len(losses))]
-        left.plot(places, np.exp(losses), color=color, ls=dash, lw=2, label=way)
-        shares = [100 * results["recall"][way][length] for length in LENGTHS]
-        right.plot(LENGTHS, shares, color=color, ls=dash, lw=2, marker="o", markersize=5, label=way)
-    left.axvline(TRAINED, color="k", lw=1, ls=":")
-    left.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=f"Code, read {longest:,} tokens long")
-    left.set_yticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
-    right.set(xscale="log", xlabel="length (tokens)", ylabel="right answers (%)", title="Retrieval", ylim=(-3, 103))
-    right.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
-    right.minorticks_off()
-    for axes in (left, right):
+        above.plot(places, np.exp(losses), color=color, ls=dash, lw=2, label=way)
+        shares = [100 * results["recall"][way][str(length)] for length in LENGTHS]
+        below.plot(LENGTHS, shares, color=color, ls=dash, lw=2, marker="o", markersize=5)
+    above.axvline(TRAINED, color="k", lw=1)
+    above.set(
+        yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=f"Code, read {longest:,} tokens long"
+    )
+    above.set_yticks([40, 50, 70, 100, 150], ["40", "50", "70", "100", "150"])
+    below.set(xscale="log", xlabel="length (tokens)", ylabel="right answers (%)", title="Retrieval", ylim=(-3, 103))
+    below.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    for axes in (above, below):
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(15)
         axes.xaxis.label.set_fontsize(14)
         axes.yaxis.label.set_fontsize(14)
         axes.tick_params(labelsize=13)
-    left.legend(fontsize=12, ncols=2)
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside lower center", fontsize=13, ncols=2)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -324,7 +335,6 @@ def main() -> None:
     torch.set_num_threads(1)
     with parallel_context(Parallel()) as ctx:
         results = measure(options, ctx)
-    (options.work / "results.json").write_text(json.dumps(results) + "\n")
     print(tables(results))
     plot(results, options.work / "long_context.png")
 

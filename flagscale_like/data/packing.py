@@ -100,6 +100,7 @@ class ConversationSource(OneSource, MegatronDataset):
     """
 
     packed = True
+    documents_in_one = 1  # of the documents that stay together when the source is split
 
     def __init__(
         self,
