@@ -143,7 +143,9 @@ def test_a_run_on_conversations_resumes_exactly_evaluates_and_leads_back_to_the_
     names = ("chats", "text")
     whole = chat_config(tmp_path / "whole", chats, names=names, **changes)
     broken = chat_config(tmp_path / "broken", chats, names=names, **changes)
-    yamls = [str(write_yaml(config, tmp_path / f"{number}.yaml")) for number, config in enumerate((whole, broken))]
+    chosen = chat_config(tmp_path / "chosen", chats, names=names, **changes)
+    configs = enumerate((whole, broken, chosen))
+    yamls = [str(write_yaml(config, tmp_path / f"{number}.yaml")) for number, config in configs]
     (found,) = run_commands(
         [
             ["train", yamls[0]],
