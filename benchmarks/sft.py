@@ -45,14 +45,14 @@ from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from flagscale_like.runtime.reduction import NamedSum
 
-PLACES, ROWS, CONVERSATIONS = 512, 8, 1500
+PLACES, ROWS, CONVERSATIONS = 512, 4, 1000
 TEMPLATE = Path(__file__).parents[1] / "examples/sft/templates/plain.jinja"
 MODEL = {
     "num_layers": 4,
-    "hidden_size": 384,
-    "num_attention_heads": 6,
-    "num_query_groups": 3,
-    "ffn_hidden_size": 1024,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 688,
     "vocab_size": 2048,
     "max_position_embeddings": PLACES,
 }
@@ -216,7 +216,7 @@ def main() -> None:
             rates: dict[str, list[float]] = {"packed": [], "padded": [], "packed tokens": [], "trl tokens": []}
             for side in sides.values():
                 side.step()
-            for _ in range(args.rounds):
+            for turn in range(args.rounds):
                 for label, side in sides.items():
                     measured = [side.step() for _ in range(args.steps)]
                     seconds = sum(s for s, _ in measured)
@@ -225,6 +225,9 @@ def main() -> None:
                         rates["packed tokens"].append(args.steps * ROWS * PLACES * side.fill / seconds)
                 if args.trl:
                     rates["trl tokens"].append(trl_rate(chats, folder, config, args.steps))
+                print(
+                    f"round {turn + 1}: " + ", ".join(f"{n} {r[-1]:,.0f}/s" for n, r in rates.items() if r), flush=True
+                )
     fills = {label: side.fill for label, side in sides.items()}
     gain = statistics.median(a / b for a, b in zip(rates["packed"], rates["padded"], strict=True))
     result: dict[str, Any] = {

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
@@ -138,10 +138,11 @@ class HfFolder:
             wide = torch.promote_types(wide, dtype)
         return wide
 
-    def state_token_ids(self) -> dict[str, Any]:
-        """bos, eos and pad ids of config.json."""
+    def origin(self) -> Origin:
+        """The bos, eos and pad ids of config.json, and the folder's tokenizer."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        return Origin(str(self.folder), ids, fingerprint(self.folder))
 
     def keys(self) -> list[str]:
         """The tensors, under megatron-core's names."""

@@ -136,14 +136,22 @@ def open_model(
 
 
 def _tokenizer_of(source: CheckpointReader | HfFolder) -> Path | None:
-    """The tokenizer folder that a run used, or that lies with the weights; None if it does not exist."""
-    from flagscale_like.checkpoint.hf import TOKENIZER_FILES
+    """The tokenizer folder that lies with the weights, or that a run of an earlier version used; None if there is none."""
+    from flagscale_like.checkpoint.companions import TOKENIZER_FILES, companions_at
 
     state = getattr(source, "state", None)
     if state is None:
         return source.folder if any((source.folder / name).is_file() for name in TOKENIZER_FILES) else None
-    tokenizer = state.get("config", {}).get("data", {}).get("tokenizer") or source.folder / "tokenizer"
-    return Path(tokenizer) if Path(tokenizer).is_dir() else None
+    named = state.get("config", {}).get("data", {}).get("tokenizer")
+    found = companions_at(source.folder)
+    if found is None and named:  # a checkpoint of an earlier version has the path alone, as the run's YAML gave it
+        found = Path(named) if Path(named).is_dir() else None
+        if found is None:
+            typer.echo(
+                f"warning: {source.folder}: the run's tokenizer was at {named}, and is not there: give --tokenizer FOLDER",
+                err=True,
+            )
+    return found
 
 
 def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:

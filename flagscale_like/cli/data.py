@@ -32,20 +32,24 @@ data_app = typer.Typer(
 def preprocess(  # typer makes an option of every parameter
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files, folders or globs of jsonl or text (also .gz, .zst) or parquet, or python-stdlib."),
+        typer.Argument(
+            help="Files, folders or globs of JSON records, parquet or text (also compressed), or python-stdlib."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Path without suffix of the .bin, .idx, .documents.parquet and .report.json to write.")
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder.")] = None,
     train_tokenizer: Annotated[
-        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.")
+        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.", min=257)
     ] = None,
-    key: Annotated[str, typer.Option(help="jsonl field or parquet column with the text.")] = "text",
+    key: Annotated[
+        str, typer.Option(help="Field of a JSON record (also meta.text), or column of parquet, that holds the text.")
+    ] = "text",
     unit: Annotated[
         Literal["file", "line", "paragraph"], typer.Option(help="What one document is in a plain text file.")
     ] = "file",
-    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.", min=1)] = 1,
     bad_lines: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="Lines without a document: stop at the first, or count and skip them."),
@@ -73,6 +77,11 @@ def preprocess(  # typer makes an option of every parameter
         float | None,
         typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier call.")] = False,
+    special_tokens: Annotated[
+        Literal["text", "ids", "error"],
+        typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
+    ] = "text",
 ) -> None:
     """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
@@ -86,8 +95,6 @@ def preprocess(  # typer makes an option of every parameter
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
         raise ConfigError("give either --tokenizer FOLDER, or --train-tokenizer SIZE to train one")
-    if workers < 1:
-        raise ConfigError(f"--workers ({workers}) must be 1 or more")
     cleaning = Cleaning(
         fix_text=fix_text,
         min_characters=min_characters,
@@ -117,6 +124,8 @@ def preprocess(  # typer makes an option of every parameter
             cleaning=cleaning,
             max_document_bytes=int(max_document_mb * 2**20),
             shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            overwrite=overwrite,
+            special_tokens=special_tokens,
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
@@ -189,18 +198,12 @@ def chat(  # typer makes an option of every parameter
 
     A line has messages [{role, content}], prompt and completion, or ShareGPT's conversations [{from, value}].
     """
-    from flagscale_like.data.chat import read_template, read_template_file
     from flagscale_like.data.preprocess import preprocess_chat
     from flagscale_like.data.readers import find_inputs
     from flagscale_like.data.shards import ChatOptions
-    from flagscale_like.errors import DataError
 
     files = find_inputs(inputs)
-    if long != "refuse" and length is None:
-        raise ConfigError(f"--long {long} needs --length, the places of a row (train.seq_length)")
-    text = read_template_file(template) if template else read_template(tokenizer)
-    if text is None:
-        raise DataError(f"tokenizer {tokenizer}: has no chat template: give one with --template FILE (Jinja)")
+    text = _chat_template(tokenizer, template, long, length)
     with _progress(files) as progress:
         report, own = preprocess_chat(
             files,
@@ -216,6 +219,96 @@ def chat(  # typer makes an option of every parameter
         )
     _print_chat_report(report, own)
     typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .documents.parquet, .report.json")
+
+
+@data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
+def pairs(  # typer makes an option of every parameter
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
+    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
+    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Places of a row: train.seq_length.")] = None,
+    long: Annotated[
+        Literal["refuse", "drop", "cut"],
+        typer.Option(help="Pairs whose two conversations do not fit --length together; cut shortens their ends."),
+    ] = "refuse",
+    skip_empty: Annotated[
+        bool, typer.Option("--skip-empty", help="Leave out pairs with an answer of which no token counts.")
+    ] = False,
+    bad_lines: Annotated[
+        Literal["stop", "skip"], typer.Option(help="Lines without a pair: stop at the first, or count and skip them.")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    max_document_mb: Annotated[
+        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
+    ] = 64.0,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
+    ] = None,
+) -> None:
+    """Tokenize pairs of answers for DPO and reward models: the tokens, which count, and a table with the line of each pair.
+
+    A line has prompt, chosen and rejected (texts or messages), or chosen and rejected as whole conversations; margin and
+    weight may stand beside them.
+    """
+    from flagscale_like.data.preprocess import preprocess_chat
+    from flagscale_like.data.readers import find_inputs
+    from flagscale_like.data.shards import ChatOptions
+
+    files = find_inputs(inputs)
+    text = _chat_template(tokenizer, template, long, length)
+    with _progress(files) as progress:
+        report, own = preprocess_chat(
+            files,
+            tokenizer,
+            out,
+            ChatOptions(text, "all", length, long, skip_empty, pairs=True),
+            workers=workers,
+            bad_lines=bad_lines,
+            overwrite=overwrite,
+            max_document_bytes=int(max_document_mb * 2**20),
+            shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            progress=progress,
+        )
+    _print_pair_report(report, own)
+    typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .pairs.npy, .documents.parquet, .report.json")
+
+
+def _chat_template(tokenizer: Path, template: Path | None, long: str, length: int | None) -> str:
+    """The chat template of `data chat` and `data pairs`, from its file or the tokenizer's folder."""
+    from flagscale_like.data.chat import read_template, read_template_file
+    from flagscale_like.errors import DataError
+
+    if long != "refuse" and length is None:
+        raise ConfigError(f"--long {long} needs --length, the places of a row (train.seq_length)")
+    text = read_template_file(template) if template else read_template(tokenizer)
+    if text is None:
+        raise DataError(f"tokenizer {tokenizer}: has no chat template: give one with --template FILE (Jinja)")
+    return text
+
+
+def _print_pair_report(report: Report, tokenizer: Path) -> None:
+    """Print the counts of `data pairs`, what was left out, where a reward is read, and what a run needs."""
+    from flagscale_like.data.chat_shards import COUNTED, CUT, ENDS
+    from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
+
+    if report.dropped or report.bad_lines:
+        _print_report(report)
+    number, counted = report.documents // 2, report.counts[COUNTED]
+    typer.echo(
+        f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
+        f"{report.counts.get(CUT, 0):,} cut; {report.counts[MARGINS]:,} with a margin"
+    )
+    for name, count in report.counts.items():
+        if name.startswith(ENDS):
+            typer.echo(f"a reward is read at the last counted token: {name.removeprefix(ENDS)} of {count:,} answers")
+    if report.counts[OTHER_PROMPTS]:
+        typer.echo(f"note: {report.counts[OTHER_PROMPTS]:,} {OTHER_PROMPTS}: each answer counts after its own tokens")
+    typer.echo(f"a run names the tokenizer {tokenizer}, which has the chat template")
 
 
 def _print_chat_report(report: Report, tokenizer: Path) -> None:

@@ -247,7 +247,7 @@ class Source(Frozen):
 
 
 class Chat(Frozen):
-    """How the lines of .jsonl files become conversations to train on, as the command `data chat` makes them.
+    """How the lines of .jsonl files become conversations or pairs, as the commands `data chat` and `data pairs` make them.
 
     Attributes:
         template: file of the chat template (Jinja); without it, the template of data.tokenizer.
@@ -269,7 +269,8 @@ class Prepare(Frozen):
     Attributes:
         input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
-        chat: the input is conversations, one on each line of .jsonl files; without it, text.
+        chat: the input is conversations, one on each line of .jsonl files, or pairs of answers if the objective reads pairs;
+            without it, text.
     """
 
     input: list[PathText] = Field(min_length=1)

@@ -28,9 +28,10 @@ from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.batch import CONVERSATIONS
-from flagscale_like.data.conversations import conversations_at, mask_of
+from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
 from flagscale_like.data.order import OneSource, checked_position
 from flagscale_like.data.packing import ConversationSource
+from flagscale_like.data.pairs import PairSource
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
@@ -106,6 +107,7 @@ class _Config(GPTDatasetConfig):
 class SourceDataset(OneSource, GPTDataset):
     """The samples of one source of text in one split. `packing.ConversationSource` is its counterpart for conversations."""
 
+    documents_in_one = 1
     packed = False  # a sample is one row of text, whatever documents it is cut from
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
@@ -121,7 +123,7 @@ class SourceDataset(OneSource, GPTDataset):
             mask = sample["loss_mask"]
             sample["loss_mask"] = mask / mask.sum().clamp(min=1)
             firsts = (mask.cumsum(0) == 1) & (mask != 0)
-            sample["extras"] = {CONVERSATIONS: firsts.float()}
+            sample["extras"] = {CONVERSATIONS: firsts.float()[None]}
         return sample
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
@@ -149,6 +151,14 @@ class SourceDataset(OneSource, GPTDataset):
 
 
 AnySource = SourceDataset | ConversationSource
+
+
+def source_class(prefix: str) -> type[AnySource]:
+    """The class of the dataset that reads a prefix."""
+    found = conversations_at(prefix)
+    if found is None:
+        return SourceDataset
+    return PairSource if found.pairs else ConversationSource
 
 
 class _Rows(Dataset):
@@ -232,9 +242,10 @@ def build_split(
     try:
         parts = []
         for source, share in zip(sources, shares, strict=True):
-            kind = ConversationSource if conversations_at(source.path) else SourceDataset
+            kind = source_class(source.path)
             documents = kind.build_low_level_dataset(source.path, options)
-            first, last = (round(edge * len(documents)) for edge in options.split_matrix[number])
+            count = len(documents) // kind.documents_in_one
+            first, last = (round(edge * count) for edge in options.split_matrix[number])
             wanted = math.ceil(share * (1 + SURPLUS)) if len(sources) > 1 else samples
             indices = np.arange(first, last, dtype=np.int32)
             parts.append(kind(documents, source.path, indices, wanted, Split(number), options))
@@ -261,8 +272,9 @@ def source_mark(prefix: str) -> str:
     index, tokens = Path(prefix + ".idx"), Path(prefix + ".bin")
     with open(index, "rb") as file:
         head = file.read(1 << 20)
-    if conversations_at(prefix):
+    if found := conversations_at(prefix):
         head += Path(f"{prefix}.chat.json").read_bytes() + str(Path(mask_of(prefix) + ".bin").stat().st_size).encode()
+        head += pair_values(prefix).tobytes() if found.pairs else b""
     return xxhash.xxh64_hexdigest(head + f"{index.stat().st_size} {tokens.stat().st_size}".encode())[:8]
 
 

@@ -116,7 +116,7 @@ def conversation_of(record: object) -> Conversation:
         messages = _prompt_and_completion(record)
     else:
         messages = _share_gpt(record)
-    return Conversation(messages, _tools(record.get("tools")))
+    return Conversation(messages, tools_of(record.get("tools")))
 
 
 def _prompt_and_completion(record: Mapping[str, Any]) -> list[Message]:
@@ -186,7 +186,12 @@ def _checked(message: object, number: int) -> Message:
     return {**message, "content": content}
 
 
-def _tools(tools: object) -> list[Any] | None:
+def tools_of(tools: object) -> list[Any] | None:
+    """The tools of a record: a list of JSON schemas, or the same as text.
+
+    Raises:
+        BadConversationError: it is something else.
+    """
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None

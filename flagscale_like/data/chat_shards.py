@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from flagscale_like.data.chat import BadConversationError, ChatTokenizer, Encoded, NothingCountsError, parse_record
+from flagscale_like.data.formats import printable
 from flagscale_like.data.readers import BadLine, Document, Piece, PieceReader
 from flagscale_like.data.report import Report
 from flagscale_like.data.shards import ChatOptions, ShardMaker, ShardOptions, in_file
@@ -37,33 +39,48 @@ class ChatShardMaker(ShardMaker):
                     self.bad_line(found, piece, report)
                     continue
                 report.read += 1
-                encoded = self._encode(found, piece, report)
-                if encoded is not None:
+                for document, encoded in self._encode(found, piece, report):
                     self._count(encoded, report)
-                    yield found, encoded.ids, encoded.weights
-            lines[piece.path] = reader.lines
+                    yield document, encoded.ids, encoded.weights
+            lines[printable(piece.path)] = reader.lines
 
-    def _encode(self, line: Document, piece: Piece, report: Report) -> Encoded | None:
-        """The tokens of a line; None, and counted in `report`, if the options leave it out."""
+    def _encode(self, line: Document, piece: Piece, report: Report) -> list[tuple[Document, Encoded]]:
+        """The documents of a line; none, and counted in `report`, if the options leave it out."""
         options = self.options_of_chat
         try:
-            conversation = parse_record(line.text)
-            encoded = self._fitted(self.chat.encode(conversation.messages, conversation.tools), line, piece, report)
+            return self.documents_of(line, piece, report)
         except NothingCountsError as error:
             if not options.skip_empty:
                 place = in_file(BadLine(line.source, line.line, str(error)), piece)
                 raise DataError(f"{place}: leave such conversations out with --skip-empty") from None
             report.drop(NOTHING_COUNTS, len(line.text), (line.source, line.line, str(error)))
-            return None
         except BadConversationError as error:
             self.bad_line(BadLine(line.source, line.line, str(error)), piece, report)
-            return None
-        return encoded
+        return []
 
-    def _fitted(self, encoded: Encoded, line: Document, piece: Piece, report: Report) -> Encoded | None:
-        options, places = self.options_of_chat, len(encoded.ids) - 1
+    def documents_of(self, line: Document, piece: Piece, report: Report) -> list[tuple[Document, Encoded]]:
+        """The conversation of a line; nothing if it is longer than a row and is to be dropped."""
+        options, conversation = self.options_of_chat, parse_record(line.text)
+        encoded = self.chat.encode(conversation.messages, conversation.tools)
+        fit = self.fit(len(encoded.ids) - 1, line, piece, report)
+        if fit == "drop":
+            return []
+        if fit == "cut":
+            encoded = Encoded(encoded.ids[: options.length + 1], encoded.weights[: options.length + 1])
+            if not encoded.weights.any():
+                raise NothingCountsError(f"no token of its first {options.length + 1:,} counts")
+            report.count(CUT)
+        return [(line, encoded)]
+
+    def fit(self, places: int, line: Document, piece: Piece, report: Report) -> Literal["whole", "cut", "drop"]:
+        """What is done with what takes so many places of a row; what is dropped is counted.
+
+        Raises:
+            DataError: it takes more than a row has, and `long` is `refuse`.
+        """
+        options = self.options_of_chat
         if options.length is None or places <= options.length:
-            return encoded
+            return "whole"
         if options.long == "refuse":
             place = in_file(
                 BadLine(line.source, line.line, f"takes {places:,} places of a row of {options.length:,}"), piece
@@ -71,12 +88,7 @@ class ChatShardMaker(ShardMaker):
             raise DataError(f"{place}: give a larger --length, or leave it out or cut it with --long drop or cut")
         if options.long == "drop":
             report.drop(f"longer than {options.length:,}", len(line.text), (line.source, line.line, f"{places:,}"))
-            return None
-        cut = Encoded(encoded.ids[: options.length + 1], encoded.weights[: options.length + 1])
-        if not cut.weights.any():
-            raise NothingCountsError(f"no token of its first {options.length + 1:,} counts")
-        report.count(CUT)
-        return cut
+        return options.long
 
     def _count(self, encoded: Encoded, report: Report) -> None:
         counted = np.flatnonzero(encoded.weights)

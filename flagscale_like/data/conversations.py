@@ -5,6 +5,7 @@
 | PREFIX.bin, .idx | tokens; a document is a conversation |
 | PREFIX.mask.bin, .mask.idx | the weight of each token as a label: uint8 0 or 1, or float32 |
 | PREFIX.chat.json | that the prefix holds conversations, and what they were rendered with |
+| PREFIX.pairs.npy | of pairs, each two conversations, the chosen answer first: float32 [pairs, 2], margin and weight |
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Conversations:
         train: which of the assistant's messages count.
         length: places of a row that every conversation fits. None: unknown.
         counted: tokens that count.
+        pairs: whether they are pairs of answers.
     """
 
     tokenizer: str
@@ -40,6 +42,12 @@ class Conversations:
     train: str
     length: int | None
     counted: int
+    pairs: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command that wrote the prefix."""
+        return "data pairs" if self.pairs else "data chat"
 
     def write(self, path: Path) -> None:
         """Write the file, atomically."""
@@ -49,6 +57,19 @@ class Conversations:
 def mask_of(prefix: str | Path) -> str:
     """The prefix of the weights beside a prefix of conversations."""
     return f"{prefix}.mask"
+
+
+def pair_values(prefix: str | Path) -> np.ndarray:
+    """Margin and weight of each pair, float32 [pairs, 2].
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = Path(f"{prefix}.pairs.npy")
+    try:
+        return np.load(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}): run `data pairs` again") from None
 
 
 def conversations_at(prefix: str | Path) -> Conversations | None:
@@ -65,12 +86,24 @@ def conversations_at(prefix: str | Path) -> Conversations | None:
     if missing:
         raise DataError(
             f"data source {prefix}: holds conversations, but {missing[0]} is missing: copy all files of the prefix, or run "
-            "`data chat` again"
+            "`data chat` (of pairs, `data pairs`) again"
         )
     try:
         return Conversations(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): run `data chat` again") from None
+        raise DataError(f"{path}: cannot be read ({error}): write the prefix again") from None
+
+
+def places_of(lengths: np.ndarray, found: Conversations) -> np.ndarray:
+    """Places of a row that each conversation, or each pair, takes.
+
+    A conversation of n tokens takes n - 1, because its last token is only a label. An answer of a pair takes n: a reward
+    model reads its last token.
+
+    Args:
+        lengths: tokens of each document.
+    """
+    return lengths.reshape(-1, 2).sum(1, dtype=np.int64) if found.pairs else lengths - 1
 
 
 def check_conversations(prefix: str, found: Conversations, *, places: int, tokenizer: Path, vocab_size: int) -> None:
@@ -89,18 +122,22 @@ def check_conversations(prefix: str, found: Conversations, *, places: int, token
     if not np.array_equal(lengths, weights):
         raise DataError(
             f"data source {prefix}: its {len(lengths):,} conversations have {int(lengths.sum(dtype=np.int64)):,} tokens, "
-            f"{mask_of(prefix)} has {int(weights.sum(dtype=np.int64)):,} weights of {len(weights):,}: run `data chat` again"
+            f"{mask_of(prefix)} has {int(weights.sum(dtype=np.int64)):,} weights of {len(weights):,}: run `{found.command}` "
+            "again"
         )
-    longest, shortest = int(lengths.max()), int(lengths.min())
-    if longest - 1 > places:
+    if found.pairs and pair_values(prefix).shape != (len(lengths) // 2, 2):
+        raise DataError(f"data source {prefix}: {prefix}.pairs.npy is of other pairs: run `data pairs` again")
+    taken, noun = places_of(lengths, found), "pair" if found.pairs else "conversation"
+    longest = int(taken.max())
+    if longest > places:
         raise DataError(
-            f"data source {prefix}: conversation {int(lengths.argmax())} takes {longest - 1:,} places, "
-            f"{int((lengths - 1 > places).sum()):,} of {len(lengths):,} take more than train.seq_length ({places:,}): set "
-            f"seq_length to {longest - 1:,}, or run `data chat --length {places} --long drop` (or cut)"
+            f"data source {prefix}: {noun} {int(taken.argmax())} takes {longest:,} places, "
+            f"{int((taken > places).sum()):,} of {len(taken):,} take more than train.seq_length ({places:,}): set "
+            f"seq_length to {longest:,}, or run `{found.command} --length {places} --long drop` (or cut)"
         )
-    if shortest < 2:
+    if lengths.min() < 2:
         raise DataError(
-            f"data source {prefix}: conversation {int(lengths.argmin())} has {shortest} tokens: 2 are needed"
+            f"data source {prefix}: conversation {int(lengths.argmin())} has {int(lengths.min())} tokens: 2 are needed"
         )
     if found.vocab_size > vocab_size:
         raise DataError(
@@ -109,7 +146,9 @@ def check_conversations(prefix: str, found: Conversations, *, places: int, token
         )
     if read_template(tokenizer) != found.template:
         own = f"{prefix}-tokenizer"
-        way_out = own if Path(own).is_dir() else "the folder that `data chat` was given, or wrote beside its output"
+        way_out = (
+            own if Path(own).is_dir() else f"the folder that `{found.command}` was given, or wrote beside its output"
+        )
         raise DataError(
             f"data source {prefix}: its conversations are rendered with another chat template than data.tokenizer "
             f"({tokenizer}) has, which the exported model would use: set data.tokenizer to {way_out}"

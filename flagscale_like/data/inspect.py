@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
-from flagscale_like.data.conversations import Conversations, conversations_at, mask_of
+from flagscale_like.data.conversations import Conversations, conversations_at, mask_of, places_of
 from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.table import DocumentTable
@@ -66,14 +66,17 @@ def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int, colour
 def _describe_chat(chat: Conversations, lengths: np.ndarray) -> Iterator[str]:
     tokens = int(lengths.sum(dtype=np.int64))
     which = "every answer" if chat.train == "all" else "the last answer of a conversation"
+    which, noun = ("the two answers of a pair", "pair") if chat.pairs else (which, "conversation")
+    if chat.pairs:
+        yield f"{len(lengths) // 2:,} pairs: the chosen answer is the first of two conversations"
     yield f"{chat.counted:,} tokens count ({chat.counted / tokens:.1%}): {which}; tokenizer {chat.tokenizer}"
-    places = lengths - 1
+    places = places_of(lengths, chat)
     if chat.length:
         rows = len(best_fit_decreasing(places, chat.length))
         full = places.sum(dtype=np.int64) / chat.length
         yield (
-            f"packed into rows of {chat.length:,}: {rows:,} rows, {full / rows:.1%} full; each conversation in a row of its "
-            f"own: {full / len(lengths):.1%}"
+            f"packed into rows of {chat.length:,}: {rows:,} rows, {full / rows:.1%} full; each {noun} in a row of its own: "
+            f"{full / len(places):.1%}"
         )
 
 

@@ -100,6 +100,7 @@ class ConversationSource(OneSource, MegatronDataset):
     """
 
     packed = True
+    documents_in_one = 1  # of the documents that stay together when the source is split
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ def pack_row(
 
     Returns:
         tokens and labels int64 [length]; loss_mask float32 [length], the weight of each label; documents int32 [n + 1], see
-        Batch.documents. With per_conversation, `extras` has conversations, float32 [length]: 1 at the first label of each
+        Batch.documents. With per_conversation, `extras` has conversations, float32 [1, length]: 1 at the first label of each
         that counts.
     """
     tokens = np.full(length, pad, dtype=np.int64)
@@ -191,7 +192,7 @@ def pack_row(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.tensor(bounds, dtype=torch.int32),
-        **({"extras": {CONVERSATIONS: torch.from_numpy(firsts)}} if per_conversation else {}),
+        **({"extras": {CONVERSATIONS: torch.from_numpy(firsts)[None]}} if per_conversation else {}),
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from flagscale_like.config import Chat, Prepare, RunConfig, Source
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
-from flagscale_like.data.conversations import check_conversations, conversations_at
+from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
 from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
@@ -28,6 +31,7 @@ from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDatase
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import BAD_JSON
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
@@ -71,7 +75,8 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            train_bpe(_texts(prepare), prepare.tokenizer_vocab_size, folder / "tokenizer")
+            texts = _texts(prepare, pairs=config.objective.reads_pairs)
+            train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
     if prepare.chat is not None:
         tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
     elif not Path(f"{prefix}.idx").is_file():
@@ -82,14 +87,16 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def _texts(prepare: Prepare) -> Iterator[str]:
-    """The texts that a tokenizer is trained on."""
+def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
+    """The texts that a tokenizer is trained on; of pairs, the messages of both conversations."""
     if prepare.chat is None:
         yield from (document.text for document in read_documents(find_inputs(prepare.input)))
         return
     for line in read_documents(find_inputs(prepare.input), key=None):
         try:
-            yield from (message["content"] for message in parse_record(line.text).messages)
+            pair = parse_pair(line.text) if pairs else None
+            found = [pair.chosen, pair.rejected] if pair else [parse_record(line.text)]
+            yield from (message["content"] for conversation in found for message in conversation.messages)
         except BadConversationError as error:
             raise DataError(f"{line.source}:{line.line}: {error}") from None
 
@@ -102,9 +109,10 @@ def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, w
     own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
     found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
     if found is None:
-        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty)
+        pairs = config.objective.reads_pairs
+        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
         preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
-    elif (found.template, found.train) != (template, chat.train):
+    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads_pairs):
         raise DataError(
             f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
         )
@@ -135,21 +143,69 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
             if not Path(source.path + suffix).is_file():
                 raise DataError(
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
-                    "conversations, `data chat`)"
+                    "conversations, `data chat`; of pairs, `data pairs`)"
                 )
+        _check_ids(source.path, config.model.vocab_size)
         found = conversations_at(source.path)
         if found is not None:
             places, vocab_size = config.train.seq_length, config.model.vocab_size
             check_conversations(source.path, found, places=places, tokenizer=tokenizer.folder, vocab_size=vocab_size)
-        _check_split(config, source.path, read_lengths(source.path))
+        _check_kind(config, source.path, found)
+        _check_split(
+            config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
+        )
     return tokenizer
+
+
+def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> None:
+    """Check that a source holds what the objective reads.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    kind, pairs = config.objective.kind, found is not None and found.pairs
+    if config.objective.reads_pairs and not pairs:
+        held = "conversations" if found else "text"
+        raise DataError(
+            f"data source {prefix}: holds {held}, objective.kind {kind} reads pairs of answers: make them with "
+            f"`data pairs IN --tokenizer {config.data.tokenizer} --out PREFIX`"
+        )
+    if pairs and not config.objective.reads_pairs:
+        raise DataError(
+            f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
+            "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"
+        )
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    """Compare the largest token id that `preprocess` has recorded with the model. What it did not record is found later."""
+    path = Path(f"{prefix}.report.json")
+    try:
+        largest = int(json.loads(path.read_text(encoding="utf-8")).get("largest_id", -1)) if path.is_file() else -1
+    except (OSError, *BAD_JSON, AttributeError, TypeError):
+        return  # of another program, or of an earlier version
+    if largest >= vocab_size:
+        raise DataError(
+            f"data source {prefix}: holds token {largest}, model.vocab_size is {vocab_size}: it was made with another "
+            f"tokenizer; make it anew with data.tokenizer, or set model.vocab_size to {largest + 1} or more"
+        )
+
+
+def _check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuse a token that the model has no row for, on any device, before it is there."""
+    largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"a sample holds token {largest}, model.vocab_size is {vocab_size}: a data source was made with another "
+            "tokenizer than data.tokenizer; make it anew, or set a larger model.vocab_size"
+        )
 
 
 def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
     """Check that each split that the run reads has tokens. For a split without tokens, megatron-core's dataset never returns.
 
     Args:
-        lengths: tokens of each document of the source.
+        lengths: tokens of each document, or of each pair, of the source.
     """
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
     evaluates = config.train.eval_interval > 0
@@ -257,6 +313,7 @@ def micro_batches(
         generator=torch.Generator(),
     )
     for batch in loader:
+        _check_batch(batch, config.model.vocab_size)
         yield Batch.of(batch, ctx.platform.device, batch[SOURCE].long() if SOURCE in batch else None)
     raise DataError(
         f"the data is used up: all {len(dataset):,} samples that the run planned are read: set a larger train.steps to plan "

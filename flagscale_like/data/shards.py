@@ -19,6 +19,7 @@ import xxhash
 from flagscale_like.data.chat import Train
 from flagscale_like.data.dedup import minhash_signature, text_digest
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.formats import printable
 from flagscale_like.data.index_file import token_dtype
 from flagscale_like.data.readers import BadLine, BadLines, Document, Piece, PieceReader, ReadOptions, can_split
 from flagscale_like.data.report import Report
@@ -26,6 +27,9 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18
+
+
+SpecialTokens = Literal["text", "ids", "error"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ChatOptions:
         long: what happens to a conversation that takes more places: `refuse` ends with an error, `drop` leaves it out, `cut`
             keeps its beginning.
         skip_empty: leave out a conversation without a counted token; without it, such a conversation is an error.
+        pairs: a line is a pair of answers, whose two conversations share a row; see pair_shards.
     """
 
     template: str
@@ -46,6 +51,7 @@ class ChatOptions:
     length: int | None = None
     long: Literal["refuse", "drop", "cut"] = "refuse"
     skip_empty: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class ShardOptions:
         cleaning: how documents are cleaned.
         bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
         chat: how lines become conversations. None: the documents are text.
+        special_tokens: what the text of a special token, such as <|endoftext|>, becomes inside a document: ordinary text
+            (`text`), that token (`ids`), or a bad line (`error`).
     """
 
     tokenizer_folder: str
@@ -65,6 +73,7 @@ class ShardOptions:
     cleaning: Cleaning
     bad_lines: BadLines
     chat: ChatOptions | None = None
+    special_tokens: SpecialTokens = "text"
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
@@ -133,7 +142,8 @@ class ShardMaker:
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
-        self.tokenizer = Tokenizer(options.tokenizer_folder)
+        self.tokenizer = Tokenizer(options.tokenizer_folder, special=options.special_tokens == "ids")
+        self._forbidden = self.tokenizer.special_texts if options.special_tokens == "error" else ()
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
@@ -148,7 +158,7 @@ class ShardMaker:
             shard.remove()
             with (
                 open(shard.tokens, "wb") as tokens,
-                _RowWriter(shard.rows, self.options.cleaning) as rows,
+                _RowWriter(shard.rows, self.options) as rows,
                 self._weights_file(shard) as masks,
             ):
                 for document, ids, weights in self.encoded(pieces, report, lines):
@@ -158,6 +168,7 @@ class ShardMaker:
                     rows.add(document, len(ids))
                     report.documents += 1
                     report.tokens += len(ids)
+                    report.largest_id = max(report.largest_id, int(ids.max()))
                     report.characters += len(document.text)
                 for file in (tokens, masks):
                     if file is not None:
@@ -202,13 +213,19 @@ class ShardMaker:
                 if isinstance(found, BadLine):
                     self.bad_line(found, piece, report)
                     continue
+                if self._forbidden and (token := next((t for t in self._forbidden if t in found.text), None)):
+                    bad = BadLine(
+                        found.source, found.line, f"holds the special token {token!r} (--special-tokens error)"
+                    )
+                    self.bad_line(bad, piece, report)
+                    continue
                 report.read += 1
                 text, objection = self.options.cleaning.apply(found.text)
                 if objection:
                     report.drop(objection, len(text), (found.source, found.line, ""))
                 else:
                     yield Document(found.source, found.line, text)
-            lines[piece.path] = reader.lines
+            lines[printable(piece.path)] = reader.lines
 
     def bad_line(self, found: BadLine, piece: Piece, report: Report) -> None:
         """Count a line without a document.
@@ -252,19 +269,23 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _RowWriter:
-    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed."""
+    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed; margin
+    and weight of answers.
+    """
 
     ROWS = 4096
 
-    def __init__(self, path: Path, cleaning: Cleaning) -> None:
+    def __init__(self, path: Path, options: ShardOptions) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._pa, self._duplicates = pa, cleaning.duplicates
+        self._pa, self._duplicates = pa, options.cleaning.duplicates
+        self._pairs = options.chat is not None and options.chat.pairs
         names = pa.dictionary(pa.int32(), pa.string())
         fields = [("source", names), ("line", pa.int64()), ("tokens", pa.int32()), ("characters", pa.int64())]
         fields += [("digest", pa.binary(16))] if self._duplicates != "keep" else []
         fields += [("signature", pa.binary())] if self._duplicates == "near" else []
+        fields += [("margin", pa.float32()), ("weight", pa.float32())] if self._pairs else []
         self._schema = pa.schema(fields)
         self._file = open(path, "wb")  # noqa: SIM115
         self._writer = pq.ParquetWriter(self._file, self._schema)
@@ -274,6 +295,7 @@ class _RowWriter:
         row = [document.source, document.line, tokens, len(document.text)]
         row += [text_digest(document.text)] if self._duplicates != "keep" else []
         row += [minhash_signature(document.text)] if self._duplicates == "near" else []
+        row += [document.margin, document.weight] if self._pairs else []
         self._rows.append(tuple(row))
         if len(self._rows) >= self.ROWS:
             self._flush()
@@ -307,12 +329,13 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         for path in sorted(Path(options.tokenizer_folder).iterdir())
         if path.is_file() and path.suffix in (".json", ".model", ".txt")
     }
-    stats = [(str(path), path.stat()) for path in files]
+    stats = [(printable(path), path.stat()) for path in files]
     return {
         "tokenizer": tokenizer,
         "read": asdict(options.read),
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
+        "special_tokens": options.special_tokens,
         "chat": asdict(options.chat) if options.chat else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
@@ -323,3 +346,11 @@ def read_row_lengths(shard: Shard) -> np.ndarray:
     import pyarrow.parquet as pq
 
     return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)
+
+
+def read_judgements(shard: Shard) -> np.ndarray:
+    """Read margin and weight of the pair that each document of a shard belongs to, float32 [documents, 2]."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shard.rows, columns=["margin", "weight"])
+    return np.stack([column.to_numpy() for column in table.columns], axis=1).astype(np.float32)

@@ -29,7 +29,7 @@ def pack_inputs(batch: Batch, *, labels: bool) -> dict[str, Any]:
     inputs = {"input_ids": batch.tokens.view(1, -1), "position_ids": None, "attention_mask": None}
     if labels:
         inputs["labels"] = batch.labels.view(1, -1)
-    return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device)}
+    return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device, len(batch.tokens))}
 
 
 def answer_sums(values: Tensor, batch: Batch) -> Tensor:

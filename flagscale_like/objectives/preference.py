@@ -35,6 +35,7 @@ class Preference:
 
     metric = DirectPreference.metric
     sums = (*REWARDS, "log-probability/chosen", "log-probability/rejected")
+    cut = "rows"
     packed = True
 
     def __init__(self, options: DirectPreference) -> None:
@@ -85,6 +86,7 @@ class AnswerLogProbabilities:
 
     metric = "log-probability"
     sums: tuple[str, ...] = ()
+    cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Reward:
     """
 
     metric = RewardModel.metric
+    cut = "rows"
     packed = True
 
     def __init__(self, options: RewardModel) -> None:

@@ -9,13 +9,19 @@ from flagscale_like.data.chat import parse_record
 from tests.commands import run_commands
 from tests.harness import REPOSITORY
 
-STEPS = 90
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("sft") / "run"
-    words = ["train", "examples/sft/tiny.yaml", f"run_dir={run_dir}", f"train.steps={STEPS}", "checkpoint.interval=90"]
+    words = [
+        "train",
+        "examples/sft/tiny.yaml",
+        f"run_dir={run_dir}",
+        f"train.steps={STEPS}",
+        f"checkpoint.interval={STEPS}",
+    ]
     ask = ["generate", "--checkpoint", str(run_dir), "--chat", "What is a pack?"]
     (found,) = run_commands([words, ask])
     assert [outcome.error for outcome in found] == ["", ""]

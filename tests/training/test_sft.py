@@ -73,7 +73,7 @@ def _learn(config):
 
 @pytest.mark.parametrize("per", ["token", "conversation"])
 def test_every_layout_and_micro_batch_size_learns_conversations_and_text_alike(per, chats, tmp_path):
-    common = {"names": ("chats", "text"), "objective": {"per": per}}
+    common = {"names": ("chats", "text"), "objective": {"kind": "next_token", "per": per}}
     config = chat_config(tmp_path, chats, **common)
     wider = chat_config(tmp_path, chats, train__micro_batch_size=2, **common)
     ((expected, two_rows),) = run_ranks(1, learn, [config, wider])
@@ -86,17 +86,19 @@ def test_every_layout_and_micro_batch_size_learns_conversations_and_text_alike(p
 
 
 def learn_one_row(config):
-    """Of the first row: loss, count, the gradients by name, the weights by name, and the row's conversations."""
+    """Of the first row: loss, count, the gradients by name, the weights by name (NumPy), and the row's conversations."""
     with parallel_context(config.parallel) as ctx:
         engine, data = build_engine(config, ctx), build_dataset(config, ctx, "train", 1)
-        weights = {name: p.detach().clone() for name, p in engine.models[0].named_parameters()}
+        weights = {name: p.detach().numpy().copy() for name, p in engine.models[0].named_parameters()}
         objective, batches = objective_of(config, packed=True), micro_batches(data, config, ctx)
         outputs = engine.forward_backward(batches, objective, 1)
         grads = {}
         for shard in engine.owned:
-            grads.setdefault(shard.name, []).append((shard.start, shard.main.grad.view(-1).clone()))
+            grads.setdefault(shard.name, []).append((shard.start, shard.main.grad.view(-1).numpy().copy()))
         whole = {
-            name: torch.cat([part for _, part in sorted(parts, key=lambda pair: pair[0])]).view(weights[name].shape)
+            name: np.concatenate([part for _, part in sorted(parts, key=lambda pair: pair[0])]).reshape(
+                weights[name].shape
+            )
             for name, parts in grads.items()
         }
         return float(outputs.sums["total"]), float(outputs.sums["count"]), whole, weights, data.members_of(0)
@@ -104,9 +106,10 @@ def learn_one_row(config):
 
 @pytest.mark.parametrize("per", ["token", "conversation"])
 def test_a_pack_is_hugging_face_on_each_of_its_conversations_alone(per, chats, tmp_path):
-    config = chat_config(tmp_path, chats, objective={"per": per})
+    config = chat_config(tmp_path, chats, objective={"kind": "next_token", "per": per})
     ((total, count, grads, weights, members),) = run_ranks(1, learn_one_row, config)
     assert len(members) >= 2
+    grads, weights = ({name: torch.from_numpy(x) for name, x in found.items()} for found in (grads, weights))
     family, model = find_family("llama"), config.model
     theirs = LlamaForCausalLM(LlamaConfig(**family.hf_config(model)))
     rules = family.rules(model)
