@@ -169,7 +169,7 @@ def without_the_hook():
 
 def test_a_first_step_without_any_gradient_ends_the_run_and_says_why(base, tmp_path):
     config = tiny_config(tmp_path / "run", lora=LORA, checkpoint__load=str(base), train__recompute="full")
-    ((said, error),) = run_ranks(1, faults.train_and_listen, config, without_the_hook)
+    ((_, error),) = run_ranks(1, faults.train_and_listen, config, without_the_hook)
     assert error.startswith("DivergedError: step 1: loss ")
     assert (
         "gradient norm 0.0: of 256 counted, no gradient reached a trained parameter; possible causes: the LoRA" in error
