@@ -53,11 +53,10 @@ def configuration() -> str:
         "",
         "This page is generated from `flagscale_like/config/` and `flagscale_like/arch.py`.",
     ]
-    top = {name: info for name, info in RunConfig.model_fields.items() if not _group(info.annotation)}
+    top = {name: info for name, info in RunConfig.model_fields.items() if not _groups(info.annotation)}
     lines += ["", "## Top level", "", *key_table(RunConfig, top)]
     for name, info in RunConfig.model_fields.items():
-        group = _group(info.annotation)
-        if group is not None:
+        for group in _groups(info.annotation):
             lines += _section(name, group, info)
     return "\n".join(lines) + "\n"
 
@@ -69,10 +68,10 @@ def _section(name: str, group: type[BaseModel], field: FieldInfo) -> list[str]:
         note = " A list; each entry has these keys."
     elif _is_optional(field.annotation):
         note = " Off unless the group is given." if field.default is None else f" `{name}: null` turns it off."
-    lines = ["", f"{level} {name}", "", f"{_summary(group)}{note}", "", *key_table(group, group.model_fields)]
+    kind = f" of kind {typing.get_args(group.model_fields['kind'].annotation)[0]}" if _several(field) else ""
+    lines = ["", f"{level} {name}{kind}", "", f"{_summary(group)}{note}", "", *key_table(group, group.model_fields)]
     for key, info in group.model_fields.items():
-        inner = _group(info.annotation)
-        if inner is not None:
+        for inner in _groups(info.annotation):
             lines += _section(f"{name}.{key}", inner, info)
     return lines
 
@@ -106,10 +105,14 @@ def _meanings(group: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _group(annotation: Any) -> type[BaseModel] | None:
-    """The group that a field holds, directly, optionally or in a list. None: the field is not a group."""
+def _groups(annotation: Any) -> list[type[BaseModel]]:
+    """The groups that a field holds, directly, optionally or in a list; several where its `kind` tells them apart."""
     options = [annotation, *typing.get_args(annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+
+
+def _several(field: FieldInfo) -> bool:
+    return len(_groups(field.annotation)) > 1
 
 
 def _is_optional(annotation: Any) -> bool:

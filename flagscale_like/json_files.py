@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 # json.loads raises RecursionError on nesting that only an attacker writes.
 BAD_JSON = (ValueError, RecursionError)
+# A disk that takes no more is no bug of ours, wherever it is met.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+_failing: set[str] = set()
+
+
+@contextmanager
+def dispensable(path: Path | str) -> Iterator[None]:
+    """Write to a file that a run can do without: records, plots.
+
+    If the disk takes no more, one line says so and the block is given up. A second line says when the file is written again.
+    Other errors are raised.
+    """
+    name = str(path)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        if name not in _failing:
+            _failing.add(name)
+            print(f"warning: {name}: {error.strerror}: training goes on without what belongs there", file=sys.stderr)
+    else:
+        if name in _failing:
+            _failing.discard(name)
+            print(f"{name}: is written again; what was left out is lost", file=sys.stderr)
 
 
 def write_json(path: Path, value: object) -> bytes:
@@ -49,8 +77,8 @@ def write_record(file: IO[bytes], record: Mapping[str, Any]) -> None:
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to a file."""
-    with open_records(path) as file:
+    """Add one line to a file that a run can do without; see `dispensable`."""
+    with dispensable(path), open_records(path) as file:
         write_record(file, record)
 
 

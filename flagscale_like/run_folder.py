@@ -20,6 +20,7 @@ class RunFolder:
         data: what `data.prepare` made of raw text: text.bin, text.idx, tokenizer/.
         index: the sample index of the data sources.
         samples, draws, sample_losses: which data each step read; see data.provenance and data.draws.
+        reference: log-probabilities of the reference model of DPO; see training.reference.
         profile: a torch profiler trace a rank.
         hang: the ranks' stacks, written when one makes no progress.
         lock: whose run it is while it trains; see run_lock.
@@ -41,6 +42,7 @@ class RunFolder:
         self.samples = self.root / "samples.jsonl"
         self.draws = self.root / "draws.jsonl"
         self.sample_losses = self.root / "sample_losses"
+        self.reference = self.root / "reference.safetensors"
         self.profile = self.root / "profile"
         self.hang = self.root / "hang"
         self.lock = self.root / "lock"

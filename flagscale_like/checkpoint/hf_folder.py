@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
+from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -57,7 +58,7 @@ class HfFolder:
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, *BAD_JSON, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(
                     f"{self.folder / INDEX}: damaged ({type(error).__name__}: {error}); fetch it again"
                 ) from None
@@ -137,10 +138,11 @@ class HfFolder:
             wide = torch.promote_types(wide, dtype)
         return wide
 
-    def state_token_ids(self) -> dict[str, Any]:
-        """bos, eos and pad ids of config.json."""
+    def origin(self) -> Origin:
+        """The bos, eos and pad ids of config.json, and the folder's tokenizer."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        return Origin(str(self.folder), ids, fingerprint(self.folder))
 
     def keys(self) -> list[str]:
         """The tensors, under megatron-core's names."""

@@ -23,8 +23,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import OUTPUT_NAME, ModelArch
 from flagscale_like.checkpoint.background import Background
+from flagscale_like.checkpoint.companions import write_companions
 from flagscale_like.checkpoint.format import WrittenFile, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.manifest import (
@@ -64,9 +65,24 @@ class WeightSource(Protocol):
 
     def keys(self) -> list[str]: ...
 
+    def global_shape(self, key: str) -> tuple[int, ...]: ...
+
     def check(self, target: Fragment) -> None: ...
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
+
+
+def value_heads_of(source: WeightSource, prefix: str = "") -> int:
+    """Outputs of the value head of a model whose weights a source holds; 0 where it has none, as a language model.
+
+    An output layer has a row for each token of the vocabulary; a value head has fewer.
+
+    Args:
+        prefix: of the model's keys.
+    """
+    key = prefix + OUTPUT_NAME
+    rows = source.global_shape(key)[0] if key in source.keys() else 0
+    return rows if rows < source.arch.vocab_size else 0
 
 
 @dataclass
@@ -118,6 +134,10 @@ class CheckpointStore:
         root: the run's checkpoints/ folder, on a file system that all ranks see.
         options: what to keep, and what to do while a save is under way.
 
+    Attributes:
+        outcomes: the saves that ended; see `take_outcomes`.
+        companions: files that every checkpoint holds beside the weights; see checkpoint.companions. On rank 0.
+
     Raises:
         CheckpointError: the folder cannot be made.
     """
@@ -125,6 +145,7 @@ class CheckpointStore:
     def __init__(self, root: Path, ctx: ParallelContext, options: Checkpoint) -> None:
         self.root, self.ctx, self.options = Path(root), ctx, options
         self.outcomes: list[Saved] = []
+        self.companions: dict[str, bytes] = {}
         self._copies = HostCopies(ctx.platform)
         self._shards: list[Shard] = []
         self._save: _Save | None = None
@@ -254,7 +275,8 @@ class CheckpointStore:
     def _publish(self, save: _Save, files: list[WrittenFile]) -> None:
         """In a thread of rank 0: state, index, manifest, rename, latest pointer, retention, in this order."""
         state = write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)
-        finish_folder(save.temporary, files, [state], sha256=self.options.sha256)
+        beside = write_companions(self.companions, save.temporary, sha256=self.options.sha256)
+        finish_folder(save.temporary, files, [state, *beside], sha256=self.options.sha256)
         publish(save.temporary, save.final)
         old = to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final)
         save.notes = tuple(remove(old, wait=False))

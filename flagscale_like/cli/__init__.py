@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -14,9 +13,7 @@ from flagscale_like.cli import init, train, report, plan, bench, data, convert, 
 # isort: on
 from flagscale_like.cli.base import app
 from flagscale_like.errors import PeerLostError, PlatformError, UserError
-
-# A disk that takes no more is no bug of ours, wherever it is met.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+from flagscale_like.json_files import DISK_ERRORS
 
 
 def main() -> None:

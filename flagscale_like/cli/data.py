@@ -1,8 +1,10 @@
-"""`preprocess` tokenizes text; `data` shows tokenized data and the documents that a training step read."""
+"""`preprocess` tokenizes text, `data chat` conversations; `data` shows both, and the documents that a training step read."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,12 +16,11 @@ from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.data.draws import DrawState
-    from flagscale_like.data.filters import Cleaning
     from flagscale_like.data.provenance import Segment
     from flagscale_like.data.report import Report
 
 data_app = typer.Typer(
-    help="Inspect tokenized data, and find the documents that a training step read.",
+    help="Tokenize conversations, inspect tokenized data, and find the documents that a training step read.",
     epilog=example("flagscale-like data inspect data/corpus"),
     no_args_is_help=True,
 )
@@ -31,20 +32,24 @@ data_app = typer.Typer(
 def preprocess(  # typer makes an option of every parameter
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files, folders or globs of jsonl or text (also .gz, .zst) or parquet, or python-stdlib."),
+        typer.Argument(
+            help="Files, folders or globs of JSON records, parquet or text (also compressed), or python-stdlib."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Path without suffix of the .bin, .idx, .documents.parquet and .report.json to write.")
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder.")] = None,
     train_tokenizer: Annotated[
-        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.")
+        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.", min=257)
     ] = None,
-    key: Annotated[str, typer.Option(help="jsonl field or parquet column with the text.")] = "text",
+    key: Annotated[
+        str, typer.Option(help="Field of a JSON record (also meta.text), or column of parquet, that holds the text.")
+    ] = "text",
     unit: Annotated[
         Literal["file", "line", "paragraph"], typer.Option(help="What one document is in a plain text file.")
     ] = "file",
-    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.", min=1)] = 1,
     bad_lines: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="Lines without a document: stop at the first, or count and skip them."),
@@ -72,14 +77,16 @@ def preprocess(  # typer makes an option of every parameter
         float | None,
         typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier call.")] = False,
+    special_tokens: Annotated[
+        Literal["text", "ids", "error"],
+        typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
+    ] = "text",
 ) -> None:
     """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
     After an interruption, the same command continues with the shards that are complete.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
     from flagscale_like.data.filters import Cleaning, Quality
     from flagscale_like.data.preprocess import preprocess
     from flagscale_like.data.readers import find_inputs, read_documents
@@ -88,8 +95,6 @@ def preprocess(  # typer makes an option of every parameter
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
         raise ConfigError("give either --tokenizer FOLDER, or --train-tokenizer SIZE to train one")
-    if workers < 1:
-        raise ConfigError(f"--workers ({workers}) must be 1 or more")
     cleaning = Cleaning(
         fix_text=fix_text,
         min_characters=min_characters,
@@ -107,10 +112,7 @@ def preprocess(  # typer makes an option of every parameter
                 tokenizer,
             )
     began = time.perf_counter()
-    console = Console(stderr=True)
-    columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=sum(f.stat().st_size for f in files))
+    with _progress(files) as progress:
         report = preprocess(
             files,
             tokenizer,
@@ -122,9 +124,12 @@ def preprocess(  # typer makes an option of every parameter
             cleaning=cleaning,
             max_document_bytes=int(max_document_mb * 2**20),
             shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
-            progress=lambda size: bar.advance(task, size),
+            overwrite=overwrite,
+            special_tokens=special_tokens,
+            progress=progress,
         )
-    _print_report(report, cleaning)
+    if cleaning != Cleaning() or report.bad_lines:
+        _print_report(report)
     seconds = time.perf_counter() - began
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
@@ -132,20 +137,200 @@ def preprocess(  # typer makes an option of every parameter
     )
 
 
-def _print_report(report: Report, cleaning: Cleaning) -> None:
-    """Print how many documents were dropped for each reason. Prints nothing if cleaning is off and no line was bad."""
+@contextmanager
+def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of the files, on a terminal. Yields a function that takes the bytes that are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+        yield lambda size: bar.advance(task, size)
+
+
+def _print_report(report: Report) -> None:
+    """Print how many documents were dropped for each reason."""
     from rich.console import Console
     from rich.table import Table
 
-    from flagscale_like.data.filters import Cleaning
-
-    if cleaning == Cleaning() and not report.bad_lines:
-        return
     table = Table("", "documents", "characters", "for example", box=None)
     for row in report.rows():
         table.add_row(*row)
     console = Console()
     Console(width=console.width if console.is_terminal else 200, soft_wrap=True).print(table)
+
+
+@data_app.command("chat", epilog=example("flagscale-like data chat chats.jsonl --tokenizer tok/ --out data/chats"))
+def chat(  # typer makes an option of every parameter
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
+    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
+    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Places of a row: train.seq_length.")] = None,
+    long: Annotated[
+        Literal["refuse", "drop", "cut"], typer.Option(help="Conversations that do not fit --length.")
+    ] = "refuse",
+    train: Annotated[
+        Literal["all", "last"], typer.Option(help="The assistant's messages that count: all, or the last.")
+    ] = "all",
+    skip_empty: Annotated[
+        bool, typer.Option("--skip-empty", help="Leave out conversations without a token that counts.")
+    ] = False,
+    bad_lines: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="Lines without a conversation: stop at the first, or count and skip them."),
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    max_document_mb: Annotated[
+        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
+    ] = 64.0,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
+    ] = None,
+) -> None:
+    """Tokenize conversations for fine-tuning: the tokens, the weight of each, and a table with the line of each conversation.
+
+    A line has messages [{role, content}], prompt and completion, or ShareGPT's conversations [{from, value}].
+    """
+    from flagscale_like.data.preprocess import preprocess_chat
+    from flagscale_like.data.readers import find_inputs
+    from flagscale_like.data.shards import ChatOptions
+
+    files = find_inputs(inputs)
+    text = _chat_template(tokenizer, template, long, length)
+    with _progress(files) as progress:
+        report, own = preprocess_chat(
+            files,
+            tokenizer,
+            out,
+            ChatOptions(text, train, length, long, skip_empty),
+            workers=workers,
+            bad_lines=bad_lines,
+            overwrite=overwrite,
+            max_document_bytes=int(max_document_mb * 2**20),
+            shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            progress=progress,
+        )
+    _print_chat_report(report, own)
+    typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .documents.parquet, .report.json")
+
+
+@data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
+def pairs(  # typer makes an option of every parameter
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
+    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
+    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Places of a row: train.seq_length.")] = None,
+    long: Annotated[
+        Literal["refuse", "drop", "cut"],
+        typer.Option(help="Pairs whose two conversations do not fit --length together; cut shortens their ends."),
+    ] = "refuse",
+    skip_empty: Annotated[
+        bool, typer.Option("--skip-empty", help="Leave out pairs with an answer of which no token counts.")
+    ] = False,
+    bad_lines: Annotated[
+        Literal["stop", "skip"], typer.Option(help="Lines without a pair: stop at the first, or count and skip them.")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    max_document_mb: Annotated[
+        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
+    ] = 64.0,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
+    ] = None,
+) -> None:
+    """Tokenize pairs of answers for DPO and reward models: the tokens, which count, and a table with the line of each pair.
+
+    A line has prompt, chosen and rejected (texts or messages), or chosen and rejected as whole conversations; margin and
+    weight may stand beside them.
+    """
+    from flagscale_like.data.preprocess import preprocess_chat
+    from flagscale_like.data.readers import find_inputs
+    from flagscale_like.data.shards import ChatOptions
+
+    files = find_inputs(inputs)
+    text = _chat_template(tokenizer, template, long, length)
+    with _progress(files) as progress:
+        report, own = preprocess_chat(
+            files,
+            tokenizer,
+            out,
+            ChatOptions(text, "all", length, long, skip_empty, pairs=True),
+            workers=workers,
+            bad_lines=bad_lines,
+            overwrite=overwrite,
+            max_document_bytes=int(max_document_mb * 2**20),
+            shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            progress=progress,
+        )
+    _print_pair_report(report, own)
+    typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .pairs.npy, .documents.parquet, .report.json")
+
+
+def _chat_template(tokenizer: Path, template: Path | None, long: str, length: int | None) -> str:
+    """The chat template of `data chat` and `data pairs`, from its file or the tokenizer's folder."""
+    from flagscale_like.data.chat import read_template, read_template_file
+    from flagscale_like.errors import DataError
+
+    if long != "refuse" and length is None:
+        raise ConfigError(f"--long {long} needs --length, the places of a row (train.seq_length)")
+    text = read_template_file(template) if template else read_template(tokenizer)
+    if text is None:
+        raise DataError(f"tokenizer {tokenizer}: has no chat template: give one with --template FILE (Jinja)")
+    return text
+
+
+def _print_pair_report(report: Report, tokenizer: Path) -> None:
+    """Print the counts of `data pairs`, what was left out, where a reward is read, and what a run needs."""
+    from flagscale_like.data.chat_shards import COUNTED, CUT, ENDS
+    from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
+
+    if report.dropped or report.bad_lines:
+        _print_report(report)
+    number, counted = report.documents // 2, report.counts[COUNTED]
+    typer.echo(
+        f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
+        f"{report.counts.get(CUT, 0):,} cut; {report.counts[MARGINS]:,} with a margin"
+    )
+    for name, count in report.counts.items():
+        if name.startswith(ENDS):
+            typer.echo(f"a reward is read at the last counted token: {name.removeprefix(ENDS)} of {count:,} answers")
+    if report.counts[OTHER_PROMPTS]:
+        typer.echo(f"note: {report.counts[OTHER_PROMPTS]:,} {OTHER_PROMPTS}: each answer counts after its own tokens")
+    typer.echo(f"a run names the tokenizer {tokenizer}, which has the chat template")
+
+
+def _print_chat_report(report: Report, tokenizer: Path) -> None:
+    """Print the counts of `data chat`, what was left out, and what a run needs."""
+    from flagscale_like.data.chat_shards import COUNTED, CUT, ENDS
+    from flagscale_like.data.tokenizer import Tokenizer
+
+    if report.dropped or report.bad_lines:
+        _print_report(report)
+    counted = report.counts[COUNTED]
+    typer.echo(
+        f"{report.documents:,} conversations, {report.tokens:,} tokens, of which {counted:,} count "
+        f"({counted / report.tokens:.1%}); {report.counts.get(CUT, 0):,} cut"
+    )
+    words = Tokenizer(tokenizer)
+    end = words.decode_one(words.eod)
+    other = {name: number for name, number in report.counts.items() if name.startswith(ENDS) and name != ENDS + end}
+    for name, number in other.items():
+        typer.echo(
+            f"note: {number:,} {name}, not with the end-of-text token {end}, at which generation stops: see the chat template"
+        )
+    typer.echo(f"a run names the tokenizer {tokenizer}, which has the chat template")
 
 
 @data_app.command("inspect", epilog=example("flagscale-like data inspect data/corpus --samples 3"))
@@ -156,10 +341,18 @@ def inspect(
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Number of documents to show, evenly spaced in the data.")] = 3,
 ) -> None:
-    """Print the number of documents and tokens, a histogram of lengths, and some documents with their source lines."""
+    """Print the number of documents and tokens, a histogram of lengths, and some documents with their source lines.
+
+    Of conversations, the tokens that count are coloured; between « and » where the output is no terminal.
+    """
+    from rich.console import Console
+
     from flagscale_like.data.inspect import describe_index
 
-    typer.echo(describe_index(Path(str(prefix).removesuffix(".idx").removesuffix(".bin")), tokenizer, samples=samples))
+    prefix = Path(str(prefix).removesuffix(".idx").removesuffix(".bin"))
+    console = Console(highlight=False, soft_wrap=True)
+    for line in describe_index(prefix, tokenizer, samples=samples, colour=console.is_terminal):
+        console.print(line, markup=False)
 
 
 @data_app.command("locate", epilog=example("flagscale-like data locate --run runs/demo --step 1200 --top 5"))

@@ -42,6 +42,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         typer.echo(f"lora         {_describe_lora(config)}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
+        f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "

@@ -1,7 +1,9 @@
 """RunConfig: the configuration of a run, read from one YAML file and dotted overrides."""
 
 from flagscale_like.config.groups import (
+    Chat,
     Checkpoint,
+    ContextParallelKind,
     Data,
     KernelChoice,
     Kernels,
@@ -14,6 +16,7 @@ from flagscale_like.config.groups import (
     Resilience,
     Source,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import (
     EffectiveRank,
@@ -27,12 +30,15 @@ from flagscale_like.config.health import (
 )
 from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 
 __all__ = [
+    "Chat",
     "Checkpoint",
+    "ContextParallelKind",
     "Data",
+    "DirectPreference",
     "EffectiveRank",
     "Init",
     "KernelChoice",
@@ -49,6 +55,7 @@ __all__ = [
     "Profile",
     "RampUp",
     "Resilience",
+    "RewardModel",
     "RunConfig",
     "Salience",
     "Selection",
@@ -57,4 +64,5 @@ __all__ = [
     "Train",
     "check_layout",
     "load_config",
+    "parts_of_row",
 ]

@@ -13,6 +13,7 @@ from flagscale_like.arch import Frozen
 from flagscale_like.config.health import Selection
 
 KernelChoice = Literal["auto", "triton", "torch"]
+ContextParallelKind = Literal["gather", "a2a"]
 
 
 def expand_path(text: str) -> str:
@@ -34,6 +35,11 @@ def expand_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(expand_path)]
 
 
+def parts_of_row(cp: int, kind: ContextParallelKind) -> int:
+    """Equal parts that a row is cut into for context parallelism: see runtime.row_cut."""
+    return 2 * cp if cp > 1 and kind == "gather" else cp
+
+
 class Parallel(Frozen):
     """Degrees of parallelism. The data-parallel degree is the world size divided by tp * pp * cp.
 
@@ -42,7 +48,10 @@ class Parallel(Frozen):
         pp: pipeline stages.
         vpp: model chunks on each stage in the interleaved schedule (Narayanan et al. 2021); 1 uses the 1F1B schedule.
         sp: sequence parallelism over the tensor-parallel group (Korthikanti et al. 2022); needs tp above 1.
-        cp: context-parallel ranks, which split the sequence. Only 1 is supported.
+        cp: context-parallel ranks. Each holds a part of every sequence, and attention brings the parts together.
+        cp_kind: how it does. `gather` gathers keys and values on every rank (Dubey et al. 2024). `a2a` exchanges tokens for
+            heads before and after attention (DeepSpeed Ulysses: Jacobs et al. 2023); it needs num_query_groups / tp
+            divisible by cp.
         ep: expert-parallel ranks. Only 1 is supported.
         first_stage_layers: layers of the first pipeline stage; without it, as many as the other stages.
         last_stage_layers: layers of the last pipeline stage; without it, as many as the other stages.
@@ -52,7 +61,8 @@ class Parallel(Frozen):
     pp: int = Field(default=1, gt=0)
     vpp: int = Field(default=1, gt=0)
     sp: bool = False
-    cp: Literal[1] = 1
+    cp: int = Field(default=1, gt=0)
+    cp_kind: ContextParallelKind = "gather"
     ep: Literal[1] = 1
     first_stage_layers: int | None = Field(default=None, gt=0)
     last_stage_layers: int | None = Field(default=None, gt=0)
@@ -236,16 +246,36 @@ class Source(Frozen):
         return path
 
 
+class Chat(Frozen):
+    """How the lines of .jsonl files become conversations or pairs, as the commands `data chat` and `data pairs` make them.
+
+    Attributes:
+        template: file of the chat template (Jinja); without it, the template of data.tokenizer.
+        train: the assistant's messages that count: `all`, or only the `last` of each conversation.
+        long: what happens to a conversation that does not fit train.seq_length: `refuse` ends with an error, `drop` leaves it
+            out, `cut` keeps its beginning.
+        skip_empty: leave out conversations without a token that counts; without it, such a conversation is an error.
+    """
+
+    template: str | None = None
+    train: Literal["all", "last"] = "all"
+    long: Literal["refuse", "drop", "cut"] = "refuse"
+    skip_empty: bool = False
+
+
 class Prepare(Frozen):
     """Tokenize raw text before the first step. The first run writes the .bin/.idx to RUN_DIR/data; later runs reuse them.
 
     Attributes:
         input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
+        chat: the input is conversations, one on each line of .jsonl files, or pairs of answers if the objective reads pairs;
+            without it, text.
     """
 
     input: list[PathText] = Field(min_length=1)
     tokenizer_vocab_size: int | None = Field(default=None, ge=257)
+    chat: Chat | None = None
 
 
 class Data(Frozen):
@@ -293,6 +323,10 @@ class Data(Frozen):
             raise ValueError(f"give exactly one of sources, prepare and synthetic ({given} given)")
         if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):
             raise ValueError("prepare needs data.tokenizer, or prepare.tokenizer_vocab_size to train one")
+        if self.prepare and self.prepare.chat and not (self.tokenizer or self.prepare.chat.template):
+            raise ValueError(
+                "prepare.chat needs prepare.chat.template where a tokenizer is trained: the chat template's file"
+            )
         if self.sources and not self.tokenizer:
             raise ValueError("sources need data.tokenizer: the folder of the tokenizer that made them")
         try:

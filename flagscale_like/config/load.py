@@ -122,28 +122,54 @@ def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
     return line
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
-    """The valid keys of the group at `location`."""
+def _groups_at(location: Sequence[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:
+    """`location` as it is written in YAML, and the group at it; None where it is a value.
+
+    pydantic's locations also name the kind of a group that has several, behind the group's own name.
+    """
     group: Any = RunConfig
+    options: list[type[BaseModel]] = []
+    written: list[str | int] = []
     for part in location:
+        kind = next((o for o in options if part in _tags(o)), None) if len(options) > 1 else None
+        if kind is not None:
+            group, options = kind, [kind]
+            continue
+        written.append(part)
         if isinstance(part, int) or group is None:
             continue
         annotation = group.model_fields[part].annotation if part in group.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        group = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        found = [annotation, *getattr(annotation, "__args__", ())]
+        options = [o for o in found if isinstance(o, type) and issubclass(o, BaseModel)]
+        group = options[0] if options else None
+    return written, group
+
+
+def _tags(group: type[BaseModel]) -> tuple[str, ...]:
+    """The values of a group's `kind`."""
+    return getattr(group.model_fields["kind"].annotation, "__args__", ()) if "kind" in group.model_fields else ()
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """The valid keys of the group at `location`."""
+    _, group = _groups_at(location)
     return [field.alias or name for name, field in group.model_fields.items()] if group is not None else []
 
 
 def _explain(path: Path, node: yaml.Node | None, item: Any) -> str:
-    location = item["loc"]
-    line = _line(node, location)
+    location, (written, _) = item["loc"], _groups_at(item["loc"])
+    line = _line(node, written)
     where = f"{path}:{line}" if line else str(path)
-    name = ".".join(str(part) for part in location)
+    name = ".".join(str(part) for part in written)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _fields_at(location[:-1]), n=1, cutoff=0.5)
         known = ", ".join(_fields_at(location[:-1]))
         message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known keys: {known}")
+    elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        name, known = f"{name}.kind", item["ctx"].get("expected_tags")
+        given = item["ctx"].get("tag")
+        message = f"{given!r} is not known: {known}" if given else "required, but not given"
     elif item["type"] == "missing":
         message = "required, but not given"
     elif item["type"] == "model_type" and item["input"] is None:

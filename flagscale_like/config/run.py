@@ -18,10 +18,11 @@ from flagscale_like.config.groups import (
     PathText,
     Resilience,
     Train,
+    parts_of_row,
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import NextTokenLoss
+from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
 from flagscale_like.errors import ConfigError
 
 
@@ -53,17 +54,34 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
                 f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
                 f"tp {near_divisors(par.tp, shared)} would do"
             )
-    if par.sp and seq_length % par.tp:
-        raise ValueError(
-            f"train.seq_length ({seq_length}) must be divisible by parallel.tp ({par.tp}) with sp: "
-            f"seq_length {near_multiples(seq_length, par.tp)} would do"
-        )
+    _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
     if model.longest_sequence and seq_length > model.longest_sequence:
         scaled = model.longest_sequence != model.max_position_embeddings
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
             + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
+        )
+
+
+def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
+    groups = model.num_query_groups // par.tp
+    if par.cp_kind == "a2a" and groups % par.cp:
+        raise ValueError(
+            f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
+            f"({par.cp}) with cp_kind a2a: cp {near_divisors(par.cp, groups)} would do, or cp_kind gather"
+        )
+    chunks = parts_of_row(par.cp, par.cp_kind)
+    factors = {
+        f"{'2 * ' if chunks > par.cp else ''}parallel.cp ({par.cp})": chunks,
+        f"parallel.tp ({par.tp}) with sp": par.tp if par.sp else 1,
+    }
+    parts = math.prod(factors.values())
+    if seq_length % parts:
+        given = " * ".join(name for name, factor in factors.items() if factor > 1)
+        raise ValueError(
+            f"train.seq_length ({seq_length}) must be divisible by {given}: "
+            f"seq_length {near_multiples(seq_length, parts)} would do"
         )
 
 
@@ -109,7 +127,7 @@ class RunConfig(Frozen):
     train: Train
     optimizer: Optimizer
     data: Data
-    objective: NextTokenLoss = NextTokenLoss()
+    objective: AnyObjective = NextTokenLoss()
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
@@ -137,9 +155,14 @@ class RunConfig(Frozen):
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
+        objective = self.objective
+        if self.data.synthetic and objective.kind == "next_token" and objective.per == "conversation":
+            raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_lora()
+        if self.objective.reads_pairs:
+            self._check_pairs()
         self._check_schedule()
         return self
 
@@ -159,6 +182,21 @@ class RunConfig(Frozen):
             raise ValueError(
                 "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
                 "give of: [activations]"
+            )
+
+    def _check_pairs(self) -> None:
+        kind, data = f"objective.kind {self.objective.kind}", self.data
+        if data.synthetic or (data.prepare and data.prepare.chat is None):
+            given = "data.synthetic" if data.synthetic else "data.prepare without data.prepare.chat"
+            raise ValueError(f"{kind} reads pairs of answers, which {given} has not: make a source with `data pairs`")
+        if self.parallel.cp > 1:
+            raise ValueError(f"{kind} takes no context parallelism yet: parallel.cp is {self.parallel.cp}, set it to 1")
+        if self.init.salience:
+            raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
+        if data.selection and data.selection.rule == "target" and getattr(self.objective, "reference", "") == "stored":
+            raise ValueError(
+                f"data.selection.rule target has no log-probabilities of the reference for its held-out set: use another "
+                f"rule with {kind}, or objective.reference none"
             )
 
     def _check_schedule(self) -> None:

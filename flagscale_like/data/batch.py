@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from flagscale_like.runtime.row_cut import RowCut
+
+# In Batch.extras, float [b, s]: 1 at the first label of each conversation, where each has the same weight in the loss.
+CONVERSATIONS = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,8 @@ class Batch:
             document. None: each row is one document.
         source: int64 [b] on the host, the index of each row's data source. None: the data has no sources.
         extras: further tensors that one objective needs, by name.
+        cut: how the rows lie over context-parallel ranks, where they do; see `part_of`. s then counts this rank's tokens, and
+            `documents` keeps the boundaries of the whole rows.
     """
 
     tokens: Tensor
@@ -32,6 +39,16 @@ class Batch:
     documents: Tensor | None = None
     source: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    cut: RowCut | None = None
+
+    def bounds(self) -> Tensor:
+        """`documents`; where each row is one document, its boundaries."""
+        if self.documents is not None:
+            return self.documents
+        rows, length = self.tokens.shape
+        if self.cut is not None:
+            length *= self.cut.size
+        return torch.arange(0, rows * length + 1, length, dtype=torch.int32)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], device: torch.device, source: Tensor | None = None) -> Batch:
@@ -39,9 +56,29 @@ class Batch:
 
         `documents` and `source` stay on the host.
         """
-        names = {f.name for f in fields(cls)} - {"documents", "source", "extras"}
+        names = {f.name for f in fields(cls)} - {"documents", "source", "extras", "cut"}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if name in names}
-        return cls(**moved, documents=values.get("documents"), source=source)
+        extras = {name: value.to(device, non_blocking=True) for name, value in values.get("extras", {}).items()}
+        return cls(**moved, documents=values.get("documents"), source=source, extras=extras)
+
+    def part_of(self, cut: RowCut) -> Batch:
+        """What one context-parallel rank gets of a batch of whole rows: its part of every row.
+
+        Extras are cut where their first two dimensions are those of the tokens, [b, s, ...]; others stay as they are.
+        """
+        rows = self.tokens.shape
+
+        def part(x: Tensor) -> Tensor:
+            return cut.part(x, 1) if x.shape[:2] == rows else x
+
+        return replace(
+            self,
+            tokens=part(self.tokens),
+            labels=part(self.labels),
+            loss_mask=part(self.loss_mask),
+            extras={name: part(value) for name, value in self.extras.items()},
+            cut=cut,
+        )
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,12 +86,17 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         rows: each with tokens, labels and loss_mask [s], and what else the dataset gives. A pack has `documents`, int32
-            [n + 1], the boundaries 0, ..., s of its documents; beside packs, a row without them is one document.
+            [n + 1], the boundaries 0, ..., s of its documents; beside packs, a row without them is one document. `extras`
+            are tensors by name with an entry for each of something that a row holds any number of.
 
     Returns:
-        By name, the rows' values stacked; `documents` counted on over the rows, where any row is a pack.
+        By name, the rows' values stacked; `documents` counted on over the rows, where any row is a pack; `extras` of all rows
+        one after another.
     """
-    batch = default_collate([{name: value for name, value in row.items() if name != "documents"} for row in rows])
+    special = ("documents", "extras")
+    batch = default_collate([{name: value for name, value in row.items() if name not in special} for row in rows])
+    if "extras" in rows[0]:
+        batch["extras"] = {name: torch.cat([row["extras"][name] for row in rows]) for name in rows[0]["extras"]}
     if any("documents" in row for row in rows):
         length = len(rows[0]["tokens"])
         whole = torch.tensor([0, length], dtype=torch.int32)

@@ -23,9 +23,15 @@ from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
+from flagscale_like.data.batch import CONVERSATIONS
+from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
+from flagscale_like.data.order import OneSource, checked_position
+from flagscale_like.data.packing import ConversationSource
+from flagscale_like.data.pairs import PairSource
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
@@ -89,15 +95,19 @@ class IndexCache:
 
 @dataclass
 class _Config(GPTDatasetConfig):
-    """megatron-core's configuration, extended by the cache of the sample index and by each source's `source_mark`."""
+    """megatron-core's configuration, extended by the cache of the sample index, by each source's `source_mark`, and by
+    whether each document has the same weight in the loss.
+    """
 
     index_cache: IndexCache | None = None
     source_marks: dict[str, str] | None = None
+    per_conversation: bool = False
 
 
-class SourceDataset(GPTDataset):
-    """The samples of one source in one split."""
+class SourceDataset(OneSource, GPTDataset):
+    """The samples of one source of text in one split. `packing.ConversationSource` is its counterpart for conversations."""
 
+    documents_in_one = 1
     packed = False  # a sample is one row of text, whatever documents it is cut from
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
@@ -106,18 +116,15 @@ class SourceDataset(GPTDataset):
         build = super()._build_document_sample_shuffle_indices
         return self.config.index_cache.fetch(key, ("document", "sample", "shuffle"), build)
 
-    @property
-    def parts(self) -> list[SourceDataset]:
-        """The dataset of each source, in the order of data.sources."""
-        return [self]
-
-    def place(self, position: int) -> tuple[int, int]:
-        """Return (number of the source, index in the source's dataset) of the sample at `position`.
-
-        Raises:
-            DataError: `position` is outside the dataset.
-        """
-        return 0, _checked_position(position, self)
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        sample = super().__getitem__(idx)
+        del sample["position_ids"]  # a model counts them itself, and rows of conversations have none
+        if self.config.per_conversation:
+            mask = sample["loss_mask"]
+            sample["loss_mask"] = mask / mask.sum().clamp(min=1)
+            firsts = (mask.cumsum(0) == 1) & (mask != 0)
+            sample["extras"] = {CONVERSATIONS: firsts.float()[None]}
+        return sample
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """What the sample at `index` consists of: (document, first token, end) in the order of its tokens."""
@@ -133,6 +140,39 @@ class SourceDataset(GPTDataset):
                 found.append((document, start, stop))
         return found
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of the source in this split."""
+        return int(self.dataset.sequence_lengths[self.indices].sum(dtype=np.int64))
+
+    def tokens_of(self, rows: int) -> int:
+        """Tokens of `rows` samples."""
+        return rows * self.config.sequence_length
+
+
+AnySource = SourceDataset | ConversationSource
+
+
+def source_class(prefix: str) -> type[AnySource]:
+    """The class of the dataset that reads a prefix."""
+    found = conversations_at(prefix)
+    if found is None:
+        return SourceDataset
+    return PairSource if found.pairs else ConversationSource
+
+
+class _Rows(Dataset):
+    """A source's samples under one class: megatron-core blends datasets of one class only."""
+
+    def __init__(self, source: AnySource) -> None:
+        self.source, self.index_split, self.unique_identifiers = source, source.index_split, source.unique_identifiers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.source[index]
+
 
 class Blend(BlendedDataset):
     """Samples of several sources in a fixed order. In each prefix of that order, each source has its share of the samples."""
@@ -143,9 +183,9 @@ class Blend(BlendedDataset):
         return self.config.index_cache.fetch(key, ("source", "sample"), super()._build_indices)
 
     @property
-    def parts(self) -> list[SourceDataset]:
+    def parts(self) -> list[AnySource]:
         """The dataset of each source, in the order of data.sources."""
-        return self.datasets
+        return [getattr(dataset, "source", dataset) for dataset in self.datasets]
 
     def place(self, position: int) -> tuple[int, int]:
         """Return (number of the source, index in the source's dataset) of the sample at `position`.
@@ -153,14 +193,8 @@ class Blend(BlendedDataset):
         Raises:
             DataError: `position` is outside the dataset.
         """
-        _checked_position(position, self)
+        checked_position(position, len(self))
         return int(self.dataset_index[position]), int(self.dataset_sample_index[position])
-
-
-def _checked_position(position: int, dataset: SourceDataset | Blend) -> int:
-    if not 0 <= position < len(dataset):
-        raise DataError(f"sample {position}: the order has {len(dataset)} samples, from 0")
-    return position
 
 
 def is_packed(dataset: Dataset) -> bool:
@@ -176,7 +210,7 @@ def index_folder(config: RunConfig) -> Path:
 
 def build_split(
     config: RunConfig, tokenizer: Tokenizer, split: SplitName, samples: int, cache: IndexCache
-) -> SourceDataset | Blend:
+) -> AnySource | Blend:
     """Build the dataset of one split. The order of its samples depends on the configuration and on `samples` only.
 
     Args:
@@ -202,17 +236,21 @@ def build_split(
         mid_level_dataset_surplus=SURPLUS,
         index_cache=cache,
         source_marks={source.path: source_mark(source.path) for source in sources},
+        per_conversation=config.objective.kind == "next_token" and config.objective.per == "conversation",
     )
     shares = [math.ceil(samples * weight) for weight in weights]
     try:
         parts = []
         for source, share in zip(sources, shares, strict=True):
-            documents = SourceDataset.build_low_level_dataset(source.path, options)
-            first, last = (round(edge * len(documents)) for edge in options.split_matrix[number])
+            kind = source_class(source.path)
+            documents = kind.build_low_level_dataset(source.path, options)
+            count = len(documents) // kind.documents_in_one
+            first, last = (round(edge * count) for edge in options.split_matrix[number])
             wanted = math.ceil(share * (1 + SURPLUS)) if len(sources) > 1 else samples
             indices = np.arange(first, last, dtype=np.int32)
-            parts.append(SourceDataset(documents, source.path, indices, wanted, Split(number), options))
-        return Blend(parts, weights, sum(shares), options) if len(sources) > 1 else parts[0]
+            parts.append(kind(documents, source.path, indices, wanted, Split(number), options))
+        rows = parts if len({type(part) for part in parts}) == 1 else [_Rows(part) for part in parts]
+        return Blend(rows, weights, sum(shares), options) if len(sources) > 1 else parts[0]
     except DataError:
         raise
     except OSError as error:
@@ -226,13 +264,17 @@ def build_split(
 
 
 def source_mark(prefix: str) -> str:
-    """A hash of the first MiB of the .idx and of the sizes of .idx and .bin, 8 hexadecimal digits.
+    """A hash of the first MiB of the .idx and of the sizes of .idx and .bin, 8 hexadecimal digits. Of conversations, also of
+    their .chat.json and the size of their weights.
 
     It is part of the index's key: megatron-core's own key stays the same if another corpus is written to the same prefix.
     """
     index, tokens = Path(prefix + ".idx"), Path(prefix + ".bin")
     with open(index, "rb") as file:
         head = file.read(1 << 20)
+    if found := conversations_at(prefix):
+        head += Path(f"{prefix}.chat.json").read_bytes() + str(Path(mask_of(prefix) + ".bin").stat().st_size).encode()
+        head += pair_values(prefix).tobytes() if found.pairs else b""
     return xxhash.xxh64_hexdigest(head + f"{index.stat().st_size} {tokens.stat().st_size}".encode())[:8]
 
 
@@ -261,14 +303,14 @@ class SourceUse:
         return f"{self.name}: {self.tokens:,} tokens, which is {self.epochs:.2f} times its {self.epoch_tokens:,} tokens"
 
 
-def counts_of(dataset: SourceDataset | Blend, samples: int) -> list[int]:
+def counts_of(dataset: AnySource | Blend, samples: int) -> list[int]:
     """Count how many of the first `samples` samples come from each source."""
     if isinstance(dataset, Blend):
         return np.bincount(dataset.dataset_index[:samples], minlength=len(dataset.parts)).tolist()
     return [samples]
 
 
-def source_use(parts: Sequence[SourceDataset], names: Sequence[str], counts: Sequence[int]) -> list[SourceUse]:
+def source_use(parts: Sequence[AnySource], names: Sequence[str], counts: Sequence[int]) -> list[SourceUse]:
     """Say how much of each source is read.
 
     Args:
@@ -276,9 +318,7 @@ def source_use(parts: Sequence[SourceDataset], names: Sequence[str], counts: Seq
         names: the name of each source.
         counts: the samples read from each source.
     """
-    length = parts[0].config.sequence_length
-    epochs = [int(part.dataset.sequence_lengths[part.indices].sum(dtype=np.int64)) for part in parts]
     return [
-        SourceUse(name, count, count * length, tokens)
-        for name, count, tokens in zip(names, counts, epochs, strict=True)
+        SourceUse(name, count, part.tokens_of(count), part.epoch_tokens)
+        for name, count, part in zip(names, counts, parts, strict=True)
     ]

@@ -14,7 +14,7 @@ from flagscale_like.json_files import append_record, read_records
 from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from flagscale_like.data.blend import SourceDataset
+    from flagscale_like.data.blend import AnySource
 
 
 def draw(weights: Sequence[float], credits: list[float], drawn: list[int]) -> Iterator[tuple[int, int]]:
@@ -91,7 +91,7 @@ class DrawnOrder:
         states: the states of the draw, in the order of positions; `note` appends further ones.
     """
 
-    def __init__(self, parts: Sequence[SourceDataset], states: Sequence[DrawState] = ()) -> None:
+    def __init__(self, parts: Sequence[AnySource], states: Sequence[DrawState] = ()) -> None:
         self.parts, self.states = list(parts), list(states)
         self._plan: list[tuple[int, int]] = []
         self._of: tuple[DrawState, Iterator[tuple[int, int]]] | None = None

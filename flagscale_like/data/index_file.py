@@ -14,9 +14,9 @@ import numpy as np
 from flagscale_like.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
-DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.float32): 7, np.dtype(np.uint16): 8}
 FIXED_BYTES = len(HEADER) + struct.calcsize("<BQQ")
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron-core's DType
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 7: "<f4", 8: "<u2"}  # megatron-core's DType
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

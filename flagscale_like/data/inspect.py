@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from rich.text import Text
 
+from flagscale_like.data.conversations import Conversations, conversations_at, mask_of, places_of
 from flagscale_like.data.index_file import read_lengths, read_tokens
+from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
@@ -16,14 +20,18 @@ BAR = 40
 EXCERPT_CHARACTERS = 300
 
 
-def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int) -> str:
+def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int, colour: bool = False) -> Iterator[str | Text]:
     """Describe a .bin/.idx pair: documents, tokens, quartiles and histogram of document lengths, and sample documents.
+
+    Yields lines. Of conversations they say how many tokens count, and how full rows of their length get; samples are whole,
+    and their tokens that count are marked.
 
     Args:
         prefix: the path without .bin or .idx.
         tokenizer: the tokenizer's folder. None uses the folder that PREFIX.report.json names. Without either, the sample
             documents are shown as token ids.
         samples: how many documents to show.
+        colour: mark by colour, for a terminal; otherwise by « and ».
 
     Raises:
         DataError: the pair is missing or incomplete, or the tokenizer cannot be read.
@@ -33,20 +41,59 @@ def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int) -> str
     except FileNotFoundError as error:
         raise DataError(f"{error.filename}: is missing; `preprocess` writes it") from None
     edges = np.percentile(lengths, [0, 25, 50, 75, 99, 100])
-    lines = [
-        f"{prefix}: {len(lengths):,} documents, {int(lengths.sum(dtype=np.int64)):,} tokens, "
-        f"{Path(f'{prefix}.bin').stat().st_size / 1e6:,.1f} MB",
-        "tokens a document: " + ", ".join(f"{n} {int(e):,}" for n, e in zip(NAMES, edges, strict=True)),
-        *_histogram(lengths),
-    ]
+    chat = conversations_at(prefix)
+    noun = "conversation" if chat else "document"
+    yield (
+        f"{prefix}: {len(lengths):,} {noun}s, {int(lengths.sum(dtype=np.int64)):,} tokens, "
+        f"{Path(f'{prefix}.bin').stat().st_size / 1e6:,.1f} MB"
+    )
+    if chat:
+        yield from _describe_chat(chat, lengths)
+    yield f"tokens a {noun}: " + ", ".join(f"{n} {int(e):,}" for n, e in zip(NAMES, edges, strict=True))
+    yield from _histogram(lengths, noun)
     words = _tokenizer_of(prefix, tokenizer) if samples else None
     table = DocumentTable(prefix)
     for document in np.unique(np.linspace(0, len(lengths) - 1, samples).astype(int)).tolist():
         ids = read_tokens(str(prefix), lengths, document)
         where = table.place(document)
-        lines.append(f"document {document}{f', {where[0]}:{where[1]}' if where else ''}, {lengths[document]:,} tokens:")
-        lines.append("  " + excerpt(words.decode(ids.tolist())) if words else f"  {ids[:50].tolist()} ...")
-    return "\n".join(lines)
+        yield f"{noun} {document}{f', {where[0]}:{where[1]}' if where else ''}, {lengths[document]:,} tokens:"
+        if words and chat:
+            yield marked(words, ids, read_tokens(mask_of(prefix), lengths, document), colour=colour)
+        else:
+            yield "  " + excerpt(words.decode(ids.tolist())) if words else f"  {ids[:50].tolist()} ..."
+
+
+def _describe_chat(chat: Conversations, lengths: np.ndarray) -> Iterator[str]:
+    tokens = int(lengths.sum(dtype=np.int64))
+    which = "every answer" if chat.train == "all" else "the last answer of a conversation"
+    which, noun = ("the two answers of a pair", "pair") if chat.pairs else (which, "conversation")
+    if chat.pairs:
+        yield f"{len(lengths) // 2:,} pairs: the chosen answer is the first of two conversations"
+    yield f"{chat.counted:,} tokens count ({chat.counted / tokens:.1%}): {which}; tokenizer {chat.tokenizer}"
+    places = places_of(lengths, chat)
+    if chat.length:
+        rows = len(best_fit_decreasing(places, chat.length))
+        full = places.sum(dtype=np.int64) / chat.length
+        yield (
+            f"packed into rows of {chat.length:,}: {rows:,} rows, {full / rows:.1%} full; each {noun} in a row of its own: "
+            f"{full / len(places):.1%}"
+        )
+
+
+def marked(words: Tokenizer, ids: np.ndarray, weights: np.ndarray, *, colour: bool) -> Text:
+    """A conversation as text, in which the tokens that count are marked. Weights other than 1 stand behind their part."""
+    text, first = Text("  "), 0
+    for last in range(1, len(ids) + 1):
+        if last < len(ids) and weights[last] == weights[first]:
+            continue
+        part, weight = words.decode(ids[first:last].tolist(), special=True), float(weights[first])
+        if not weight:
+            text.append(part, style="dim")
+        else:
+            note = f"[{weight:g}]" if weight != 1 else ""
+            text.append(part + note if colour else f"«{part}»{note}", style="bold green")
+        first = last
+    return text
 
 
 NAMES = ("min", "25 %", "median", "75 %", "99 %", "max")
@@ -67,14 +114,14 @@ def _tokenizer_of(prefix: Path, tokenizer: Path | None) -> Tokenizer | None:
     return Tokenizer(tokenizer) if tokenizer else None
 
 
-def _histogram(lengths: np.ndarray) -> list[str]:
+def _histogram(lengths: np.ndarray, noun: str) -> list[str]:
     """One line for each power of two: documents of at most that many tokens, and their share of all tokens."""
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts, tokens = np.bincount(powers), np.bincount(powers, weights=lengths)
     first = int(np.flatnonzero(counts)[0])
     width = len(f"{2 ** (len(counts) - 1):,}")
     return [
-        f"  <= {2**power:>{width},} {'#' * round(BAR * counts[power] / counts.max()):<{BAR}} {counts[power]:,} documents, "
+        f"  <= {2**power:>{width},} {'#' * round(BAR * counts[power] / counts.max()):<{BAR}} {counts[power]:,} {noun}s, "
         f"{tokens[power] / tokens.sum():.1%} of tokens"
         for power in range(first, len(counts))
     ]

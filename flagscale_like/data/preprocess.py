@@ -1,5 +1,7 @@
 """Converts a corpus to megatron-core's .bin/.idx, and writes a table with the source file and line of each document.
 
+`preprocess` reads text, `preprocess_chat` conversations.
+
 The inputs are divided into shards. Worker processes read, clean and tokenize one shard at a time. A shard is complete when
 its report exists; after a kill, complete shards are kept and the others are made again. The shards are then joined in order,
 without the duplicates, which are found over the whole corpus. Memory holds one batch of texts and tokens at a time,
@@ -13,21 +15,37 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from flagscale_like.data.chat import copy_with_template, read_template
+from flagscale_like.data.chat_shards import COUNTED, FRACTIONS, ChatShardMaker
+from flagscale_like.data.conversations import Conversations, conversations_at
 from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates, near_duplicates
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.formats import format_of, printable
 from flagscale_like.data.index_file import write_index
+from flagscale_like.data.pair_shards import PairShardMaker
 from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
 from flagscale_like.data.report import EXAMPLES, Report, format_place
-from flagscale_like.data.shards import Shard, ShardMaker, ShardOptions, fingerprint, plan_shards, read_row_lengths
+from flagscale_like.data.shards import (
+    ChatOptions,
+    Shard,
+    ShardMaker,
+    ShardOptions,
+    SpecialTokens,
+    fingerprint,
+    plan_shards,
+    read_judgements,
+    read_row_lengths,
+)
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import write_json
 
@@ -35,7 +53,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
-OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
+TEXT_OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
+CHAT_OUTPUTS = (".bin", ".mask.bin", ".documents.parquet", ".report.json", ".mask.idx", ".chat.json", ".idx")
+PAIR_OUTPUTS = (".pairs.npy", *CHAT_OUTPUTS)
 
 
 def preprocess(  # each parameter is one option of the command `preprocess`
@@ -50,6 +70,8 @@ def preprocess(  # each parameter is one option of the command `preprocess`
     cleaning: Cleaning | None = None,
     max_document_bytes: int = 64 << 20,
     shard_bytes: int | None = None,
+    overwrite: bool = False,
+    special_tokens: SpecialTokens = "text",
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
     """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json. They appear when all shards are joined.
@@ -67,6 +89,8 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         bad_lines: `stop` raises an error at a line without a document; `skip` counts such lines.
         cleaning: how documents are cleaned; None keeps every document unchanged.
         shard_bytes: input bytes of a shard; None chooses them by the size of the input and the number of workers.
+        overwrite: replace the files of a prefix that is there.
+        special_tokens: see shards.ShardOptions.
         progress: called with the number of input bytes of each shard when it is complete.
 
     Returns:
@@ -74,15 +98,86 @@ def preprocess(  # each parameter is one option of the command `preprocess`
 
     Raises:
         DataError: an input is bad, an output cannot be written, a worker was killed, PREFIX.shards holds shards of other
-            options, or no document is left.
+            options, no document is left, or the prefix holds conversations, or anything without `overwrite`.
     """
+    if conversations_at(prefix):
+        raise DataError(f"{prefix}: holds conversations of `data chat`: choose another prefix, or remove its files")
+    _check_free(prefix, overwrite=overwrite)
     options = ShardOptions(
         str(tokenizer_folder),
         ReadOptions(key=key, unit=unit, max_document_bytes=max_document_bytes),
         cleaning or Cleaning(),
         bad_lines,
+        special_tokens=special_tokens,
     )
-    maker = ShardMaker(options)
+    return _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
+
+
+def preprocess_chat(  # most parameters are one option of the command `data chat` each
+    files: Sequence[Path],
+    tokenizer_folder: str | Path,
+    prefix: str | Path,
+    chat: ChatOptions,
+    *,
+    workers: int = 1,
+    bad_lines: BadLines = "stop",
+    overwrite: bool = False,
+    max_document_bytes: int = 64 << 20,
+    shard_bytes: int | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> tuple[Report, Path]:
+    """Render conversations to the files of a source of conversations; see data.conversations.
+
+    Everything else is as `preprocess` does it: shards, workers, interruptions, table and report. If `chat.template` is not
+    the tokenizer's own, a copy of the tokenizer with this template is written to PREFIX-tokenizer.
+
+    Args:
+        files: .jsonl files, also compressed.
+        chat: how conversations become tokens.
+        overwrite: replace the files of a prefix that is there.
+
+    Returns:
+        The report, and the tokenizer folder that a run on these conversations names.
+
+    Raises:
+        DataError: as `preprocess`; a line has no conversation to train on; or the prefix is there and `overwrite` is false.
+    """
+    _check_free(prefix, overwrite=overwrite)
+    for path in files:
+        if format_of(path).content not in ("json lines", "json array"):
+            raise DataError(f"{printable(path)}: conversations are read from JSON lines or a JSON array of records")
+    options = ShardOptions(
+        str(tokenizer_folder), ReadOptions(key=None, max_document_bytes=max_document_bytes), Cleaning(), bad_lines, chat
+    )
+    own = Path(tokenizer_folder)
+    if chat.template != read_template(own):
+        own = Path(f"{prefix}-tokenizer")
+        copy_with_template(tokenizer_folder, chat.template, own, replace=overwrite)
+    report = _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
+    return report, own
+
+
+def _check_free(prefix: str | Path, *, overwrite: bool) -> None:
+    if Path(f"{prefix}.idx").is_file() and not overwrite:
+        raise DataError(f"{prefix}.idx: exists: choose another prefix, or replace it with --overwrite")
+
+
+def _maker_of(options: ShardOptions) -> ShardMaker:
+    if options.chat is None:
+        return ShardMaker(options)
+    return PairShardMaker(options) if options.chat.pairs else ChatShardMaker(options)
+
+
+def _write(
+    files: Sequence[Path],
+    options: ShardOptions,
+    prefix: str | Path,
+    *,
+    workers: int,
+    shard_bytes: int | None,
+    progress: Callable[[int], None],
+) -> Report:
+    maker = _maker_of(options)
     work = Path(f"{prefix}.shards")
     shards: list[Shard] = []
     try:
@@ -193,7 +288,7 @@ _maker: ShardMaker | None = None
 def _start_worker(options: ShardOptions) -> None:
     global _maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core: threads would compete for it
-    _maker = ShardMaker(options)
+    _maker = _maker_of(options)
 
 
 def _make(shard: Shard, pieces: Sequence[Piece]) -> None:
@@ -211,7 +306,9 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
     import pyarrow.parquet as pq
 
     report, lengths = Report(), []
-    partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in OUTPUTS}
+    chat = maker.options.chat
+    outputs = TEXT_OUTPUTS if chat is None else PAIR_OUTPUTS if chat.pairs else CHAT_OUTPUTS
+    partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in outputs}
     originals = _find_duplicates(shards, maker.options.cleaning, shards[0].rows.parent if shards else prefix)
     places = _DocumentPlaces(shards, pieces)
     try:
@@ -246,19 +343,58 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
             for shard in shards:
                 shard.remove()
             raise DataError(f"{prefix}: no document is left of {len(places.files)} files: {report.describe_dropped()}")
-        write_index(partial[".idx"], lengths, maker.dtype)
-        settings = {
-            "tokenizer": str(maker.tokenizer.folder),
-            "cleaning": maker.options.cleaning.model_dump(mode="json"),
-        }
-        report.write_readable(partial[".report.json"], **settings)
+        _finish(partial, lengths, shards, maker, report)
         Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older .idx does not describe the new .bin
-        for suffix in OUTPUTS:
+        for suffix in outputs:
             os.replace(partial[suffix], f"{prefix}{suffix}")
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
     return report
+
+
+def _finish(
+    partial: Mapping[str, Path],
+    lengths: Sequence[np.ndarray],
+    shards: Sequence[Shard],
+    maker: ShardMaker,
+    report: Report,
+) -> None:
+    """Write the outputs other than the tokens and the table of documents."""
+    write_index(partial[".idx"], lengths, maker.dtype)
+    settings: dict[str, object] = {"tokenizer": str(maker.tokenizer.folder)}
+    if isinstance(maker, ChatShardMaker):
+        _write_chat(partial, lengths, shards, maker, report)
+        settings |= {"chat": asdict(maker.options_of_chat)}
+    else:
+        settings |= {"cleaning": maker.options.cleaning.model_dump(mode="json")}
+    report.write_readable(partial[".report.json"], **settings)
+
+
+def _write_chat(
+    partial: Mapping[str, Path],
+    lengths: Sequence[np.ndarray],
+    shards: Sequence[Shard],
+    maker: ChatShardMaker,
+    report: Report,
+) -> None:
+    """Write what makes the prefix a source of conversations. Weights that are all 0 or 1 take a byte each."""
+    dtype = np.dtype(np.float32 if report.counts.get(FRACTIONS) else np.uint8)
+    with open(partial[".mask.bin"], "wb") as target:
+        for shard in shards:
+            with open(shard.weights, "rb") as source:
+                while len(part := np.fromfile(source, dtype=np.float32, count=1 << 20)):
+                    part.astype(dtype).tofile(target)
+    write_index(partial[".mask.idx"], lengths, dtype)
+    chat, words = maker.options_of_chat, maker.tokenizer
+    counted, length = report.counts[COUNTED], chat.length
+    Conversations(str(words.folder), words.vocab_size, chat.template, chat.train, length, counted, chat.pairs).write(
+        partial[".chat.json"]
+    )
+    if chat.pairs:
+        values = np.concatenate([read_judgements(shard) for shard in shards])
+        with open(partial[".pairs.npy"], "wb") as file:
+            np.save(file, values[::2])  # the two answers of a pair have the same
 
 
 class _DocumentPlaces:
@@ -269,7 +405,7 @@ class _DocumentPlaces:
     def __init__(self, shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]]) -> None:
         self._shards, self._offsets, before = shards, [], {}
         for shard, parts in zip(shards, pieces, strict=True):
-            self._offsets.append(before.get(parts[0].path, 0) if parts[0].start else 0)
+            self._offsets.append(before.get(printable(parts[0].path), 0) if parts[0].start else 0)
             for path, lines in shard.lines().items():
                 before[path] = before.get(path, 0) + lines
         self.files = set(before)

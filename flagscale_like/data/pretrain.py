@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +17,21 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flagscale_like.config import RunConfig, Source
+from flagscale_like.config import Chat, Prepare, RunConfig, Source
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
+from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
+from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
 from flagscale_like.data.index_file import read_lengths
-from flagscale_like.data.preprocess import preprocess
+from flagscale_like.data.pair_shards import parse_pair
+from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
+from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import BAD_JSON
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
@@ -64,18 +71,52 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     if prepare is None:
         return config
     folder = RunFolder(config.run_dir).data
-    prefix, tokenizer = folder / "text", config.data.tokenizer
+    prefix, tokenizer = folder / ("chat" if prepare.chat else "text"), config.data.tokenizer
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            texts = (document.text for document in read_documents(find_inputs(prepare.input)))
+            texts = _texts(prepare, pairs=config.objective.reads_pairs)
             train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
-    if not Path(f"{prefix}.idx").is_file():
+    if prepare.chat is not None:
+        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
+    elif not Path(f"{prefix}.idx").is_file():
         preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers)
     data = config.data.model_copy(
         update={"prepare": None, "tokenizer": tokenizer, "sources": [Source(path=str(prefix))]}
     )
     return config.model_copy(update={"data": data})
+
+
+def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
+    """The texts that a tokenizer is trained on; of pairs, the messages of both conversations."""
+    if prepare.chat is None:
+        yield from (document.text for document in read_documents(find_inputs(prepare.input)))
+        return
+    for line in read_documents(find_inputs(prepare.input), key=None):
+        try:
+            pair = parse_pair(line.text) if pairs else None
+            found = [pair.chosen, pair.rejected] if pair else [parse_record(line.text)]
+            yield from (message["content"] for conversation in found for message in conversation.messages)
+        except BadConversationError as error:
+            raise DataError(f"{line.source}:{line.line}: {error}") from None
+
+
+def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int) -> str:
+    """Write the conversations of data.prepare, unless they are there, and return the tokenizer folder of the run."""
+    template = read_template_file(Path(chat.template)) if chat.template else read_template(tokenizer)
+    if template is None:
+        raise DataError(f"tokenizer {tokenizer}: has no chat template: give its file as data.prepare.chat.template")
+    own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
+    found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
+    if found is None:
+        pairs = config.objective.reads_pairs
+        options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
+        preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
+    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads_pairs):
+        raise DataError(
+            f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
+        )
+    return own
 
 
 def check_sources(config: RunConfig) -> Tokenizer | None:
@@ -86,7 +127,8 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
 
     Raises:
         DataError: a file is missing, is not a megatron-core index or holds no documents; the tokenizer has more ids than
-            model.vocab_size; or data.split leaves no tokens for a split that the run reads.
+            model.vocab_size; conversations do not fit the run (see check_conversations); or data.split leaves no tokens for a
+            split that the run reads.
     """
     if config.data.synthetic:
         return None
@@ -99,16 +141,71 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
-                raise DataError(f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first")
-        _check_split(config, source.path, read_lengths(source.path))
+                raise DataError(
+                    f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
+                    "conversations, `data chat`; of pairs, `data pairs`)"
+                )
+        _check_ids(source.path, config.model.vocab_size)
+        found = conversations_at(source.path)
+        if found is not None:
+            places, vocab_size = config.train.seq_length, config.model.vocab_size
+            check_conversations(source.path, found, places=places, tokenizer=tokenizer.folder, vocab_size=vocab_size)
+        _check_kind(config, source.path, found)
+        _check_split(
+            config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
+        )
     return tokenizer
+
+
+def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> None:
+    """Check that a source holds what the objective reads.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    kind, pairs = config.objective.kind, found is not None and found.pairs
+    if config.objective.reads_pairs and not pairs:
+        held = "conversations" if found else "text"
+        raise DataError(
+            f"data source {prefix}: holds {held}, objective.kind {kind} reads pairs of answers: make them with "
+            f"`data pairs IN --tokenizer {config.data.tokenizer} --out PREFIX`"
+        )
+    if pairs and not config.objective.reads_pairs:
+        raise DataError(
+            f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
+            "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"
+        )
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    """Compare the largest token id that `preprocess` has recorded with the model. What it did not record is found later."""
+    path = Path(f"{prefix}.report.json")
+    try:
+        largest = int(json.loads(path.read_text(encoding="utf-8")).get("largest_id", -1)) if path.is_file() else -1
+    except (OSError, *BAD_JSON, AttributeError, TypeError):
+        return  # of another program, or of an earlier version
+    if largest >= vocab_size:
+        raise DataError(
+            f"data source {prefix}: holds token {largest}, model.vocab_size is {vocab_size}: it was made with another "
+            f"tokenizer; make it anew with data.tokenizer, or set model.vocab_size to {largest + 1} or more"
+        )
+
+
+def _check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuse a token that the model has no row for, on any device, before it is there."""
+    largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"a sample holds token {largest}, model.vocab_size is {vocab_size}: a data source was made with another "
+            "tokenizer than data.tokenizer; make it anew, or set a larger model.vocab_size"
+        )
 
 
 def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
     """Check that each split that the run reads has tokens. For a split without tokens, megatron-core's dataset never returns.
 
     Args:
-        lengths: tokens of each document of the source.
+        lengths: tokens of each document, or of each pair, of the source.
     """
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.data.split))
     evaluates = config.train.eval_interval > 0
@@ -216,6 +313,7 @@ def micro_batches(
         generator=torch.Generator(),
     )
     for batch in loader:
+        _check_batch(batch, config.model.vocab_size)
         yield Batch.of(batch, ctx.platform.device, batch[SOURCE].long() if SOURCE in batch else None)
     raise DataError(
         f"the data is used up: all {len(dataset):,} samples that the run planned are read: set a larger train.steps to plan "

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.blend import Blend, IndexCache, SourceDataset, build_split, index_folder, source_mark
+from flagscale_like.data.blend import AnySource, Blend, IndexCache, build_split, index_folder, source_mark
 from flagscale_like.data.draws import DrawnOrder, DrawState
 from flagscale_like.data.pretrain import each_source
 from flagscale_like.data.sampler import MicroBatchSampler
@@ -212,7 +212,7 @@ def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
     return found
 
 
-def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> SourceDataset | Blend | DrawnOrder:
+def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> AnySource | Blend | DrawnOrder:
     """Open the training samples in a segment's order, from the run's sample index. A missing index is built in memory.
 
     Args:
@@ -239,7 +239,7 @@ def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> SourceDatas
     return DrawnOrder(parts, draws)
 
 
-def _open_split(config: RunConfig, samples: int) -> SourceDataset | Blend:
+def _open_split(config: RunConfig, samples: int) -> AnySource | Blend:
     tokenizer = Tokenizer(config.data.tokenizer)
     try:
         return build_split(config, tokenizer, "train", samples, IndexCache(index_folder(config), may_build=False))
@@ -255,7 +255,7 @@ class Provenance:
         names: the name of each source in reports.
     """
 
-    def __init__(self, order: SourceDataset | Blend | DrawnOrder, names: Sequence[str]) -> None:
+    def __init__(self, order: AnySource | Blend | DrawnOrder, names: Sequence[str]) -> None:
         self.order, self.names, self._parts = order, names, order.parts
         self.tables = [DocumentTable(part.dataset_path) for part in self._parts]
 

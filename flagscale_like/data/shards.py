@@ -1,4 +1,7 @@
-"""Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists."""
+"""Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists.
+
+`ShardMaker` makes them of text, `chat_shards.ChatShardMaker` of conversations.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 
+from flagscale_like.data.chat import Train
 from flagscale_like.data.dedup import minhash_signature, text_digest
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.formats import printable
 from flagscale_like.data.index_file import token_dtype
 from flagscale_like.data.readers import BadLine, BadLines, Document, Piece, PieceReader, ReadOptions, can_split
 from flagscale_like.data.report import Report
@@ -22,6 +27,31 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18
+
+
+SpecialTokens = Literal["text", "ids", "error"]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How conversations become tokens.
+
+    Attributes:
+        template: the text of the chat template.
+        train: which of the assistant's messages count.
+        length: places of a row, train.seq_length. A conversation of n tokens takes n - 1: its last token is only a label.
+        long: what happens to a conversation that takes more places: `refuse` ends with an error, `drop` leaves it out, `cut`
+            keeps its beginning.
+        skip_empty: leave out a conversation without a counted token; without it, such a conversation is an error.
+        pairs: a line is a pair of answers, whose two conversations share a row; see pair_shards.
+    """
+
+    template: str
+    train: Train = "all"
+    length: int | None = None
+    long: Literal["refuse", "drop", "cut"] = "refuse"
+    skip_empty: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,12 +63,17 @@ class ShardOptions:
         read: how files are read.
         cleaning: how documents are cleaned.
         bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
+        chat: how lines become conversations. None: the documents are text.
+        special_tokens: what the text of a special token, such as <|endoftext|>, becomes inside a document: ordinary text
+            (`text`), that token (`ids`), or a bad line (`error`).
     """
 
     tokenizer_folder: str
     read: ReadOptions
     cleaning: Cleaning
     bad_lines: BadLines
+    chat: ChatOptions | None = None
+    special_tokens: SpecialTokens = "text"
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
@@ -70,25 +105,31 @@ def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> l
 class Shard:
     """The paths of a shard's files in the work folder.
 
-    N.bin has the tokens, N.parquet one row for each document. N.json, the report, is written last.
+    N.bin has the tokens, N.parquet one row for each document. Of conversations, N.weights has the float32 weight of each
+    token. N.json, the report, is written last.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
-        self.tokens, self.rows, self.report = (
-            folder / f"{number:06d}{suffix}" for suffix in (".bin", ".parquet", ".json")
+        self.tokens, self.rows, self.weights, self.report = (
+            folder / f"{number:06d}{suffix}" for suffix in (".bin", ".parquet", ".weights", ".json")
         )
+
+    def sizes(self) -> list[int]:
+        """The bytes of the files beside the report."""
+        files = [self.tokens, self.rows] + ([self.weights] if self.weights.is_file() else [])
+        return [path.stat().st_size for path in files]
 
     def is_done(self) -> bool:
         """Whether the report exists and the other files have the sizes that it states."""
         try:
             sizes = json.loads(self.report.read_text(encoding="utf-8"))["sizes"]
-            return sizes == [self.tokens.stat().st_size, self.rows.stat().st_size]
+            return sizes == self.sizes()
         except (OSError, ValueError, KeyError):
             return False
 
     def remove(self) -> None:
         """Remove the shard's files."""
-        for path in (self.report, self.tokens, self.rows):
+        for path in (self.report, self.tokens, self.rows, self.weights):
             path.unlink(missing_ok=True)
 
     def lines(self) -> dict[str, int]:
@@ -101,7 +142,8 @@ class ShardMaker:
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
-        self.tokenizer = Tokenizer(options.tokenizer_folder)
+        self.tokenizer = Tokenizer(options.tokenizer_folder, special=options.special_tokens == "ids")
+        self._forbidden = self.tokenizer.special_texts if options.special_tokens == "error" else ()
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
@@ -112,24 +154,27 @@ class ShardMaker:
                 written.
         """
         report, lines = Report(), {}
-        documents = self._documents(pieces, report, lines)
         try:
             shard.remove()
-            with open(shard.tokens, "wb") as tokens, _RowWriter(shard.rows, self.options.cleaning) as rows:
-                for batch in _batches(documents):
-                    for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
-                        if not len(ids):
-                            report.empty += 1
-                            continue
-                        tokens.write(ids.astype(self.dtype).tobytes() + self.dtype.type(self.tokenizer.eod).tobytes())
-                        rows.add(document, len(ids) + 1)
-                        report.documents += 1
-                        report.tokens += len(ids) + 1
-                        report.characters += len(document.text)
-                tokens.flush()
-                os.fsync(tokens.fileno())
-            sizes = [shard.tokens.stat().st_size, shard.rows.stat().st_size]
-            report.write(shard.report, sizes=sizes, lines=lines)
+            with (
+                open(shard.tokens, "wb") as tokens,
+                _RowWriter(shard.rows, self.options) as rows,
+                self._weights_file(shard) as masks,
+            ):
+                for document, ids, weights in self.encoded(pieces, report, lines):
+                    tokens.write(ids.astype(self.dtype).tobytes())
+                    if masks is not None:
+                        masks.write(weights.astype(np.float32).tobytes())
+                    rows.add(document, len(ids))
+                    report.documents += 1
+                    report.tokens += len(ids)
+                    report.largest_id = max(report.largest_id, int(ids.max()))
+                    report.characters += len(document.text)
+                for file in (tokens, masks):
+                    if file is not None:
+                        file.flush()
+                        os.fsync(file.fileno())
+            report.write(shard.report, sizes=shard.sizes(), lines=lines)
         except DataError:
             shard.remove()
             raise
@@ -141,17 +186,38 @@ class ShardMaker:
             ) from None
         return report
 
+    def _weights_file(self, shard: Shard) -> contextlib.AbstractContextManager[BinaryIO | None]:
+        return open(shard.weights, "wb") if self.options.chat else contextlib.nullcontext()
+
+    def encoded(
+        self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]
+    ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+        """Yield each document to keep with its token ids and, of a conversation, their weights.
+
+        Args:
+            report: counts the other documents.
+            lines: gets the number of lines of each file.
+        """
+        for batch in _batches(self._documents(pieces, report, lines)):
+            for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
+                if len(ids):
+                    yield document, np.append(ids, self.tokenizer.eod), None
+                else:
+                    report.empty += 1
+
     def _documents(self, pieces: Sequence[Piece], report: Report, lines: dict[str, int]) -> Iterator[Document]:
         """Yield the documents to keep, cleaned. Count the others in `report`, and the lines of each file in `lines`."""
         for piece in pieces:
             reader = PieceReader(piece, self.options.read)
             for found in reader:
                 if isinstance(found, BadLine):
-                    if self.options.bad_lines == "stop":
-                        raise DataError(
-                            f"{_in_file(found, piece)}: fix the line, or skip such lines with --bad-lines skip"
-                        )
-                    report.bad((found.source, found.line, found.reason))
+                    self.bad_line(found, piece, report)
+                    continue
+                if self._forbidden and (token := next((t for t in self._forbidden if t in found.text), None)):
+                    bad = BadLine(
+                        found.source, found.line, f"holds the special token {token!r} (--special-tokens error)"
+                    )
+                    self.bad_line(bad, piece, report)
                     continue
                 report.read += 1
                 text, objection = self.options.cleaning.apply(found.text)
@@ -159,10 +225,20 @@ class ShardMaker:
                     report.drop(objection, len(text), (found.source, found.line, ""))
                 else:
                     yield Document(found.source, found.line, text)
-            lines[piece.path] = reader.lines
+            lines[printable(piece.path)] = reader.lines
+
+    def bad_line(self, found: BadLine, piece: Piece, report: Report) -> None:
+        """Count a line without a document.
+
+        Raises:
+            DataError: `bad_lines` is `stop`.
+        """
+        if self.options.bad_lines == "stop":
+            raise DataError(f"{in_file(found, piece)}: fix the line, or skip such lines with --bad-lines skip")
+        report.bad((found.source, found.line, found.reason))
 
 
-def _in_file(bad: BadLine, piece: Piece) -> BadLine:
+def in_file(bad: BadLine, piece: Piece) -> BadLine:
     """Change the line number of a bad line from counting within the piece to counting within the file."""
     if not piece.start:
         return bad
@@ -193,19 +269,23 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _RowWriter:
-    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed."""
+    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed; margin
+    and weight of answers.
+    """
 
     ROWS = 4096
 
-    def __init__(self, path: Path, cleaning: Cleaning) -> None:
+    def __init__(self, path: Path, options: ShardOptions) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._pa, self._duplicates = pa, cleaning.duplicates
+        self._pa, self._duplicates = pa, options.cleaning.duplicates
+        self._pairs = options.chat is not None and options.chat.pairs
         names = pa.dictionary(pa.int32(), pa.string())
         fields = [("source", names), ("line", pa.int64()), ("tokens", pa.int32()), ("characters", pa.int64())]
         fields += [("digest", pa.binary(16))] if self._duplicates != "keep" else []
         fields += [("signature", pa.binary())] if self._duplicates == "near" else []
+        fields += [("margin", pa.float32()), ("weight", pa.float32())] if self._pairs else []
         self._schema = pa.schema(fields)
         self._file = open(path, "wb")  # noqa: SIM115
         self._writer = pq.ParquetWriter(self._file, self._schema)
@@ -215,6 +295,7 @@ class _RowWriter:
         row = [document.source, document.line, tokens, len(document.text)]
         row += [text_digest(document.text)] if self._duplicates != "keep" else []
         row += [minhash_signature(document.text)] if self._duplicates == "near" else []
+        row += [document.margin, document.weight] if self._pairs else []
         self._rows.append(tuple(row))
         if len(self._rows) >= self.ROWS:
             self._flush()
@@ -248,12 +329,14 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         for path in sorted(Path(options.tokenizer_folder).iterdir())
         if path.is_file() and path.suffix in (".json", ".model", ".txt")
     }
-    stats = [(str(path), path.stat()) for path in files]
+    stats = [(printable(path), path.stat()) for path in files]
     return {
         "tokenizer": tokenizer,
         "read": asdict(options.read),
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
+        "special_tokens": options.special_tokens,
+        "chat": asdict(options.chat) if options.chat else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
 
@@ -263,3 +346,11 @@ def read_row_lengths(shard: Shard) -> np.ndarray:
     import pyarrow.parquet as pq
 
     return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)
+
+
+def read_judgements(shard: Shard) -> np.ndarray:
+    """Read margin and weight of the pair that each document of a shard belongs to, float32 [documents, 2]."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shard.rows, columns=["margin", "weight"])
+    return np.stack([column.to_numpy() for column in table.columns], axis=1).astype(np.float32)

@@ -14,26 +14,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from flagscale_like.arch import is_adapter
+from flagscale_like.arch import OUTPUT_NAME, is_adapter
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.shard import Shard
-from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.checkpoint.store import WeightSource, value_heads_of
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
 from flagscale_like.engine.objective import Objective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
+from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.row_cut import RowCut
 
 
 @dataclass
@@ -42,8 +45,10 @@ class Outputs:
 
     Attributes:
         sums: `total`, `count` and the objective's sums, added up over the micro-batches; 0 on ranks that another one counts
-            for (other stages than the last, and all but the first tensor-parallel rank).
-        samples: the objective's samples in the order of the micro-batches, [micro-batches * b]; empty on those other ranks.
+            for (other stages than the last, and all but the first tensor-parallel rank). Context-parallel ranks count their
+            tokens each, or the first one the rows; see Objective.cut.
+        samples: the objective's samples in the order of the micro-batches, [micro-batches * b], of whole rows; empty on those
+            other ranks and on all but the first context-parallel rank.
         grad_square: of the gradients, this rank's part of the squared L2 norm, float64; 0 without a backward pass.
         overflow: whether the fp16 gradients overflowed, on any rank.
     """
@@ -97,7 +102,7 @@ class Engine:
             optimizer: None builds no gradient buffers and no optimizer states.
             source: where the weights come from; None draws them.
             strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
-                adapters are drawn where the source has none.
+                adapters are drawn where the source has none, and a value head where it is a language model.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
@@ -108,10 +113,18 @@ class Engine:
         if source is None:
             initialize_weights(models, ctx)
         else:
-            # A base without adapters: they are drawn, and so is the head of another kind of model.
-            new = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
-            wanted = spec.is_frozen if new else None
+            new_adapters = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
+            new_head = draws_head(source, spec, _prefix(name))
+
+            def wanted(parameter: str) -> bool:
+                return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
+
             left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            if new_head:
+                size = f"{spec.value_heads} x {spec.arch.hidden_size}"
+                left.reasons.append(
+                    f"{OUTPUT_NAME}: the value head ({size}) is drawn, {source.folder} is a language model"
+                )
             if left.parameters:
                 initialize_weights(models, ctx, only=left.parameters)
         engine = cls(spec, ctx, models, name=name, left=left.reasons)
@@ -190,13 +203,16 @@ class Engine:
             yield
 
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+        cut = self.ctx.row_cut
+        if cut is not None:
+            _check_cut(objective, cut)
         # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
         iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
         several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
         if objective.packed:
             rows, length = 1, rows * length
         losses = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward, objective),
+            forward_step_func=functools.partial(_forward, objective, cut),
             data_iterator=list(iterators) if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=count,
@@ -209,6 +225,8 @@ class Engine:
             return Outputs(dict.fromkeys(names, 0.0))
         sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
         samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
+        if cut is not None:
+            samples = _whole_samples(samples, cut, objective)
         return Outputs(sums, samples)
 
     # What it holds
@@ -267,6 +285,39 @@ class Engine:
         return total
 
 
+def _check_cut(objective: Objective, cut: RowCut) -> None:
+    if getattr(objective, "cut", None) is None:
+        raise ConfigError(
+            f"parallel.cp is {cut.size}, and the objective ({objective.metric}) takes whole rows: use cp 1, or an objective "
+            "that says what it takes (Objective.cut)"
+        )
+
+
+def _whole_samples(samples: dict[str, Tensor], cut: RowCut, objective: Objective) -> dict[str, Tensor]:
+    """Each row's numbers over its context-parallel ranks, on the first of them; all call it. Nothing waits for the device."""
+    sums = [name for name, value in samples.items() if value.is_floating_point()]
+    if sums and objective.cut == "tokens":
+        added = torch.stack([samples[name].detach().double() for name in sums])  # [names, n]
+        dist.all_reduce(added, group=cut.group)
+        samples |= dict(zip(sums, added, strict=True))
+    return samples if cut.rank == 0 else {}
+
+
+def draws_head(source: WeightSource, spec: ModelSpec, prefix: str = "") -> bool:
+    """Whether a model needs a value head that its source, a language model, does not have.
+
+    Raises:
+        CheckpointError: the source is a reward or value model with another head than the model has.
+    """
+    if spec.head == "hidden":
+        return False
+    found, wanted = value_heads_of(source, prefix), spec.value_heads if spec.head == "value" else 0
+    if found and found != wanted:
+        kind = f"the model has one of {wanted} outputs" if wanted else "the model is a language model"
+        raise CheckpointError(f"{source.folder}: is a reward model, its value head has {found} outputs; {kind}")
+    return bool(wanted) and not found
+
+
 def engine_states(engines: Iterable[Engine]) -> dict[str, Any]:
     """The states of a checkpoint's engines: of the one without a name as they are, of the others under `engines`."""
     engines = list(engines)
@@ -279,15 +330,35 @@ def _prefix(name: str) -> str:
 
 
 def _forward(
-    objective: Objective, batches: Iterator[Batch], chunk: MegatronModule
+    objective: Objective, cut: RowCut | None, batches: Iterator[Batch], chunk: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Mapping[str, Any]]]]:
+    """megatron-core's forward step. The one place where context-parallel ranks get their parts of a batch's rows."""
     model = unwrap(chunk)
-    if model.pre_process or model.post_process or objective.packed:
-        batch = next(batches)
+    if not (model.pre_process or model.post_process or objective.packed):
+        return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
+            loss_function, objective, None
+        )
+    batch = next(batches)
+    if cut is None:
         return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
-    return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
-        loss_function, objective, None
-    )
+    part = batch.part_of(cut)
+    loss = functools.partial(loss_function, objective, part)
+    if objective.cut == "rows":
+        loss = functools.partial(_loss_of_rows, objective, batch, cut)
+    return chunk(**objective.inputs(part)), loss
+
+
+def _loss_of_rows(
+    objective: Objective, batch: Batch, cut: RowCut, output: Tensor
+) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    """The loss of whole rows, put together from the outputs of all context-parallel ranks, of which the first counts."""
+    rows, length = batch.tokens.shape
+    whole = cut.whole(output.reshape(rows, length // cut.size, *output.shape[2:]))  # [b, s, ...]
+    total, count, reported = loss_function(objective, batch, whole.flatten(0, 1)[None] if objective.packed else whole)
+    if cut.rank:
+        reported["sums"] = {name: torch.zeros_like(value) for name, value in reported["sums"].items()}
+        count = torch.zeros_like(count)
+    return total, count, reported
 
 
 def loss_function(

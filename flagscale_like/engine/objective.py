@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ class Loss:
         total: differentiable sum over the micro-batch.
         count: what the gradients of the global batch are divided by, a whole number: tokens, pairs, responses.
         sums: further numbers by name; they add up over micro-batches and ranks. The names are the objective's `sums`.
-        samples: by name, [b]: a number for each row. They stay on this rank.
+        samples: by name, [b]: a number for each row. Integers are a property of the row. Others are sums over the row's
+            tokens, or whole where the objective's `cut` is `rows`.
     """
 
     total: Tensor
@@ -34,12 +35,17 @@ class Objective(Protocol):
     Attributes:
         metric: what reports call the mean loss, total over count.
         sums: names of Loss.sums, the same on every rank.
+        cut: what `loss` gets where each context-parallel rank has a part of every row (Batch.part_of). `tokens`: this rank's
+            tokens. Total, count, sums and samples are sums over tokens, and the engine adds them up. `rows`: whole rows, as
+            without context parallelism. All these ranks compute the same, and one of them counts. None: context parallelism
+            is refused.
         packed: whether the batches are packs of documents. The model then gets them as one row, [1, b * s], and the middle
             pipeline stages read the documents' bounds as well.
     """
 
     metric: str
     sums: tuple[str, ...]
+    cut: Literal["tokens", "rows"] | None
     packed: bool
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

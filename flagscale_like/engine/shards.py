@@ -2,7 +2,7 @@
 
 Checkpoints, monitors, calibration and the benchmark look at parameters here and nowhere else. Names, global shapes and
 offsets come from megatron-core's sharded state dicts; the flat ranges come from its distributed optimizer. Nothing is
-gathered: a shard is what lies in this rank's memory, and each element is owned by one data-parallel rank, so that sums over
+gathered: a shard is what lies in this rank's memory, and each element is owned by one of its replicas, so that sums over
 the counting shards of all ranks are sums over the model.
 """
 
@@ -96,13 +96,13 @@ def _piece(sharded: ShardedTensor, start: int, prefix: str) -> Piece:
     shape, replica = tuple(sharded.local_shape), sharded.replica_id
     key = prefix + sharded.key
     box = Fragment(key, tuple(sharded.global_shape), tuple(sharded.global_offset), shape, 0, prod(shape))
-    # replica_id is (pipeline copy, tensor-parallel copy, data-parallel copy); the walk divides the last itself.
+    # replica_id is (pipeline copy, tensor-parallel copy, replica); the walk divides the last itself.
     return Piece(box, start, primary=replica[0] == 0 and replica[1] == 0)
 
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """The flat range of a parameter that this data-parallel rank owns: it computes its update, and saves it.
+    """The flat range of a parameter that this rank owns among its replicas: it computes its update, and saves it.
 
     Attributes:
         name: of the parameter, the same on every layout.
@@ -145,7 +145,7 @@ def owned_shards(
     """What this rank owns, parameter by parameter.
 
     Of a trained parameter the distributed optimizer says which range that is. A frozen parameter is the same on all
-    data-parallel ranks, and is dealt out to them in equal parts.
+    replicas (data- and context-parallel ranks), and is dealt out to them in equal parts.
     """
     parts = optimizer.chained_optimizers if optimizer is not None else []
     for model in models:
@@ -156,13 +156,14 @@ def owned_shards(
                 parameter, tp_group=ctx.groups.tp
             )
             if not parameter.requires_grad or not parts:
-                low, high = (parameter.numel() * rank // ctx.dp for rank in (ctx.dp_rank, ctx.dp_rank + 1))
+                ranks = ctx.replica_rank, ctx.replica_rank + 1
+                low, high = (parameter.numel() * rank // ctx.replicas for rank in ranks)
                 if low < high:
                     main = parameter.detach().view(-1)[low:high]
                     yield OwnedShard(name, parameter, main, low, counts, own, {}, {})
                 continue
             for part in parts:
-                if parameter in part.model_param_group_index_map:  # else all of it belongs to other data-parallel ranks
+                if parameter in part.model_param_group_index_map:  # else all of it belongs to other replicas
                     index, order = part.model_param_group_index_map[parameter]
                     group = part.optimizer.param_groups[index]
                     main = group["params"][order]

@@ -49,7 +49,7 @@ def read_config(folder: Path) -> tuple[Family, ModelArch]:
         ConversionError: the model_type is not known, a key is missing, or the model has a part that ours has not.
     """
     settings = Settings.read(folder)
-    model_type, classes = settings.get("model_type"), settings.get("architectures", [])
+    model_type, classes = settings.get("model_type"), settings.names("architectures")
     found = [f for f in families().values() if f.model_type == model_type]
     if not found:
         # Folders written by old code leave model_type out; the class then names the family.

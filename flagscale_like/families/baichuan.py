@@ -1,8 +1,9 @@
 """Baichuan-7B (RoPE), Baichuan-13B (ALiBi), Baichuan2-7B and 13B (NormHead). q, k and v are one matrix, W_pack.
 
-The published config.json files do not name the model. 13B has `model_max_length` alone, 7B has `max_position_embeddings` too;
-version 2 has another vocabulary. An export also has the keys `position_embedding` and `norm_head`; where they are present,
-they decide.
+The published config.json files do not name the model. 13B has `model_max_length` alone, 7B has `max_position_embeddings` too.
+The class is `BaiChuanForCausalLM` for the first 7B and `BaichuanForCausalLM` for the other three, so that it tells the two
+7B apart. Version 2 has `z_loss_weight`, and another vocabulary, which tells as long as no tokens were added. An export also
+has the keys `position_embedding` and `norm_head`; where they are present, they decide.
 """
 
 from __future__ import annotations
@@ -14,11 +15,31 @@ from flagscale_like.arch import ModelArch, Position
 from flagscale_like.families.family import Family, Settings, common_config, rope_config
 from flagscale_like.families.weight_map import PackedQKV, Rule, Shape
 
-BAICHUAN2_VOCABULARY = 125_696
+VOCABULARIES = {64_000: False, 125_696: True}  # whether it is version 2's
 
 
 def _is_second(settings: Settings) -> bool:
-    return bool(settings.get("norm_head", settings.get("vocab_size") == BAICHUAN2_VOCABULARY))
+    """Whether it is version 2, which has a NormHead.
+
+    Raises:
+        ConversionError: nothing in the file tells: a model without its NormHead computes other logits.
+    """
+    if settings.get("norm_head") is not None:
+        return bool(settings.get("norm_head"))
+    if "z_loss_weight" in settings.values:
+        return True
+    classes = settings.names("architectures")
+    if "BaiChuanForCausalLM" in classes:
+        return False
+    if "BaichuanForCausalLM" in classes and settings.get("max_position_embeddings") is not None:
+        return True
+    vocabulary = settings.get("vocab_size")
+    if vocabulary not in VOCABULARIES:
+        raise settings.fail(
+            f"does not say whether this is Baichuan or Baichuan2 (vocab_size is {vocabulary!r}, published are 64000 and "
+            '125696): add "norm_head": false for Baichuan, true for Baichuan2'
+        )
+    return VOCABULARIES[vocabulary]
 
 
 def _read(name: str, settings: Settings) -> ModelArch:

@@ -24,6 +24,7 @@ from flagscale_like.arch import (
 )
 from flagscale_like.errors import ConversionError
 from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule, Shape
+from flagscale_like.json_files import BAD_JSON
 
 # The rules of one layer's q, k and v, from megatron-core's prefix, Hugging Face's prefix, and megatron-core's shapes by name.
 QKVRules = Callable[[str, str, Mapping[str, Shape]], list[Rule]]
@@ -75,7 +76,7 @@ class Settings:
             raise ConversionError(
                 f"{folder}: not a Hugging Face folder: config.json: {error.strerror or error}"
             ) from None
-        except ValueError as error:
+        except BAD_JSON as error:
             raise ConversionError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConversionError(f"{path}: must be a JSON object, found {type(values).__name__}")
@@ -102,6 +103,17 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, wanted) or value <= 0:
             raise self.fail(f"{key} is {value!r}, must be a positive {'number' if kind is float else 'integer'}")
         return kind(value)
+
+    def names(self, key: str) -> list[str]:
+        """A list of names; empty where the key is missing or null.
+
+        Raises:
+            ConversionError: something else.
+        """
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.fail(f"{key} is {value!r}, must be a list of names")
+        return value
 
     def require(self, key: str, *allowed: Any) -> None:
         """Check that a key is missing, null or has one of the allowed values.

@@ -1,7 +1,8 @@
 """Core attention: positions (RoPE, ALiBi, NLPE) and causal softmax(q kᵀ) v, on q, k, v as megatron-core hands them over.
 
 A batch is rows of one document each, or a pack of documents whose bounds megatron-core hands over as packed_seq_params. What
-this attention does not compute (another mask, a bias) it refuses.
+this attention does not compute (another mask, a bias) it refuses. With context parallelism, this rank has a part of every
+row; see model.context_parallel.
 
 The rotation happens here and not in megatron-core's rope_utils: q and k are rotated in one launch, from tables that are made
 once, and NLPE finds the unrotated q and k that it needs.
@@ -30,8 +31,19 @@ from flagscale_kernels import (
 )
 from flagscale_like.arch import ModelArch, Position
 from flagscale_like.config import Kernels
+from flagscale_like.model.context_parallel import (
+    Flash,
+    Piecewise,
+    Plan,
+    gathered_attention,
+    heads_for_tokens,
+    plan_pack,
+    plan_rows,
+    tokens_for_heads,
+)
 from flagscale_like.model.modules import backend_of
 from flagscale_like.model.packs import Pack
+from flagscale_like.runtime.row_cut import row_cut
 
 
 class RotaryTables:
@@ -156,7 +168,8 @@ class CoreAttention(nn.Module):
 
     Args:
         tables: RoPE's; None with ALiBi.
-        config, layer_number, cp_comm_type: megatron-core gives them to every core attention; this one needs none of them.
+        cp_comm_type: parallel.cp_kind, as megatron-core hands it over; of no meaning over one context-parallel rank.
+        config, layer_number: megatron-core gives them to every core attention; this one needs none of them.
         attn_mask_type, attention_type, attention_dropout: refused, unless causal self-attention without dropout.
     """
 
@@ -189,10 +202,13 @@ class CoreAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.window = arch.sliding_window
         self.rope_backend, self.backend = backend_of(kernels.rope), backend_of(kernels.attention)
+        self.cut = row_cut(pg_collection.cp, cp_comm_type or "gather")
         self.slopes = None
         if arch.position.kind == "alibi":
             tp = pg_collection.tp
             self.slopes = alibi_slopes(arch.num_attention_heads).chunk(tp.size())[tp.rank()]
+            if self.cut is not None and not self.cut.zigzag:  # a2a: this rank computes a part of the heads
+                self.slopes = self.slopes.chunk(self.cut.size)[self.cut.rank]
 
     def forward(
         self,
@@ -208,19 +224,34 @@ class CoreAttention(nn.Module):
         """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d].
 
         With packed_seq_params the pack is one row of t tokens: query [t, n/tp, d]; key, value [t, g/tp, d] -> [t, n/tp * d].
+        With context parallelism, s and t count this rank's tokens.
 
         Raises:
-            ValueError: a mask, a mask type or a bias is asked for that this attention does not compute.
+            ValueError: a mask, a mask type, a bias or a form of pack is given that this attention does not compute.
         """
         if attention_mask is not None or attention_bias is not None:
             given = "attention_mask" if attention_mask is not None else "attention_bias"
             raise ValueError(f"{given} is given: core attention is causal within each document and takes no other mask")
         if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"attn_mask_type is {attn_mask_type.name}: core attention computes causal attention only")
-        if self.frees_qkv:
-            value = value.contiguous()
+        if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
+            kind = packed_seq_params.qkv_format
+            raise ValueError(f"packed_seq_params.qkv_format is {kind!r}: core attention takes packs as thd")
         if self.slopes is not None and self.slopes.device != query.device:
             self.slopes = self.slopes.to(query.device)
+        if self.cut is None:
+            return self._rows(query, key, value, packed_seq_params)
+        pack = _with_bounds(packed_seq_params) if packed_seq_params is not None else None
+        if self.cut.zigzag:
+            return self._gathered(query, key, value, pack)
+        rows = pack.rows if pack is not None else 1
+        query, key, value = tokens_for_heads((query, key, value), self.cut, rows)
+        return heads_for_tokens(self._rows(query, key, value, pack), self.cut, rows)
+
+    def _rows(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """Attention of whole rows."""
+        if self.frees_qkv or (self.cut is not None and self.tables is not None):  # or what was exchanged
+            value = value.contiguous()
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params).flatten(1)
         if self.position.kind == "nlpe":
@@ -243,8 +274,6 @@ class CoreAttention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSeqParams) -> Tensor:
         """Each document of a pack by itself: positions start at 0 in each, and no query sees another document's keys."""
-        if pack.qkv_format != "thd":
-            raise ValueError(f"packed_seq_params.qkv_format is {pack.qkv_format!r}: core attention takes packs as thd")
         bounds, longest = pack.cu_seqlens_q, pack.max_seqlen_q
         if self.position.kind == "nlpe":
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))  # [t, n/tp, d] -> [t, 1, n/tp, d]
@@ -258,6 +287,50 @@ class CoreAttention(nn.Module):
             query, key = rope(query, key, *tables, **options)
         longest = {"max_seqlen_q": pack.max_seqlen_q, "max_seqlen_k": pack.max_seqlen_kv}
         return self._attend(query, key, value, layout="tnd", cu_seqlens_q=bounds, cu_seqlens_k=bounds, **longest)
+
+    def _gathered(self, query: Tensor, key: Tensor, value: Tensor, pack: Pack | None) -> Tensor:
+        """Attention of this rank's tokens over the keys of all context-parallel ranks."""
+        options = {"softmax_scale": self.softmax_scale, "backend": self.backend}
+        nlpe = self.position.kind == "nlpe"
+        if nlpe:
+            kernel = Piecewise(self.position.threshold, options)
+        else:
+            kernel = Flash(options | {"alibi_slopes": self.slopes, "window": self.window})
+        if pack is None:
+            plan = plan_rows(self.cut, query.shape[0], query.device)
+        else:
+            if pack.plan is None:
+                pack.plan = plan_pack(self.cut, pack, query.device, one_by_one=nlpe)
+            plan = pack.plan
+        if self.frees_qkv:
+            value = value.contiguous()
+        out = gathered_attention(kernel, plan, self.cut, value, lambda: self._rotate_at(query, key, plan))
+        return out.flatten(-2)
+
+    def _rotate_at(self, query: Tensor, key: Tensor, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The queries and keys that the kernel takes, at the positions of this rank's tokens."""
+        if self.tables is None:
+            return (query,), (key,)
+        tables, layout = self.tables, "sbnd" if query.dim() == 4 else "tnd"
+        options = {"layout": layout, "inplace_backward": True, "backend": self.rope_backend}
+        if tables.vary(max(plan.lengths)):
+            true, places = tables.of_documents(plan.lengths, tables.tables, query.device), plan.tokens
+        else:
+            true, places = tables.tables(max(plan.lengths), query.device), plan.positions
+        q1, k1 = rope(query, key, *true, position_ids=places, **options)
+        if self.position.kind != "nlpe":
+            return (q1,), (k1,)
+        far_q, far_k = tables.of_documents(plan.lengths, tables.far_angles, self.position, query.device)
+        factor = tables.attention_factor
+
+        def far(x: Tensor, angles: Tensor, mscale: float) -> Tensor:
+            rows = x if x.dim() == 4 else x[:, None]
+            return apply_rope(rows, angles[plan.tokens], mscale=mscale, backend=self.rope_backend).view(x.shape)
+
+        if far_k is not None:
+            return (q1, far(query, far_q, factor)), (k1, far(key, far_k, factor))
+        k2 = key.contiguous() if self.frees_qkv else key  # q2 takes the factor of both
+        return (q1, far(query, far_q, factor**2)), (k1, k2)
 
     def _rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         tables = self.tables.tables(query.shape[0], query.device)
@@ -287,10 +360,14 @@ class CoreAttention(nn.Module):
         return torch.cat([attend(*d) for d in zip(*(t.split(lengths) for t in (q1, k1, q2, k2, value)), strict=True)])
 
 
-def _lengths(pack: PackedSeqParams) -> tuple[int, ...]:
-    """Tokens of a pack's documents."""
+def _with_bounds(pack: PackedSeqParams) -> Pack:
     if not isinstance(pack, Pack):
         raise ValueError(
-            "packed_seq_params has no bounds on the host, which these positions need: make it with packing()"
+            "packed_seq_params has no bounds on the host, which core attention needs here: make it with packing()"
         )
-    return tuple(stop - start for start, stop in itertools.pairwise(pack.bounds))
+    return pack
+
+
+def _lengths(pack: PackedSeqParams) -> tuple[int, ...]:
+    """Tokens of a pack's documents."""
+    return tuple(stop - start for start, stop in itertools.pairwise(_with_bounds(pack).bounds))

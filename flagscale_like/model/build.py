@@ -75,6 +75,7 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         num_layers_in_last_pipeline_stage=par.last_stage_layers,
         sequence_parallel=par.sp,
         context_parallel_size=par.cp,
+        cp_comm_type=par.cp_kind,  # our core attention reads it, and no other
         # Two messages to one neighbour cross in a batched exchange: interleaved with pp 2 trains on swapped chunks.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -143,7 +144,7 @@ class LanguageModel(GPTModel):
     def _head(self) -> LanguageModelHead | ValueHead | HiddenHead:
         tp_group = self.pg_collection.tp
         if self.spec.head == "value":
-            return ValueHead(self.config, tp_group)
+            return ValueHead(self.config, self.spec.value_heads, tp_group)
         if self.spec.head == "hidden":
             return HiddenHead(self.config, tp_group)
         return LanguageModelHead(
@@ -293,7 +294,7 @@ def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
 
 def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext) -> list[MegatronModule]:
     """DistributedDataParallel around every chunk: gradient buffers, reduce-scatter overlapped with the backward pass."""
-    overlap = ctx.dp > 1
+    overlap = ctx.replicas > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from flagscale_like.model.build import LanguageModel
@@ -15,7 +17,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    stop: int | None = None,
+    stop: Collection[int | None] = (),
     seed: int = 0,
 ) -> list[int]:
     """Continue a prompt.
@@ -24,7 +26,7 @@ def generate(
         prompt: token ids, at least one.
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        stop: a token that ends the text; it is not returned.
+        stop: tokens that end the text; they are not returned.
 
     Returns:
         The new token ids.
@@ -36,7 +38,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids[-window:]], device=device), None, None)[0, -1, : model.arch.vocab_size]
         token = _pick(logits.float().cpu(), temperature, top_p, generator)
-        if token == stop:
+        if token in stop:
             break
         ids.append(token)
     return ids[len(prompt) :]

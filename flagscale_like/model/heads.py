@@ -4,7 +4,7 @@ A head is the `output_layer` of megatron-core's GPTModel, with one method more: 
 model returns. megatron-core reads `weight` of every output layer, so each head has that attribute.
 
     language_model   logits [b, s, v/tp], or, given labels, each token's cross-entropy [b, s]
-    value            one number a token [b, s]: a reward or value model
+    value            one number a token [b, s], or k of them [b, s, k]: a reward or value model
     hidden           the hidden states themselves [b, s, h]: an embedding model
 """
 
@@ -109,19 +109,20 @@ class LanguageModelHead(ColumnParallelLinear):
 
 
 class ValueHead(MegatronModule):
-    """One number a token: hidden states times a vector. Every tensor-parallel rank holds the whole vector."""
+    """k numbers a token: hidden states times a [k, h] matrix. Every tensor-parallel rank holds the whole matrix."""
 
-    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(self, config: TransformerConfig, outputs: int, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config)
-        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight = nn.Parameter(torch.zeros(outputs, config.hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism a rank sees its part of the tokens: megatron-core then sums the gradient over tp.
         self.weight.sequence_parallel = config.sequence_parallel
         self.sequence_parallel, self.tp_group = config.sequence_parallel, tp_group
 
     def finish(self, hidden: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
-        """[s, b, h] (s/tp under sequence parallelism) -> fp32 [b, s]."""
-        values = F.linear(hidden, self.weight).float()  # [s, b, 1]
-        return whole_sequence(values, self).squeeze(-1).t()
+        """[s, b, h] (s/tp under sequence parallelism) -> fp32 [b, s, k], or [b, s] where k is 1."""
+        values = F.linear(hidden, self.weight).float()  # [s, b, k]
+        values = whole_sequence(values, self).transpose(0, 1)
+        return values.squeeze(-1) if len(self.weight) == 1 else values
 
 
 class HiddenHead(MegatronModule):

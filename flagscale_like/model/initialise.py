@@ -41,10 +41,10 @@ def initialize_weights(
 ) -> None:
     """Fill the weights of this rank's chunks, as their spec says.
 
-    Each rank draws the full matrix and keeps its own part. Matrices are normal, with `matrix_std`; norms are norm_init, q's
-    and k's own norms 1. Biases, a value head and the rows of the padded vocabulary are zero. Of an adapter, A is drawn as
-    lora.init says, B is zero, and DoRA's magnitudes are the lengths of the rows, so that the model computes what it computes
-    without.
+    Each rank draws the full matrix and keeps its own part. Matrices are normal, with `matrix_std`; a value head with variance
+    1 / (hidden_size + 1) (Stiennon et al. 2020); norms are norm_init, q's and k's own norms 1. Biases and the rows of the
+    padded vocabulary are zero. Of an adapter, A is drawn as lora.init says, B is zero, and DoRA's magnitudes are the lengths
+    of the rows, so that the model computes what it computes without.
 
     Args:
         only: parameters to fill; None fills all. Magnitudes need the weights that they are of.
@@ -57,7 +57,7 @@ def initialize_weights(
             if only is not None and shard not in only:
                 continue
             if name == OUTPUT_NAME and spec.head != "language_model":
-                shard.fill_(0.0)
+                shard.copy_(_normal(name, shard.shape, (spec.arch.hidden_size + 1) ** -0.5, spec.seed, ctx))
                 continue
             parameter = table[name]
             if parameter.role is Role.ADAPTER_MAGNITUDE:
@@ -74,17 +74,25 @@ def initialize_weights(
 
 def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor:
     """The whole matrix in fp32, without the padding of the vocabulary, which must not shift the numbers drawn."""
-    digest = hashlib.sha256(f"{spec.seed}/{parameter.name}".encode()).digest()
+    if parameter.role is Role.ADAPTER_A and spec.lora.init == "gaussian":
+        return _normal(parameter.name, parameter.shape, 1 / parameter.shape[0], spec.seed, ctx)
+    if parameter.role is Role.ADAPTER_A:
+        full, generator = _empty(parameter.name, parameter.shape, spec.seed, ctx)
+        bound = parameter.shape[1] ** -0.5  # torch's for a linear layer: kaiming, a = sqrt(5)
+        return full.uniform_(-bound, bound, generator=generator)
+    return _normal(parameter.name, parameter.shape, matrix_std(parameter.role, spec), spec.seed, ctx)
+
+
+def _normal(name: str, shape: Sequence[int], std: float, seed: int, ctx: ParallelContext) -> Tensor:
+    full, generator = _empty(name, shape, seed, ctx)
+    return full.normal_(0.0, std, generator=generator)
+
+
+def _empty(name: str, shape: Sequence[int], seed: int, ctx: ParallelContext) -> tuple[Tensor, torch.Generator]:
+    """A tensor to fill, and the generator of a parameter's own numbers."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = ctx.platform.generator(int.from_bytes(digest[:6], "little"))
-    full = torch.empty(parameter.shape, device=ctx.platform.device, dtype=torch.float32)
-    if parameter.role is not Role.ADAPTER_A:
-        return full.normal_(0.0, matrix_std(parameter.role, spec), generator=generator)
-    rank, columns = parameter.shape
-    if spec.lora.init == "gaussian":
-        return full.normal_(0.0, 1 / rank, generator=generator)
-    return full.uniform_(
-        -(columns**-0.5), columns**-0.5, generator=generator
-    )  # torch's of a linear: kaiming, a = sqrt(5)
+    return torch.empty(tuple(shape), device=ctx.platform.device, dtype=torch.float32), generator
 
 
 def _shard_of(full: Tensor, parameter: Parameter, ctx: ParallelContext) -> Tensor:

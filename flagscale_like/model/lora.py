@@ -161,7 +161,7 @@ def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed:
     tracker = get_cuda_rng_tracker()
     if MASKS_DRAWN not in tracker.get_states():
         tracker.set_states(tracker.get_states() | {MASKS_DRAWN: torch.zeros((), dtype=torch.int64, device="cpu")})
-    place = f"{seed}/dp{ctx.dp_rank}/pp{ctx.groups.pp.rank()}"
+    place = f"{seed}/dp{ctx.replica_rank}/pp{ctx.groups.pp.rank()}"
     for name, module in list(chunk.decoder.layers.named_modules()):
         if name.rpartition(".")[2] in options.targets and isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.lora = Adapter(module, options, place)

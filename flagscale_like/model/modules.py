@@ -16,6 +16,11 @@ def backend_of(choice: KernelChoice) -> str | None:
     return None if choice == "auto" else choice
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass: a layer that runs then is recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019).
 

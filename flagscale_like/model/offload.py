@@ -34,6 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flagscale_like.config import RunConfig
 from flagscale_like.model.build import LanguageModel
+from flagscale_like.model.modules import in_backward
 from flagscale_like.planner.memory import LAYERS_ON_THE_WAY
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.runtime.copies import CopyStream, HostPool
@@ -181,7 +182,7 @@ class ActivationOffload:
         contexts: list[Any] = []
 
         def begin(module: nn.Module, _: Any) -> None:
-            if self.share > 0 and torch.is_grad_enabled() and not _in_backward():
+            if self.share > 0 and torch.is_grad_enabled() and not in_backward():
                 self._begin_pass(module, layers)
                 contexts.append(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
                 contexts[-1].__enter__()
@@ -344,11 +345,6 @@ class ActivationOffload:
         return found
 
 
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: a layer that runs then is recomputed."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their range of the storage, in whatever order: then they copy as one block."""
     expected = 1
@@ -377,4 +373,18 @@ def attach_offload(
     )
     for model in models:
         offload.attach(model.decoder, model.config)
+        if ctx.replicas > 1:
+            return_weight_gradients(model.decoder)
     return offload
+
+
+def return_weight_gradients(module: nn.Module) -> None:
+    """Let the linears inside return their weight's gradient, and not add it to main_grad by themselves.
+
+    megatron-core marks that it has added one on the weight that its backward pass finds. Saved-tensor hooks give it another
+    object than the parameter, and DistributedDataParallel then refuses the gradient that is missing where it reduces
+    gradients during the backward pass.
+    """
+    for linear in module.modules():
+        if hasattr(linear, "gradient_accumulation_fusion"):
+            linear.gradient_accumulation_fusion = False

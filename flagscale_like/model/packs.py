@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,17 +17,22 @@ class Pack(PackedSeqParams):
     Attributes:
         bounds: 0, ..., t: where each document begins, and the end, on the host. cu_seqlens_q and cu_seqlens_kv are the same
             on the device.
+        rows: rows of the batch that the pack's row consists of. Context-parallel ranks hold a part of each of them.
+        plan: what model.context_parallel makes of the bounds, once for all layers.
     """
 
     bounds: tuple[int, ...] = ()
+    rows: int = 1
+    plan: Any = None
 
 
-def packing(documents: Tensor, device: torch.device) -> Pack:
+def packing(documents: Tensor, device: torch.device, rows: int) -> Pack:
     """The pack of a batch's documents; nothing waits for the device.
 
     Args:
-        documents: int32 [n + 1] on the host; see Batch.documents.
+        documents: int32 [n + 1] on the host; see Batch.documents. With context parallelism, of the whole rows.
         device: of the model.
+        rows: of the batch.
     """
     bounds = tuple(documents.tolist())
     moved = documents.to(device, non_blocking=True)
@@ -38,4 +44,5 @@ def packing(documents: Tensor, device: torch.device) -> Pack:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         bounds=bounds,
+        rows=rows,
     )

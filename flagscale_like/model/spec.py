@@ -23,6 +23,7 @@ class ModelSpec:
     Attributes:
         arch: the decoder.
         head: what the last stage computes from the hidden states; see model.heads.
+        value_heads: numbers that the head `value` computes for each token.
         parallel: the layout; data parallelism is what is left of the world size.
         kernels: which implementation computes each operator.
         precision: of the weights and activations.
@@ -40,6 +41,7 @@ class ModelSpec:
 
     arch: ModelArch
     head: Head = "language_model"
+    value_heads: int = 1
     parallel: Parallel = field(default_factory=Parallel)
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = "fp32"
@@ -68,6 +70,7 @@ class ModelSpec:
         return cls(
             arch=config.model,
             head=config.objective.head,
+            value_heads=getattr(config.objective, "heads", 1),
             parallel=config.parallel,
             kernels=config.kernels,
             precision=train.precision,

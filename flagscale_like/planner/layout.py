@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flagscale_like.arch import Layer, ModelArch, Parameter, counted_keys
-from flagscale_like.config import Lora, RunConfig
+from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -106,9 +106,10 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A parallel layout: degrees, micro-batches, recompute, offload. Ranks are numbered tp fastest, then dp, then pp.
+    """A parallel layout: degrees, micro-batches, recompute, offload. Ranks are numbered tp fastest, then cp, dp and pp.
 
     Attributes:
+        cp, cp_kind: context-parallel ranks, and how attention brings their parts of a row together; see config.Parallel.
         num_microbatches: micro-batches a data-parallel rank runs a step.
         offload: share of its activations that each stage moves to host memory; () moves none.
         first_stage_layers, last_stage_layers: layers of these stages where they differ from the others'.
@@ -118,6 +119,8 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     dp: int = 1
+    cp: int = 1
+    cp_kind: ContextParallelKind = "gather"
     sp: bool = False
     micro_batch_size: int = 1
     num_microbatches: int = 1
@@ -140,6 +143,8 @@ class Layout:
             pp=par.pp,
             vpp=par.vpp,
             dp=dp,
+            cp=par.cp,
+            cp_kind=par.cp_kind,
             sp=par.sp,
             micro_batch_size=train.micro_batch_size,
             num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
@@ -150,7 +155,16 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and own a part of their gradients and optimizer states each."""
+        return self.cp * self.dp
+
+    def rows(self, seq_length: int) -> float:
+        """Tokens of a micro-batch that a rank has, before sequence parallelism."""
+        return seq_length * self.micro_batch_size / self.cp
 
     def chunk_layers(self, num_layers: int, stage: int) -> list[list[int]]:
         """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core assigns them."""
@@ -196,6 +210,7 @@ class Layout:
     def describe(self) -> str:
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
+        parts += [f"cp {self.cp}{' a2a' if self.cp_kind == 'a2a' else ''}"] if self.cp > 1 else []
         parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []

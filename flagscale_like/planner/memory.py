@@ -1,8 +1,8 @@
 """Bytes a rank needs, by component.
 
 Weights, gradients and optimizer states are exact: they repeat how megatron-core lays parameters out in its buffers and how
-its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over data-parallel ranks. Activations come from the
-table in saved.py (Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
+its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over data- and context-parallel ranks. Activations
+come from the table in saved.py (Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RankMemory:
         optimizer: this rank's fp32 master weights (none in fp32 training), Adam's two moments and its step counters.
         activations: saved for the backward pass by all micro-batches in flight, less what is offloaded.
         logits: what the output layer and the loss save, and the logits, or a chunk of them, that they hold while they run.
-        working: of the layer that runs: activation gradients, one weight gradient, gathered inputs, a recomputed layer.
+        working: of the layer that runs: activation gradients, one weight gradient, gathered inputs, a recomputed layer, with
+            context parallelism the whole rows' keys and values and their gradients.
         offload_buffers: device copies on their way out and back.
         overhead: CUDA context, communication buffers, fragmentation.
         host: pinned host memory; not part of `total`.
@@ -110,12 +111,12 @@ class Buffer:
     def numel(self) -> int:
         return self.buckets[-1][1] if self.buckets else 0
 
-    def owned(self, dp: int, dp_rank: int) -> tuple[int, int]:
-        """Elements and parameters of which a data-parallel rank updates a part: its 1/dp of every bucket."""
+    def owned(self, replicas: int, rank: int) -> tuple[int, int]:
+        """Elements and parameters of which one of the replicas updates a part: its share of every bucket."""
         elements = parameters = 0
         for begin, end in self.buckets:
-            size = (end - begin) // dp
-            low, high = begin + dp_rank * size, begin + (dp_rank + 1) * size
+            size = (end - begin) // replicas
+            low, high = begin + rank * size, begin + (rank + 1) * size
             for start, stop in self.spans:
                 inside = min(stop, high) - max(start, low)
                 if inside > 0:
@@ -125,18 +126,18 @@ class Buffer:
 
 
 def buffer_of(
-    numels: Sequence[int], dp: int, *, bucket_numel: int | None, alone: Collection[int] = frozenset()
+    numels: Sequence[int], replicas: int, *, bucket_numel: int | None, alone: Collection[int] = frozenset()
 ) -> Buffer:
     """megatron-core 0.16's _ParamAndGradBuffer under the distributed optimizer.
 
-    Parameters lie in reverse order, each at a multiple of 64 elements; a bucket ends at a multiple of lcm(dp, 128).
+    Parameters lie in reverse order, each at a multiple of 64 elements; a bucket ends at a multiple of lcm(replicas, 128).
 
     Args:
         numels: elements of each parameter on one rank.
         bucket_numel: a bucket closes at this many elements; None is one bucket.
         alone: indices of parameters that have a bucket to themselves.
     """
-    multiple = math.lcm(dp, 128)
+    multiple = math.lcm(replicas, 128)
     spans, buckets, position, bucket_start, filled = [], [], 0, 0, False
 
     def close(end: int) -> int:
@@ -167,7 +168,7 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None
     """
     buffers = []
     for chunk in range(layout.vpp):
-        bucketed = layout.dp > 1 and stage == 0 and chunk == 0
+        bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         held = chunk_parameters(arch, layout, stage, chunk)
         if lora is not None:
             held = chunk_adapters(arch, lora, layout, stage, chunk)
@@ -175,8 +176,8 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None
         buffers.append(
             buffer_of(
                 [shard_numel(parameter, layout.tp) for parameter in held],
-                layout.dp,
-                bucket_numel=max(40_000_000, 1_000_000 * layout.dp) if bucketed else None,
+                layout.replicas,
+                bucket_numel=max(40_000_000, 1_000_000 * layout.replicas) if bucketed else None,
                 alone={i for i, parameter in enumerate(held) if shared and parameter.role.is_vocabulary},
             )
         )
@@ -187,7 +188,11 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None
 def state_bytes(
     arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0, lora: Lora | None = None
 ) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone."""
+    """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
+
+    Args:
+        dp_rank: the rank among the layout's replicas, which differs from the data-parallel rank where cp is above 1.
+    """
     weights = gradients = optimizer = 0
     if lora is not None:
         held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk)]
@@ -195,7 +200,7 @@ def state_bytes(
     for buffer in stage_buffers(arch, layout, stage, lora):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
-        elements, parameters = buffer.owned(layout.dp, dp_rank)
+        elements, parameters = buffer.owned(layout.replicas, dp_rank)
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
 
@@ -229,8 +234,7 @@ def saved_activation_bytes(
         bytes_ += first * sum(s.bytes for s in embedding_saves(layout, seq_length))
     again = 0.0
     if layout.recompute != "none":
-        whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)
-        again = layer_bytes(shape, whole, seq_length, e, ops)
+        again = layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
         if layout.recompute == "selective" or ops.rms_norm == "fused":
             # What is kept is not saved twice; under full recompute that is the layer's input, where its norm saves it.
             again -= layer_bytes(shape, layout, seq_length, e, ops)
@@ -257,7 +261,7 @@ def rank_memory(
     cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
     weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows
     layer = layer_bytes(shape, layout, seq_length, e, ops)
     in_flight = layout.chunks_in_flight(stage)
@@ -271,9 +275,9 @@ def rank_memory(
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
     largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
     working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
+    working += context_parallel_bytes(arch, layout, seq_length, e)
     if layout.recompute == "full":
-        whole = Layout(tp=layout.tp, sp=layout.sp, micro_batch_size=layout.micro_batch_size)
-        working += layer_bytes(shape, whole, seq_length, e, ops)
+        working += layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
     dynamic = saved - moved + on_the_way + logits + working
     return RankMemory(
         weights=weights,
@@ -286,6 +290,22 @@ def rank_memory(
         overhead=CONTEXT_BYTES + FRAGMENTATION * dynamic if overhead else 0.0,
         host=moved,
     )
+
+
+def context_parallel_bytes(arch: ModelArch, layout: Layout, seq_length: int, dtype_bytes: int) -> float:
+    """Bytes that context parallelism needs for the layer whose attention runs backward.
+
+    gather: keys and values of the whole rows and their gradients, and one half of these on its way. a2a: an exchanged tensor
+    on its way out and in.
+    """
+    if layout.cp == 1:
+        return 0.0
+    heads, groups = arch.num_attention_heads / layout.tp, arch.num_query_groups / layout.tp
+    column = layout.rows(seq_length) * arch.head_dim * dtype_bytes
+    if layout.cp_kind == "a2a":
+        return 2 * column * (heads + 2 * groups)
+    tensors = 3 if arch.position.kind == "nlpe" else 2
+    return 2.5 * tensors * column * layout.cp * groups
 
 
 def needed_offload(

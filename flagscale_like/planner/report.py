@@ -16,6 +16,7 @@ COLUMNS = (
     "tp",
     "pp",
     "vpp",
+    "cp",
     "dp",
     "sp",
     "mbs",
@@ -48,10 +49,10 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
 
 
 def distinct(plans: Sequence[Plan]) -> list[Plan]:
-    """Of each group of plans that differ only in vpp, sp or recompute, the first one, in the given order."""
+    """Of each group of plans that differ only in vpp, sp, recompute or cp_kind, the first one, in the given order."""
     seen, kept = set(), []
     for plan in plans:
-        key = (plan.layout.tp, plan.layout.pp, plan.layout.micro_batch_size)
+        key = (plan.layout.tp, plan.layout.pp, plan.layout.cp, plan.layout.micro_batch_size)
         if key not in seen:
             seen.add(key)
             kept.append(plan)
@@ -70,6 +71,7 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
                 str(layout.tp),
                 str(layout.pp),
                 str(layout.vpp),
+                f"{layout.cp}{' a2a' if layout.cp_kind == 'a2a' else ''}" if layout.cp > 1 else "",
                 str(layout.dp),
                 "yes" if layout.sp else "",
                 str(layout.micro_batch_size),
@@ -88,12 +90,15 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
 
 def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str:
     """The table of the `top` fastest distinct layouts, and the closest that do not fit."""
-    rows = [COLUMNS, *ranking_rows(ranking, [*distinct(ranking.plans)[:top], *ranking.misfits])]
+    plans = [*distinct(ranking.plans)[:top], *ranking.misfits]
+    rows = [COLUMNS, *ranking_rows(ranking, plans)]
+    columns = [i for i, name in enumerate(COLUMNS) if name != "cp" or any(plan.layout.cp > 1 for plan in plans)]
+    right = [i for i, column in enumerate(columns) if COLUMNS[column] not in ("sp", "recompute", "why")]
     found = (
         f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
     )
     return f"{found} of those that differ in vpp, sp or recompute alone, the fastest:\n" + table(
-        rows, right=(0, 1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 13)
+        [[row[column] for column in columns] for row in rows], right=right
     )
 
 
@@ -130,6 +135,8 @@ def updated_config(config: RunConfig, layout: Layout) -> RunConfig:
             "pp": layout.pp,
             "vpp": layout.vpp,
             "sp": layout.sp,
+            "cp": layout.cp,
+            "cp_kind": layout.cp_kind,
             "first_stage_layers": layout.first_stage_layers,
             "last_stage_layers": layout.last_stage_layers,
         }

@@ -73,19 +73,22 @@ class MicroBatch:
         rows: tokens.
         rows_sp: tokens that this rank's norms and residuals see: a part of them under sequence parallelism.
         tp: ranks that heads and FFN channels are cut over.
+        exchanges: core attention works on exchanged copies of q, k and v (cp_kind a2a).
         dtype_bytes: of an activation.
     """
 
     rows: float
     rows_sp: float
     tp: int
+    exchanges: bool
     dtype_bytes: int
 
     @classmethod
     def of(cls, layout: Layout, seq_length: int, dtype_bytes: int) -> MicroBatch:
-        rows = seq_length * layout.micro_batch_size
+        rows = layout.rows(seq_length)
         rows_sp = rows / layout.tp if layout.sp else rows
-        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, dtype_bytes=dtype_bytes)
+        exchanges = layout.cp > 1 and layout.cp_kind == "a2a"
+        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, exchanges=exchanges, dtype_bytes=dtype_bytes)
 
 
 def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
@@ -156,6 +159,10 @@ def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) 
             saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
     if block.qk_norm:
         saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+    if batch.exchanges:
+        if block.qk_norm:
+            saves.append(Saved(name="v, exchanged", bytes=rows * g * d * e, in_core_attention=True))
+        saves.append(Saved(name="attention output before its exchange", bytes=rows * n * d * e, in_core_attention=True))
     saves.append(Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True))
     saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * d * e))
     return saves
@@ -224,7 +231,7 @@ def _gpt_layer(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int) 
 
 def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
     """Bytes that one layer keeps for one micro-batch on one rank, after its recompute choice."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     if layout.recompute == "full":  # only its input
         return (rows / layout.tp if layout.sp else rows) * shape.hidden * dtype_bytes
     saves = layer_saves(shape, layout, seq_length, dtype_bytes, ops)
@@ -239,7 +246,7 @@ def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
 
 def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
     """What the last stage keeps after its layers: final norm, output layer, cross-entropy."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows
     logits = rows * shape.vocab / layout.tp
     saves = [
@@ -265,7 +272,7 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
 
 def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Operators) -> float:
     """Elements of logits that the last stage holds beside what is saved: all of one micro-batch's, or one chunk's."""
-    rows, columns = seq_length * layout.micro_batch_size, shape.vocab / layout.tp
+    rows, columns = layout.rows(seq_length), shape.vocab / layout.tp
     if ops.linear_cross_entropy:
         rows = min(rows, max(MIN_CHUNK_TOKENS, rows * shape.hidden // int(columns)))
     return rows * columns
@@ -273,5 +280,5 @@ def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Oper
 
 def embedding_saves(layout: Layout, seq_length: int) -> list[Saved]:
     """What the first stage keeps before its layers: the token ids, and under tensor parallelism which of them are its own."""
-    rows = seq_length * layout.micro_batch_size
+    rows = layout.rows(seq_length)
     return [Saved(name="token ids", bytes=rows * (8 + (1 if layout.tp > 1 else 0)))]

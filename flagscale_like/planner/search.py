@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import GIB, ClusterSpec, with_devices
-from flagscale_like.config import RunConfig
+from flagscale_like.config import ContextParallelKind, RunConfig, parts_of_row
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import RankMemory, microbatch_bytes, needed_offload, rank_memory, waiting_share
 from flagscale_like.planner.saved import FUSED_ON_GPU, Operators, operators_of
 from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
+# Context parallelism is for long rows: the search cuts none into parts of fewer tokens than this.
+MIN_TOKENS_OF_A_PART = 4096
 # Of the device's memory: the driver and other processes hold the rest.
 USABLE = 0.97
 
@@ -22,6 +24,7 @@ PARTS = {
     "compute": "compute",
     "recompute": "recomputing activations",
     "tp": "tensor-parallel traffic",
+    "cp": "context-parallel traffic",
     "bubble": "pipeline bubble",
     "p2p": "traffic between stages",
     "dp": "data-parallel traffic",
@@ -162,12 +165,16 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes:
 def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> Iterator[Layout]:
     """Every layout that divides the model, the batch and the cluster. tp stays inside a node."""
     arch, devices = goal.arch, cluster.devices
-    for tp, pp in itertools.product(range(1, cluster.devices_per_node + 1), range(1, arch.num_layers + 1)):
-        if devices % (tp * pp) or arch.num_layers % pp:
+    tps = [
+        tp
+        for tp in range(1, cluster.devices_per_node + 1)
+        if not any(n % tp for n in (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size))
+    ]
+    pps = [pp for pp in range(1, arch.num_layers + 1) if arch.num_layers % pp == 0]
+    for tp, pp, (cp, kind) in itertools.product(tps, pps, _context_parallel(goal, devices)):
+        if devices % (tp * pp * cp) or (kind == "a2a" and arch.num_query_groups // tp % cp):
             continue
-        if any(n % tp for n in (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)):
-            continue
-        dp = devices // (tp * pp)
+        dp = devices // (tp * pp * cp)
         for micro in (1, 2, 4, 8):
             if goal.global_batch_size % (micro * dp):
                 continue
@@ -176,18 +183,28 @@ def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> 
                 if vpp > 1 and (pp == 1 or m % pp or arch.num_layers % (pp * vpp)):
                     continue
                 for sp, recompute in itertools.product((False, True), ("none", "selective", "full")):
-                    if sp and (tp == 1 or goal.seq_length % tp):
+                    if sp and (tp == 1 or goal.seq_length % (tp * parts_of_row(cp, kind))):
                         continue
                     yield Layout(
                         tp=tp,
                         pp=pp,
                         vpp=vpp,
                         dp=dp,
+                        cp=cp,
+                        cp_kind=kind,
                         sp=sp,
                         micro_batch_size=micro,
                         num_microbatches=m,
                         recompute=recompute,
                     )
+
+
+def _context_parallel(goal: Goal, devices: int) -> list[tuple[int, ContextParallelKind]]:
+    """The degrees and kinds of context parallelism that cut the rows into parts that are long enough."""
+    cps = [n for n in range(2, goal.seq_length // MIN_TOKENS_OF_A_PART + 1) if devices % n == 0]
+    kinds: tuple[ContextParallelKind, ...] = ("gather", "a2a")
+    found = [(cp, kind) for cp in cps for kind in kinds if goal.seq_length % parts_of_row(cp, kind) == 0]
+    return [(1, "gather"), *found]
 
 
 def rank_layouts(

@@ -59,7 +59,7 @@ EFFICIENCIES: dict[EfficiencyKind, Efficiency] = {
 }
 
 
-PARTS_OF_STEP = ("compute", "recompute", "tp", "bubble", "p2p", "dp", "optimizer", "offload")
+PARTS_OF_STEP = ("compute", "recompute", "tp", "cp", "bubble", "p2p", "dp", "optimizer", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class StepTime:
         compute: matrix products, attention, elementwise operators, on the slowest stage.
         recompute: the part of the forward pass that is run again.
         tp: tensor-parallel collectives that are not hidden.
+        cp: context-parallel collectives that are not hidden.
         bubble: idle time of the pipeline.
         p2p: activations sent between stages, not hidden.
         dp: gradient reduction and parameter gather, not hidden.
@@ -81,6 +82,7 @@ class StepTime:
     compute: float
     recompute: float
     tp: float
+    cp: float
     bubble: float
     p2p: float
     dp: float
@@ -110,20 +112,21 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of a forward or backward pass: compute, and the tensor-parallel traffic that it does not hide."""
+    """Seconds of a forward or backward pass: compute, and the tensor- and context-parallel traffic that it does not hide."""
 
     compute: float = 0.0
     tp: float = 0.0
+    cp: float = 0.0
 
     def __add__(self, other: Pass) -> Pass:
-        return Pass(self.compute + other.compute, self.tp + other.tp)
+        return Pass(self.compute + other.compute, self.tp + other.tp, self.cp + other.cp)
 
     def __mul__(self, factor: float) -> Pass:
-        return Pass(self.compute * factor, self.tp * factor)
+        return Pass(self.compute * factor, self.tp * factor, self.cp * factor)
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.tp
+        return self.compute + self.tp + self.cp
 
 
 def gemm_seconds(m: float, n: float, k: float, device: DeviceSpec, eff: Efficiency, dtype_bytes: int = 2) -> float:
@@ -161,7 +164,9 @@ def _core_attention(
 ) -> tuple[float, float]:
     """Forward and backward seconds of a layer's attention without its projections."""
     b, d = layout.micro_batch_size, shape.head_dim
-    heads = shape.heads / layout.tp
+    heads = (
+        shape.heads / layout.tp / layout.cp
+    )  # over cp the tokens are cut in place of the heads, with equal parts of the work
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
         keys = counted_keys(seq_length, shape.window)
         forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
@@ -177,7 +182,7 @@ def layer_passes(
 ) -> tuple[Pass, Pass, Pass]:
     """Forward pass, backward pass, and the part that recompute repeats, of one layer on one micro-batch."""
     device, t = cluster.device, layout.tp
-    rows = float(seq_length * layout.micro_batch_size)
+    rows = layout.rows(seq_length)
     rows_sp = rows / t if layout.sp else rows
     products = _layer_products(shape, layout, rows)
     matmul = sum(gemm_seconds(m, n, k, device, eff) for m, n, k in products)
@@ -200,11 +205,47 @@ def layer_passes(
         exposed = 2 * collective + max(0.0, 2 * collective - hidden_behind)
     else:
         exposed = max(0.0, 4 * collective - hidden_behind)
-    fwd, bwd = Pass(forward, 4 * collective), Pass(backward, exposed)
+    gather, scatter = _context_parallel(shape, layout, seq_length, cluster, eff, core_forward, core_backward)
+    fwd, bwd = Pass(forward, 4 * collective, gather), Pass(backward, exposed, scatter)
     adapters = _adapter_passes(shape, layout, rows, cluster, eff)
     fwd, bwd = fwd + adapters[0], bwd + adapters[1]
-    again = {"none": Pass(), "selective": Pass(core_forward, 0.0), "full": fwd}[layout.recompute]
+    again = {"none": Pass(), "selective": Pass(core_forward, 0.0, gather), "full": fwd}[layout.recompute]
     return fwd, bwd, again
+
+
+def _context_parallel(  # many parameters: the layer's, and what its attention hides
+    shape: Shape,
+    layout: Layout,
+    seq_length: int,
+    cluster: ClusterSpec,
+    eff: Efficiency,
+    core_forward: float,
+    core_backward: float,
+) -> tuple[float, float]:
+    """Seconds of context-parallel traffic that a layer's forward and backward passes do not hide.
+
+    gather: keys and values forward; again backward, unless the layer is recomputed, and their gradients. Half of the gather
+    forward, and half of the gradients, are on their way while a rank computes its front chunk, which is 1 / (4 cp) of its
+    attention on the rank with the shortest. a2a: q, k and v, and the output, in each direction; nothing is hidden.
+    """
+    if layout.cp == 1:
+        return 0.0, 0.0
+    column = layout.rows(seq_length) * shape.head_dim * 2 / layout.tp
+
+    def seconds(bytes_: float) -> float:
+        return ring_seconds(bytes_, layout.cp, cluster, eff, stride=layout.tp)
+
+    if layout.cp_kind == "a2a":
+        both_ways = seconds(column * (shape.heads + 2 * shape.groups)) + seconds(column * shape.heads)
+        return both_ways, both_ways
+    tensors = 3 if shape.layer is not None and shape.layer.attention.position.kind == "nlpe" else 2
+    whole = seconds(column * layout.cp * tensors * shape.groups)
+
+    def exposed(core: float) -> float:
+        return whole - min(whole / 2, eff.overlap * core / (4 * layout.cp))
+
+    again = whole if layout.recompute == "none" else 0.0
+    return exposed(core_forward), again + exposed(core_backward)
 
 
 def _adapter_passes(
@@ -233,7 +274,7 @@ def head_pass(
     shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, *, logits_twice: bool
 ) -> Pass:
     """Forward and backward of the output layer and the loss on one micro-batch."""
-    device, rows = cluster.device, float(seq_length * layout.micro_batch_size)
+    device, rows = cluster.device, layout.rows(seq_length)
     v, h = shape.vocab / layout.tp, shape.hidden
     products = (
         gemm_seconds(rows, v, h, device, eff) * (2 if logits_twice else 1)
@@ -302,11 +343,12 @@ def step_time(
         compute=m * (busy.compute - again.compute * layers[slowest]),
         recompute=m * again.seconds * layers[slowest],
         tp=m * (busy.tp - again.tp * layers[slowest]),
+        cp=m * (busy.cp - again.cp * layers[slowest]),
         bubble=(pp - 1) / vpp * sum(stage.seconds for stage in stages) / pp,
         p2p=_point_to_point(shape, layout, seq_length, cluster, eff, split=layout.sp or software.scatter_gather),
         dp=_data_parallel(parameters_per_rank, layout, cluster, eff, hides),
-        # AdamW over 1/dp of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
-        optimizer=_move(parameters_per_rank / layout.dp * 30 + parameters_per_rank * 4, device, eff),
+        # AdamW over its part of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
+        optimizer=_move(parameters_per_rank / layout.replicas * 30 + parameters_per_rank * 4, device, eff),
         offload=offload,
         model_flops=shape.model_flops(tokens, seq_length),
         tokens=tokens,
@@ -326,8 +368,8 @@ def _point_to_point(
     pp, vpp, m = layout.pp, layout.vpp, layout.num_microbatches
     if pp == 1:
         return 0.0
-    rows = seq_length * layout.micro_batch_size / (layout.tp if split else 1)
-    inside = layout.tp * layout.dp < cluster.devices_per_node
+    rows = layout.rows(seq_length) / (layout.tp if split else 1)
+    inside = layout.tp * layout.replicas < cluster.devices_per_node
     rate = (cluster.device.link_gb_per_s * eff.link if inside else cluster.network_gb_per_s * eff.network) * 1e9
     one = rows * shape.hidden * 2 / rate + 4 * eff.latency_s
     # Plain 1F1B waits for both; the interleaved schedule sends beside the next chunk's compute.
@@ -342,8 +384,8 @@ def _data_parallel(
     Args:
         hides: seconds of compute that each of the two runs beside; None where they run alone.
     """
-    reduce = ring_seconds(parameters * 4, layout.dp, cluster, eff, stride=layout.tp)
-    gather = ring_seconds(parameters * 2, layout.dp, cluster, eff, stride=layout.tp)
+    reduce = ring_seconds(parameters * 4, layout.replicas, cluster, eff, stride=layout.tp)
+    gather = ring_seconds(parameters * 2, layout.replicas, cluster, eff, stride=layout.tp)
     if hides is None:
         return reduce + gather
     traffic = zip((reduce, gather), hides, strict=True)

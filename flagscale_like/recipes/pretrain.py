@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
+from flagscale_like.checkpoint.companions import companions_at
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
@@ -36,6 +37,7 @@ from flagscale_like.training.parts import Part, Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
+from flagscale_like.training.reference import Reference, reference_of
 from flagscale_like.training.run import Run, Start, start
 from flagscale_like.training.salience import calibrate
 from flagscale_like.training.source_selection import SourceSelection
@@ -92,16 +94,22 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
     )
     watchdog = closing.enter_context(make_watchdog(config, ctx))
+    if begun.saved:
+        watchdog.kept = f"The newest checkpoint is {step_name(progress.step)}"
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
     )
+    reference = make_reference(config, begun, data, watchdog)
+    for split in (data, valid_data):
+        if reference is not None and split is not None:
+            reference.attach(split)
     selection = SourceSelection(config, engine, data, begun.saved) if config.data.selection else None
     mixture = selection.mixture if selection else None
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
     objective, clock = objective_of(config, packed=is_packed(data)), Clock()
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config))
-    saves = Saves(begun.store, config.checkpoint)
+    saves = Saves(begun.store, config.checkpoint, watchdog)
     # The order in which the parts are asked and told. What a later one reads, an earlier one has made: parts from outside
     # come after all that measure a step, and before the guard, which reports their events, and the saves.
     parts: list[Part | None] = [
@@ -110,7 +118,8 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         StepMonitors(config.monitors, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
-        StepLog(config, ctx, clock, feed, objective.metric),
+        StepLog(config, ctx, clock, feed, objective),
+        reference,
         OffloadReport(offload) if offload else None,
         *(make_parts(engine) if make_parts else ()),
         guard,
@@ -133,11 +142,23 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         watchdog=watchdog,
         clock=clock,
         documents=source_record(config),
+        origin=begun.origin,
     )
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
-    run.evaluate = evaluator(run, valid_data) if valid_data is not None else None
+    run.evaluate = evaluator(run, valid_data, reference) if valid_data is not None else None
     return run
+
+
+def make_reference(config: RunConfig, begun: Start, data: Dataset, watchdog: Watchdog) -> Reference | None:
+    """The log-probabilities of the reference, where the objective needs them."""
+    if getattr(config.objective, "reference", "none") == "none":
+        return None
+    step = begun.progress.step
+    beat = functools.partial(watchdog.beat, step, "reference", slow=True)
+    reference = reference_of(config, begun.engine, data, step=step, weights=begun.weights, beat=beat)
+    begun.notes.append(reference.note)
+    return reference
 
 
 def what_remains(config: RunConfig) -> str:
@@ -152,12 +173,14 @@ def evaluation_samples(config: RunConfig) -> int:
     return config.train.eval_steps * config.train.global_batch_size if config.train.eval_interval else 0
 
 
-def evaluator(run: Run, valid_data: Dataset) -> Callable[[str], Evaluation]:
+def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None) -> Callable[[str], Evaluation]:
     """The loss on a split, by its name: always on the same samples of it."""
     config, ctx, train = run.config, run.ctx, run.config.train
 
     def evaluate_split(split: str) -> Evaluation:
         data = valid_data if split == "validation" else build_dataset(config, ctx, "test", evaluation_samples(config))
+        if reference is not None:
+            reference.attach(data)
         return evaluate(
             run.engine,
             run.objective,
@@ -191,7 +214,8 @@ def announce(run: Run, notes: list[str]) -> None:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
-        f"{' sp' if par.sp else ''} on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
+        f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
+        f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
     for note in notes:
         run.reporter.say(note)
@@ -211,6 +235,6 @@ def export_run(run: Run) -> Path:
     if run.config.lora is not None:
         base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
         source = MergedWeights(AdaptedWeights(base, reader))
-    tokenizer = Path(data.tokenizer) if data.tokenizer else None
+    tokenizer = companions_at(reader.folder) or (Path(data.tokenizer) if data.tokenizer else None)
     export_on_ranks(source, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out

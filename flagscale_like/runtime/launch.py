@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import psutil
 
 from flagscale_like.runtime.platforms import choose, prepared
+from flagscale_like.runtime.watchdog import STOP_SIGNALS
 
 
 def default_processes(model_parallel_size: int) -> int:
@@ -28,7 +29,7 @@ def default_processes(model_parallel_size: int) -> int:
 def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run `python -m flagscale_like ARGUMENTS` on `processes` ranks of this node through torch's elastic agent.
 
-    SIGTERM and SIGINT are passed on to the ranks, which save and end by themselves; a second one kills them.
+    The signals that ask for a stop are passed on to the ranks, which save and end by themselves; a second one kills them.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n for signal n), after the last restart.
@@ -49,7 +50,7 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
         max_restarts=max_restarts,
         monitor_interval=0.2,
         # The agent's own handler kills the ranks, and its end tells nothing of theirs.
-        signals_to_handle="SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
     received: list[int] = []
 
@@ -61,8 +62,9 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
             raise SystemExit(128 + number)
         received.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "flagscale_like", *arguments)
     except ChildFailedError as error:

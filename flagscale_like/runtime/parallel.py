@@ -1,4 +1,4 @@
-"""ParallelContext: this rank's place in the tp/pp/dp grid, and its process groups. Starts and stops torch.distributed."""
+"""ParallelContext: this rank's place in the tp/cp/dp/pp grid, and its process groups. Starts and stops torch.distributed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flagscale_like.errors import ConfigError, DataError, PeerLostError, Platfor
 from flagscale_like.runtime import device_shim
 from flagscale_like.runtime.launched import Launch, current_launch
 from flagscale_like.runtime.platforms import Platform, get_platform
+from flagscale_like.runtime.row_cut import RowCut, row_cut
 
 T = TypeVar("T")
 
@@ -60,6 +61,25 @@ class ParallelContext:
     @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, dp * cp: each owns a part of their gradients and optimizer states."""
+        return self.groups.dp_cp.size()
+
+    @property
+    def replica_rank(self) -> int:
+        """This rank among the replicas."""
+        return self.groups.dp_cp.rank()
+
+    @property
+    def row_cut(self) -> RowCut | None:
+        """How rows lie over the context-parallel ranks; None where each rank holds whole rows."""
+        return row_cut(self.groups.cp, self.layout.cp_kind)
 
     @property
     def is_first_stage(self) -> bool:

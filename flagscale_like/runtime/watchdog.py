@@ -25,18 +25,23 @@ POLL_S = 0.5
 ANSWER_S = 5.0
 QUIET_S = 10.0
 REQUEST = "asked"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is gone, as when ssh is lost
+AGAIN_S = (
+    1.0  # Ctrl-C this long after the first signal is a second one; torchrun passes one on that the terminal sent, too
+)
 
 
 class Watchdog:
-    """Watches this rank while its `with` block lasts, and takes SIGTERM and SIGINT meanwhile.
+    """Watches this rank while its `with` block lasts, and takes STOP_SIGNALS meanwhile.
 
     Args:
         folder: where the reports go; on a file system that all ranks see.
         first_timeout_s, timeout_s: longest time from a beat to the next, if that phase is slow or not; 0 sets no limit.
-        grace_s: time from SIGTERM or SIGINT to the end of the block.
+        grace_s: time from such a signal to the end of the block.
 
     Attributes:
-        asked_to_stop: whether SIGTERM or SIGINT came, or torchrun's agent died, which leaves its ranks running.
+        asked_to_stop: whether a signal came, or torchrun's agent died, which leaves its ranks running.
+        kept: a sentence that says which checkpoint is there if the process ends now.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Watchdog:
     ) -> None:
         self.folder, self.rank, self.world_size = Path(folder), rank, world_size
         self.first_timeout_s, self.timeout_s, self.grace_s = first_timeout_s, timeout_s, grace_s
-        self.asked_to_stop = False
+        self.asked_to_stop, self.kept = False, "No checkpoint was saved"
         self._beat = (time.monotonic(), 0, "start", first_timeout_s)
         self._stop_by: float | None = None
         self._ended = threading.Event()
@@ -60,7 +65,9 @@ class Watchdog:
         self._wakeup, self._inlet = socket.socketpair()
         self._inlet.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        # A process that was started with nohup goes on after a lost terminal: SIGHUP stays ignored.
+        watched = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in watched}
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -89,9 +96,7 @@ class Watchdog:
         while not self._ended.is_set():
             readable, _, _ = select.select([self._wakeup], [], [], POLL_S)
             if readable:
-                numbers = self._wakeup.recv(64)
-                if self._stop_by is None and {signal.SIGTERM, signal.SIGINT} & set(numbers):
-                    self._stop_by = time.monotonic() + self.grace_s
+                self._heed(set(self._wakeup.recv(64)))
             if self._ended.is_set():
                 return
             if self._agent not in (None, os.getppid()):
@@ -102,7 +107,7 @@ class Watchdog:
                 self._report()
                 self._end(
                     f"asked to stop, and {self.grace_s:g} s later (resilience.grace_s) not done: "
-                    f"{phase}, last step done {step}",
+                    f"{phase}, last step done {step}. {self.kept}",
                     128 + signal.SIGTERM,
                 )
             quiet_s = now - last
@@ -111,6 +116,22 @@ class Watchdog:
                 self._ask()
                 self._report()
                 self._conclude()
+
+    def _heed(self, numbers: set[int]) -> None:
+        """The first signal asks for a stop after the step. Ctrl-C once more ends the run at once."""
+        asked = sorted(numbers & set(self._old_handlers))
+        if not asked:
+            return
+        now = time.monotonic()
+        if self._stop_by is None:
+            self._stop_by = now + self.grace_s
+            if self.rank == 0:
+                text = f"{signal.Signals(asked[0]).name}: stopping after this step, within {self.grace_s:g} s"
+                if asked[0] == signal.SIGINT:
+                    text += "; Ctrl-C again stops now and saves nothing"
+                print(text, file=sys.stderr, flush=True)
+        elif signal.SIGINT in asked and now - (self._stop_by - self.grace_s) > AGAIN_S:
+            self._end(f"stopped at once. {self.kept}" if self.rank == 0 else None, 128 + signal.SIGINT)
 
     def _asked(self) -> bool:
         try:

@@ -146,20 +146,20 @@ def chart(key: str, title: str, curves: Sequence[Curve], marks: Sequence[Mark], 
     return "\n".join([*out, "</svg>"])
 
 
-def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: int, sp: bool) -> str:
-    """Draw the ranks of one copy of the model: one row for each pipeline stage, one box for each tensor-parallel rank.
+def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: int, sp: bool, cp: int = 1) -> str:
+    """Draw the ranks of one copy of the model: one row for each pipeline stage, one box for each of its ranks.
 
     Args:
         chunks: for each stage, the layers of each of its model chunks.
-        tp, dp: tensor- and data-parallel degree.
+        tp, dp, cp: tensor-, data- and context-parallel degree.
         sp: whether sequence parallelism is on.
     """
-    stages, boxes = len(chunks), min(tp, 8)
+    stages, boxes = len(chunks), min(tp * cp, 8)
     box, gap, row, left, top = 76, 8, 58, 132, 42
     width = max(left + boxes * (box + gap) + 170, 482)  # the line below the drawing is about 430 long
     height = top + stages * row + 26
     out = [f'<svg class="layout" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img">']
-    out.append(f'<text class="title" x="{left}" y="18">one copy of the model: {tp * stages} ranks</text>')
+    out.append(f'<text class="title" x="{left}" y="18">one copy of the model: {tp * cp * stages} ranks</text>')
     for stage, held in enumerate(chunks):
         at = top + stage * row
         out.append(f'<text x="0" y="{at + 20}">stage {stage}</text>')
@@ -167,21 +167,25 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
         words = "layers " + (", ".join(spans) if len(spans) <= 3 else f"{spans[0]}, {spans[1]}, ... {spans[-1]}")
         out.append(f'<text class="small" x="0" y="{at + 36}">{words if spans else "no layers"}</text>')
         for n in range(boxes):
-            rank = stage * tp * dp + n
+            rank = stage * tp * cp * dp + n
             place = f'x="{left + n * (box + gap)}" y="{at}"'
             out.append(f'<rect class="rank" {place} width="{box}" height="{row - 16}" rx="6"/>')
             middle = f'text-anchor="middle" x="{left + n * (box + gap) + box / 2}"'
             out.append(f'<text {middle} y="{at + 19}">rank {rank}</text>')
-            out.append(f'<text class="small" {middle} y="{at + 34}">tp {n}</text>')
+            out.append(
+                f'<text class="small" {middle} y="{at + 34}">tp {n % tp}{f" cp {n // tp}" if cp > 1 else ""}</text>'
+            )
         if stage + 1 < stages:
             middle = left + boxes * (box + gap) / 2
             out.append(f'<path class="arrow" d="M{middle} {at + row - 15}v9m-4 -5l4 5l4 -5"/>')
     side = left + boxes * (box + gap) + 10
-    out += [f'<text class="small" x="{side}" y="{top + 20}">... {tp} in all</text>'] if tp > boxes else []
+    out += [f'<text class="small" x="{side}" y="{top + 20}">... {tp * cp} in all</text>'] if tp * cp > boxes else []
     words = f"x {dp} data-parallel copies" if dp > 1 else "one copy"
     out.append(f'<text x="{side}" y="{top + 38}">{words}</text>')
     under = f"each layer's matrices are cut over {tp} ranks" + (", its sequence too (sp)" if sp else "")
-    out.append(f'<text class="small" x="0" y="{height - 6}">{under if tp > 1 else ""}</text>')
+    notes = [under] if tp > 1 else []
+    notes += [f"each sequence is cut over {cp} ranks (cp)"] if cp > 1 else []
+    out.append(f'<text class="small" x="0" y="{height - 6}">{"; ".join(notes)}</text>')
     return "\n".join([*out, "</svg>"])
 
 

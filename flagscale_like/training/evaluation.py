@@ -23,11 +23,13 @@ class Evaluation:
         loss: total over count, in the objective's unit: nats a token. nan where nothing counted.
         count: tokens that counted.
         by_source: the loss of the samples of each source, of the sources that were read.
+        means: the objective's sums over count, by name.
     """
 
     loss: float
     count: int
     by_source: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -47,7 +49,7 @@ def evaluate(
         on_step: called before each step.
     """
     device = engine.ctx.platform.device
-    sums: dict[str, Tensor | float] = {"total": 0.0, "count": 0.0}
+    sums: dict[str, Tensor | float] = dict.fromkeys(("total", "count", *objective.sums), 0.0)
     by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
     with engine.evaluation():
         for _ in range(steps):
@@ -61,4 +63,5 @@ def evaluate(
     pairs = zip(sources, reduced["source losses"], reduced["source tokens"], strict=True)
     read = {name: loss / tokens for name, loss, tokens in pairs if tokens}
     count = reduced["count"]
-    return Evaluation(reduced["total"] / count if count else math.nan, int(count), read)
+    means = {name: reduced[name] / count if count else math.nan for name in ("total", *objective.sums)}
+    return Evaluation(means.pop("total"), int(count), read, means)

@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from flagscale_like.json_files import keep_records, open_records, read_records, write_record
+from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event, close_all
 
@@ -50,26 +50,41 @@ class Reporter:
         """One record of a step."""
         if self._metrics is None or not values:
             return
-        write_record(self._metrics, {"step": step, **values, "time": _now()})
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        with dispensable(self.folder.metrics):
+            write_record(self._metrics, {"step": step, **values, "time": _now()})
+        with dispensable(self.folder.tensorboard):
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
         """What a monitor found, to the log, to events.jsonl and to TensorBoard."""
         self.say(f"step {step} | {event.message}")
         if self._events is not None:
             found = dataclasses.asdict(event)
-            write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
-            self._board.add_scalar(f"event/{event.kind}", event.value, step)
+            with dispensable(self.folder.events):
+                write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
+            with dispensable(self.folder.tensorboard):
+                self._board.add_scalar(f"event/{event.kind}", event.value, step)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._metrics is not None:
-            plot = functools.partial(plot_losses, self.folder.root)
-            close_all([self._metrics.close, self._events.close, self._board.close, plot], error)
+            folder, plot = self.folder, functools.partial(plot_losses, self.folder.root)
+            closings = {
+                folder.metrics: self._metrics.close,
+                folder.events: self._events.close,
+                folder.tensorboard: self._board.close,
+                folder.loss_plot: plot,
+            }
+            close_all([functools.partial(_close, path, close) for path, close in closings.items()], error)
+
+
+def _close(path: Path, close: Callable[[], object]) -> None:
+    with dispensable(path):
+        close()
 
 
 def _now() -> str:
@@ -81,6 +96,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_records(RunFolder(run_dir).metrics)
 
 
+def loss_name(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a run's records call the loss that it trains on: the first number of a step's record."""
+    for record in records:
+        if "iteration-time" in record:
+            return next(name for name in record if name != "step")
+    return "lm loss"
+
+
+MOST_SOURCES = 6  # more lines in one plot tell nothing
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 
@@ -100,20 +124,31 @@ def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> l
 
 
 def plot_losses(run_dir: Path) -> None:
-    """Draw loss.png from metrics.jsonl: the training loss as the mean between two records, and the validation loss."""
+    """Draw loss.png from metrics.jsonl: the training loss as the mean between two records, and the validation loss.
+
+    With several sources the validation loss of each is a thin line. Dotted vertical lines are where the run resumed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     records = read_metrics(run_dir)
+    loss = loss_name(records)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, style in (("lm loss", "-"), ("lm loss validation", "o--")):
+    validation = f"{loss} validation"
+    sources = sorted({name for record in records for name in record if name.startswith(f"{validation}/")})
+    lines = [(loss, "-", 1.5), (validation, "o--", 1.5)]
+    lines += [(name, ".:", 0.8) for name in sources if len(sources) <= MOST_SOURCES]
+    for name, style, width in lines:
         points = loss_curve(records, name)
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=width)
+    starts = [r["step"] for r in read_records(RunFolder(run_dir).resilience) if r.get("event") == "start"]
+    for number, step in enumerate(sorted({step for step in starts if step > 0})):
+        axes.axvline(step, color="gray", linestyle=":", linewidth=0.8, label=None if number else "resumed")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats/token)")
+    axes.set_ylabel("loss (nats/token)" if loss == "lm loss" else loss)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -116,9 +116,9 @@ class LayerMonitor:
 class EffectiveRankMonitor:
     """Effective rank of weight matrices, their gradients and the residual stream; see `training.spectrum`.
 
-    The matrices are dealt out over the data-parallel ranks. A tensor-parallel shard stays where it is: the ranks of a group
-    add up Gram matrices or products. A gradient, of which each data-parallel rank owns a range, is put together on the rank
-    that measures it, one tensor-parallel shard at a time.
+    The matrices are dealt out over the replicas (data- and context-parallel ranks). A tensor-parallel shard stays where it
+    is: the ranks of a group add up Gram matrices or products. A gradient, of which each replica owns a range, is put together
+    on the rank that measures it, one tensor-parallel shard at a time.
     """
 
     def __init__(self, options: EffectiveRank, engine: Engine) -> None:
@@ -164,8 +164,9 @@ class EffectiveRankMonitor:
     def _remember(self, layer: nn.Module, _: Any, output: tuple[Tensor, ...]) -> None:
         index = layer.layer_number - 1
         if self._listening and layer.training and index not in self._rows:
-            rows = output[0].detach().flatten(0, 1)  # [s, b, h] -> [s * b, h]; s is s/tp under sequence parallelism
-            count = max(1, self.options.tokens // (self.ctx.layout.tp if self.sequence_parallel else 1))
+            rows = output[0].detach().flatten(0, 1)  # [s, b, h] -> [s * b, h]; s is a part under sp and cp
+            parts = self.ctx.layout.cp * (self.ctx.layout.tp if self.sequence_parallel else 1)
+            count = max(1, self.options.tokens // parts)
             every = max(1, len(rows) // count)
             self._rows[index] = rows[::every][:count].clone()  # the pipeline empties its outputs
 
@@ -174,26 +175,26 @@ class EffectiveRankMonitor:
         """Effective rank by name, between prepare_grads() and the update; all ranks call it."""
         ctx, names = self.ctx, self.names()
         local = dict.fromkeys(names, 0.0)
-        dp_group, tp_group = ctx.groups.dp, ctx.groups.tp
+        replicas, tp_group = ctx.groups.dp_cp, ctx.groups.tp
         for order, ((layer, matrix), parameter) in enumerate(self.parameters.items()):
-            owner = order % ctx.dp
+            owner = order % ctx.replicas
             for kind in ("weights", "gradients"):
                 if f"{kind}/layers.{layer}.{matrix}" not in local:
                     continue
-                whole = parameter.detach() if kind == "weights" else self._gradient(parameter, owner, dp_group)
-                if ctx.dp_rank == owner:
+                whole = parameter.detach() if kind == "weights" else self._gradient(parameter, owner, replicas)
+                if ctx.replica_rank == owner:
                     rows = whole if parameter.partition_dim == 0 else whole.t()
                     rank = effective_rank(SplitMatrix(rows, [tp_group]), exact_up_to=self.options.exact_up_to)
                     local[f"{kind}/layers.{layer}.{matrix}"] = rank if ctx.tp_rank == 0 else 0.0
-        groups = [tp_group, dp_group] if self.sequence_parallel else [dp_group]
+        groups = [tp_group, replicas] if self.sequence_parallel else [replicas]
         for layer, rows in sorted(self._rows.items()):
             rank = effective_rank(SplitMatrix(rows, groups), exact_up_to=self.options.exact_up_to)
-            local[f"activations/layers.{layer}"] = rank if ctx.tp_rank == 0 and ctx.dp_rank == 0 else 0.0
+            local[f"activations/layers.{layer}"] = rank if ctx.tp_rank == 0 and ctx.replica_rank == 0 else 0.0
         self._rows, self._listening = {}, False
         return dict(zip(names, ctx.sum([local[name] for name in names]), strict=True))
 
     def _gradient(self, parameter: nn.Parameter, owner: int, group: dist.ProcessGroup) -> Tensor:
-        """This tensor-parallel rank's gradient of a matrix, whole on the data-parallel rank `owner`."""
+        """This tensor-parallel rank's gradient of a matrix, whole on the replica `owner`."""
         flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         for shard in self.shards:
             if shard.parameter is parameter:

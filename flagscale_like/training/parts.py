@@ -16,11 +16,13 @@ parts; a new one is a class and a line in the recipe.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from flagscale_like.errors import CheckpointError, UserError
 from flagscale_like.training.plan import StepPlan
 
 if TYPE_CHECKING:  # so that what reads a run's files loads no torch
@@ -54,6 +56,10 @@ class Facts:
     count: int
     overflow: bool
     sums: Mapping[str, Any]
+
+    def means(self, names: Iterable[str]) -> dict[str, float]:
+        """Of the sums of these names, over the count; nan where nothing counted."""
+        return {name: self.sums[name] / self.count if self.count else math.nan for name in names}
 
 
 @dataclass(frozen=True)
@@ -206,10 +212,23 @@ class Parts:
         return {part.name: part.state() for part in self.parts if part.name}
 
     def load(self, states: Mapping[str, Any], *, back: bool = False) -> None:
-        """Put back the states that are there; with `back`, only of the parts that go back with the weights."""
+        """Put back the states that are there; with `back`, only of the parts that go back with the weights.
+
+        Raises:
+            CheckpointError: a state is not what the part saves.
+        """
         for part in self.parts:
-            if part.name in states and (part.state_rewinds or not back):
+            if part.name not in states or (back and not part.state_rewinds):
+                continue
+            try:
                 part.load(states[part.name])
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise CheckpointError(
+                    f"the checkpoint's state.json has no state of `{part.name}` that can be read "
+                    f"({type(error).__name__}: {error}): go on from another checkpoint, or begin anew with checkpoint.load"
+                ) from error
 
     def __enter__(self) -> Parts:
         return self

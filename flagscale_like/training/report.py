@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -21,8 +22,8 @@ from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
-from flagscale_like.training.metrics import loss_curve, read_metrics
-from flagscale_like.training.recovery import effective_time_ratio
+from flagscale_like.training.metrics import loss_curve, loss_name, read_metrics
+from flagscale_like.training.recovery import effective_time_ratio, read_ledger
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -32,10 +33,12 @@ KINDS = {
     "skip": "skipped step",
     "rewind": "rewind",
     "restart": "restart",
+    "resume": "resume after a stop",
     "checkpoint": "checkpoint",
 }
 CHARTS = (
-    ("lm loss", "loss, nats/token"),
+    ("rewards/accuracy", "share of pairs whose chosen answer has the higher reward"),
+    ("rewards/margin", "reward of the chosen answer less that of the rejected one"),
     ("tokens-per-second", "tokens/s"),
     ("learning-rate", "learning rate"),
     ("grad-norm", "gradient norm"),
@@ -48,19 +51,29 @@ class Story:
 
     Attributes:
         config: the run's configuration.
+        loss: what the records call the loss.
         kept: one record of metrics.jsonl for each step, without the steps that a rewind discarded.
         given_up: the records of discarded steps, one list for each rewind.
         validation: (step, validation loss).
+        by_source: the last validation loss of each data source, by name.
         happened: the events, in the order of their steps.
         ettr: effective training time ratio; None if the run folder has no resilience.jsonl.
     """
 
     config: RunConfig
+    loss: str
     kept: list[dict[str, Any]]
     given_up: list[list[dict[str, Any]]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    by_source: dict[str, float] = field(default_factory=dict)
     happened: list[Mark] = field(default_factory=list)
     ettr: float | None = None
+
+    @property
+    def charts(self) -> list[tuple[str, str]]:
+        """Name in the records, and title, of every number that is drawn."""
+        title = "loss, nats/token" if self.loss == "lm loss" else self.loss
+        return [(self.loss, title), *((name, title) for name, title in CHARTS if name in self.last)]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -90,12 +103,13 @@ def read_story(run_dir: Path) -> Story:
         )
     config = load_config(RunFolder(run_dir).config)
     records = read_metrics(run_dir)
+    loss = loss_name(records)
     kept: list[dict[str, Any]] = []
     given_up, validation, happened = [], {}, []
     for record in records:
         step = record["step"]
-        if "lm loss validation" in record:
-            validation[step] = record["lm loss validation"]
+        if f"{loss} validation" in record:
+            validation[step] = record[f"{loss} validation"]
         if "checkpoint/stall_s" in record:
             text = f"step {step}: checkpoint; training waited {record['checkpoint/stall_s']:.2f} s"
             happened.append(Mark(step=step, kind="checkpoint", text=text))
@@ -103,13 +117,13 @@ def read_story(run_dir: Path) -> Story:
             lost, took = record["resilience/lost-steps"], record["resilience/recovery_s"]
             text = f"step {step}: restart {record['resilience/restarts']:.0f}, {lost:.0f} steps lost, back after {took:.1f} s"
             happened.append(Mark(step=step, kind="restart", text=text))
-        if "lm loss" not in record:
+        if loss not in record:
             continue
         if kept and step <= kept[-1]["step"]:
             lost_steps = [r for r in kept if r["step"] >= step]
             kept = [r for r in kept if r["step"] < step]
             given_up.append(lost_steps)
-            validation = {s: loss for s, loss in validation.items() if s < step}
+            validation = {s: value for s, value in validation.items() if s < step}
             text = f"step {lost_steps[-1]['step']}: rewound to before step {step}"
             happened.append(Mark(step=step, kind="rewind", text=text))
         before = kept[-1].get("skipped-steps", 0) if kept else 0
@@ -121,16 +135,35 @@ def read_story(run_dir: Path) -> Story:
     if not kept:
         raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet: run the report after the first step")
     happened += [_alarm(event) for event in read_records(RunFolder(run_dir).events) if "step" in event]
-    now = max((event["time"] for event in read_records(RunFolder(run_dir).resilience)), default=None)
+    ledger = read_ledger(run_dir)
+    happened += _resumes(ledger)
+    now = max((event["time"] for event in ledger), default=None)
     seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
     return Story(
         config=config,
+        loss=loss,
         kept=kept,
         given_up=given_up,
-        validation=[(s, loss) for s, loss in sorted(validation.items()) if loss is not None],
+        validation=[(s, value) for s, value in sorted(validation.items()) if value is not None],
         happened=sorted(happened, key=lambda mark: mark.step),
-        ettr=effective_time_ratio(run_dir, max(now, seen)) if now is not None else None,
+        by_source={name: r[key] for r in records if f"{loss} validation" in r for key, name in _sources(r, loss)},
+        ettr=effective_time_ratio(records, ledger, max(now, seen)) if now is not None else None,
     )
+
+
+def _sources(record: dict[str, Any], loss: str) -> list[tuple[str, str]]:
+    """(key, name of the source) of each source's validation loss in a record."""
+    prefix = f"{loss} validation/"
+    return [(key, key[len(prefix) :]) for key, value in record.items() if key.startswith(prefix) and value is not None]
+
+
+def _resumes(ledger: Sequence[dict[str, Any]]) -> list[Mark]:
+    """The starts that followed an orderly stop. (What follows a start without one is a restart, and in metrics.jsonl.)"""
+    return [
+        Mark(step=event["step"], kind="resume", text=f"step {event['step']}: stopped, and resumed by a later start")
+        for before, event in itertools.pairwise(ledger)
+        if before["event"] == "stop" and event["event"] == "start"
+    ]
 
 
 def _alarm(event: dict[str, Any]) -> Mark:
@@ -200,33 +233,49 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
         f'<tr><td><span class="key {m.kind}"></span>{KINDS[m.kind]}</td><td>{html.escape(m.text)}</td></tr>'
         for m in alarms[:200]
     )
-    none = '<tr><td colspan="2" class="quiet">No spike, skip, restart or rewind is on record.</td></tr>'
+    none = '<tr><td colspan="2" class="quiet">No spike, skip, restart, resume or rewind is on record.</td></tr>'
     return {
         "title": html.escape(run_dir.resolve().name),
         "subtitle": html.escape(
             f"{config.describe_parameters()}, {layout.describe()}, {config.train.precision}; "
-            f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
+            f"step {last['step']:,} {_of_planned(last['step'], config)}, {last['time'][:16].replace('T', ' ')} UTC"
         ),
         "tiles": _tiles(story),
-        "charts": "\n".join(_chart(story, name, title) for name, title in CHARTS),
+        "charts": "\n".join(_chart(story, name, title) for name, title in story.charts),
         "legend": "".join(
             f'<span><span class="key {kind}"></span>{words}</span>'
             for kind, words in KINDS.items()
             if any(m.kind == kind for m in story.happened)
         ),
+        "sources": _by_source(story),
         "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
-        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp),
+        "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp, cp=layout.cp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
         "data": _script_data(story),
     }
 
 
+def _of_planned(step: int, config: RunConfig) -> str:
+    planned = config.train.steps
+    return f"of {planned:,}" if step <= planned else f"(train.steps is {planned:,} now)"
+
+
+def _by_source(story: Story) -> str:
+    """The last validation loss of each data source, as HTML; empty where there are no sources."""
+    if not story.by_source:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in story.by_source.items()
+    )
+    return f'<section><h2>Validation loss by source</h2><div class="wide"><table>{rows}</table></div></section>'
+
+
 def _tiles(story: Story) -> str:
     """The figures at the top of the report, as HTML."""
     kept, last = story.kept, story.last
     speed = statistics.median(r["tokens-per-second"] for r in kept)
-    losses = loss_curve(kept)
+    losses = loss_curve(kept, story.loss)
     tiles = [("loss", f"{losses[-1][1]:.4f}" if losses else "not finite")]
     tiles += [("validation loss", f"{story.validation[-1][1]:.4f}")] if story.validation else []
     tiles += [("tokens/s, median", f"{speed:,.0f}")]
@@ -240,16 +289,16 @@ def _tiles(story: Story) -> str:
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
 
 
-def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    if name == "lm loss":
-        return loss_curve(records)
+def _points(story: Story, records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    if name == story.loss:
+        return loss_curve(records, name)
     return [(r["step"], r[name]) for r in records if r.get(name) is not None and math.isfinite(r[name])]
 
 
 def _chart(story: Story, name: str, title: str) -> str:
-    curves = [Curve(name="given up", points=_points(part, name), style="given-up") for part in story.given_up]
-    curves.append(Curve(name="training", points=_points(story.kept, name)))
-    if name == "lm loss":
+    curves = [Curve(name="given up", points=_points(story, part, name), style="given-up") for part in story.given_up]
+    curves.append(Curve(name="training", points=_points(story, story.kept, name)))
+    if name == story.loss:
         curves.append(Curve(name="validation", points=story.validation, style="second", dots=True))
     return chart(name, title, curves, story.happened, last_step=story.last["step"])
 
@@ -273,8 +322,8 @@ def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> s
 
 def _script_data(story: Story) -> str:
     """The JSON data that the report's script shows for the step under the pointer, thinned to about 2000 steps."""
-    points = {step for step, _ in thinned(_points(story.kept, "lm loss"), 2000)}
-    names = [name for name, _ in CHARTS]
+    points = {step for step, _ in thinned(_points(story, story.kept, story.loss), 2000)}
+    names = [name for name, _ in story.charts]
     rows = [[r["step"], *(r.get(name) for name in names)] for r in story.kept if r["step"] in points]
     text = json.dumps({"names": names, "rows": rows, "last": story.last["step"]}, allow_nan=False)
     return text.replace("<", "\\u003c")

@@ -13,12 +13,13 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from flagscale_like.checkpoint.companions import Origin, read_companions
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.store import CheckpointStore, layout_record
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.engine.engine import Engine, engine_states
-from flagscale_like.engine.load import load_random_state
+from flagscale_like.engine.load import base_record, load_random_state
 from flagscale_like.engine.objective import Objective
 from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.model.spec import ModelSpec
@@ -34,7 +35,7 @@ from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.parts import Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.standard_parts import Saves
-from flagscale_like.training.weights import check_model, weights_to_load
+from flagscale_like.training.weights import check_model, origin_of, usage_folders, weights_to_load
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Start:
     Attributes:
         saved: state.json of the checkpoint that the run goes on from; empty where it begins.
         new: whether the weights were drawn.
+        weights: what the weights of a new run come from, as checkpoint.adapters records it; None where they were drawn.
+        origin: the Hugging Face folder that the weights come from, if they do.
         notes: what to tell the user about it.
     """
 
@@ -53,6 +56,8 @@ class Start:
     progress: Progress
     saved: dict[str, Any] = field(default_factory=dict)
     new: bool = False
+    weights: dict[str, Any] | None = None
+    origin: Origin = field(default_factory=Origin)
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,6 +69,7 @@ class Run:
         evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
         clock: of the steps since the last log line.
         documents: see changes.source_record.
+        origin: see Start.
     """
 
     config: RunConfig
@@ -81,6 +87,7 @@ class Run:
     evaluate: Callable[[str], Evaluation] | None = None
     clock: Clock = field(default_factory=Clock)
     documents: dict[str, int] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def ctx(self) -> ParallelContext:
@@ -104,6 +111,7 @@ class Run:
             "model": config.model.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
             "documents": self.documents,
+            "hugging_face": self.origin.record(),
             "versions": versions(),
             **engine_states([self.engine]),
         }
@@ -174,10 +182,14 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
+        begun.weights = base_record(source, ctx)
         notes += [f"not loaded: {reason}" for reason in engine.left]
     else:
         begun.new = True
         notes.append("starting from new weights")
+    begun.origin = origin_of(reader or source)
+    if ctx.is_main:
+        store.companions = read_companions(usage_folders(config, reader, source))
     if config.checkpoint.interval:
         store.reserve(engine.fragments)
     return begun

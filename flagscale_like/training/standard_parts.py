@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Mapping
 
 from flagscale_like.checkpoint.store import CheckpointStore
@@ -16,13 +17,28 @@ from flagscale_like.training.plan import StepPlan
 
 
 class StopSignal(Part):
-    """Tells the watchdog that a step begins, and all ranks that one was asked to stop (`stop` in the facts' sums)."""
+    """Tells the watchdog that a step begins, and all ranks that one was asked to stop (`stop` in the facts' sums).
+
+    A run whose steps are longer than the time that it has to stop says so once.
+    """
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
+        self._began, self._warned = 0.0, False
 
     def before(self, plan: StepPlan) -> None:
         self.watchdog.beat(plan.step - 1, "training step", slow=plan.first)
+        self._began = time.monotonic()
+
+    def after(self, step: Step, report: Report) -> None:
+        took, grace_s = time.monotonic() - self._began, self.watchdog.grace_s
+        if took <= grace_s or step.plan.first or self._warned:
+            return
+        self._warned = True
+        report.say(
+            f"warning: a step takes {took:.0f} s, longer than resilience.grace_s ({grace_s:g} s): a run that is asked to "
+            "stop would end in the middle of a step and save nothing. Raise it, and the launcher's limit (torchrun: 30 s)"
+        )
 
     def contribute(self, outputs: Outputs) -> Mapping[str, float]:
         return {"stop": float(self.watchdog.asked_to_stop)}
@@ -35,8 +51,8 @@ class Saves(Part):
         must_succeed: the step of the save that the run cannot do without; a failure of it is an error in any case.
     """
 
-    def __init__(self, store: CheckpointStore, options: Checkpoint) -> None:
-        self.store, self.options = store, options
+    def __init__(self, store: CheckpointStore, options: Checkpoint, watchdog: Watchdog) -> None:
+        self.store, self.options, self.watchdog = store, options, watchdog
         self.must_succeed: int | None = None
 
     def contribute(self, outputs: Outputs) -> Mapping[str, float]:
@@ -68,6 +84,7 @@ class Saves(Part):
             report.numbers(saved.step, times)
             words = f"training waited {saved.stall_s:.2f} s, the files took {saved.write_s:.2f} s"
             report.say(f"step {saved.step} | saved {saved.path} ({words})")
+            self.watchdog.kept = f"The newest checkpoint is {saved.path.name}"
             for note in saved.notes:
                 report.say(f"step {saved.step} | {note}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
+from flagscale_like.engine.objective import Objective
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.metrics import MEAN
@@ -18,6 +19,7 @@ from flagscale_like.training.parts import Part, Report, Step
 from flagscale_like.training.plan import StepPlan
 
 RECENT_STEPS = 100
+SHOWN_SUMS = 2  # of the objective's sums, as many are in the log line; all are in the records
 
 
 class StepLog(Part):
@@ -25,34 +27,40 @@ class StepLog(Part):
 
     The loss of the line is the mean of the steps since the last line, as Megatron-LM logs it; a single step's loss is as
     noisy as its batch. Steps whose loss is not finite are left out of the mean. What is added up is in the checkpoint, so
-    that a resumed run logs what the uninterrupted one would have logged.
-
-    Args:
-        metric: name of the loss in the records.
+    that a resumed run logs what the uninterrupted one would have logged. The objective's sums are reported like its loss, as
+    means over its count.
     """
 
     name = "log"
     state_rewinds = True
 
-    def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, metric: str) -> None:
-        self.config, self.ctx, self.clock, self.feed, self.metric = config, ctx, clock, feed, metric
+    def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, objective: Objective) -> None:
+        self.config, self.ctx, self.clock, self.feed = config, ctx, clock, feed
+        self.metric, self.names = objective.metric, objective.sums
         self.pace = Pace(config)
         spec = ctx.platform.data_sheet()
         self.peak_flops = spec.bf16_flops if spec else None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a new mean."""
         self._loss, self._steps = 0.0, 0
+        self._sums = dict.fromkeys(self.names, 0.0)
 
     def after(self, step: Step, report: Report) -> None:
         self.pace.note(step.consumed)
         if math.isfinite(step.facts.loss):
             self._loss += step.facts.loss
             self._steps += 1
+            for name, value in step.facts.means(self.names).items():
+                self._sums[name] += value
         if step.plan.log:
             record = self._record(step)
             report.numbers(step.plan.step, record)
             report.say(self._line(step, record))
         # The first step of a start is logged out of turn, and begins no new mean.
         if step.plan.step % self.config.train.log_interval == 0:
-            self._loss, self._steps = 0.0, 0
+            self._begin()
 
     def _record(self, step: Step) -> dict[str, Any]:
         train, world = self.config.train, self.ctx.world_size
@@ -62,7 +70,8 @@ class StepLog(Part):
         flops = self.config.flops_per_token() * tokens_per_s / world
         record = {
             self.metric: step.facts.loss,
-            **({self.metric + MEAN: self._mean()} if self._is_in_turn(step.plan) else {}),
+            **({self.metric + MEAN: self._mean(self._loss)} if self._is_in_turn(step.plan) else {}),
+            **{name: self._mean(total) for name, total in self._sums.items()},
             "grad-norm": step.facts.grad_norm,
             "learning-rate": step.learning_rate,
             "batch-size": step.plan.batch_size,
@@ -81,16 +90,17 @@ class StepLog(Part):
         """Whether a record of this step belongs to the loss curve: the first step of a resumed run is a single noisy step."""
         return plan.step == 1 or plan.last or plan.step % self.config.train.log_interval == 0
 
-    def _mean(self) -> float:
-        return self._loss / self._steps if self._steps else math.nan
+    def _mean(self, total: float) -> float:
+        return total / self._steps if self._steps else math.nan
 
     def _line(self, step: Step, record: Mapping[str, Any]) -> str:
         steps, number = self.config.train.steps, step.plan.step
         eta = self.pace.seconds_left(number, record["iteration-time"])
-        mean, last = self._mean(), step.facts.loss
+        mean, last = self._mean(self._loss), step.facts.loss
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
             f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),
+            *(f"{name} {record[name]:.4g}" for name in self.names[:SHOWN_SUMS]),
             f"lr {step.learning_rate:.2e}",
             f"grad norm {step.facts.grad_norm:.3f}",
             f"{record['tokens-per-second']:,.0f} tokens/s",
@@ -104,10 +114,11 @@ class StepLog(Part):
         return " | ".join(parts)
 
     def state(self) -> dict[str, Any]:
-        return {"loss": self._loss, "steps": self._steps}
+        return {"loss": self._loss, "steps": self._steps, "sums": dict(self._sums)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._loss, self._steps = float(state["loss"]), int(state["steps"])
+        self._sums |= {name: value for name, value in state.get("sums", {}).items() if name in self.names}
 
 
 class Pace:

@@ -1,9 +1,9 @@
 """Triton kernels for training language models, each with a PyTorch path for the CPU. Importing needs no GPU."""
 
 from flagscale_kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from flagscale_kernels.flash_attention import attention_reference, flash_attention
+from flagscale_kernels.flash_attention import attention_reference, flash_attention, flash_attention_backward
 from flagscale_kernels.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy_reference
-from flagscale_kernels.piecewise_attention import piecewise_attention, piecewise_reference
+from flagscale_kernels.piecewise_attention import piecewise_attention, piecewise_attention_backward, piecewise_reference
 from flagscale_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_residual
 from flagscale_kernels.rope import apply_rope, apply_rope_thd, rope, rope_reference
 from flagscale_kernels.rope_frequencies import packed_position_ids, rope_frequencies, rope_tables
@@ -16,10 +16,12 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_reference",
     "flash_attention",
+    "flash_attention_backward",
     "fused_linear_cross_entropy",
     "linear_cross_entropy_reference",
     "packed_position_ids",
     "piecewise_attention",
+    "piecewise_attention_backward",
     "piecewise_reference",
     "rms_norm",
     "rms_norm_reference",

@@ -543,3 +543,34 @@ def flash_attention(
     args = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, left, right, layout, backend)
     o, lse = _flash_op(q, k, v, *args)
     return (o, lse) if return_lse else o
+
+
+def flash_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    alibi_slopes: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, for an autograd function that calls `flash_attention(..., return_lse=True)` itself.
+
+    do: the gradient of o. q, k, v, o, lse: the inputs and outputs of the forward call; the options are those of that call.
+    The inputs are not checked again.
+    """
+    backend = choose_backend(q, backend)
+    max_q, max_k = _check_packed(layout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
+    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    args = (slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, check_scale(q, softmax_scale), *_bounds(causal, window))
+    return _flash_backward_op(do, None, q, k, v, o, lse, *args, layout, backend)

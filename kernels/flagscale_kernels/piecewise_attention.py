@@ -372,8 +372,9 @@ def piecewise_attention(
     softmax_scale: float | None = None,
     *,
     layout: str = "bnsd",
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with scores of (q2, k2) at distances of at least `threshold` and of (q1, k1) below it -> q1's shape.
 
     q1, q2 [b, n, s, d]; k1, k2, v [b, n_kv, s_k, d], with the dimensions in the order of `layout`: "bnsd", "sbnd" or
@@ -381,6 +382,7 @@ def piecewise_attention(
     threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal=True masks it. With causal,
     threshold 0 makes every key far, and a threshold of s_k or more makes every key near.
     softmax_scale: by default d^-0.5.
+    return_lse: also return the log of the softmax's denominator, fp32 [b, n, s], which has no gradient.
     A query without keys gives 0. The backward is deterministic.
     Raises ValueError for a shape, dtype, device, stride, layout, head count or threshold that does not fit.
     """
@@ -392,4 +394,26 @@ def piecewise_attention(
     for attribute in ("shape", "dtype", "device"):
         check_same(attribute, [("q1", q1), ("q2", q2)])
     scale = check_scale(q1, softmax_scale)
-    return _piecewise_op(q1, k1, q2, k2, v, threshold, causal, scale, layout, backend)[0]
+    o, lse = _piecewise_op(q1, k1, q2, k2, v, threshold, causal, scale, layout, backend)
+    return (o, lse) if return_lse else o
+
+
+def piecewise_attention_backward(
+    do: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    o: Tensor,
+    lse: Tensor,
+    threshold: int,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    *,
+    layout: str = "bnsd",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q1, k1, q2, k2 and v, for an autograd function that calls `piecewise_attention` itself.
+
+    do: the gradient of o. qkv: q1, k1, q2, k2 and v of the forward call, o and lse its outputs; the options are those of
+    that call. The inputs are not checked again.
+    """
+    backend, scale = choose_backend(qkv[0], backend), check_scale(qkv[0], softmax_scale)
+    return _piecewise_backward_op(do, *qkv, o, lse, threshold, causal, scale, layout, backend)

@@ -55,8 +55,8 @@ def test_frozen_parameters_are_saved_without_moments_and_do_not_change(partly_fr
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(4, {"tp": 2, "sp": True, "pp": 2}), (2, {}), (2, {"pp": 2, "vpp": 2})],
-    ids=["tp2 sp pp2", "dp2", "pp2 vpp2"],
+    [(4, {"tp": 2, "sp": True, "pp": 2}), (2, {}), (2, {"cp": 2}), (2, {"pp": 2, "vpp": 2})],
+    ids=["tp2 sp pp2", "dp2", "cp2", "pp2 vpp2"],
 )
 def test_a_run_with_frozen_parameters_goes_on_on_another_layout(partly_frozen, ranks, layout, tmp_path):
     run_dir = fork_at_step_3(Path(partly_frozen.run_dir), tmp_path / "run")
@@ -226,7 +226,8 @@ def waits_of_a_step(config):
     return waits
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_reads_no_single_value_from_the_device(precision, tmp_path):
+@pytest.mark.parametrize(("precision", "layout"), [("fp32", {}), ("bf16", {"cp": 2})])
+def test_a_step_reads_no_single_value_from_the_device(precision, layout, tmp_path):
     # Its one wait is the list of the reduction.
-    assert run_ranks(2, waits_of_a_step, tiny_config(tmp_path, train__precision=precision)) == [[], []]
+    config = tiny_config(tmp_path, train__precision=precision, parallel=layout)
+    assert run_ranks(2, waits_of_a_step, config) == [[], []]

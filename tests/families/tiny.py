@@ -59,6 +59,7 @@ CUSTOM = {
         "model_type": "baichuan",
         "architectures": ["BaichuanForCausalLM"],
         "position_embedding": "alibi",
+        "norm_head": False,
     },
     "baichuan2-7b": {
         **PLAIN,

@@ -18,6 +18,7 @@ LAYOUTS = {
     "pp2 vpp2 bf16": (2, {"parallel": {"pp": 2, "vpp": 2}, "train__precision": "bf16"}),
     "pp2 uneven": (2, {"parallel": {"pp": 2, "first_stage_layers": 1}}),
     "dp2 bf16": (2, {"train__precision": "bf16"}),
+    "cp2 bf16": (2, {"parallel": {"cp": 2}, "train__precision": "bf16"}),
     "dp3": (3, {"train__global_batch_size": 9}),
     "tp2 pp2": (4, {"parallel": {"tp": 2, "pp": 2}}),
     "dp2 pp2 tied bf16": (
@@ -29,14 +30,14 @@ LAYOUTS = {
 
 
 def built(config: RunConfig) -> tuple:
-    """(stage, dp rank, named parameters a chunk, (weight, gradient, optimizer) bytes) of the model built on this rank."""
+    """Of this rank: stage, rank among the replicas, named parameters a chunk, (weight, gradient, optimizer) bytes."""
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
         buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
         weights, gradients = (sum(getattr(b, name).nbytes for b in buffers) for name in ("param_data", "grad_data"))
         return (
             ctx.pp_rank,
-            ctx.dp_rank,
+            ctx.replica_rank,
             [[p.numel() for p in model.parameters()] for model in engine.models],
             (weights, gradients, engine.state_bytes() - weights - gradients),
         )

@@ -52,7 +52,7 @@ WATCH = """
 import sys, time
 from pathlib import Path
 from flagscale_like.runtime.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), 0, int(sys.argv[2]), first_timeout_s=float(sys.argv[3]), timeout_s=0, grace_s=1) as dog:
+with Watchdog(Path(sys.argv[1]), 0, int(sys.argv[2]), first_timeout_s=float(sys.argv[3]), timeout_s=0, grace_s=GRACE) as dog:
     dog.beat(7, "saving", slow=True)
     print("ready", flush=True)
     end = time.monotonic() + float(sys.argv[4])
@@ -62,9 +62,9 @@ print("done", dog.asked_to_stop)
 """
 
 
-def watch(*arguments):
+def watch(*arguments, grace_s=1, before=""):
     process = subprocess.Popen(
-        [sys.executable, "-c", WATCH, *map(str, arguments)],
+        [sys.executable, "-c", f"{before}\nGRACE = {grace_s}\n{WATCH}", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,20 +74,43 @@ def watch(*arguments):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_rank_that_is_told_to_stop_has_its_grace_time_and_no_more(number, tmp_path):
     obedient = watch(tmp_path / "hang", 1, 60, 60, "obey")
     obedient.send_signal(number)
-    out, _ = obedient.communicate(timeout=90)
+    out, err = obedient.communicate(timeout=90)
     assert obedient.returncode == 0
     assert out == "done True\n"
+    assert err.startswith(f"{number.name}: stopping after this step, within 1 s")
 
     stuck = watch(tmp_path / "hang", 1, 60, 60)
     stuck.send_signal(number)
     _, err = stuck.communicate(timeout=90)
     assert stuck.returncode == 143
-    assert "1 s later (resilience.grace_s) not done: saving, last step done 7" in err
-    assert err.count("\n") == 1
+    assert "1 s later (resilience.grace_s) not done: saving, last step done 7. No checkpoint was saved" in err
+    assert err.count("\n") == 2
+
+
+def test_ctrl_c_again_stops_at_once_but_the_same_one_passed_on_does_not(tmp_path):
+    process = watch(tmp_path / "hang", 1, 60, 60, grace_s=60)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == (
+        "SIGINT: stopping after this step, within 60 s; Ctrl-C again stops now and saves nothing\n"
+    )
+    process.send_signal(signal.SIGINT)  # as torchrun passes on what the terminal has sent already
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert err == "error (rank 0): stopped at once. No checkpoint was saved\n"
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    process = watch(tmp_path / "hang", 1, 60, 1, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, out, err) == (0, "done False\n", "")
 
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path):
@@ -111,7 +134,7 @@ def test_a_rank_stops_when_torchruns_agent_has_died_and_outlives_a_shell(under_t
     seconds = "60" if under_torchrun else "3"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     agent = subprocess.Popen(
-        [sys.executable, "-c", AGENT, WATCH, str(tmp_path / "hang"), "1", "0", seconds, "obey"],
+        [sys.executable, "-c", AGENT, f"GRACE = 1\n{WATCH}", str(tmp_path / "hang"), "1", "0", seconds, "obey"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

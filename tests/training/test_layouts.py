@@ -20,6 +20,8 @@ LAYOUTS = {
     "pp4": (4, {"pp": 4}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
     "dp2": (2, {}),
+    "tp2 sp cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
+    "cp2 a2a": (2, {"cp": 2, "cp_kind": "a2a"}),
     "tp2 sp pp2 vpp2": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
 }
 
@@ -58,6 +60,15 @@ def test_a_layout_goes_on_from_one_process_checkpoint_with_the_same_losses_and_g
     expected, found = losses(one_process), losses(run_dir)
     assert len(found) == len(expected) == 6
     assert found[3:] == [pytest.approx(pair, rel=1e-5) for pair in expected[3:]]
+
+
+def test_a_run_begun_on_cp2_is_that_of_one_process_and_goes_on_in_one_process(one_process, tmp_path):
+    begun = tmp_path / "begun"
+    run_ranks(2, train_run, tiny_config(begun, parallel={"cp": 2}))
+    assert losses(begun) == [pytest.approx(pair, rel=1e-5) for pair in losses(one_process)]
+    run_dir = fork_at_step_3(begun, tmp_path / "run")
+    run_ranks(1, train_run, tiny_config(run_dir))
+    assert losses(run_dir)[3:] == [pytest.approx(pair, rel=1e-5) for pair in losses(one_process)[3:]]
 
 
 def test_resume_continues_the_uninterrupted_run_bit_for_bit(one_process, tmp_path):

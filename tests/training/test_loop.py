@@ -1,9 +1,12 @@
 """The loop: only the step is step time, a stop saves at once, a stopped run is closed, the log shows the mean loss."""
 
+import contextlib
 import errno
 import gc
+import io
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -116,11 +119,36 @@ def test_a_run_that_its_guard_stops_is_closed_and_its_stop_is_no_interruption(tm
     assert not any("resilience/restarts" in r for r in read_metrics(folder.root))
 
 
-def poisoned_on_a_full_disk(config):
+def train_on_a_disk_that_fills(config, limit):
+    """Train; no file may grow beyond `limit` bytes once the run has begun. Returns what the run said on both streams."""
+
+    def fill(call):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return call()
+
+    faults.at_call(Engine, "forward_backward", 2, fill)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        said, error = faults.train_and_listen(config)
+    return said, error, errors.getvalue()
+
+
+def test_a_full_disk_under_records_and_plots_is_said_once_and_the_run_goes_on(tmp_path):
+    config = tiny_config(tmp_path / "run", checkpoint={"interval": 0}, train__eval_interval=2, train__eval_steps=1)
+    ((said, error, errors),) = run_ranks(1, train_on_a_disk_that_fills, config, 600)
+    assert error is None
+    assert any(line.startswith("done: step 6 of 6") for line in said)
+    warnings = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    names = [line.split(": ")[1].rsplit("/", 1)[1] for line in warnings]
+    assert {"metrics.jsonl", "loss.png"} <= set(names)
+    assert len(names) == len(set(names)), warnings
+    assert "File too large: training goes on without what belongs there" in warnings[0]
+
+
+def poisoned_on_a_broken_disk(config):
     """Train; the guard stops the run, and the plot of its losses cannot be written. Returns the error and its notes."""
     faults.poison({3}, "total")
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    faults.at_call(metrics, "plot_losses", 1, lambda call: (_ for _ in ()).throw(full))
+    broken = OSError(errno.EIO, os.strerror(errno.EIO))
+    faults.at_call(metrics, "plot_losses", 1, lambda call: (_ for _ in ()).throw(broken))
     try:
         faults.train_run(config)
     except Exception as error:
@@ -129,9 +157,9 @@ def poisoned_on_a_full_disk(config):
 
 def test_what_fails_while_a_stopped_run_is_closed_does_not_hide_what_stopped_it(tmp_path):
     config = tiny_config(tmp_path / "run", monitors={"non_finite": "stop"})
-    ((name, notes),) = run_ranks(1, poisoned_on_a_full_disk, config)
+    ((name, notes),) = run_ranks(1, poisoned_on_a_broken_disk, config)
     assert name == "DivergedError"
-    assert notes == ["while the run was closed: OSError: [Errno 28] No space left on device"]
+    assert notes == ["while the run was closed: OSError: [Errno 5] Input/output error"]
     assert read_records(RunFolder(config.run_dir).resilience)[-1]["event"] == "stop"
 
 

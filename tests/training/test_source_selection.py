@@ -93,6 +93,7 @@ def test_a_resumed_run_draws_and_trains_bit_for_bit(one_process, corpus, tmp_pat
     ("ranks", "layout", "micro_batch"),
     [
         pytest.param(2, {"tp": 2, "sp": True}, 4, id="tp2 sp"),
+        pytest.param(2, {"cp": 2}, 4, id="cp2"),
         pytest.param(4, {"pp": 2, "vpp": 2}, 1, id="pp2 vpp2 dp2"),
         pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, 1, id="tp2 sp pp2", marks=pytest.mark.soak),
     ],

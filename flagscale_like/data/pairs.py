@@ -1,0 +1,111 @@
+"""Packs of pairs: the dataset of rows that hold the chosen and the rejected answers of whole pairs; see objectives.pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+from flagscale_like.data.conversations import pair_values
+from flagscale_like.data.packing import ConversationSource, pack_epochs
+
+
+class PairSource(ConversationSource):
+    """The rows of one source of pairs in one split; see data.conversations. A row is a pack of whole pairs.
+
+    Document 2 i of the source is the chosen answer of pair i, and 2 i + 1 the rejected one.
+
+    Attributes:
+        indices: the numbers of the split's pairs.
+        members: int32, numbers of the pairs in the order of the rows, over whole epochs.
+        references: float32 [2 pairs of the source], each answer's log-probability under the reference; None where the
+            objective does not read them.
+    """
+
+    documents_in_one = 2
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        dataset_path: str,
+        indices: np.ndarray,
+        num_samples: int,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        self.sizes = dataset.sequence_lengths.reshape(-1, 2).sum(1, dtype=np.int64)  # tokens of each pair
+        self.values, self.references = pair_values(dataset_path), None
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+
+    def _pack(self) -> tuple[np.ndarray, np.ndarray]:
+        config, places = self.config, self.sizes[self.indices]
+        members, starts = pack_epochs(places, config.sequence_length, rows=self.num_samples, seed=config.random_seed)
+        return self.indices[members], starts
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.row(self.members_of(index))
+
+    def row(self, pairs: Sequence[int]) -> dict[str, Tensor]:
+        """The row of these pairs, of which one row has room."""
+        documents = [2 * pair + side for pair in pairs for side in (0, 1)]
+        answers = [(self.dataset.get(number), self.weights.get(number)) for number in documents]
+        row = pack_pairs(answers, self.values[pairs], self.config.sequence_length, pad=self._tokenizer_pad)
+        if self.references is not None:
+            row["extras"]["references"] = torch.from_numpy(self.references[documents])
+        return row
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """What the row at `index` consists of: (document, first token, end) in the order of its tokens."""
+        lengths = self.dataset.sequence_lengths
+        return [(n, 0, int(lengths[n])) for pair in self.members_of(index) for n in (2 * pair, 2 * pair + 1)]
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of the source in this split."""
+        return int(self.sizes[self.indices].sum())
+
+    def tokens_of(self, rows: int) -> int:
+        """Tokens of the first `rows` rows; they start again after the last."""
+        turns, rest = divmod(rows, len(self))
+        read = [self.members] * turns + [self.members[: self.starts[rest]]]
+        return sum(int(self.sizes[part].sum()) for part in read)
+
+
+def pack_pairs(
+    answers: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray, length: int, *, pad: int
+) -> dict[str, Tensor]:
+    """Put the answers of whole pairs into one row.
+
+    Args:
+        answers: token ids [n] and their weights [n], of each: chosen, rejected, chosen, ...
+        values: margin and weight of each pair, float32 [p, 2].
+        length: places of the row.
+        pad: the id at places that no answer takes. They belong to the last document.
+
+    Returns:
+        tokens and labels int64 [length]; loss_mask float32 [length], 1 where the label counts; documents int32 [2 p + 1];
+        extras as objectives.pairs describes them.
+    """
+    tokens = np.full(length, pad, dtype=np.int64)
+    labels, mask, ends = tokens.copy(), np.zeros(length, dtype=np.float32), np.cumsum([len(ids) for ids, _ in answers])
+    for (ids, weights), stop in zip(answers, ends.tolist(), strict=True):
+        start = stop - len(ids)
+        tokens[start:stop] = ids
+        labels[start : stop - 1], mask[start : stop - 1] = ids[1:], weights[1:] != 0
+    bounds = np.concatenate(([0], ends[:-1], [length])).astype(np.int32)
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "loss_mask": torch.from_numpy(mask),
+        "documents": torch.from_numpy(bounds),
+        "extras": {
+            "lengths": torch.tensor([len(ids) for ids, _ in answers]),
+            "margins": torch.from_numpy(values[:, 0].copy()),
+            "weights": torch.from_numpy(values[:, 1].copy()),
+        },
+    }

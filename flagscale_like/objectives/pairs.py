@@ -1,0 +1,78 @@
+"""What objectives on pairs of answers share: which tokens are whose, and what is reported.
+
+A micro-batch is packs of whole pairs. Of its documents, 2 i is the chosen answer of pair i, and 2 i + 1 the rejected one,
+each after its prompt. Padding lies at the end of a row's last document, where no counted token sees it. `Batch.extras` has
+
+    lengths     int64 [2 p], the tokens of each document without padding
+    weights     float [p], the factor on each pair's loss
+    margins     float [p], by how much the chosen answer is better; 0 where the data does not say
+    references  float [2 p], each answer's log-probability under the reference; only where the objective reads them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.objective import Loss
+from flagscale_like.model.packs import packing
+
+REWARDS = ("rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected")
+
+
+def pack_inputs(batch: Batch, *, labels: bool) -> dict[str, Any]:
+    """The model's keyword arguments: the documents of all rows as one row, [1, b * s]."""
+    inputs = {"input_ids": batch.tokens.view(1, -1), "position_ids": None, "attention_mask": None}
+    if labels:
+        inputs["labels"] = batch.labels.view(1, -1)
+    return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device, len(batch.tokens))}
+
+
+def answer_sums(values: Tensor, batch: Batch) -> Tensor:
+    """Add up [b * s] numbers over each document: [2 p]. The order of the additions is fixed, on every device."""
+    bounds = batch.documents.to(values.device, non_blocking=True)
+    return torch.segment_reduce(values, "sum", offsets=bounds.long(), unsafe=True)
+
+
+def log_probabilities(output: Tensor, batch: Batch) -> Tensor:
+    """Each answer's log-probability, in nats: the sum over its counted tokens, fp32 [2 p].
+
+    Args:
+        output: [1, b * s], each token's cross-entropy.
+    """
+    return -answer_sums(output.float().view(-1) * batch.loss_mask.view(-1), batch)
+
+
+def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[2 p, ...] -> [p, ...] of the chosen and of the rejected answers."""
+    return values[0::2], values[1::2]
+
+
+def pair_loss(losses: Tensor, rewards: tuple[Tensor, Tensor], batch: Batch, more: Mapping[str, Tensor]) -> Loss:
+    """The loss of a micro-batch of pairs; its count is the number of pairs.
+
+    Args:
+        losses: [p], without the pairs' weights.
+        rewards: of the chosen and of the rejected answers, each [p], detached.
+        more: further sums by name, detached.
+    """
+    chosen, rejected = rewards
+    weighted = losses * batch.extras["weights"]
+    sums = (chosen > rejected, chosen - rejected, chosen, rejected)
+    b, s = batch.tokens.shape
+    rows = (batch.documents[:-1:2] // s).long().to(losses.device, non_blocking=True)  # [p], the row of each pair
+    per_row = torch.zeros(2, b, device=losses.device)
+    per_row.index_add_(1, rows, torch.stack((weighted.detach(), torch.ones_like(losses))))
+    samples = {"loss": per_row[0], "tokens": per_row[1]}
+    if batch.source is not None:
+        samples["source"] = batch.source
+    return Loss(
+        weighted.sum(),
+        torch.tensor(len(losses), dtype=torch.float32, device=losses.device),
+        sums={name: value.float().sum() for name, value in zip(REWARDS, sums, strict=True)} | dict(more),
+        samples=samples,
+    )

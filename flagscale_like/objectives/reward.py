@@ -1,0 +1,68 @@
+"""Reward models on pairs of answers; config.RewardModel has the options and the papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flagscale_like.config import RewardModel
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.objective import Loss
+from flagscale_like.objectives.pairs import REWARDS, chosen_and_rejected, pack_inputs, pair_loss
+
+
+class Reward:
+    """The Bradley-Terry loss of a pair, -log sigmoid(r(y+) - r(y-) - margin) + center (r(y+) + r(y-))^2.
+
+    r is the value head's output at an answer's last token, after which a document has only padding. With k heads, a pair's
+    loss is the mean of the heads' losses, and its reported rewards are the means of the heads' rewards.
+    """
+
+    metric = RewardModel.metric
+    cut = "rows"
+    packed = True
+
+    def __init__(self, options: RewardModel) -> None:
+        self.options = options
+        self.sums: tuple[str, ...] = REWARDS + (("rewards/disagreement",) if options.heads > 1 else ())
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The model has a value head, which needs no labels."""
+        return pack_inputs(batch, labels=False)
+
+    def loss(self, output: Tensor, batch: Batch) -> Loss:
+        """Args: output: fp32 [1, b * s, k], or [1, b * s] of one head."""
+        rewards = answer_rewards(output, batch)  # [2 p, k]
+        chosen, rejected = chosen_and_rejected(rewards)  # [p, k]
+        losses = reward_losses(chosen, rejected, batch.extras["margins"], self.options)
+        means = tuple(side.detach().mean(-1) for side in (chosen, rejected))
+        more = {}
+        if self.options.heads > 1:
+            more["rewards/disagreement"] = rewards.detach().std(-1, correction=0).sum() / 2  # a mean over both answers
+        return pair_loss(losses, means, batch, more)
+
+
+def answer_rewards(output: Tensor, batch: Batch) -> Tensor:
+    """The heads' outputs at the last token of each answer, fp32 [2 p, k].
+
+    Args:
+        output: fp32 [1, b * s, k], or [1, b * s] of one head.
+    """
+    starts = batch.documents[:-1].to(output.device, non_blocking=True)
+    last = starts + batch.extras["lengths"] - 1
+    return output.float().view(batch.tokens.numel(), -1)[last]
+
+
+def reward_losses(chosen: Tensor, rejected: Tensor, margins: Tensor, options: RewardModel) -> Tensor:
+    """The loss of each pair, [p]: the mean over the heads; see Reward.
+
+    Args:
+        chosen, rejected: rewards, [p, k].
+        margins: the pairs' own, [p].
+    """
+    losses = -F.logsigmoid(chosen - rejected - options.margin * margins[:, None])
+    if options.center:
+        losses = losses + options.center * (chosen + rejected).square()
+    return losses.mean(-1)

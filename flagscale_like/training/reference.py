@@ -1,0 +1,210 @@
+"""The log-probabilities of DPO's reference model: computed once by the starting weights, and kept in the run folder.
+
+RUN_DIR/reference.safetensors holds, for each data source, by its mark (data.blend.source_mark), a float32 number for each
+answer, chosen and rejected in turn. Its metadata says what the numbers are of (the weights, the sources, the length of a row)
+and has a checksum. A run that starts or goes on with others refuses the file; every checkpoint of the run has the checksum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch.utils.data import Dataset
+
+from flagscale_like.config import RunConfig
+from flagscale_like.data.batch import Batch, collate
+from flagscale_like.data.blend import source_mark
+from flagscale_like.data.packing import best_fit_decreasing
+from flagscale_like.data.pairs import PairSource
+from flagscale_like.data.pretrain import micro_batch_count
+from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import CheckpointError
+from flagscale_like.json_files import replace_file
+from flagscale_like.objectives.preference import AnswerLogProbabilities
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.training.parts import Part
+
+ROUND = 16  # micro-batches between two signs of life
+
+
+class Reference(Part):
+    """Gives the answers of a run's data sources their log-probabilities under the reference.
+
+    Attributes:
+        note: what was done for it, in words.
+    """
+
+    name = "reference"
+
+    def __init__(self, values: Mapping[str, np.ndarray], checksum: str, note: str) -> None:
+        self.values, self.checksum, self.note = values, checksum, note
+
+    def attach(self, dataset: Dataset) -> None:
+        """Give the answers of a dataset, of any split, their log-probabilities."""
+        for source in pair_sources(dataset):
+            source.references = self.values[source_mark(source.dataset_path)]
+
+    def state(self) -> dict[str, Any]:
+        return {"checksum": self.checksum}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state["checksum"] != self.checksum:
+            raise CheckpointError(
+                f"the run's checkpoint was trained with other log-probabilities of the reference (checksum "
+                f"{state['checksum']}) than its reference.safetensors has ({self.checksum}): restore that file"
+            )
+
+
+def pair_sources(dataset: Dataset) -> list[PairSource]:
+    """The datasets of the sources of a run's dataset."""
+    return list(getattr(dataset, "parts", None) or getattr(dataset, "datasets", []))
+
+
+def reference_of(
+    config: RunConfig,
+    engine: Engine,
+    dataset: Dataset,
+    *,
+    step: int,
+    weights: Mapping[str, Any] | None,
+    beat: Callable[[], None],
+) -> Reference:
+    """Read the run's log-probabilities of the reference, or compute them with the weights as they are. All ranks call it.
+
+    Args:
+        dataset: of any split; the numbers are of all pairs of its sources.
+        step: where the run stands.
+        weights: what a new run's weights come from; None where they were drawn.
+        beat: called from time to time while the log-probabilities are computed.
+
+    Raises:
+        CheckpointError: the file is damaged, or of other weights, sources or rows; or it is missing, and the run has made
+            steps without LoRA, so that the weights are no longer the reference's.
+    """
+    path, ctx = RunFolder(config.run_dir).reference, engine.ctx
+    wanted = {
+        "sources": {source_mark(source.path): source.path for source in config.data.sources},
+        "seq_length": config.train.seq_length,
+    }
+    if not step:
+        wanted["weights"] = {"kind": "drawn", "seed": config.train.seed} if weights is None else dict(weights)
+    exists = ctx.broadcast(path.is_file() if ctx.is_main else None)
+    if not exists and step and config.lora is None:
+        raise CheckpointError(
+            f"{path}: is missing, and the weights of step {step} are no longer the reference's: restore the file, or begin a "
+            "new run"
+        )
+    note = f"the reference's log-probabilities are in {path}"
+    if not exists:
+        with engine.adapters_off():
+            values = {
+                source_mark(source.dataset_path): answer_log_probabilities(config, engine, source, beat)
+                for source in pair_sources(dataset)
+            }
+        if ctx.is_main:
+            recorded = wanted if not step else wanted | {"weights": dict(engine.base or {})}
+            _write(path, values, recorded)
+        ctx.barrier()
+        answers = sum(len(source.sizes) * 2 for source in pair_sources(dataset))
+        note = f"computed the reference's log-probabilities of {answers:,} answers: {path}"
+    return Reference(*_read(path, wanted), note)
+
+
+def answer_log_probabilities(
+    config: RunConfig, engine: Engine, source: PairSource, beat: Callable[[], None]
+) -> np.ndarray:
+    """Each answer's log-probability under an engine's weights, float32 [2 pairs], on rank 0; empty on the others."""
+    ctx, size = engine.ctx, config.train.micro_batch_size
+    rows = best_fit_decreasing(source.sizes, config.train.seq_length)
+    count = micro_batch_count(config, ctx, len(rows))
+    turns = [[_row_numbers(turn, rank, size, ctx.dp, len(rows)) for turn in range(count)] for rank in range(ctx.dp)]
+
+    def batches() -> Iterator[Batch]:
+        for numbers in turns[ctx.dp_rank]:
+            yield Batch.of(collate([source.row(rows[number]) for number in numbers]), ctx.platform.device)
+
+    found, feed, objective = [], batches(), AnswerLogProbabilities()
+    round_ = ROUND * (config.parallel.pp if config.parallel.vpp > 1 else 1)
+    with engine.evaluation():
+        for start in range(0, count, round_):
+            beat()
+            outputs = engine.forward(feed, objective, min(round_, count - start))
+            if outputs.samples:
+                found.append(outputs.samples[objective.metric].float().cpu().numpy())
+    values = np.full(2 * len(source.sizes), np.nan, dtype=np.float32)
+    for dp_rank, own in ctx.gather_to_main((ctx.dp_rank, np.concatenate(found) if found else None)):
+        if own is not None:
+            pairs = np.array([p for numbers in turns[dp_rank] for number in numbers for p in rows[number]])
+            values.reshape(-1, 2)[pairs] = own.reshape(-1, 2)
+    return values
+
+
+def _row_numbers(turn: int, dp_rank: int, size: int, dp: int, rows: int) -> list[int]:
+    """The rows of a rank's micro-batch; they start again after the last, to fill the last micro-batches."""
+    first = (turn * dp + dp_rank) * size
+    return [number % rows for number in range(first, first + size)]
+
+
+def _write(path: Path, values: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:
+    metadata = {"of": json.dumps(wanted), "checksum": _checksum(values)}
+    try:
+        replace_file(path, save(dict(values), metadata=metadata))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _checksum(values: Mapping[str, np.ndarray]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """The numbers of each source, and their checksum.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or is of something else than `wanted`.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()}
+        found, checksum = json.loads(metadata["of"]), metadata["checksum"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): restore it, or begin a new run") from None
+    if _checksum(values) != checksum:
+        raise CheckpointError(f"{path}: is damaged, its checksum is another: restore it, or begin a new run")
+    for name, value in wanted.items():
+        if not _same(name, found.get(name), value):
+            raise CheckpointError(
+                f"{path}: was computed with other {name} ({_words(name, found.get(name), value)}): go on with those, or "
+                "begin a new run in another run_dir"
+            )
+    return values, checksum
+
+
+def _same(name: str, found: Any, wanted: Any) -> bool:
+    if name == "sources":  # by their marks, wherever they lie
+        return found is not None and found.keys() == wanted.keys()
+    if name != "weights":
+        return found == wanted
+    keys: Sequence[str] = ("kind", "bytes", "xxh3", "seed")  # wherever they lie
+    return all((found or {}).get(key) == wanted.get(key) for key in keys)
+
+
+def _words(name: str, found: Any, wanted: Any) -> str:
+    if name == "weights":
+        return f"{(found or {}).get('folder', 'drawn')}, now {wanted.get('folder', 'drawn')}"
+    if name == "sources" and found is not None:
+        changed = [path for mark, path in wanted.items() if mark not in found]
+        return f"{changed[0]} is new, or has changed" if changed else f"{len(found)}, now {len(wanted)}"
+    return f"{found}, now {wanted}"
