@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
+from flagscale_like.families.family import Settings
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,6 +30,7 @@ class HfFolder:
 
     Attributes:
         family, arch: from config.json.
+        value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
         reads_in_threads: see WeightSource.
 
@@ -42,7 +44,8 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
-        self.rules = self.family.rules(self.arch)
+        self.value_heads = self.family.value_heads(Settings.read(self.folder))
+        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
         self._by_core = {rule.core: rule for rule in self.rules}
         self._files = self._open_files()
         self._check_tensors()
