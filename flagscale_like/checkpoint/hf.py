@@ -253,6 +253,8 @@ def plan_export(
         CheckpointError: the checkpoint lacks a tensor, has one too many, or one of another shape.
     """
     arch = reader.arch
+    if not arch.max_position_embeddings:  # no limit was set: what was trained is what is known
+        arch = arch.model_copy(update={"max_position_embeddings": trained_length(reader)})
     target = find_family(family or arch.family)
     value_heads = value_heads_of(reader)
     fold = arch.norm_head and "norm_head" not in target.supports and not value_heads
@@ -283,6 +285,15 @@ def plan_export(
         for group in groups
     ]
     return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads)
+
+
+def trained_length(reader: ExportSource) -> int:
+    """Tokens of a sequence of the run that saved a checkpoint; 0 where it does not say."""
+    state = getattr(reader, "state", None) or getattr(getattr(reader, "adapters", None), "state", None) or {}
+    try:
+        return int(state["config"]["train"]["seq_length"])
+    except (KeyError, TypeError, ValueError):
+        return 0
 
 
 def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, origin: Origin) -> None:
