@@ -53,6 +53,7 @@ setup(
             "ruff>=0.9",
             "gguf>=0.17",
             "compressed-tensors>=0.15",
+            "peft>=0.17",
             "mkdocs-material>=9.5,<10",
         ],
         "gpu": ["nvidia-ml-py>=12"],

@@ -3,8 +3,9 @@
     python -m benchmarks.long_context --work long_context
 
 One model learns code of the Python standard library; its perplexity is measured by position on files that it has not read.
-The other learns to follow instructions: among random words it is told values for keys, and later asked for the value of a
-key. Its answers are counted. Neither model is trained at the longer lengths, and all ways read the same weights.
+The other learns to follow instructions: among random words it is told facts (the value of a key), and later asked for the
+value of a key. Its right answers are counted. Neither model is trained at the longer lengths, and all ways read the same
+weights.
 
 The weights and results are kept in the folder, so that an interrupted run goes on. The script prints two tables and draws a
 plot.
@@ -13,6 +14,7 @@ plot.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -48,14 +50,19 @@ NEAR, FAR_FACTOR = (
 )  # NLPE: up to 128 tokens are near; 2,048 tokens have distances below 128 + 1,920 / 16 = 248
 VOCABULARY = 2048
 HELD_OUT = ("multiprocessing", "tkinter", "xml", "sqlite3", "wsgiref", "curses")
-BATCH, RATE = {"code": 8, "recall": 16}, 2e-3  # rows a step, learning rate
+BATCH, RATE = 8, {"code": 2e-3, "recall": 3e-3}  # rows a step, learning rates
 INIT_STD = 0.08  # about 1 / sqrt(width)
 BIN = 64  # positions whose losses are averaged
 
-# The words of the retrieval task.
-KEYS, VALUES, WORDS = 32, 32, 62
-SET, GET = KEYS + VALUES + WORDS, KEYS + VALUES + WORDS + 1
-PAIRS, QUESTIONS = 8, 48
+# The retrieval task. A fact is one word, which means "KEY is VALUE"; words that mean nothing lie between.
+KEYS, VALUES, WORDS = 16, 16, 80
+FACT, ASK, VALUE, WORD = (
+    0,
+    KEYS * VALUES,
+    KEYS * VALUES + KEYS,
+    KEYS * VALUES + KEYS + VALUES,
+)  # the first of each kind
+FACTS, QUESTIONS = 8, 60
 
 
 def position(way: str, length: int) -> Position:
@@ -110,48 +117,45 @@ def batch_of(rows: torch.Tensor, mask: torch.Tensor) -> Batch:
 
 def code_batches(tokens: np.ndarray) -> Iterator[Batch]:
     """Random stretches of TRAINED + 1 tokens."""
-    rng, batch = np.random.default_rng(1), BATCH["code"]
+    rng = np.random.default_rng(1)
     while True:
-        starts = rng.integers(0, len(tokens) - TRAINED - 1, batch)
+        starts = rng.integers(0, len(tokens) - TRAINED - 1, BATCH)
         rows = np.stack([tokens[start : start + TRAINED + 1] for start in starts])
-        yield batch_of(torch.from_numpy(rows), torch.ones(batch, TRAINED))
+        yield batch_of(torch.from_numpy(rows), torch.ones(BATCH, TRAINED))
 
 
 def recall_row(rng: random.Random, length: int, *, ask_last: int = 0) -> tuple[list[int], list[int]]:
-    """A row of the retrieval task: `SET key value` PAIRS times and `GET key value`, each at a random place among words.
+    """A row of the retrieval task: FACTS facts and questions with their answers, each at a random place among words.
 
     Args:
-        ask_last: ask this often, at the end of the row; 0 asks QUESTIONS times, anywhere behind the key's SET.
+        ask_last: ask this often, at the end of the row; 0 asks QUESTIONS times, anywhere behind the fact.
 
     Returns:
-        length + 1 tokens, and the places of the keys that are asked for: the next token is the answer.
+        length + 1 tokens, and the places of the questions: the next token is the answer.
     """
-    row = [KEYS + VALUES + rng.randrange(WORDS) for _ in range(length + 1)]
-    pairs = PAIRS if ask_last else rng.randint(1, PAIRS)
-    keys, slots = rng.sample(range(KEYS), pairs), length // 3
-    told: dict[int, int] = {}
-    places = sorted(rng.sample(range(slots - ask_last), pairs + (0 if ask_last else QUESTIONS)))
+    row = [WORD + rng.randrange(WORDS) for _ in range(length + 1)]
+    keys, slots, told, asked = rng.sample(range(KEYS), FACTS), length // 2, {}, []
+    places = sorted(rng.sample(range(slots - ask_last), FACTS + (0 if ask_last else QUESTIONS)))
     places += range(slots - ask_last, slots)
-    asked = []
     for left, slot in zip(range(len(places), 0, -1), places, strict=True):
-        untold = pairs - len(told)
+        untold = FACTS - len(told)
         if untold and (ask_last or not told or left == untold or rng.random() < 2 * untold / left):
             key = keys[len(told)]
-            told[key] = KEYS + rng.randrange(VALUES)
-            row[3 * slot : 3 * slot + 3] = (SET, key, told[key])
+            told[key] = rng.randrange(VALUES)
+            row[2 * slot] = FACT + key * VALUES + told[key]
         else:
             key = rng.choice(list(told))
-            row[3 * slot : 3 * slot + 3] = (GET, key, told[key])
-            asked.append(3 * slot + 1)
+            row[2 * slot : 2 * slot + 2] = (ASK + key, VALUE + told[key])
+            asked.append(2 * slot)
     return row, asked
 
 
 def recall_batches() -> Iterator[Batch]:
     """Rows of TRAINED + 1 tokens, of which the answers count."""
-    rng, batch = random.Random(1), BATCH["recall"]
+    rng = random.Random(1)
     while True:
-        rows, mask = [], torch.zeros(batch, TRAINED)
-        for number in range(batch):
+        rows, mask = [], torch.zeros(BATCH, TRAINED)
+        for number in range(BATCH):
             row, asked = recall_row(rng, TRAINED)
             rows.append(row)
             mask[number, asked] = 1.0
@@ -169,7 +173,7 @@ def arch(task: str) -> ModelArch:
         hidden_size=128,
         num_attention_heads=4,
         ffn_hidden_size=352,
-        vocab_size=VOCABULARY if code else GET + 1,
+        vocab_size=VOCABULARY if code else WORD + WORDS,
         init_std=INIT_STD,
     )
 
@@ -184,13 +188,13 @@ def trained(
     """The weights after `steps` steps of AdamW with a cosine schedule, and (step, loss). Kept in the folder."""
     file, log = work / f"{task}-{steps}.safetensors", work / f"{task}-{steps}.json"
     if not file.is_file():
-        spec = ModelSpec(arch=arch(task), seq_length=TRAINED, micro_batch_size=BATCH[task])
-        engine = Engine.build(spec, ctx, optimizer=Optimizer(lr=RATE))
+        spec = ModelSpec(arch=arch(task), seq_length=TRAINED, micro_batch_size=BATCH)
+        engine = Engine.build(spec, ctx, optimizer=Optimizer(lr=RATE[task]))
         curve, recent, begun = [], [], time.perf_counter()
         for step in range(1, steps + 1):
             cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
             for group in engine.optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, step / 100) * cosine
+                group["lr"] = RATE[task] * min(1.0, step / 100) * cosine
             done = engine.forward_backward(batches, NextToken(), 1)
             engine.update(clip=1.0, grad_norm=math.sqrt(done.grad_square))
             recent.append(float(done.sums["total"] / done.sums["count"]))
@@ -214,10 +218,10 @@ def reader(task: str, weights: dict, way: str, length: int, ctx: ParallelContext
 
 @torch.no_grad()
 def code_losses(model: LanguageModel, windows: list[np.ndarray], length: int) -> list[float]:
-    """The mean loss of each stretch of BIN positions, over the beginnings of all windows."""
+    """The mean loss of each stretch of BIN positions. All lengths end at the ends of the windows, on the same tokens."""
     total = torch.zeros(length)
     for window in windows:
-        row = torch.from_numpy(window[: length + 1])[None]
+        row = torch.from_numpy(window[-length - 1 :])[None]
         total += model(row[:, :-1], None, None, labels=row[:, 1:])[0]
     return (total / len(windows)).view(-1, BIN).mean(-1).tolist()
 
@@ -229,14 +233,22 @@ def recall_share(model: LanguageModel, length: int, rows: int) -> float:
     for _ in range(rows):
         row, places = recall_row(rng, length, ask_last=8)
         tokens = torch.tensor([row])
-        answers = model(tokens[:, :-1], None, None)[0, places, : GET + 1].argmax(-1)
+        answers = model(tokens[:, :-1], None, None)[0, places, : WORD + WORDS].argmax(-1)
         right += int((answers == tokens[0, [place + 1 for place in places]]).sum())
         asked += len(places)
     return right / asked
 
 
+def perplexity(losses: list[float]) -> float:
+    """Of the last 256 tokens."""
+    return math.exp(np.mean(losses[-256 // BIN :]))
+
+
 def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
-    """Both models' results by way and length: {"code": {way: {length: [loss, ...]}}, "recall": {way: {length: share}}}."""
+    """Both models' results by way and length: {"code": {way: {length: [loss, ...]}}, "recall": {way: {length: share}}}.
+
+    The lengths are text, as JSON has them.
+    """
     work = options.work
     tokens, windows = code_tokens(work)
     windows = random.Random(0).sample(windows, min(options.windows, len(windows)))
@@ -249,16 +261,18 @@ def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
         "code": lambda model, length: code_losses(model, windows, length),
         "recall": lambda model, length: recall_share(model, length, options.rows),
     }
-    results: dict = {"steps": {task: curve for task, (_, curve) in models.items()}}
-    for task, test in tests.items():
-        results[task] = {}
-        for way in WAYS:
-            results[task][way] = {}
-            for length in LENGTHS:
-                model = reader(task, models[task][0], way, length, ctx)
-                results[task][way][length] = found = test(model, length)
-                shown = found if task == "recall" else math.exp(found[-1])
-                print(f"{task}, {way}, {length}: {shown:.3f}", flush=True)
+    file = work / f"results-{options.code_steps}-{options.recall_steps}.json"
+    results = json.loads(file.read_text()) if file.is_file() else {task: {way: {} for way in WAYS} for task in tests}
+    for task, way, length in itertools.product(tests, WAYS, LENGTHS):
+        kept = results[task][way]
+        if str(length) not in kept:
+            kept[str(length)] = tests[task](reader(task, models[task][0], way, length, ctx), length)
+            file.write_text(json.dumps(results) + "\n")
+            found = kept[str(length)]
+            shown = (
+                f"{100 * found:.1f} % right" if task == "recall" else f"perplexity {perplexity(found):.2f} at the end"
+            )
+            print(f"{task}, {way}, {length}: {shown}", flush=True)
     return results
 
 
@@ -266,54 +280,54 @@ def measure(options: argparse.Namespace, ctx: ParallelContext) -> dict:
 
 
 def tables(results: dict) -> str:
-    """Perplexity of the last 256 tokens of texts of each length, and the share of right answers."""
+    """Perplexity of the same 256 tokens at the end of texts of each length, and the share of right answers."""
     heads = "".join(f" {length:,} |" for length in LENGTHS)
     rule = "|---|" + "---|" * len(LENGTHS)
-    lines = [f"| perplexity of the last 256 tokens of |{heads}", rule]
+    lines = [f"| perplexity, read at |{heads}", rule]
     for way in WAYS:
-        ends = [np.mean(results["code"][way][length][-256 // BIN :]) for length in LENGTHS]
-        lines.append(f"| {way} |" + "".join(f" {math.exp(end):.2f} |" for end in ends))
+        ends = [perplexity(results["code"][way][str(length)]) for length in LENGTHS]
+        lines.append(f"| {way} |" + "".join(f" {end:.2f} |" for end in ends))
     lines += ["", f"| right answers at |{heads}", rule]
     for way in WAYS:
-        shares = [results["recall"][way][length] for length in LENGTHS]
+        shares = [results["recall"][way][str(length)] for length in LENGTHS]
         lines.append(f"| {way} |" + "".join(f" {100 * share:.1f} % |" for share in shares))
     return "\n".join(lines)
 
 
 def plot(results: dict, path: Path) -> None:
-    """Left: perplexity by position in texts of the longest length. Right: right answers by length."""
-    figure, (left, right) = plt.subplots(2, 1, figsize=(5, 7), layout="constrained")
-    styles = dict(
-        zip(WAYS, [("0.4", "--"), ("C1", "-"), ("C2", "-"), ("C3", "-"), ("C0", "-"), ("C4", "-")], strict=True)
-    )
+    """Above: perplexity by position in texts of the longest length. Below: right answers by length."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(5, 7.4), layout="constrained")
+    lines = [("0.4", ":"), ("C1", "-"), ("C2", "-"), ("C3", "-"), ("C0", "-"), ("C9", "--")]
     longest = LENGTHS[-1]
-    for way, (color, dash) in styles.items():
-        losses = results["code"][way][longest]
+    for way, (color, dash) in zip(WAYS, lines, strict=True):
+        losses = results["code"][way][str(longest)]
         places = [BIN * (n + 0.5) for n in range(len(losses))]
-        left.plot(places, np.exp(losses), color=color, ls=dash, lw=2, label=way)
-        shares = [100 * results["recall"][way][length] for length in LENGTHS]
-        right.plot(LENGTHS, shares, color=color, ls=dash, lw=2, marker="o", markersize=5, label=way)
-    left.axvline(TRAINED, color="k", lw=1, ls=":")
-    left.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=f"Code, read {longest:,} tokens long")
-    left.set_yticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
-    right.set(xscale="log", xlabel="length (tokens)", ylabel="right answers (%)", title="Retrieval", ylim=(-3, 103))
-    right.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
-    right.minorticks_off()
-    for axes in (left, right):
+        above.plot(places, np.exp(losses), color=color, ls=dash, lw=2, label=way)
+        shares = [100 * results["recall"][way][str(length)] for length in LENGTHS]
+        below.plot(LENGTHS, shares, color=color, ls=dash, lw=2, marker="o", markersize=5)
+    above.axvline(TRAINED, color="k", lw=1)
+    above.set(
+        yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=f"Code, read {longest:,} tokens long"
+    )
+    above.set_yticks([40, 50, 70, 100, 150], ["40", "50", "70", "100", "150"])
+    below.set(xscale="log", xlabel="length (tokens)", ylabel="right answers (%)", title="Retrieval", ylim=(-3, 103))
+    below.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    for axes in (above, below):
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(15)
         axes.xaxis.label.set_fontsize(14)
         axes.yaxis.label.set_fontsize(14)
         axes.tick_params(labelsize=13)
-    left.legend(fontsize=12, ncols=2)
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside lower center", fontsize=13, ncols=2)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("long_context"))
-    parser.add_argument("--code-steps", type=int, default=3000)
-    parser.add_argument("--recall-steps", type=int, default=3000)
+    parser.add_argument("--code-steps", type=int, default=1800)
+    parser.add_argument("--recall-steps", type=int, default=600)
     parser.add_argument("--windows", type=int, default=32, help="held-out texts that each way reads")
     parser.add_argument("--rows", type=int, default=50, help="rows of the retrieval task, of 8 questions each")
     options = parser.parse_args()
@@ -321,7 +335,6 @@ def main() -> None:
     torch.set_num_threads(1)
     with parallel_context(Parallel()) as ctx:
         results = measure(options, ctx)
-    (options.work / "results.json").write_text(json.dumps(results) + "\n")
     print(tables(results))
     plot(results, options.work / "long_context.png")
 

@@ -37,6 +37,19 @@ WRONG = {
         ["model.num_attention_heads=6", "model.head_dim=0"],
         "hidden_size (64) must be divisible by num_attention_heads (6)",
     ),
+    "sequence % 2 cp": (
+        ["parallel.cp=3"],
+        "train.seq_length (32) must be divisible by 2 * parallel.cp (3): seq_length 30 or 36 would do",
+    ),
+    "sequence % 2 cp tp": (
+        ["parallel.cp=3", "parallel.tp=2", "parallel.sp=true"],
+        "must be divisible by 2 * parallel.cp (3) * parallel.tp (2) with sp: seq_length 24 or 36 would do",
+    ),
+    "groups % cp": (
+        ["parallel.cp=4", "parallel.cp_kind=a2a"],
+        "model.num_query_groups / parallel.tp (2/1) must be divisible by parallel.cp (4) with cp_kind a2a: cp 2 would do, "
+        "or cp_kind gather",
+    ),
     "layers % pp": (["parallel.pp=3"], "num_layers (4) must be divisible by pp*vpp (3*1): pp 2 or 4 would do"),
     "layers % pp*vpp": (
         ["parallel.pp=4", "parallel.vpp=2"],

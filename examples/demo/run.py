@@ -116,7 +116,10 @@ def report(run_dir: Path, prefix: Path, half: int, completion: str, seconds: flo
         (f"steps {half + 1}-{2 * half}", f"{LAYOUTS[1][0]}: {speed(second)}"),
         ("completion by transformers", repr(completion)),
         ("metrics, loss plot", f"{run_dir}/metrics.jsonl, {run_dir}/loss.png"),
-        ("TensorBoard", f"tensorboard --logdir {run_dir}/tensorboard"),
+        (
+            "TensorBoard",
+            f"{Path(os.path.relpath(sys.executable)).parent / 'tensorboard'} --logdir {run_dir}/tensorboard",
+        ),
         ("checkpoints, Hugging Face folder", f"{run_dir}/checkpoints, {run_dir}/hf"),
         ("whole demo", f"{seconds:.0f} s"),
     ]

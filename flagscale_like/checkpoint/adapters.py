@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flagscale_like.arch import ModelArch, is_adapter
+from flagscale_like.checkpoint.companions import Origin
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.hf_folder import HfFolder
@@ -215,8 +216,8 @@ class MergedWeights:
     def arch(self) -> ModelArch:
         return self.base.arch
 
-    def state_token_ids(self) -> dict[str, Any]:
-        return self.base.state_token_ids()
+    def origin(self) -> Origin:
+        return self.base.origin()
 
     def keys(self) -> list[str]:
         return self.base.keys()

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flagscale_like.arch import EMBEDDING_NAME, OUTPUT_NAME, ModelArch
+from flagscale_like.checkpoint.companions import Origin
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, same_box
 from flagscale_like.checkpoint.index import (
     LARGEST,
@@ -281,9 +282,9 @@ class CheckpointReader:
             where = ".".join(map(str, ("model", *first["loc"])))
             raise CheckpointError(f"{self.folder}: {STATE}: {where}: {first['msg']}") from None
 
-    def state_token_ids(self) -> dict[str, Any]:
-        """bos, eos and pad ids of the Hugging Face folder that this checkpoint was imported from, if it was."""
-        return dict(self.state.get("hugging_face", {}).get("token_ids", {}))
+    def origin(self) -> Origin:
+        """The Hugging Face folder that the weights come from, if they do."""
+        return Origin.of(self.state.get("hugging_face", {}))
 
     def dtype(self, key: str, kind: str = "param") -> torch.dtype:
         """The dtype that a tensor was saved in. Tensors may differ: a frozen weight has the model's, others fp32.

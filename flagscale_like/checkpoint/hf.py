@@ -7,6 +7,7 @@ them, and rename the folder. An interrupted conversion leaves a hidden temporary
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor
 from flagscale_like import json_files
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.adapters import MergedWeights
+from flagscale_like.checkpoint.companions import GENERATION, TOKENIZER_FILES, Origin, read_companions, write_companions
 from flagscale_like.checkpoint.format import (
     CheckpointReader,
     WrittenFile,
@@ -47,17 +49,6 @@ if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs
     from flagscale_like.runtime.parallel import ParallelContext
 
 MAX_FILE_BYTES = 4 << 30
-TOKENIZER = "tokenizer"  # folder beside a native checkpoint's files
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int, max_bytes: int) -> list[list[Rule]]:
@@ -155,20 +146,20 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
     )
     with written_aside(out) as temporary:
         written = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
-        copy_tokenizer(folder.folder, temporary / TOKENIZER)
+        beside = write_companions(read_companions([folder.folder]), temporary)
         state = {
             "step": 0,
             "consumed_samples": 0,
             "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
             "model": folder.arch.model_dump(mode="json"),
-            "hugging_face": {"folder": str(folder.folder), "token_ids": folder.state_token_ids()},
+            "hugging_face": folder.origin().record(),
         }
-        finish_folder(temporary, written, [write_json(temporary / STATE, state)])
+        finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
     return folder.arch
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy those of the tokenizer's files that exist."""
+    """Copy those of the tokenizer's files that exist. (generation_config.json is written, not copied.)"""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if found:
         target.mkdir(exist_ok=True)
@@ -262,6 +253,8 @@ def plan_export(
         CheckpointError: the checkpoint lacks a tensor, has one too many, or one of another shape.
     """
     arch = reader.arch
+    if not arch.max_position_embeddings:  # no limit was set: what was trained is what is known
+        arch = arch.model_copy(update={"max_position_embeddings": trained_length(reader)})
     target = find_family(family or arch.family)
     value_heads = value_heads_of(reader)
     fold = arch.norm_head and "norm_head" not in target.supports and not value_heads
@@ -294,26 +287,44 @@ def plan_export(
     return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads)
 
 
-def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, token_ids: dict[str, Any]) -> None:
+def trained_length(reader: ExportSource) -> int:
+    """Tokens of a sequence of the run that saved a checkpoint; 0 where it does not say."""
+    state = getattr(reader, "state", None) or getattr(getattr(reader, "adapters", None), "state", None) or {}
+    try:
+        return int(state["config"]["train"]["seq_length"])
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, origin: Origin) -> None:
     """Write the files beside the weights: index, config.json, generation_config.json, tokenizer.
 
     Args:
         tokenizer: its folder, or None.
-        token_ids: ids of bos, eos and pad, used where the tokenizer has none.
+        origin: of the weights. Its ids of bos, eos and pad go before the tokenizer's, unless the tokenizer is another one.
     """
     if len(plan.groups) > 1:
         weight_map = {spec.name: file for file, specs in zip(plan.files, plan.specs, strict=True) for spec in specs}
         total = sum(spec.nbytes for specs in plan.specs for spec in specs)
         write_index(folder, weight_map, total)
-    ids = token_ids | tokenizer_ids(tokenizer)
+    ids = tokenizer_ids(tokenizer)
+    ids = ids | origin.token_ids if origin.has_tokenizer(tokenizer) else origin.token_ids | ids
     dtypes = {spec.dtype for specs in plan.specs for spec in specs}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
     config = plan.family.config_with_head(plan.arch, plan.value_heads)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
     if not plan.value_heads:
-        json_files.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
+
+
+def generation_settings(tokenizer: Path | None, ids: dict[str, Any]) -> dict[str, Any]:
+    """The settings of generation: those beside the tokenizer, such as all ids that end an answer, or the tokenizer's ids."""
+    path = tokenizer / GENERATION if tokenizer is not None else None
+    if path is None or not path.is_file():
+        return {"_from_model_config": True, **ids}
+    return ids | json.loads(path.read_text(encoding="utf-8"))
 
 
 def export(
@@ -340,7 +351,7 @@ def export(
     plan = plan_export(reader, family=family, dtype=dtype, files=workers, max_file_bytes=max_file_bytes)
     with written_aside(out) as temporary:
         _in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
-        finish_export(plan, temporary, tokenizer=tokenizer, token_ids=reader.state_token_ids())
+        finish_export(plan, temporary, tokenizer=tokenizer, origin=reader.origin())
     return plan
 
 
@@ -361,7 +372,7 @@ def export_on_ranks(
             ExportFile(plan, aside)(index)
 
     def publish() -> None:
-        finish_export(plan, aside, tokenizer=tokenizer, token_ids=reader.state_token_ids())
+        finish_export(plan, aside, tokenizer=tokenizer, origin=reader.origin())
         fsync_folder(aside)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
@@ -389,10 +400,12 @@ def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
     """
     if tokenizer is None:
         return {}
+    if not tokenizer.is_dir():  # transformers would ask a hub for a repository of this name
+        raise ConversionError(f"tokenizer {tokenizer}: no such folder")
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConversionError(f"tokenizer {tokenizer}: transformers cannot load it: {error}") from None
     ids = {name: getattr(loaded, name) for name in TOKEN_IDS}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
@@ -57,7 +57,9 @@ class HfFolder:
 
     def _open_files(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by the tensor's name."""
-        if (self.folder / INDEX).is_file():
+        if (self.folder / INDEX).is_file() and not (
+            self.folder / WEIGHTS
+        ).is_file():  # transformers reads the single file
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
@@ -95,7 +97,16 @@ class HfFolder:
         where = f"{self.folder} ({self.family.name})"
         missing = [name for name in expected if name not in self._files]
         if missing:
-            raise ConversionError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
+            raise ConversionError(
+                f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}{self._prefix_of(missing)}"
+            )
+        for name in expected:
+            spec = self._files[name].specs[name]
+            if spec.dtype not in FLOATS:
+                raise ConversionError(
+                    f"{where}: {name} is {str(spec.dtype).removeprefix('torch.')}; supported: float32, bfloat16, float16. "
+                    "Of a quantized model (FP8, INT8, INT4), import the folder that it was made from"
+                )
         unknown = [n for n in self._files if n not in expected and not self.family.ignored.search(n)]
         if self.arch.tie_embeddings and "lm_head.weight" in unknown:
             self._check_tied("lm_head.weight", "model.embed_tokens.weight")
@@ -108,8 +119,17 @@ class HfFolder:
                 raise ConversionError(
                     f"{where}: {name} has shape {list(spec.shape)}, config.json makes it {list(shape)}"
                 )
-            if spec.dtype not in FLOATS:
-                raise ConversionError(f"{where}: {name} is {spec.dtype}, supported: float32, bfloat16, float16")
+
+    def _prefix_of(self, missing: list[str]) -> str:
+        """What the names of the tensors begin with instead, in words; empty where nothing explains that they are missing."""
+        first = missing[0]
+        for name in self._files:
+            if name.endswith(f".{first}"):
+                prefix = name.removesuffix(first)
+                return f"; the names begin with {prefix!r} (a wrapper's, of torch.compile or peft): save the model inside it"
+            if first == f"model.{name}":
+                return "; the names lack 'model.': this is the decoder alone, save the ...ForCausalLM"
+        return ""
 
     def _check_tied(self, output: str, embedding: str) -> None:
         a, b = self.hf_tensor(output), self.hf_tensor(embedding)
@@ -141,10 +161,11 @@ class HfFolder:
             wide = torch.promote_types(wide, dtype)
         return wide
 
-    def state_token_ids(self) -> dict[str, Any]:
-        """bos, eos and pad ids of config.json."""
+    def origin(self) -> Origin:
+        """The bos, eos and pad ids of config.json, and the folder's tokenizer."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        return Origin(str(self.folder), ids, fingerprint(self.folder))
 
     def keys(self) -> list[str]:
         """The tensors, under megatron-core's names."""

@@ -27,6 +27,7 @@ from flagscale_like.run_folder import RunFolder
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, LATEST, INDEX = "manifest.json", "state.json", "latest", "index.safetensors"
+COMPANIONS = "tokenizer"  # the one folder inside a checkpoint; see checkpoint.companions
 TEMPORARY = ".tmp-"  # a name in a checkpoints/ folder that starts with it is an unfinished or a removed checkpoint
 REPLACED = f"{TEMPORARY}replaced-"
 READ_BYTES = 16 << 20
@@ -145,6 +146,10 @@ def read_manifest(folder: Path) -> list[FileRecord]:
     return read_records(folder)[0]
 
 
+def _is_safe(name: str) -> bool:
+    return name == os.path.basename(name) and name not in ("", ".", "..")
+
+
 def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
     """The files of a checkpoint, and its index; None where it was saved without one.
 
@@ -157,7 +162,7 @@ def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
         index = FileRecord(**manifest["index"]) if "index" in manifest else None
         version = manifest["format"]
         records = [*files, index] if index else files
-        unsafe = [r.name for r in records if r.name != os.path.basename(r.name) or r.name in ("", ".", "..")]
+        unsafe = [r.name for r in records if not _is_safe(r.name.removeprefix(f"{COMPANIONS}/"))]
         typed = all(isinstance(r.size_bytes, int) and isinstance(r.xxh3, str) for r in records)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: not a checkpoint, or an unfinished one: no {MANIFEST}") from None

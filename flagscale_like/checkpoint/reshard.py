@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flagscale_like.checkpoint.companions import read_companions, write_companions
 from flagscale_like.checkpoint.format import CheckpointReader, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.manifest import STATE, TEMPORARY, FileRecord, fsync_folder, verify_files, write_json
+from flagscale_like.checkpoint.manifest import (
+    COMPANIONS,
+    STATE,
+    TEMPORARY,
+    FileRecord,
+    fsync_folder,
+    verify_files,
+    write_json,
+)
 from flagscale_like.errors import CheckpointError
 
 
@@ -61,7 +70,8 @@ def reshard(
             values = (tensor for _, tensor in tensors)
             written.append(write_fragments(path, fragments, values, specs_of(tensors), sha256=sha256))
         state = write_json(temporary / STATE, {**reader.state, "layout": {"files": files}}, sha256=sha256)
-        records = finish_folder(temporary, written, [state], sha256=sha256)
+        beside = write_companions(read_companions([source / COMPANIONS]), temporary, sha256=sha256)
+        records = finish_folder(temporary, written, [state, *beside], sha256=sha256)
         os.replace(temporary, out)
         fsync_folder(out.parent)
     finally:

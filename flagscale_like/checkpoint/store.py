@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
+from flagscale_like.checkpoint.companions import write_companions
 from flagscale_like.checkpoint.format import WrittenFile, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.manifest import (
@@ -120,6 +121,10 @@ class CheckpointStore:
         root: the run's checkpoints/ folder, on a file system that all ranks see.
         options: what to keep, and what to do while a save is under way.
 
+    Attributes:
+        outcomes: the saves that ended; see `take_outcomes`.
+        companions: files that every checkpoint holds beside the weights; see checkpoint.companions. On rank 0.
+
     Raises:
         CheckpointError: the folder cannot be made.
     """
@@ -127,6 +132,7 @@ class CheckpointStore:
     def __init__(self, root: Path, ctx: ParallelContext, options: Checkpoint) -> None:
         self.root, self.ctx, self.options = Path(root), ctx, options
         self.outcomes: list[Saved] = []
+        self.companions: dict[str, bytes] = {}
         self._copies = HostCopies(ctx.platform)
         self._shards: list[Shard] = []
         self._save: _Save | None = None
@@ -256,7 +262,8 @@ class CheckpointStore:
     def _publish(self, save: _Save, files: list[WrittenFile]) -> None:
         """In a thread of rank 0: state, index, manifest, rename, latest pointer, retention, in this order."""
         state = write_json(save.temporary / STATE, save.state, sha256=self.options.sha256)
-        finish_folder(save.temporary, files, [state], sha256=self.options.sha256)
+        beside = write_companions(self.companions, save.temporary, sha256=self.options.sha256)
+        finish_folder(save.temporary, files, [state, *beside], sha256=self.options.sha256)
         publish(save.temporary, save.final)
         old = to_remove(self.root, keep=self.options.keep, keep_every=self.options.keep_every, good=save.final)
         save.notes = tuple(remove(old, wait=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,12 +24,27 @@ def example(text: str) -> str:
 
 app = typer.Typer(
     name="flagscale-like",
-    help="3D-parallel pretraining of language models, from a laptop CPU to a GPU cluster.",
     epilog=example("flagscale-like init first-run, and then cd first-run; flagscale-like train run.yaml"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flagscale_like {version('flagscale_like')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """3D-parallel pretraining and fine-tuning of language models, from a laptop CPU to a GPU cluster."""
+
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]
 Overrides = Annotated[
@@ -120,14 +136,22 @@ def open_model(
 
 
 def _tokenizer_of(source: CheckpointReader | HfFolder) -> Path | None:
-    """The tokenizer folder that a run used, or that lies with the weights; None if it does not exist."""
-    from flagscale_like.checkpoint.hf import TOKENIZER_FILES
+    """The tokenizer folder that lies with the weights, or that a run of an earlier version used; None if there is none."""
+    from flagscale_like.checkpoint.companions import TOKENIZER_FILES, companions_at
 
     state = getattr(source, "state", None)
     if state is None:
         return source.folder if any((source.folder / name).is_file() for name in TOKENIZER_FILES) else None
-    tokenizer = state.get("config", {}).get("data", {}).get("tokenizer") or source.folder / "tokenizer"
-    return Path(tokenizer) if Path(tokenizer).is_dir() else None
+    named = state.get("config", {}).get("data", {}).get("tokenizer")
+    found = companions_at(source.folder)
+    if found is None and named:  # a checkpoint of an earlier version has the path alone, as the run's YAML gave it
+        found = Path(named) if Path(named).is_dir() else None
+        if found is None:
+            typer.echo(
+                f"warning: {source.folder}: the run's tokenizer was at {named}, and is not there: give --tokenizer FOLDER",
+                err=True,
+            )
+    return found
 
 
 def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:

@@ -169,7 +169,7 @@ def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: P
     from flagscale_like.engine.hf_check import compare_adapter
     from flagscale_like.runtime.parallel import parallel_context
 
-    with parallel_context(Parallel()) as ctx, _set_aside(out):
+    with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference, by_peft = compare_adapter(adapted, out, ctx, dtype=DTYPES[dtype])
     how = "verified: peft's logits" if by_peft else "verified by importing the adapter again: its logits"
     why = "" if by_peft else "; peft is not installed, or transformers cannot load the base"

@@ -32,20 +32,24 @@ data_app = typer.Typer(
 def preprocess(  # typer makes an option of every parameter
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files, folders or globs of jsonl or text (also .gz, .zst) or parquet, or python-stdlib."),
+        typer.Argument(
+            help="Files, folders or globs of JSON records, parquet or text (also compressed), or python-stdlib."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Path without suffix of the .bin, .idx, .documents.parquet and .report.json to write.")
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder.")] = None,
     train_tokenizer: Annotated[
-        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.")
+        int | None, typer.Option(help="Train a byte-level BPE with this vocabulary size on the input.", min=257)
     ] = None,
-    key: Annotated[str, typer.Option(help="jsonl field or parquet column with the text.")] = "text",
+    key: Annotated[
+        str, typer.Option(help="Field of a JSON record (also meta.text), or column of parquet, that holds the text.")
+    ] = "text",
     unit: Annotated[
         Literal["file", "line", "paragraph"], typer.Option(help="What one document is in a plain text file.")
     ] = "file",
-    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.", min=1)] = 1,
     bad_lines: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="Lines without a document: stop at the first, or count and skip them."),
@@ -73,6 +77,11 @@ def preprocess(  # typer makes an option of every parameter
         float | None,
         typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier call.")] = False,
+    special_tokens: Annotated[
+        Literal["text", "ids", "error"],
+        typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
+    ] = "text",
 ) -> None:
     """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
@@ -86,8 +95,6 @@ def preprocess(  # typer makes an option of every parameter
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
         raise ConfigError("give either --tokenizer FOLDER, or --train-tokenizer SIZE to train one")
-    if workers < 1:
-        raise ConfigError(f"--workers ({workers}) must be 1 or more")
     cleaning = Cleaning(
         fix_text=fix_text,
         min_characters=min_characters,
@@ -117,6 +124,8 @@ def preprocess(  # typer makes an option of every parameter
             cleaning=cleaning,
             max_document_bytes=int(max_document_mb * 2**20),
             shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
+            overwrite=overwrite,
+            special_tokens=special_tokens,
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
@@ -155,7 +164,9 @@ def _print_report(report: Report) -> None:
 
 @data_app.command("chat", epilog=example("flagscale-like data chat chats.jsonl --tokenizer tok/ --out data/chats"))
 def chat(  # typer makes an option of every parameter
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
     out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
     template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
@@ -214,7 +225,9 @@ def chat(  # typer makes an option of every parameter
 
 @data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
 def pairs(  # typer makes an option of every parameter
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
     out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
     template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,

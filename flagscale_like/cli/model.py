@@ -17,7 +17,10 @@ MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-len
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
     data: Annotated[
-        Path, typer.Option(help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix.")
+        Path,
+        typer.Option(
+            help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
+        ),
     ],
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
@@ -34,8 +37,9 @@ def evaluate(  # typer makes an option of every parameter
     ] = "fp32",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
 ) -> None:
     """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
@@ -45,13 +49,14 @@ def evaluate(  # typer makes an option of every parameter
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    parallel = Parallel(tp=tp, pp=pp)
+    parallel = Parallel(tp=tp, pp=pp, cp=cp)
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
+    from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream
-    from flagscale_like.recipes.evaluate import evaluate_stream
+    from flagscale_like.recipes.evaluate import evaluate_conversations, evaluate_stream
     from flagscale_like.runtime.parallel import parallel_context
 
     source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
@@ -62,15 +67,12 @@ def evaluate(  # typer makes an option of every parameter
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
         )
     with parallel_context(parallel) as ctx:
-        stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
-        found = evaluate_stream(
-            source,
-            stream,
-            ctx,
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
-        )
+        options = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "precision": precision}
+        if conversations_at(prefix := str(data).removesuffix(".bin").removesuffix(".idx")):
+            found = evaluate_conversations(source, prefix, ctx, **options)
+        else:
+            stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
+            found = evaluate_stream(source, stream, ctx, **options)
         if ctx.is_main:
             bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
             typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
@@ -84,10 +86,13 @@ def generate(  # typer makes an option of every parameter
         str | None,
         typer.Option(help="A question, instead of --prompt: goes through the chat template; prints the answer."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
+        float,
+        typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.", min=1e-6, max=1.0),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
@@ -114,10 +119,16 @@ def generate(  # typer makes an option of every parameter
     text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
     ids = words.encode_batch([text])[0] or [words.eod]
     stop = {words.eod, chats.end} if chats else {words.eod}
+    limit = source.arch.longest_sequence
+    if limit and len(ids) + max_new_tokens > limit:
+        raise ConfigError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
+            f"give at most {max(0, limit - len(ids))} new ones"
+        )
     with parallel_context(Parallel(), alone=True) as ctx:
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
         model = Engine.build(spec, ctx, source=source).model
         new = generate(
             model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
         )
-    typer.echo((prompt or "") + words.decode(new))
+    typer.echo((prompt or "") + words.continuation(ids, new))

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from flagscale_like.runtime.row_cut import RowCut
+
+# In Batch.extras, float [b, s]: 1 at the first label of each conversation, where each has the same weight in the loss.
+CONVERSATIONS = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,6 @@ class Batch:
             extras={name: part(value) for name, value in self.extras.items()},
             cut=cut,
         )
-
-    def row_sums(self, x: Tensor) -> Tensor:
-        """The sum of x [b, s, ...] over each whole row, [b, ...]: alike on every context-parallel rank, and differentiable.
-
-        Every rank computes the same from it, so that the backward pass takes each rank's own gradient and adds up nothing.
-        """
-        sums = x.sum(1)
-        return sums if self.cut is None else reduce_from_tensor_model_parallel_region(sums, group=self.cut.group)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

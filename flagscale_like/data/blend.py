@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
+from flagscale_like.data.batch import CONVERSATIONS
 from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
 from flagscale_like.data.order import OneSource, checked_position
 from flagscale_like.data.packing import ConversationSource
@@ -119,7 +120,10 @@ class SourceDataset(OneSource, GPTDataset):
         sample = super().__getitem__(idx)
         del sample["position_ids"]  # a model counts them itself, and rows of conversations have none
         if self.config.per_conversation:
-            sample["loss_mask"] = sample["loss_mask"] / sample["loss_mask"].sum().clamp(min=1)
+            mask = sample["loss_mask"]
+            sample["loss_mask"] = mask / mask.sum().clamp(min=1)
+            firsts = (mask.cumsum(0) == 1) & (mask != 0)
+            sample["extras"] = {CONVERSATIONS: firsts.float()[None]}
         return sample
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:

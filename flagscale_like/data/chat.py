@@ -28,6 +28,7 @@ import numpy as np
 
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import write_json
 
 Message = dict[str, Any]
 Train = Literal["all", "last"]
@@ -51,7 +52,7 @@ FORMS = (
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 
 
 class BadConversationError(ValueError):
@@ -397,6 +398,8 @@ def weights_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, in
 def copy_with_template(folder: str | Path, template: str, target: Path, *, replace: bool = False) -> None:
     """Write a copy of a tokenizer folder whose chat template is `template`, so that a model's export carries it.
 
+    If answers end with another token than texts, generation_config.json says that both end a generation.
+
     Args:
         replace: write the template into a `target` that has another one.
 
@@ -413,5 +416,9 @@ def copy_with_template(folder: str | Path, template: str, target: Path, *, repla
             if path.is_file() and path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
                 (target / path.name).write_bytes(path.read_bytes())
         (target / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        chat, path = ChatTokenizer(target), target / GENERATION_FILE
+        if chat.end not in (None, chat.tokenizer.eod):
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_json(path, {**found, "eos_token_id": [chat.tokenizer.eod, chat.end]})
     except OSError as error:
         raise DataError(f"{error.filename or target}: cannot be written: {error.strerror or error}") from None

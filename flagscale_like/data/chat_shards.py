@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from flagscale_like.data.chat import BadConversationError, ChatTokenizer, Encoded, NothingCountsError, parse_record
+from flagscale_like.data.formats import printable
 from flagscale_like.data.readers import BadLine, Document, Piece, PieceReader
 from flagscale_like.data.report import Report
 from flagscale_like.data.shards import ChatOptions, ShardMaker, ShardOptions, in_file
@@ -41,7 +42,7 @@ class ChatShardMaker(ShardMaker):
                 for document, encoded in self._encode(found, piece, report):
                     self._count(encoded, report)
                     yield document, encoded.ids, encoded.weights
-            lines[piece.path] = reader.lines
+            lines[printable(piece.path)] = reader.lines
 
     def _encode(self, line: Document, piece: Piece, report: Report) -> list[tuple[Document, Encoded]]:
         """The documents of a line; none, and counted in `report`, if the options leave it out."""

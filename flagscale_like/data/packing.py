@@ -7,7 +7,7 @@ its last token is only a label. What is left of a row is one more document, whos
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
+from flagscale_like.data.batch import CONVERSATIONS, Batch, collate
 from flagscale_like.data.conversations import mask_of
+from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.order import OneSource
+from flagscale_like.errors import DataError
+from flagscale_like.runtime.parallel import ParallelContext
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
@@ -169,15 +173,18 @@ def pack_row(
 
     Returns:
         tokens and labels int64 [length]; loss_mask float32 [length], the weight of each label; documents int32 [n + 1], see
-        Batch.documents.
+        Batch.documents. With per_conversation, `extras` has conversations, float32 [1, length]: 1 at the first label of each
+        that counts.
     """
     tokens = np.full(length, pad, dtype=np.int64)
     labels, mask, bounds = tokens.copy(), np.zeros(length, dtype=np.float32), [0]
+    firsts = np.zeros(length, dtype=np.float32)
     for ids, weights in conversations:
         start, stop = bounds[-1], bounds[-1] + len(ids) - 1
         tokens[start:stop], labels[start:stop], mask[start:stop] = ids[:-1], ids[1:], weights[1:]
-        if per_conversation:
-            mask[start:stop] /= weights[1:].sum(dtype=np.float64) or 1.0
+        if per_conversation and (counted := np.flatnonzero(weights[1:])).size:
+            mask[start:stop] /= weights[1:].sum(dtype=np.float64)
+            firsts[start + counted[0]] = 1
         bounds.append(stop)
     bounds += [length] if bounds[-1] < length else []
     return {
@@ -185,4 +192,43 @@ def pack_row(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.tensor(bounds, dtype=torch.int32),
+        **({"extras": {CONVERSATIONS: torch.from_numpy(firsts)[None]}} if per_conversation else {}),
     }
+
+
+def conversation_batches(
+    prefix: str, ctx: ParallelContext, *, places: int, micro_batch_size: int, vocab_size: int
+) -> tuple[Iterator[Batch], int]:
+    """Every conversation of a prefix once, packed, as this data-parallel rank's micro-batches on its device.
+
+    Args:
+        places: of a row.
+        vocab_size: the model's.
+
+    Returns:
+        The micro-batches, and how many there are; the same number on every rank. Rows without a conversation fill the last.
+
+    Raises:
+        DataError: a conversation does not fit a row, or has an id that the model lacks; or see `read_lengths`.
+    """
+    lengths = read_lengths(prefix)
+    longest = int(lengths.max()) - 1
+    if longest > places:
+        raise DataError(f"{prefix}: a conversation takes {longest:,} places of a row of {places:,}: give a longer row")
+    tokens, weights = IndexedDataset(prefix), IndexedDataset(mask_of(prefix))
+    largest = int(np.memmap(f"{prefix}.bin", dtype=tokens.index.dtype, mode="r").max())
+    if largest >= vocab_size:
+        raise DataError(f"{prefix}: holds token {largest}, the model's vocabulary has {vocab_size}: use its tokenizer")
+    bins = best_fit_decreasing(lengths - 1, places)
+    span = micro_batch_size * ctx.dp
+    bins += [[]] * (-len(bins) % span)
+
+    def batches() -> Iterator[Batch]:
+        for turn in range(ctx.dp_rank * micro_batch_size, len(bins), span):
+            rows = [
+                pack_row([(tokens.get(number), weights.get(number)) for number in members], places, pad=0)
+                for members in bins[turn : turn + micro_batch_size]
+            ]
+            yield Batch.of(collate(rows), ctx.platform.device)
+
+    return batches(), len(bins) // span

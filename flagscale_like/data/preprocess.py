@@ -30,15 +30,17 @@ from flagscale_like.data.chat_shards import COUNTED, FRACTIONS, ChatShardMaker
 from flagscale_like.data.conversations import Conversations, conversations_at
 from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates, near_duplicates
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.formats import format_of, printable
 from flagscale_like.data.index_file import write_index
 from flagscale_like.data.pair_shards import PairShardMaker
-from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit, kind
+from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
 from flagscale_like.data.report import EXAMPLES, Report, format_place
 from flagscale_like.data.shards import (
     ChatOptions,
     Shard,
     ShardMaker,
     ShardOptions,
+    SpecialTokens,
     fingerprint,
     plan_shards,
     read_judgements,
@@ -68,6 +70,8 @@ def preprocess(  # each parameter is one option of the command `preprocess`
     cleaning: Cleaning | None = None,
     max_document_bytes: int = 64 << 20,
     shard_bytes: int | None = None,
+    overwrite: bool = False,
+    special_tokens: SpecialTokens = "text",
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
     """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json. They appear when all shards are joined.
@@ -85,6 +89,8 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         bad_lines: `stop` raises an error at a line without a document; `skip` counts such lines.
         cleaning: how documents are cleaned; None keeps every document unchanged.
         shard_bytes: input bytes of a shard; None chooses them by the size of the input and the number of workers.
+        overwrite: replace the files of a prefix that is there.
+        special_tokens: see shards.ShardOptions.
         progress: called with the number of input bytes of each shard when it is complete.
 
     Returns:
@@ -92,15 +98,17 @@ def preprocess(  # each parameter is one option of the command `preprocess`
 
     Raises:
         DataError: an input is bad, an output cannot be written, a worker was killed, PREFIX.shards holds shards of other
-            options, no document is left, or the prefix holds conversations.
+            options, no document is left, or the prefix holds conversations, or anything without `overwrite`.
     """
     if conversations_at(prefix):
         raise DataError(f"{prefix}: holds conversations of `data chat`: choose another prefix, or remove its files")
+    _check_free(prefix, overwrite=overwrite)
     options = ShardOptions(
         str(tokenizer_folder),
         ReadOptions(key=key, unit=unit, max_document_bytes=max_document_bytes),
         cleaning or Cleaning(),
         bad_lines,
+        special_tokens=special_tokens,
     )
     return _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
 
@@ -124,7 +132,7 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
     the tokenizer's own, a copy of the tokenizer with this template is written to PREFIX-tokenizer.
 
     Args:
-        files: .jsonl files, also compressed.
+        files: JSON lines or JSON arrays, also compressed.
         chat: how conversations become tokens.
         overwrite: replace the files of a prefix that is there.
 
@@ -134,11 +142,10 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
     Raises:
         DataError: as `preprocess`; a line has no conversation to train on; or the prefix is there and `overwrite` is false.
     """
-    if Path(f"{prefix}.idx").is_file() and not overwrite:
-        raise DataError(f"{prefix}.idx: exists: choose another prefix, or replace it with --overwrite")
+    _check_free(prefix, overwrite=overwrite)
     for path in files:
-        if kind(path) != ".jsonl":
-            raise DataError(f"{path}: conversations are read from .jsonl files (also .gz, .zst), one on each line")
+        if format_of(path).content not in ("json lines", "json array"):
+            raise DataError(f"{printable(path)}: conversations are read from JSON lines or a JSON array of records")
     options = ShardOptions(
         str(tokenizer_folder), ReadOptions(key=None, max_document_bytes=max_document_bytes), Cleaning(), bad_lines, chat
     )
@@ -148,6 +155,11 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
         copy_with_template(tokenizer_folder, chat.template, own, replace=overwrite)
     report = _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
     return report, own
+
+
+def _check_free(prefix: str | Path, *, overwrite: bool) -> None:
+    if Path(f"{prefix}.idx").is_file() and not overwrite:
+        raise DataError(f"{prefix}.idx: exists: choose another prefix, or replace it with --overwrite")
 
 
 def _maker_of(options: ShardOptions) -> ShardMaker:
@@ -393,7 +405,7 @@ class _DocumentPlaces:
     def __init__(self, shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]]) -> None:
         self._shards, self._offsets, before = shards, [], {}
         for shard, parts in zip(shards, pieces, strict=True):
-            self._offsets.append(before.get(parts[0].path, 0) if parts[0].start else 0)
+            self._offsets.append(before.get(printable(parts[0].path), 0) if parts[0].start else 0)
             for path, lines in shard.lines().items():
                 before[path] = before.get(path, 0) + lines
         self.files = set(before)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDatase
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import BAD_JSON
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
@@ -142,6 +145,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
                     "conversations, `data chat`; of pairs, `data pairs`)"
                 )
+        _check_ids(source.path, config.model.vocab_size)
         found = conversations_at(source.path)
         if found is not None:
             places, vocab_size = config.train.seq_length, config.model.vocab_size
@@ -170,6 +174,30 @@ def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> 
         raise DataError(
             f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
             "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"
+        )
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    """Compare the largest token id that `preprocess` has recorded with the model. What it did not record is found later."""
+    path = Path(f"{prefix}.report.json")
+    try:
+        largest = int(json.loads(path.read_text(encoding="utf-8")).get("largest_id", -1)) if path.is_file() else -1
+    except (OSError, *BAD_JSON, AttributeError, TypeError):
+        return  # of another program, or of an earlier version
+    if largest >= vocab_size:
+        raise DataError(
+            f"data source {prefix}: holds token {largest}, model.vocab_size is {vocab_size}: it was made with another "
+            f"tokenizer; make it anew with data.tokenizer, or set model.vocab_size to {largest + 1} or more"
+        )
+
+
+def _check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuse a token that the model has no row for, on any device, before it is there."""
+    largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"a sample holds token {largest}, model.vocab_size is {vocab_size}: a data source was made with another "
+            "tokenizer than data.tokenizer; make it anew, or set a larger model.vocab_size"
         )
 
 
@@ -285,6 +313,7 @@ def micro_batches(
         generator=torch.Generator(),
     )
     for batch in loader:
+        _check_batch(batch, config.model.vocab_size)
         yield Batch.of(batch, ctx.platform.device, batch[SOURCE].long() if SOURCE in batch else None)
     raise DataError(
         f"the data is used up: all {len(dataset):,} samples that the run planned are read: set a larger train.steps to plan "

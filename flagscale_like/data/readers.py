@@ -1,25 +1,37 @@
-"""Reads the documents of jsonl, text and parquet files, plain or compressed, each with its source file and line."""
+"""Reads the documents of JSON, text and parquet files, plain or compressed, each with its source file and line."""
 
 from __future__ import annotations
 
-import functools
+import codecs
 import glob
-import gzip
-import io
 import json
 import os
+import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from flagscale_like.data.formats import (
+    DAMAGE,
+    JSON_NAME,
+    LINES_NAMES,
+    PARQUET_NAMES,
+    Content,
+    ZstdDamagedError,
+    decompressed,
+    format_of,
+    printable,
+    suffix_of,
+)
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import BAD_JSON
 
 PYTHON_STDLIB = "python-stdlib"
-TEXT_SUFFIXES = {".jsonl", ".txt", ".md", ".py"}
-COMPRESSED = {".gz", ".zst"}
+FOLDER_NAMES = {*LINES_NAMES, JSON_NAME, *PARQUET_NAMES, ".txt", ".md", ".py"}
+DEFAULT_KEY = "text"
+WHITE = " \t\r\n"
 
 TextUnit = Literal["file", "line", "paragraph"]
 BadLines = Literal["stop", "skip"]
@@ -60,12 +72,13 @@ class ReadOptions:
     """How files are read.
 
     Attributes:
-        key: the field of a jsonl line, or the column of a parquet file, that holds the text. None: the text is the line.
+        key: the field of a JSON record, or the column of a parquet file, that holds the text; `meta.text` is the field text
+            of the field meta. None: the text is the record itself, as JSON.
         unit: what one document is in a plain text file: the file, a line, or a paragraph.
         max_document_bytes: a longer line is a BadLine, and with unit `file` a longer file is. It bounds the memory.
     """
 
-    key: str | None = "text"
+    key: str | None = DEFAULT_KEY
     unit: TextUnit = "file"
     max_document_bytes: int = 64 << 20
 
@@ -73,8 +86,9 @@ class ReadOptions:
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Expand files, folders and globs to a list of files without duplicates.
 
-    From a folder, and the folders in it, come the files .jsonl, .txt, .md and .py, plain or with .gz or .zst, and .parquet.
-    The pattern `python-stdlib` stands for the source of the running Python's standard library, without its tests.
+    From a folder, and the folders in it, come the files whose names are in FOLDER_NAMES, plain or compressed; a line says
+    what else is there. A name that exists is a file, whatever brackets it has. The pattern `python-stdlib` stands for the
+    source of the running Python's standard library, without its tests.
 
     Raises:
         DataError: a pattern matches no file.
@@ -86,24 +100,36 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
             skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
             found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
         elif Path(pattern).is_dir():
-            found = [p for p in Path(pattern).rglob("*") if kind(p) in TEXT_SUFFIXES | {".parquet"}]
+            found = _in_folder(Path(pattern))
+        elif Path(pattern).exists():
+            found = [Path(pattern)]
         else:
             found = [Path(p) for p in glob.glob(pattern, recursive=True)]
         found = [p for p in found if p.is_file()]
         if not found:
-            raise DataError(f"input {pattern!r}: matches no file")
+            raise DataError(f"input {printable(pattern)!r}: matches no file")
         files += sorted(found)
     return list({os.path.abspath(file): file for file in files}.values())
 
 
-def kind(path: Path) -> str:
-    """The suffix that names a file's format, without the suffix of its compression: .jsonl for x.jsonl.gz."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+def _in_folder(folder: Path) -> list[Path]:
+    """The files that are read from a folder. The others are said on stderr."""
+    there = [path for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in there if suffix_of(path) in FOLDER_NAMES]
+    left = sorted({suffix_of(path) or "no suffix" for path in there} - FOLDER_NAMES)
+    if left:
+        print(
+            f"{printable(folder)}: {len(there) - len(found)} files of other names ({', '.join(left[:8])}) are left out: name "
+            "them, or a glob, to read them",
+            file=sys.stderr,
+        )
+    return found
 
 
 def can_split(path: Path, unit: TextUnit) -> bool:
     """Whether a file can be divided into pieces: each document is one line, and the file is not compressed."""
-    return path.suffix not in COMPRESSED and path.suffix != ".parquet" and (kind(path) == ".jsonl" or unit == "line")
+    found = format_of(path)
+    return found.compression is None and (found.content == "json lines" or (found.content, unit) == ("text", "line"))
 
 
 def read_documents(
@@ -138,29 +164,34 @@ class PieceReader:
 
     def __init__(self, piece: Piece, options: ReadOptions) -> None:
         self.piece, self.options, self.lines = piece, options, 0
-        self._path = Path(piece.path)
+        self._path, self._name = Path(piece.path), printable(piece.path)
 
     def __iter__(self) -> Iterator[Document | BadLine]:
+        found = format_of(self._path)
+        if found.content == "text" and self.options.key not in (None, DEFAULT_KEY):
+            raise DataError(f"{self._name}: is text, and has no field {self.options.key!r}: leave out --key")
         try:
-            if self._path.suffix == ".parquet":
+            if found.content == "parquet":
                 yield from self._rows()
                 return
             with open(self._path, "rb") as file:
-                stream = _decompressed(file, self._path.suffix)
+                stream = decompressed(file, found.compression)
                 try:
-                    yield from self._read(stream)
-                except (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamaged) as error:
+                    yield from self._read(stream, found.content)
+                except (*DAMAGE, ZstdDamagedError) as error:
                     yield self._bad(self.lines + 1, f"the compressed file is damaged or truncated about here ({error})")
         except OSError as error:
-            raise DataError(f"{self._path}: cannot be read: {error.strerror or error}") from None
+            raise DataError(f"{self._name}: cannot be read: {error.strerror or error}") from None
 
     def _bad(self, line: int, reason: str) -> BadLine:
-        return BadLine(self.piece.path, line, reason)
+        return BadLine(self._name, line, reason)
 
-    def _read(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
-        if kind(self._path) == ".jsonl":
+    def _read(self, stream: BinaryIO, content: Content) -> Iterator[Document | BadLine]:
+        if content == "json lines":
             for found in self._lines(stream):
                 yield self._parse(found) if isinstance(found, Document) and self.options.key is not None else found
+        elif content == "json array":
+            yield from self._array(stream)
         elif self.options.unit == "line":
             for found in self._lines(stream):
                 text = found.text.rstrip("\r\n") if isinstance(found, Document) else ""
@@ -195,17 +226,72 @@ class PieceReader:
             if not blank and not raw.strip():
                 continue
             try:
-                yield Document(self.piece.path, self.lines, raw.decode("utf-8"))
+                yield Document(self._name, self.lines, raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield self._bad(self.lines, f"not UTF-8 at byte {error.start} of the line")
 
     def _parse(self, line: Document) -> Document | BadLine:
-        key = self.options.key
         try:
-            text = json.loads(line.text)[key]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            return self._bad(line.line, f"no JSON object with a {key!r} field ({type(error).__name__}: {error})")
-        return self._checked(line.line, text)
+            record = json.loads(line.text)
+        except BAD_JSON as error:
+            return self._bad(
+                line.line, f"no JSON object with a {self.options.key!r} field ({type(error).__name__}: {error})"
+            )
+        return self._of_record(line.line, record)
+
+    def _of_record(self, line: int, record: object) -> Document | BadLine:
+        key = self.options.key
+        if key is None:
+            return Document(self._name, line, json.dumps(record, ensure_ascii=False))
+        value = record
+        for part in [key] if isinstance(record, dict) and key in record else key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                fields = f"its fields: {', '.join(map(str, record))[:200]}" if isinstance(record, dict) else "no object"
+                return self._bad(line, f"no JSON object with a {key!r} field ({fields})")
+            value = value[part]
+        return self._checked(line, value)
+
+    def _array(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
+        """The records of an array, with one in memory at a time."""
+        decoder, limit = json.JSONDecoder(), self.options.max_document_bytes
+        text, line, ended = "", 1, False
+        decode = codecs.getincrementaldecoder("utf-8-sig")()
+        inside = False
+        while True:
+            rest = text.lstrip(WHITE if not inside else WHITE + ",")
+            line += text.count("\n", 0, len(text) - len(rest))
+            text = rest
+            if text and not inside:
+                text, inside = text[1:], True  # the bracket
+                continue
+            if text.startswith("]"):
+                return
+            try:
+                record, end = decoder.raw_decode(text)
+                complete = ended or end < len(text)  # a number may go on
+            except BAD_JSON as error:
+                record, end, complete, problem = None, 0, False, error
+            if complete and text:
+                self.lines += 1
+                yield self._of_record(line, record)
+                line += text.count("\n", 0, end)
+                text = text[end:]
+                continue
+            if ended:
+                reason = f"{type(problem).__name__}: {problem}" if text and end == 0 else "it has no end"
+                yield self._bad(line, f"the array cannot be read from here on ({reason})")
+                return
+            if len(text) > limit:
+                yield self._bad(
+                    line, f"a record has more than max_document_bytes ({limit:,}); what follows is not read"
+                )
+                return
+            try:
+                data = stream.read(max(1 << 16, len(text)))
+                text, ended = text + decode.decode(data, final=not data), not data
+            except UnicodeDecodeError as error:
+                yield self._bad(line, f"not UTF-8 about here ({error.reason})")
+                return
 
     def _checked(self, line: int, text: object) -> Document | BadLine:
         if not isinstance(text, str):
@@ -214,7 +300,7 @@ class PieceReader:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             return self._bad(line, f"{self.options.key!r} has an unpaired surrogate at character {error.start}")
-        return Document(self.piece.path, line, text)
+        return Document(self._name, line, text)
 
     def _paragraphs(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
         held: list[Document] = []
@@ -239,7 +325,7 @@ class PieceReader:
         if len(raw) > limit:
             return self._bad(1, f"the file has more than max_document_bytes ({limit:,})")
         try:
-            return Document(self.piece.path, 1, raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+            return Document(self._name, 1, raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
         except UnicodeDecodeError as error:
             line_start = raw.rfind(b"\n", 0, error.start) + 1
             where = raw.count(b"\n", 0, error.start) + 1
@@ -271,51 +357,3 @@ def _line_parts(stream: BinaryIO, limit: int) -> Iterator[bytes]:
         yield part
         if part.endswith(b"\n"):
             return
-
-
-def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(file), 1 << 20)
-    return file
-
-
-class _ZstdDamaged(Exception):
-    """A zstd frame is truncated or invalid."""
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompresses the frames of a .zst file. The stream reader of the zstandard library does not notice a truncated file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        # 2 GiB is the window of `zstd --ultra --long=31`, the largest window that the zstd command writes.
-        self._begin = functools.partial(zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
-        self._error = zstandard.ZstdError
-        self._file, self._frame, self._held = file, None, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._held:
-            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            if self._frame is not None and self._frame.eof:
-                self._frame = None
-            chunk = rest or self._file.read(
-                1 << 14
-            )  # small, because a chunk can decompress to thousands of times its size
-            if not chunk:
-                if self._frame is not None:
-                    raise _ZstdDamaged("the last frame has no end")
-                return 0
-            self._frame = self._frame or self._begin()
-            try:
-                self._held = self._frame.decompress(chunk)
-            except self._error as error:
-                raise _ZstdDamaged(str(error)) from None
-        count = min(len(buffer), len(self._held))
-        buffer[:count], self._held = self._held[:count], self._held[count:]
-        return count

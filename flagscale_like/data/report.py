@@ -49,6 +49,7 @@ class Report:
         bad_lines: lines without a document.
         bad_line_places: the places of the first MAX_BAD_LINES of these lines.
         counts: further counts of what is in the output, by name.
+        largest_id: the largest token id in the output; -1 without tokens.
     """
 
     documents: int = 0
@@ -60,6 +61,7 @@ class Report:
     bad_lines: int = 0
     bad_line_places: list[Place] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    largest_id: int = -1
 
     def count(self, name: str, number: int = 1) -> None:
         """Add to one of `counts`."""
@@ -87,6 +89,7 @@ class Report:
         """Add the counts of another report to this one."""
         for name in ("documents", "tokens", "characters", "read", "empty", "bad_lines"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest_id = max(self.largest_id, other.largest_id)
         self.bad_line_places += other.bad_line_places[: MAX_BAD_LINES - len(self.bad_line_places)]
         for name, number in other.counts.items():
             self.count(name, number)

@@ -19,6 +19,7 @@ import xxhash
 from flagscale_like.data.chat import Train
 from flagscale_like.data.dedup import minhash_signature, text_digest
 from flagscale_like.data.filters import Cleaning
+from flagscale_like.data.formats import printable
 from flagscale_like.data.index_file import token_dtype
 from flagscale_like.data.readers import BadLine, BadLines, Document, Piece, PieceReader, ReadOptions, can_split
 from flagscale_like.data.report import Report
@@ -26,6 +27,9 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18
+
+
+SpecialTokens = Literal["text", "ids", "error"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class ShardOptions:
         cleaning: how documents are cleaned.
         bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
         chat: how lines become conversations. None: the documents are text.
+        special_tokens: what the text of a special token, such as <|endoftext|>, becomes inside a document: ordinary text
+            (`text`), that token (`ids`), or a bad line (`error`).
     """
 
     tokenizer_folder: str
@@ -67,6 +73,7 @@ class ShardOptions:
     cleaning: Cleaning
     bad_lines: BadLines
     chat: ChatOptions | None = None
+    special_tokens: SpecialTokens = "text"
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
@@ -135,7 +142,8 @@ class ShardMaker:
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
-        self.tokenizer = Tokenizer(options.tokenizer_folder)
+        self.tokenizer = Tokenizer(options.tokenizer_folder, special=options.special_tokens == "ids")
+        self._forbidden = self.tokenizer.special_texts if options.special_tokens == "error" else ()
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
@@ -160,6 +168,7 @@ class ShardMaker:
                     rows.add(document, len(ids))
                     report.documents += 1
                     report.tokens += len(ids)
+                    report.largest_id = max(report.largest_id, int(ids.max()))
                     report.characters += len(document.text)
                 for file in (tokens, masks):
                     if file is not None:
@@ -204,13 +213,19 @@ class ShardMaker:
                 if isinstance(found, BadLine):
                     self.bad_line(found, piece, report)
                     continue
+                if self._forbidden and (token := next((t for t in self._forbidden if t in found.text), None)):
+                    bad = BadLine(
+                        found.source, found.line, f"holds the special token {token!r} (--special-tokens error)"
+                    )
+                    self.bad_line(bad, piece, report)
+                    continue
                 report.read += 1
                 text, objection = self.options.cleaning.apply(found.text)
                 if objection:
                     report.drop(objection, len(text), (found.source, found.line, ""))
                 else:
                     yield Document(found.source, found.line, text)
-            lines[piece.path] = reader.lines
+            lines[printable(piece.path)] = reader.lines
 
     def bad_line(self, found: BadLine, piece: Piece, report: Report) -> None:
         """Count a line without a document.
@@ -314,12 +329,13 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         for path in sorted(Path(options.tokenizer_folder).iterdir())
         if path.is_file() and path.suffix in (".json", ".model", ".txt")
     }
-    stats = [(str(path), path.stat()) for path in files]
+    stats = [(printable(path), path.stat()) for path in files]
     return {
         "tokenizer": tokenizer,
         "read": asdict(options.read),
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
+        "special_tokens": options.special_tokens,
         "chat": asdict(options.chat) if options.chat else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }

@@ -25,17 +25,18 @@ class Tokenizer:
 
     Args:
         folder: a Hugging Face tokenizer folder.
+        special: whether the text of a special token, such as <|endoftext|>, is encoded as that token; otherwise as any text.
 
     Attributes:
-        vocab_size: number of ids, with added tokens.
+        vocab_size: the largest id plus 1, added tokens included. (Ids may have gaps.)
         eod: the id of the end-of-text token, which ends each document.
 
     Raises:
         DataError: the folder holds no readable tokenizer, or the tokenizer has no end-of-text token.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, special: bool = True) -> None:
+        self.folder, self._special = Path(folder), special
         if not self.folder.is_dir():
             raise DataError(f"tokenizer {folder}: no such folder")
         self._fast: FastTokenizer | None = None
@@ -46,14 +47,17 @@ class Tokenizer:
                 self._fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
                 self._fast.no_truncation()  # a tokenizer that was saved for fine-tuning may truncate texts
                 self._fast.no_padding()
-                self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
+                self._fast.encode_special_tokens = not special
+                self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values())
                 eos = self._special_token("eos_token")
                 self.eod = self._fast.token_to_id(eos) if eos else None
             else:
                 from transformers import AutoTokenizer
 
-                self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
-                self.vocab_size, self.eod = len(self._slow), self._slow.eos_token_id
+                self._slow = AutoTokenizer.from_pretrained(
+                    str(self.folder), trust_remote_code=False, local_files_only=True
+                )
+                self.vocab_size, self.eod = 1 + max(self._slow.get_vocab().values()), self._slow.eos_token_id
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"tokenizer {folder}: cannot be read: {str(error).splitlines()[0]}") from None
         if self.eod is None:
@@ -85,7 +89,8 @@ class Tokenizer:
         """Encode each text to token ids, without adding special tokens."""
         if self._fast is not None:
             return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return self._slow(list(texts), add_special_tokens=False)["input_ids"]
+        found = self._slow(list(texts), add_special_tokens=False, split_special_tokens=not self._special)
+        return found["input_ids"]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
@@ -138,6 +143,15 @@ class Tokenizer:
         if self._fast is not None:
             return self._fast.decode(ids, skip_special_tokens=not special)
         return self._slow.decode(ids, skip_special_tokens=not special)
+
+    def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` adds to the text of `ids`.
+
+        Both are decoded together and cut, because a decoder drops the space at the beginning of a text (SentencePiece), and a
+        character may be spread over several tokens.
+        """
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:

@@ -206,14 +206,13 @@ class Engine:
         cut = self.ctx.row_cut
         if cut is not None:
             _check_cut(objective, cut)
-            batches = (batch.part_of(cut) for batch in batches)
         # The schedule asks for exactly `count` micro-batches from each chunk's iterator.
         iterators = itertools.tee(itertools.islice(batches, count), len(self.chunks))
         several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
         if objective.packed:
             rows, length = 1, rows * length
         losses = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward, objective),
+            forward_step_func=functools.partial(_forward, objective, cut),
             data_iterator=list(iterators) if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=count,
@@ -290,7 +289,7 @@ def _check_cut(objective: Objective, cut: RowCut) -> None:
     if getattr(objective, "cut", None) is None:
         raise ConfigError(
             f"parallel.cp is {cut.size}, and the objective ({objective.metric}) takes whole rows: use cp 1, or an objective "
-            "that says how it takes a part of a row (Objective.cut)"
+            "that says what it takes (Objective.cut)"
         )
 
 
@@ -331,15 +330,35 @@ def _prefix(name: str) -> str:
 
 
 def _forward(
-    objective: Objective, batches: Iterator[Batch], chunk: MegatronModule
+    objective: Objective, cut: RowCut | None, batches: Iterator[Batch], chunk: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Mapping[str, Any]]]]:
+    """megatron-core's forward step. The one place where context-parallel ranks get their parts of a batch's rows."""
     model = unwrap(chunk)
-    if model.pre_process or model.post_process or objective.packed:
-        batch = next(batches)
+    if not (model.pre_process or model.post_process or objective.packed):
+        return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
+            loss_function, objective, None
+        )
+    batch = next(batches)
+    if cut is None:
         return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
-    return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
-        loss_function, objective, None
-    )
+    part = batch.part_of(cut)
+    loss = functools.partial(loss_function, objective, part)
+    if objective.cut == "rows":
+        loss = functools.partial(_loss_of_rows, objective, batch, cut)
+    return chunk(**objective.inputs(part)), loss
+
+
+def _loss_of_rows(
+    objective: Objective, batch: Batch, cut: RowCut, output: Tensor
+) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    """The loss of whole rows, put together from the outputs of all context-parallel ranks, of which the first counts."""
+    rows, length = batch.tokens.shape
+    whole = cut.whole(output.reshape(rows, length // cut.size, *output.shape[2:]))  # [b, s, ...]
+    total, count, reported = loss_function(objective, batch, whole.flatten(0, 1)[None] if objective.packed else whole)
+    if cut.rank:
+        reported["sums"] = {name: torch.zeros_like(value) for name, value in reported["sums"].items()}
+        count = torch.zeros_like(count)
+    return total, count, reported
 
 
 def loss_function(
@@ -349,6 +368,4 @@ def loss_function(
     loss = objective.loss(output, batch)
     # The schedule scales the first value in place after this returns, so what is reported is a copy.
     sums = {"total": loss.total.detach().clone(), "count": loss.count, **loss.sums}
-    if batch is not None and batch.cut is not None and batch.cut.rank and objective.cut == "rows":
-        sums = {name: torch.zeros_like(value) for name, value in sums.items()}  # the first rank counts the rows
-    return loss.total, sums["count"].to(torch.int), {"sums": sums, "samples": loss.samples}
+    return loss.total, loss.count.to(torch.int), {"sums": sums, "samples": loss.samples}

@@ -35,9 +35,10 @@ class Objective(Protocol):
     Attributes:
         metric: what reports call the mean loss, total over count.
         sums: names of Loss.sums, the same on every rank.
-        cut: how the objective takes rows of which each context-parallel rank has a part (Batch.part_of). `tokens`: total,
-            count, sums and samples are sums over this rank's tokens, and the engine adds them up. `rows`: they are of whole
-            rows (Batch.row_sums) and alike on all these ranks, of which one counts. None: not at all.
+        cut: what `loss` gets where each context-parallel rank has a part of every row (Batch.part_of). `tokens`: this rank's
+            tokens. Total, count, sums and samples are sums over tokens, and the engine adds them up. `rows`: whole rows, as
+            without context parallelism. All these ranks compute the same, and one of them counts. None: context parallelism
+            is refused.
         packed: whether the batches are packs of documents. The model then gets them as one row, [1, b * s], and the middle
             pipeline stages read the documents' bounds as well.
     """

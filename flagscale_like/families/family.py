@@ -48,6 +48,8 @@ def features(arch: ModelArch) -> set[str]:
     return used
 
 
+# Fields that no config.json has: how weights were drawn, and what the family is called here.
+NOT_EXPRESSED = ("family", "init_std", "output_init_std", "norm_init")
 # The features of a family whose code takes RoPE's parameters from transformers.
 SCALINGS = frozenset(f"{kind} RoPE scaling" for kind in SCALING_FIELDS)
 
@@ -413,4 +415,23 @@ class Family:
                 f"a model with {', '.join(sorted(unsupported))} cannot be written as {self.name}, which has no such "
                 f"part; choose another family with --as or model.family"
             )
-        return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}
+        values = {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}
+        self._check_written(arch, values)
+        return values
+
+    def _check_written(self, arch: ModelArch, values: dict[str, Any]) -> None:
+        """Read what was written. A field that comes back as another one would be another model's.
+
+        Raises:
+            ConversionError: a field of the architecture that config.json does not express.
+        """
+        own, found = (a.model_dump() for a in (arch, self.read(Settings(values, f"config.json of {self.name}"))))
+        free = {*NOT_EXPRESSED, *(() if arch.max_position_embeddings else ("max_position_embeddings",))}
+        lost = [
+            f"model.{key} {own[key]!r} as {found[key]!r}" for key in own if key not in free and own[key] != found[key]
+        ]
+        if lost:
+            raise ConversionError(
+                f"{self.name} cannot express the model: its config.json would be read with {', '.join(lost)}; choose another "
+                "family with --as or model.family"
+            )

@@ -26,9 +26,10 @@ def _write_llama(arch: ModelArch) -> dict[str, Any]:
 
 
 def _read_mistral(settings: Settings) -> ModelArch:
-    window = settings.get("sliding_window")
+    # A missing window is transformers' default; null is none.
+    window = settings.values.get("sliding_window", 4096)
     if window is not None:
-        window = settings.number("sliding_window")
+        window = settings.number("sliding_window", default=4096)
     return settings.arch("mistral", position=settings.rope(), sliding_window=window)
 
 

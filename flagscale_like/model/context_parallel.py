@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +72,10 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=8)
+def _tokens_of_row(cut: RowCut, length: int, device: torch.device) -> Tensor:
+    return cut.part(torch.arange(length, device=device), 0)
+
+
 def plan_rows(cut: RowCut, tokens: int, device: torch.device) -> Plan:
     """The plan of rows of one document each.
 
@@ -83,7 +87,8 @@ def plan_rows(cut: RowCut, tokens: int, device: torch.device) -> Plan:
         [Call(slice(half * length, (half + 1) * length), slice(0, (chunk + 1) * length), {})]
         for half, chunk in enumerate(cut.held)
     )
-    mine = cut.part(torch.arange(tokens * cut.size, device=device), 0)
+    # Made once for all layers; without the group, which would outlive its run here.
+    mine = _tokens_of_row(replace(cut, group=None), tokens * cut.size, device)
     return Plan(1, (tokens * cut.size,), mine, mine, calls)
 
 

@@ -373,4 +373,18 @@ def attach_offload(
     )
     for model in models:
         offload.attach(model.decoder, model.config)
+        if ctx.replicas > 1:
+            return_weight_gradients(model.decoder)
     return offload
+
+
+def return_weight_gradients(module: nn.Module) -> None:
+    """Let the linears inside return their weight's gradient, and not add it to main_grad by themselves.
+
+    megatron-core marks that it has added one on the weight that its backward pass finds. Saved-tensor hooks give it another
+    object than the parameter, and DistributedDataParallel then refuses the gradient that is missing where it reduces
+    gradients during the backward pass.
+    """
+    for linear in module.modules():
+        if hasattr(linear, "gradient_accumulation_fusion"):
+            linear.gradient_accumulation_fusion = False

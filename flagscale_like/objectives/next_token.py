@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from flagscale_like.config import NextTokenLoss
-from flagscale_like.data.batch import Batch
+from flagscale_like.data.batch import CONVERSATIONS, Batch
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.packs import packing
 
@@ -17,8 +17,8 @@ class NextToken:
 
     Args:
         packed: the batches are packs of documents. Every pipeline stage then reads their bounds.
-        per: what has the same weight in the mean: a `token`, or a `conversation`, whose weights in the loss mask then add up
-            to 1.
+        per: what has the same weight in the mean: a `token`, or a `conversation`. Its weights in the loss mask then add up to
+            1, and the batch's extras say where each begins.
     """
 
     metric = NextTokenLoss.metric
@@ -39,11 +39,9 @@ class NextToken:
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: fp32 [b, s], or [1, b * s] of packs: each token's cross-entropy."""
         masked = output.float().view_as(batch.loss_mask) * batch.loss_mask  # [b, s]
-        counts = (
-            batch.loss_mask.sum(-1) if self.per == "conversation" else (batch.loss_mask != 0).float().sum(-1)
-        )  # [b]
+        each = batch.extras[CONVERSATIONS] if self.per == "conversation" else (batch.loss_mask != 0).float()
+        counts = each.sum(-1)  # [b]
         samples = {"loss": masked.detach().sum(-1), "tokens": counts}  # [b]
         if batch.source is not None:
             samples["source"] = batch.source
-        # The weights of a conversation add up to 1 but for rounding.
-        return Loss(masked.sum(), counts.sum().round(), samples=samples)
+        return Loss(masked.sum(), counts.sum(), samples=samples)

@@ -35,7 +35,7 @@ class Preference:
 
     metric = DirectPreference.metric
     sums = (*REWARDS, "log-probability/chosen", "log-probability/rejected")
-    cut = None
+    cut = "rows"
     packed = True
 
     def __init__(self, options: DirectPreference) -> None:
@@ -86,7 +86,7 @@ class AnswerLogProbabilities:
 
     metric = "log-probability"
     sums: tuple[str, ...] = ()
-    cut = None
+    cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Reward:
     """
 
     metric = RewardModel.metric
-    cut = None
+    cut = "rows"
     packed = True
 
     def __init__(self, options: RewardModel) -> None:

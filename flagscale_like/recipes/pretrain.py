@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
+from flagscale_like.checkpoint.companions import companions_at
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
@@ -141,6 +142,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         watchdog=watchdog,
         clock=clock,
         documents=source_record(config),
+        origin=begun.origin,
     )
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
@@ -233,6 +235,6 @@ def export_run(run: Run) -> Path:
     if run.config.lora is not None:
         base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
         source = MergedWeights(AdaptedWeights(base, reader))
-    tokenizer = Path(data.tokenizer) if data.tokenizer else None
+    tokenizer = companions_at(reader.folder) or (Path(data.tokenizer) if data.tokenizer else None)
     export_on_ranks(source, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from flagscale_like.config import ContextParallelKind
@@ -21,13 +22,13 @@ class RowCut:
 
     Attributes:
         rank, size: in the group.
-        group: the context-parallel ranks that hold the rows.
+        group: the context-parallel ranks that hold the rows; None of a cut that is only looked at.
     """
 
     rank: int
     size: int
     zigzag: bool
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
     @property
     def chunks(self) -> int:
@@ -43,6 +44,20 @@ class RowCut:
         """This rank's part of whole rows: [..., s, ...] -> [..., s / size, ...]."""
         length = x.shape[dim] // self.chunks
         return torch.cat([x.narrow(dim, chunk * length, length) for chunk in self.held], dim)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Whole rows on every rank, from the parts of all: [b, s / size, ...] -> [b, s, ...].
+
+        Every rank is to compute the same from them: the backward pass takes this rank's part of the gradient, and does not
+        add up the ranks' (equal) gradients.
+        """
+        parts = gather_from_sequence_parallel_region(
+            x.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=self.group
+        )
+        chunks = parts.unflatten(0, (self.chunks, -1))  # [size * chunks of a rank, s / chunks, b, ...]
+        lies = [chunk for rank in range(self.size) for chunk in replace(self, rank=rank).held]
+        order = sorted(range(self.chunks), key=lies.__getitem__)
+        return torch.cat([chunks[place] for place in order]).transpose(0, 1)
 
 
 def row_cut(group: dist.ProcessGroup, kind: ContextParallelKind) -> RowCut | None:

@@ -104,6 +104,7 @@ def loss_name(records: Iterable[Mapping[str, Any]]) -> str:
     return "lm loss"
 
 
+MOST_SOURCES = 6  # more lines in one plot tell nothing
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 
@@ -123,7 +124,10 @@ def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> l
 
 
 def plot_losses(run_dir: Path) -> None:
-    """Draw loss.png from metrics.jsonl: the training loss as the mean between two records, and the validation loss."""
+    """Draw loss.png from metrics.jsonl: the training loss as the mean between two records, and the validation loss.
+
+    With several sources the validation loss of each is a thin line. Dotted vertical lines are where the run resumed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,10 +136,17 @@ def plot_losses(run_dir: Path) -> None:
     records = read_metrics(run_dir)
     loss = loss_name(records)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, style in ((loss, "-"), (f"{loss} validation", "o--")):
+    validation = f"{loss} validation"
+    sources = sorted({name for record in records for name in record if name.startswith(f"{validation}/")})
+    lines = [(loss, "-", 1.5), (validation, "o--", 1.5)]
+    lines += [(name, ".:", 0.8) for name in sources if len(sources) <= MOST_SOURCES]
+    for name, style, width in lines:
         points = loss_curve(records, name)
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=width)
+    starts = [r["step"] for r in read_records(RunFolder(run_dir).resilience) if r.get("event") == "start"]
+    for number, step in enumerate(sorted({step for step in starts if step > 0})):
+        axes.axvline(step, color="gray", linestyle=":", linewidth=0.8, label=None if number else "resumed")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats/token)" if loss == "lm loss" else loss)
     axes.grid(alpha=0.3)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from flagscale_like.errors import CheckpointError, UserError
 from flagscale_like.training.plan import StepPlan
 
 if TYPE_CHECKING:  # so that what reads a run's files loads no torch
@@ -211,10 +212,23 @@ class Parts:
         return {part.name: part.state() for part in self.parts if part.name}
 
     def load(self, states: Mapping[str, Any], *, back: bool = False) -> None:
-        """Put back the states that are there; with `back`, only of the parts that go back with the weights."""
+        """Put back the states that are there; with `back`, only of the parts that go back with the weights.
+
+        Raises:
+            CheckpointError: a state is not what the part saves.
+        """
         for part in self.parts:
-            if part.name in states and (part.state_rewinds or not back):
+            if part.name not in states or (back and not part.state_rewinds):
+                continue
+            try:
                 part.load(states[part.name])
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise CheckpointError(
+                    f"the checkpoint's state.json has no state of `{part.name}` that can be read "
+                    f"({type(error).__name__}: {error}): go on from another checkpoint, or begin anew with checkpoint.load"
+                ) from error
 
     def __enter__(self) -> Parts:
         return self

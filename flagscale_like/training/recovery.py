@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +49,7 @@ class Ledger(Part):
     def __init__(self, run_dir: Path, step: int, *, now: Callable[[], float] = time.time) -> None:
         self.path, self.run_dir, self._now = RunFolder(run_dir).resilience, Path(run_dir), now
         self._step = step
-        self.events = [r for r in read_records(self.path) if {"event", "time", "step"} <= r.keys()]
+        self.events = read_ledger(run_dir)
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
             steps = [r for r in read_metrics(self.run_dir) if "iteration-time" in r]
@@ -76,7 +76,7 @@ class Ledger(Part):
             "resilience/restarts": found.restarts,
             "resilience/lost-steps": found.lost_steps,
             "resilience/recovery_s": self._now() - found.down_since,
-            "resilience/ettr": effective_time_ratio(self.run_dir, self._now()),
+            "resilience/ettr": effective_time_ratio(read_metrics(self.run_dir), read_ledger(self.run_dir), self._now()),
         }
 
     def after(self, step: Step, report: Report) -> None:
@@ -102,25 +102,32 @@ class Ledger(Part):
         append_record(self.path, event)
 
 
-def effective_time_ratio(run_dir: Path, now: float) -> float:
+def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts and stops of a run that are on record: event, time, step."""
+    return [r for r in read_records(RunFolder(run_dir).resilience) if {"event", "time", "step"} <= r.keys()]
+
+
+def effective_time_ratio(
+    records: Iterable[Mapping[str, Any]], ledger: Iterable[Mapping[str, Any]], now: float
+) -> float:
     """Effective training time ratio (ETTR): time of the steps that were kept, over the time since the run was started.
 
     Time after an orderly stop is not counted; saving, evaluating, starting, and steps made twice are lost time.
 
     Args:
+        records: of metrics.jsonl.
+        ledger: see read_ledger().
         now: Unix time, where the run has not stopped yet.
     """
     kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
-    for record in read_metrics(run_dir):
+    for record in records:
         if "iteration-time" in record:
             while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
                 kept.pop()
             steps = record["step"] - (kept[-1][0] if kept else 0)
             kept.append((record["step"], steps * record["iteration-time"]))
     wall, started = 0.0, None
-    for event in read_records(RunFolder(run_dir).resilience):
-        if not {"event", "time"} <= event.keys():
-            continue
+    for event in ledger:
         if event["event"] == "stop" and started is not None:
             wall += event["time"] - started
             started = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
 from flagscale_like.training.metrics import loss_curve, loss_name, read_metrics
-from flagscale_like.training.recovery import effective_time_ratio
+from flagscale_like.training.recovery import effective_time_ratio, read_ledger
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -32,6 +33,7 @@ KINDS = {
     "skip": "skipped step",
     "rewind": "rewind",
     "restart": "restart",
+    "resume": "resume after a stop",
     "checkpoint": "checkpoint",
 }
 CHARTS = (
@@ -53,6 +55,7 @@ class Story:
         kept: one record of metrics.jsonl for each step, without the steps that a rewind discarded.
         given_up: the records of discarded steps, one list for each rewind.
         validation: (step, validation loss).
+        by_source: the last validation loss of each data source, by name.
         happened: the events, in the order of their steps.
         ettr: effective training time ratio; None if the run folder has no resilience.jsonl.
     """
@@ -62,6 +65,7 @@ class Story:
     kept: list[dict[str, Any]]
     given_up: list[list[dict[str, Any]]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    by_source: dict[str, float] = field(default_factory=dict)
     happened: list[Mark] = field(default_factory=list)
     ettr: float | None = None
 
@@ -131,7 +135,9 @@ def read_story(run_dir: Path) -> Story:
     if not kept:
         raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet: run the report after the first step")
     happened += [_alarm(event) for event in read_records(RunFolder(run_dir).events) if "step" in event]
-    now = max((event["time"] for event in read_records(RunFolder(run_dir).resilience)), default=None)
+    ledger = read_ledger(run_dir)
+    happened += _resumes(ledger)
+    now = max((event["time"] for event in ledger), default=None)
     seen = datetime.datetime.fromisoformat(records[-1]["time"]).timestamp()
     return Story(
         config=config,
@@ -140,8 +146,24 @@ def read_story(run_dir: Path) -> Story:
         given_up=given_up,
         validation=[(s, value) for s, value in sorted(validation.items()) if value is not None],
         happened=sorted(happened, key=lambda mark: mark.step),
-        ettr=effective_time_ratio(run_dir, max(now, seen)) if now is not None else None,
+        by_source={name: r[key] for r in records if f"{loss} validation" in r for key, name in _sources(r, loss)},
+        ettr=effective_time_ratio(records, ledger, max(now, seen)) if now is not None else None,
     )
+
+
+def _sources(record: dict[str, Any], loss: str) -> list[tuple[str, str]]:
+    """(key, name of the source) of each source's validation loss in a record."""
+    prefix = f"{loss} validation/"
+    return [(key, key[len(prefix) :]) for key, value in record.items() if key.startswith(prefix) and value is not None]
+
+
+def _resumes(ledger: Sequence[dict[str, Any]]) -> list[Mark]:
+    """The starts that followed an orderly stop. (What follows a start without one is a restart, and in metrics.jsonl.)"""
+    return [
+        Mark(step=event["step"], kind="resume", text=f"step {event['step']}: stopped, and resumed by a later start")
+        for before, event in itertools.pairwise(ledger)
+        if before["event"] == "stop" and event["event"] == "start"
+    ]
 
 
 def _alarm(event: dict[str, Any]) -> Mark:
@@ -211,12 +233,12 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
         f'<tr><td><span class="key {m.kind}"></span>{KINDS[m.kind]}</td><td>{html.escape(m.text)}</td></tr>'
         for m in alarms[:200]
     )
-    none = '<tr><td colspan="2" class="quiet">No spike, skip, restart or rewind is on record.</td></tr>'
+    none = '<tr><td colspan="2" class="quiet">No spike, skip, restart, resume or rewind is on record.</td></tr>'
     return {
         "title": html.escape(run_dir.resolve().name),
         "subtitle": html.escape(
             f"{config.describe_parameters()}, {layout.describe()}, {config.train.precision}; "
-            f"step {last['step']:,} of {config.train.steps:,}, {last['time'][:16].replace('T', ' ')} UTC"
+            f"step {last['step']:,} {_of_planned(last['step'], config)}, {last['time'][:16].replace('T', ' ')} UTC"
         ),
         "tiles": _tiles(story),
         "charts": "\n".join(_chart(story, name, title) for name, title in story.charts),
@@ -225,12 +247,28 @@ def _parts(story: Story, run_dir: Path) -> dict[str, str]:
             for kind, words in KINDS.items()
             if any(m.kind == kind for m in story.happened)
         ),
+        "sources": _by_source(story),
         "events": (rows or none) + (f'<tr><td></td><td class="quiet">{saved} saved</td></tr>'),
         "layout": layout_drawing(chunks, tp=layout.tp, dp=layout.dp, sp=layout.sp, cp=layout.cp),
         "memory": _memory(memory, last["mem-peak-bytes"], on_cpu="mfu" not in last),
         "config": html.escape(config.to_yaml()),
         "data": _script_data(story),
     }
+
+
+def _of_planned(step: int, config: RunConfig) -> str:
+    planned = config.train.steps
+    return f"of {planned:,}" if step <= planned else f"(train.steps is {planned:,} now)"
+
+
+def _by_source(story: Story) -> str:
+    """The last validation loss of each data source, as HTML; empty where there are no sources."""
+    if not story.by_source:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in story.by_source.items()
+    )
+    return f'<section><h2>Validation loss by source</h2><div class="wide"><table>{rows}</table></div></section>'
 
 
 def _tiles(story: Story) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from flagscale_like.checkpoint.companions import Origin, read_companions
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.store import CheckpointStore, layout_record
 from flagscale_like.config import RunConfig
@@ -34,7 +35,7 @@ from flagscale_like.training.metrics import Reporter
 from flagscale_like.training.parts import Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.standard_parts import Saves
-from flagscale_like.training.weights import check_model, weights_to_load
+from flagscale_like.training.weights import check_model, origin_of, usage_folders, weights_to_load
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Start:
         saved: state.json of the checkpoint that the run goes on from; empty where it begins.
         new: whether the weights were drawn.
         weights: what the weights of a new run come from, as checkpoint.adapters records it; None where they were drawn.
+        origin: the Hugging Face folder that the weights come from, if they do.
         notes: what to tell the user about it.
     """
 
@@ -55,6 +57,7 @@ class Start:
     saved: dict[str, Any] = field(default_factory=dict)
     new: bool = False
     weights: dict[str, Any] | None = None
+    origin: Origin = field(default_factory=Origin)
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,6 +69,7 @@ class Run:
         evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
         clock: of the steps since the last log line.
         documents: see changes.source_record.
+        origin: see Start.
     """
 
     config: RunConfig
@@ -83,6 +87,7 @@ class Run:
     evaluate: Callable[[str], Evaluation] | None = None
     clock: Clock = field(default_factory=Clock)
     documents: dict[str, int] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def ctx(self) -> ParallelContext:
@@ -106,6 +111,7 @@ class Run:
             "model": config.model.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
             "documents": self.documents,
+            "hugging_face": self.origin.record(),
             "versions": versions(),
             **engine_states([self.engine]),
         }
@@ -181,6 +187,9 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     else:
         begun.new = True
         notes.append("starting from new weights")
+    begun.origin = origin_of(reader or source)
+    if ctx.is_main:
+        store.companions = read_companions(usage_folders(config, reader, source))
     if config.checkpoint.interval:
         store.reserve(engine.fragments)
     return begun

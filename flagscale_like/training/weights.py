@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, Base, holds_adapters, identify, lora_of, open_base
+from flagscale_like.checkpoint.companions import Origin
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf_folder import HfFolder
-from flagscale_like.checkpoint.manifest import find_checkpoint
+from flagscale_like.checkpoint.manifest import COMPANIONS, find_checkpoint
 from flagscale_like.checkpoint.store import WeightSource, verify
 from flagscale_like.config import Checkpoint, Lora, RunConfig
 from flagscale_like.config.lora import NO_BASE
@@ -53,6 +54,21 @@ def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: Par
     if config.checkpoint.load_strict:
         check_model(config, base, resuming=False)
     return AdaptedWeights(base, source)
+
+
+def origin_of(source: WeightSource | None) -> Origin:
+    """The Hugging Face folder that weights come from, if they do."""
+    if source is None:
+        return Origin()
+    return (source.base if isinstance(source, AdaptedWeights) else source).origin()
+
+
+def usage_folders(config: RunConfig, reader: CheckpointReader | None, source: WeightSource | None) -> list[Path | None]:
+    """Where a run's tokenizer and generation settings may lie, the first choice first."""
+    named = Path(config.data.tokenizer) if config.data.tokenizer else None
+    given = source.base if isinstance(source, AdaptedWeights) else source
+    beside = [origin for origin in (reader, given) if origin is not None]
+    return [named, *(o.folder / COMPANIONS if isinstance(o, CheckpointReader) else o.folder for o in beside)]
 
 
 def identify_once(base: Base, ctx: ParallelContext) -> dict:

@@ -3,6 +3,9 @@
 `_bands.py` defines a band and the arithmetic. Queries are processed in chunks, so that a score tensor covers one chunk
 of queries at a time. All tensors are [b, n, s, d] views. k and v may have fewer heads than q: the query heads that
 share a KV head are then stacked as rows of one product, and k and v are not expanded.
+
+A plain causal band on a CPU goes to PyTorch's own flash attention, which is faster: the keys before the first query in one
+call, the square block of the others in a second one, put together by their log-sum-exps.
 """
 
 from typing import NamedTuple
@@ -65,13 +68,51 @@ def _widened(bands, v):
     return [band._replace(k=band.k.to(compute)) for band in bands], v.to(compute)
 
 
+def _is_plain(bands, v, slopes):
+    band = bands[0]
+    causal = len(bands) == 1 and band.left is None and band.right == 0 and slopes is None
+    return causal and v.device.type == "cpu" and band.q.shape[2] <= v.shape[2]
+
+
+def _plain_blocks(q, k, v):
+    """(keys, values, causal) of the square block at the end, and of the keys before it if there are any."""
+    offset = k.shape[2] - q.shape[2]
+    blocks = [(k[:, :, offset:], v[:, :, offset:], True), (k[:, :, :offset], v[:, :, :offset], False)]
+    return blocks if offset else blocks[:1]
+
+
+def _plain_forward(q, k, v, scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = [flash(q, *block[:2], 0.0, block[2], scale=scale) for block in _plain_blocks(q, k, v)]
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    (o, o_lse), (far, far_lse) = parts
+    return o.mul_((o_lse - lse).exp_()[..., None]).addcmul_(far, (far_lse - lse).exp_()[..., None]), lse
+
+
+def _plain_backward(q, k, v, o, do, lse, scale):
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    blocks = _plain_blocks(q, k, v)
+    # The scores of both blocks are normalised by the one LSE, so that each gives its part of the gradient.
+    parts = [backward(do, q, *block[:2], o, lse, 0.0, block[2], scale=scale) for block in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    (dq, dk, dv), (far_dq, far_dk, far_dv) = parts
+    return dq.add_(far_dq), torch.cat((far_dk, dk), 2), torch.cat((far_dv, dv), 2)
+
+
 def attention_forward(bands: list[Band], v: Tensor, scale: float, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
     """(o [b, n, seq_q, d], lse [b, n, seq_q]) of one softmax over all bands, which do not overlap.
 
     A query without keys gives 0, and -inf for the LSE.
     """
+    plain = _is_plain(bands, v, slopes)
     bands, v = _widened(bands, v)
     q = bands[0].q
+    if plain:
+        o, lse = _plain_forward(q.to(v.dtype), bands[0].k, v, scale)
+        return o.to(q.dtype), lse
     b, n, seq_q, d = q.shape
     groups, offset = v.shape[1], v.shape[2] - seq_q
     o = torch.empty((b, n, seq_q, d), dtype=q.dtype, device=q.device)
@@ -98,6 +139,10 @@ def attention_backward(
     narrow, v_dtype = bands, v.dtype
     bands, v = _widened(bands, v)
     compute = v.dtype
+    if dlse is None and _is_plain(narrow, v, slopes):
+        q, o, do = (t.to(compute) for t in (narrow[0].q, o, do))
+        dq, dk, dv = _plain_backward(q, bands[0].k, v, o, do, lse, scale)
+        return [(dq.to(narrow[0].q.dtype), dk.to(narrow[0].k.dtype))], dv.to(v_dtype)
     b, n, seq_q, d = o.shape
     groups, offset = v.shape[1], v.shape[2] - seq_q
     dqs = [torch.zeros(band.q.shape, dtype=band.q.dtype, device=v.device) for band in narrow]

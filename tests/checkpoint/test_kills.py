@@ -26,6 +26,18 @@ def never_stopped(tmp_path_factory):
     return Path(config.run_dir)
 
 
+def test_context_parallel_ranks_go_on_after_a_kill_in_a_write(tmp_path):
+    whole, killed = (
+        tiny_config(tmp_path / name, **{**OPTIONS, "parallel": {"cp": 2}}) for name in ("never stopped", "killed")
+    )
+    run_ranks(2, faults.train_run, whole)
+    with pytest.raises(AssertionError, match="rank 1: died"):
+        run_ranks(2, faults.die, killed, 1, "during a shard's write")
+    run_ranks(2, faults.train_run, killed)
+    assert faults.resumed_from(tmp_path / "killed") == 2
+    assert faults.losses(tmp_path / "killed") == faults.losses(tmp_path / "never stopped")
+
+
 @pytest.mark.parametrize(("moment", "rank"), WHO)
 def test_a_rank_killed(moment, rank, never_stopped, tmp_path):
     config = tiny_config(tmp_path / "run", **OPTIONS)

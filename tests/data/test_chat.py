@@ -8,11 +8,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from flagscale_like.checkpoint.hf import generation_settings
 from flagscale_like.data.chat import (
     BadConversationError,
     ChatTokenizer,
     NothingCountsError,
     check_messages,
+    copy_with_template,
     parse_record,
     read_template,
 )
@@ -25,6 +27,7 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from tests.commands import invoke
 from tests.data.chats import CHAT, CHATML, FORGETS, MARKED, TOOLS, make_tokenizer, write_chats
+from tests.harness import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +252,46 @@ def test_the_command_says_what_it_wrote_and_inspect_marks_what_counts(folder, tm
     found = invoke(["data", "chat", "x.jsonl", "--tokenizer", str(bare), "--out", "y"])
     assert "has no chat template: give one with --template FILE" in found.error
     assert Tokenizer(folder).decode_one(1) == "<|im_end|>"
+
+
+def test_a_copy_of_the_tokenizer_says_every_token_that_ends_an_answer(folder, tmp_path):
+    copy_with_template(folder, MARKED, tmp_path / "same")
+    assert not (tmp_path / "same/generation_config.json").exists()
+    starts = CHATML.replace("<|im_end|>", "<|im_start|>")
+    copy_with_template(folder, starts, tmp_path / "other")
+    assert json.loads((tmp_path / "other/generation_config.json").read_text())["eos_token_id"] == [1, 0]
+    assert ChatTokenizer(tmp_path / "other").end == 0
+    with pytest.raises(DataError, match="is there with another chat template"):
+        copy_with_template(folder, MARKED, tmp_path / "other")
+    copy_with_template(folder, MARKED, tmp_path / "other", replace=True)
+    assert read_template(tmp_path / "other") == MARKED
+    ids = {"eos_token_id": 1, "bos_token_id": 5}
+    found = generation_settings(tmp_path / "same", ids)
+    assert found == {"_from_model_config": True, **ids}
+    (tmp_path / "same/generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    assert generation_settings(tmp_path / "same", ids) == {"eos_token_id": [1, 0], "bos_token_id": 5}
+
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+SHIPPED = {
+    "plain": "### user\nq\n### assistant\na<|im_end|>\n### user\nr\n### assistant\nb<|im_end|>\n",
+    "aquilachat2-7b": "<|startofpiece|>q<|endofpiece|>a</s><|startofpiece|>r<|endofpiece|>b</s>",
+    "aquilachat2-16k": SYSTEM + "###Human: q###Assistant: a</s>Human: r###Assistant: b</s>",
+    "baichuan2-chat": "<reserved_106>q<reserved_107>a<reserved_106>r<reserved_107>b<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_templates_render_the_published_formats_and_count_the_answers(folder, name):
+    whole = SHIPPED[name]
+    chat = ChatTokenizer(folder, (REPOSITORY / f"examples/sft/templates/{name}.jinja").read_text())
+    messages = [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    ]
+    assert chat.text(messages) == whole
+    assert whole.startswith(chat.text(messages[:3], prompt=True))
+    answers = "".join(counted(chat, messages))
+    assert answers.replace("</s>", "").replace("<|im_end|>", "").replace(" ", "") == "ab"

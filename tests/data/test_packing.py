@@ -57,6 +57,7 @@ def test_a_row_has_each_conversation_as_a_document_and_counts_nothing_of_the_res
     assert pack_row(pairs, 5, pad=9)["documents"].tolist() == [0, 2, 5]
     halved = pack_row([(pairs[0][0], np.array([0, 2, 2]))], 2, pad=9, per_conversation=True)
     assert halved["loss_mask"].tolist() == [0.5, 0.5]
+    assert halved["extras"]["conversations"].tolist() == [[1, 0]]
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +128,15 @@ def test_conversations_and_text_are_blended_and_collated(chats, tmp_path):
 
 
 def test_per_conversation_each_has_the_same_weight(chats, tmp_path):
-    config = chat_config(tmp_path, chats, names=("chats", "text"), objective={"per": "conversation"})
+    config = chat_config(
+        tmp_path, chats, names=("chats", "text"), objective={"kind": "next_token", "per": "conversation"}
+    )
     rows = in_memory(config)
     for position in range(6):
         row = rows[position]
         conversations = len(Provenance(rows, ["a", "b"]).parts(position)) if "documents" in row else 1
         assert row["loss_mask"].sum().item() == pytest.approx(conversations, abs=1e-5)
+        assert row["extras"]["conversations"].sum().item() == conversations
 
 
 def test_the_packs_are_cached_and_follow_their_source(chats, tmp_path):

@@ -83,7 +83,7 @@ def test_a_source_that_was_made_anew_answers_for_no_step(tmp_path):
     read = Segment("start", 0, 0, 20, 1, config.model_dump(mode="json"), marks)
     assert len(open_order(read)) >= 20
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"beta {i} " * 5}) + "\n" for i in range(50)))
-    preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a")
+    preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a", overwrite=True)
     with pytest.raises(DataError, match="a: has changed since the run read it"):
         open_order(read)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from flagscale_like.config import DirectPreference, RewardModel
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Loss
@@ -13,6 +14,8 @@ from flagscale_like.errors import ConfigError
 from flagscale_like.model.build import build_chunks, named_shards
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.next_token import NextToken
+from flagscale_like.objectives.preference import Preference
+from flagscale_like.objectives.reward import Reward
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.reduction import NamedSum
 from tests.harness import run_ranks, tiny_config
@@ -143,8 +146,7 @@ class Similarity(Regression):
     cut = "rows"
 
     def loss(self, output, batch):
-        means = batch.row_sums(output.float()) / batch.row_sums(batch.loss_mask)[:, None]
-        lengths = means.square().sum(-1)
+        lengths = output.float().mean(1).square().sum(-1)
         return Loss(lengths.sum(), torch.tensor(float(len(lengths))), samples={"length": lengths.detach()})
 
 
@@ -185,6 +187,37 @@ def test_every_layout_trains_a_head_alike_also_where_embeddings_are_tied(layout,
         # Adam turns rounding into signs where a gradient is nearly 0: later steps differ by more.
         assert found == [pytest.approx(step, rel=rel) for step, rel in zip(expected, (1e-5, 1e-4, 1e-3), strict=True)]
         assert samples in ([], ["length"])
+
+
+def learn_pairs(config, kinds):
+    """Losses, norms, rewards and samples of two pairs in two rows, on each of the layouts."""
+    found = []
+    for parallel in kinds:
+        with parallel_context(config.parallel.model_copy(update=parallel)) as ctx:
+            for objective in (
+                Preference(DirectPreference(kind="dpo", reference="none")),
+                Reward(RewardModel(kind="reward")),
+            ):
+                head = "value" if isinstance(objective, Reward) else "language_model"
+                numbers = {"parallel": ctx.layout, "seq_length": 16, "micro_batch_size": 2, "head": head}
+                engine = Engine.build(
+                    dataclasses.replace(ModelSpec.of(config), **numbers), ctx, optimizer=config.optimizer
+                )
+                extras = {"lengths": torch.tensor(LENGTHS), "weights": torch.ones(2), "margins": torch.zeros(2)}
+                pairs = dataclasses.replace(documents(2)[1], extras=extras)
+                outputs = engine.forward_backward(iter([pairs]), objective, 1)
+                sums = NamedSum(ctx)({"square": outputs.grad_square, **outputs.sums})
+                samples = [s for s in ctx.gather({k: v.tolist() for k, v in outputs.samples.items()}) if s]
+                found.append((sums, samples))
+    return found
+
+
+def test_objectives_on_pairs_learn_whole_rows_from_context_parallel_ranks(tmp_path):
+    (one,) = run_ranks(1, learn_pairs, tiny_config(tmp_path), [{}])
+    for found in run_ranks(2, learn_pairs, tiny_config(tmp_path), [{"cp": 2}, {"cp": 2, "cp_kind": "a2a"}]):
+        for (sums, samples), (expected, expected_samples) in zip(found, one * 2, strict=True):
+            assert sums == pytest.approx(expected, rel=1e-5)
+            assert samples == [{k: pytest.approx(v, rel=1e-5) for k, v in s.items()} for s in expected_samples]
 
 
 class WholeRows(Regression):

@@ -28,6 +28,7 @@ PARAMETERS = {
     "baichuan/13b.yaml": 13_264_901_120,
     "baichuan/baichuan2-7b.yaml": 7_505_973_248,
     "baichuan/baichuan2-13b.yaml": 13_896_668_160,
+    "lora/baichuan2-7b.yaml": 7_505_973_248,
     "llama3/8b.yaml": 8_030_261_248,
     "qwen/qwen2.5-7b.yaml": 7_615_616_512,
     "qwen/qwen3-8b.yaml": 8_190_735_360,
@@ -75,6 +76,10 @@ def test_an_example_is_valid_at_its_real_world_size(name, monkeypatch, tmp_path)
         config = find_family("llama").hf_config(ModelArch.model_validate(SMOLLM2))
         (tmp_path / "config.json").write_text(json.dumps(config))
         more = ["checkpoint.load=null", f"checkpoint.init_from_hf={tmp_path}"]
+    if name.startswith("lora/"):  # the same of a base
+        model = load_config(EXAMPLES[name]).model
+        (tmp_path / "config.json").write_text(json.dumps(find_family(model.family).hf_config(model)))
+        more = [f"checkpoint.init_from_hf={tmp_path}"]
     printed = run(*arguments[:2], *more, *arguments[2:])
     assert printed.endswith("the configuration is valid\n")
     world = arguments[arguments.index("--world-size") + 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
 
-from flagscale_kernels import attention_reference, flash_attention
+from flagscale_kernels import attention_reference, flash_attention, flash_attention_backward
 
 
 def qkv(b=1, n=2, n_kv=1, s=123, s_k=None, d=16, dtype=torch.float32):
@@ -160,6 +160,22 @@ def test_queries_without_any_key_give_zero_and_no_gradient(backend):
     for mine, exact in zip(got, wanted):
         torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(flash_attention(q, k, v, backend=backend), out)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}])
+@pytest.mark.parametrize("s", [5, 23])
+def test_the_backward_without_autograd_is_that_of_autograd_and_of_the_definition(s, options):
+    q, k, v = qkv(b=2, n=4, n_kv=2, s=s, s_k=23)
+    do = seeded(2, 4, s, 16, seed=3)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = flash_attention(*inputs, return_lse=True, **options)
+    out.backward(do)
+    found = flash_attention_backward(do, q, k, v, out.detach(), lse.detach(), **options)
+    assert all(torch.equal(a, b.grad) for a, b in zip(found, inputs, strict=True))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    attention_reference(*wide, **options)[0].backward(do.double())
+    for ours, theirs in zip(found, wide, strict=True):
+        torch.testing.assert_close(ours, theirs.grad.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_backward_is_deterministic():

@@ -1,4 +1,4 @@
-"""Context parallelism: every layout and kind of position learns from parts of rows what one process learns of whole ones."""
+"""Context parallelism: from parts of rows every layout learns what one process learns from whole rows."""
 
 import itertools
 import math
@@ -87,27 +87,31 @@ def batches(step, rows, packed, ctx):
         )
 
 
-def learn(config, packed):
-    """[(loss, gradient norm, tokens)] of the steps; and {row: (loss, tokens)} of the last, as the ranks count them."""
-    with parallel_context(config.parallel) as ctx:
-        engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
-        offload = attach_offload(engine.models, config, ctx)
-        objective, rows, found = NextToken(packed=packed), config.train.micro_batch_size, []
-        for step in range(STEPS):
-            outputs = engine.forward_backward(batches(step, rows, packed, ctx), objective, ROWS // rows // ctx.dp)
-            sums = NamedSum(ctx)({"square": outputs.grad_square, **outputs.sums})
-            engine.update(clip=1.0, grad_norm=math.sqrt(sums["square"]))
-            found.append((sums["total"] / sums["count"], math.sqrt(sums["square"]), sums["count"]))
-        named = ("source", "loss", "tokens")
-        own = list(zip(*(outputs.samples[name].tolist() for name in named), strict=True)) if outputs.samples else []
-        counted = [sample for samples in ctx.gather(own) for sample in samples]
-        assert offload is None or offload.report()["bytes_out"] > 0
-        return found, sorted(counted)
+def learn(config, packed, ctx):
+    """[(loss, gradient norm, tokens)] of the steps; and (row, loss, tokens) of the last step's, as the ranks count them."""
+    engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
+    offload = attach_offload(engine.models, config, ctx)
+    objective, rows, found = NextToken(packed=packed), config.train.micro_batch_size, []
+    for step in range(STEPS):
+        outputs = engine.forward_backward(batches(step, rows, packed, ctx), objective, ROWS // rows // ctx.dp)
+        sums = NamedSum(ctx)({"square": outputs.grad_square, **outputs.sums})
+        engine.update(clip=1.0, grad_norm=math.sqrt(sums["square"]))
+        found.append((sums["total"] / sums["count"], math.sqrt(sums["square"]), sums["count"]))
+    named = ("source", "loss", "tokens")
+    own = list(zip(*(outputs.samples[name].tolist() for name in named), strict=True)) if outputs.samples else []
+    counted = [sample for samples in ctx.gather(own) for sample in samples]
+    assert offload is None or offload.report()["bytes_out"] > 0
+    return found, sorted(counted)
 
 
 def learn_all(runs):
+    """The runs in order; those of one layout share a launch."""
     torch.set_num_threads(1)
-    return [learn(*run) for run in runs]
+    found = []
+    for layout, group in itertools.groupby(runs, key=lambda run: run[0].parallel):
+        with parallel_context(layout) as ctx:
+            found += [learn(config, packed, ctx) for config, packed in group]
+    return found
 
 
 def config_of(folder, arch, rows, parallel, changes):

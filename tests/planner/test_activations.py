@@ -6,6 +6,7 @@ import torch
 from flagscale_kernels.linear_cross_entropy import default_chunk_tokens, fused_linear_cross_entropy
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import Kernels, RunConfig
+from flagscale_like.model.offload import return_weight_gradients
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
 from flagscale_like.planner.saved import (
@@ -66,6 +67,9 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
     """(stage, peak bytes held) of one training step."""
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
+        if ctx.replicas > 1:
+            for model in engine.models:
+                return_weight_gradients(model)
         skip = {p.untyped_storage().data_ptr() for c in engine.chunks for p in c.parameters()}
         for model in engine.models:  # RoPE's tables are made once and kept: no activation
             for layer in model.decoder.layers:
@@ -118,6 +122,34 @@ def test_fp32_and_one_kv_head_a_query_head_are_planned_too(recompute, tmp_path):
     check("one process", config)
 
 
+def step_peaks(configs: list[RunConfig]) -> list[int]:
+    return [step_peak(config)[1] for config in configs]
+
+
+def test_context_parallel_activations_are_planned(tmp_path):
+    """Gathered keys and values are of one layer at a time: a rank keeps its own part."""
+    archs = [{}, {"model__qk_norm": True}, {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4}]
+    configs = [
+        tiny_config(
+            tmp_path,
+            parallel={"cp": 2, "cp_kind": kind},
+            train__recompute=recompute,
+            train__precision="bf16",
+            train__seq_length=128,
+            **arch,
+        )
+        for kind in ("gather", "a2a")
+        for recompute, arch in (("none", archs[0]), ("none", archs[1]), ("none", archs[2]), ("full", archs[0]))
+    ] + [tiny_config(tmp_path, parallel={"cp": 2}, train__recompute="selective", train__seq_length=128)]
+    for config, found in zip(configs, run_ranks(2, step_peaks, configs)[0], strict=True):
+        layout, numbers = Layout.of(config, 2), {"seq_length": 128, "precision": config.train.precision}
+        planned = saved_activation_bytes(
+            config.model, layout, 0, ops=operators_of(config.kernels, cuda=False), **numbers
+        )
+        name = f"{config.parallel.cp_kind}, {config.train.recompute}, {config.model}"
+        assert planned == pytest.approx(found, rel=0.05), f"{name}: planned {planned:,.0f}, held {found:,}"
+
+
 FEATURES = {
     "qk_norm": {"model__qk_norm": True},
     "alibi": {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4},
@@ -136,6 +168,26 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
         tmp_path, train__precision="bf16", train__recompute=recompute, train__micro_batch_size=2, **FEATURES[feature]
     )
     check("one process", config)
+
+
+def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "ffn_hidden_size": 48,
+        "vocab_size": 250,
+    }
+    yarn = {"scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}
+    for recompute in ("none", "full"):
+        config = tiny_config(
+            tmp_path,
+            model={"num_layers": 1, "position": yarn, **shape},
+            train__seq_length=16384,
+            train__global_batch_size=1,
+            train__recompute=recompute,
+        )
+        check("one process", config)
 
 
 @pytest.mark.parametrize("name", ["one process", "tp2 sp"])

@@ -8,13 +8,13 @@ import yaml
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import parse_cluster
-from flagscale_like.config import load_config
+from flagscale_like.config import Parallel, check_layout, load_config
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import needed_offload, rank_memory
 from flagscale_like.planner.report import describe_ranking, updated_config
 from flagscale_like.planner.saved import Operators, layer_bytes
-from flagscale_like.planner.search import Goal, configured_layout, evaluate, rank_layouts
+from flagscale_like.planner.search import Goal, configured_layout, evaluate, layouts, rank_layouts
 from tests.harness import cli, tiny_config, write_yaml
 
 AQUILA2_34B = ModelArch(
@@ -69,6 +69,34 @@ def test_plans_are_sorted_fit_and_say_why_they_lost():
     assert "slower: " in ranking.why(ranking.plans[-1])
     assert re.match(r"does not fit: stage \d needs [\d.]+ of 77.6 GiB", ranking.why(ranking.misfits[0]))
     assert describe_ranking(ranking, parse_cluster("8x8xH100"), top=3).count("\n") == 1 + 3 + len(ranking.misfits)
+
+
+def test_long_rows_are_cut_over_context_parallel_ranks_and_short_ones_are_not():
+    cluster = parse_cluster("4x8xH100")
+    short = layouts(Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=32), cluster)
+    assert {layout.cp for layout in short} == {1}
+    goal = Goal(arch=AQUILA2_34B, seq_length=131072, global_batch_size=32)
+    found = list(layouts(goal, cluster, max_vpp=1))
+    assert {(layout.cp, layout.cp_kind) for layout in found} >= {(1, "gather"), (4, "a2a"), (32, "gather")}
+    for layout in found:
+        assert layout.world_size == 32
+        parallel = Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, cp=layout.cp, cp_kind=layout.cp_kind)
+        check_layout(AQUILA2_34B, parallel, 131072)
+    layout = Layout(tp=8, pp=4, sp=True, num_microbatches=32, recompute="full")
+    whole, part = (evaluate(goal, one, cluster) for one in (layout, replace(layout, pp=1, cp=4)))
+    assert part.memory[0].activations < whole.memory[0].activations
+    assert part.memory[0].optimizer == pytest.approx(whole.memory[0].optimizer, rel=0.1)
+
+
+def test_a_plan_of_long_rows_has_a_column_for_cp_and_its_yaml_loads(tmp_path):
+    config = tiny_config(tmp_path, train__seq_length=32768, train__global_batch_size=4)
+    goal, cluster = Goal.of(config, cuda=True), parse_cluster("1x4xH100")
+    ranking = rank_layouts(goal, cluster)
+    plan = next(plan for plan in ranking.plans if plan.layout.cp_kind == "a2a")
+    changed = updated_config(config, plan.layout)
+    assert configured_layout(changed, 4, goal, None) == plan.layout
+    assert " cp " in describe_ranking(ranking, cluster, top=40).splitlines()[1]
+    assert f"cp {plan.layout.cp} a2a" in plan.layout.describe()
 
 
 def test_offload_makes_a_layout_fit_that_did_not():

@@ -46,6 +46,23 @@ def test_the_parts_of_a_step_add_up():
     assert time.tokens == 2 * 8 * 1024
 
 
+def test_context_parallelism_shares_the_work_and_adds_its_traffic():
+    layout = Layout(dp=2, num_microbatches=4)
+    plain = step_time(SHAPE, layout, CLUSTER, seq_length=16384)
+    gather = step_time(SHAPE, replace(layout, cp=2), CLUSTER, seq_length=16384)
+    a2a = step_time(SHAPE, replace(layout, cp=2, cp_kind="a2a"), CLUSTER, seq_length=16384)
+    assert gather.compute == pytest.approx(plain.compute / 2, rel=0.1)
+    assert gather.compute == a2a.compute
+    assert (plain.cp, plain.tokens) == (0.0, gather.tokens)
+    assert 0 < a2a.cp < gather.seconds
+    assert sum(getattr(gather, part) for part in PARTS_OF_STEP) == pytest.approx(gather.seconds)
+    # The keys and values of 8 ranks, and of 2: a rank receives the more, and computes a quarter.
+    wide = step_time(SHAPE, replace(layout, cp=8), CLUSTER, seq_length=16384)
+    assert gather.cp < wide.cp < 2.5 * gather.cp
+    again = step_time(SHAPE, replace(layout, cp=2, recompute="full"), CLUSTER, seq_length=16384)
+    assert again.cp + again.recompute - plain.compute / 2 / 4 > 0
+
+
 def test_the_bubble_is_the_ideal_share_and_interleaving_divides_it():
     plain = step_time(SHAPE, Layout(pp=4, num_microbatches=8), CLUSTER, seq_length=1024)
     half = step_time(SHAPE, Layout(pp=4, vpp=2, num_microbatches=8), CLUSTER, seq_length=1024)

@@ -1,6 +1,7 @@
 """Runs that train LoRA adapters: what they save, and from what they go on."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,15 @@ import pytest
 import torch
 
 from flagscale_like.arch import is_adapter
+from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
 from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.manifest import step_name
+from flagscale_like.config import Monitors
+from flagscale_like.model import build
+from flagscale_like.runtime.precision import DTYPES
+from flagscale_like.training.guard import Guard
+from flagscale_like.training.parts import Facts, Verdict
 from tests import faults
 from tests.harness import run_ranks, tiny_config
 from tests.training.test_layouts import fork_at_step_3, losses
@@ -127,17 +135,62 @@ def test_a_new_run_takes_its_adapters_from_another_run(adapted, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_base_is_not_touched_in_half_precision(base, precision, tmp_path):
+def test_half_precision_trains_with_monitors_and_offload_and_exports_the_merged_model(base, precision, tmp_path):
     config = tiny_config(
         tmp_path / "run",
-        lora=LORA,
+        lora=LORA | {"dropout": 0.1},
         checkpoint__load=str(base),
+        checkpoint__export_hf=True,
         train__precision=precision,
-        train__recompute="full",
-        optimizer__initial_loss_scale=2.0**10,
+        train__recompute="selective",
         train__steps=3,
+        optimizer__initial_loss_scale=2.0**10,
+        offload={"share": 0.5, "min_tensor_bytes": 1},
+        monitors__layers={"interval": 1},
+        monitors__effective_rank={"of": ["activations"], "interval": 1},
     )
     run_ranks(2, faults.train_run, config)
     found = losses(config.run_dir)
+    assert len(found) == 3
     assert all(norm > 0 for _, norm in found)
-    assert torch.isfinite(torch.tensor(found)).all()
+    written = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    assert all(name in written for name in ("layer-grad-norm/layers.0", "effective-rank/activations/layers.0"))
+    reader = CheckpointReader(step(config.run_dir, 3))
+    merged = MergedWeights(AdaptedWeights(open_base(reader, None, way_out=""), reader))
+    exported, dtype = HfFolder(Path(config.run_dir) / "hf"), DTYPES[precision]
+    key = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert torch.equal(exported.full(key), merged.full(key, dtype=dtype))
+    assert not torch.equal(exported.full(key), merged.base.full(key, dtype=dtype))
+
+
+def without_the_hook():
+    build._requires_grad = lambda module, inputs, output: output
+
+
+def test_a_first_step_without_any_gradient_ends_the_run_and_says_why(base, tmp_path):
+    config = tiny_config(tmp_path / "run", lora=LORA, checkpoint__load=str(base), train__recompute="full")
+    ((_, error),) = run_ranks(1, faults.train_and_listen, config, without_the_hook)
+    assert error.startswith("DivergedError: step 1: loss ")
+    assert (
+        "gradient norm 0.0: of 256 counted, no gradient reached a trained parameter; possible causes: the LoRA" in error
+    )
+    assert "train.recompute full passes no gradient through a layer whose input asks for none" in error
+
+
+def test_a_batch_that_counts_nothing_is_not_taken_for_a_run_without_gradients():
+    guard = Guard(Monitors(), suspects="; possible causes: x")
+    nothing = Facts(math.nan, 0.0, 0, False, {})
+    assert guard(nothing, lambda _: ()) is Verdict.SKIP
+    assert "nothing of the batch counts" in guard.reason
+    assert guard(Facts(0.0, 0.0, 8, False, {}), lambda _: ()) is Verdict.STOP
+    assert "the loss is exactly 0" in guard.reason
+    assert guard(Facts(2.0, 0.0, 8, False, {}), lambda _: ()) is Verdict.UPDATE  # not the first any more
+
+
+def test_a_rank_killed_in_a_save_costs_only_that_save(base, adapted, tmp_path):
+    config = tiny_config(tmp_path / "run", lora=LORA, checkpoint__load=str(base), checkpoint__interval=2)
+    with pytest.raises(AssertionError, match="rank 0: died"):
+        run_ranks(1, faults.die, config, 0, "during a shard's write")
+    run_ranks(1, faults.train_run, config)
+    assert faults.resumed_from(config.run_dir) == 2
+    assert losses(config.run_dir)[-1] == losses(adapted[0])[-1]

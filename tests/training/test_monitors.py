@@ -105,6 +105,7 @@ def test_all_parts_of_the_model_are_measured(on_one_process):
     [
         pytest.param(4, {"tp": 2, "sp": True, "pp": 2}, id="tp2 sp pp2"),
         pytest.param(4, {"pp": 2, "vpp": 2}, id="pp2 vpp2 dp2"),
+        pytest.param(2, {"cp": 2}, id="cp2"),
         pytest.param(2, {"tp": 2}, id="tp2", marks=pytest.mark.soak),
     ],
 )

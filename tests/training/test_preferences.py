@@ -28,6 +28,7 @@ LAYOUTS = {
     "tp2 sp pp2": (4, {"parallel": {"tp": 2, "sp": True, "pp": 2}}),
     "pp2 vpp2, recomputed": (2, {"parallel": {"pp": 2, "vpp": 2}, "train__recompute": "full"}),
     "dp2, two packs": (2, {"train__micro_batch_size": 2}),
+    "cp2, two packs": (2, {"parallel": {"cp": 2}, "train__micro_batch_size": 2}),
 }
 OBJECTIVES = {"dpo": {"kind": "dpo", "sft": 0.1}, "reward": {"kind": "reward", "heads": 3, "center": 0.01}}
 

@@ -20,7 +20,7 @@ from flagscale_like.errors import PeerLostError
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.parts import Event, Facts, Verdict
-from flagscale_like.training.recovery import Ledger, effective_time_ratio
+from flagscale_like.training.recovery import Ledger, effective_time_ratio, read_ledger
 from tests import faults
 from tests.harness import REPOSITORY, cli, free_port, run_ranks, tiny_config, write_yaml
 
@@ -279,4 +279,4 @@ def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
     clock[0] += 1000  # after an orderly stop no time is lost
     later = Ledger(tmp_path, 6, now=lambda: clock[0])
     assert later.recovered() == {}
-    assert effective_time_ratio(tmp_path, clock[0]) == pytest.approx(6 / 20)
+    assert effective_time_ratio(read_metrics(tmp_path), read_ledger(tmp_path), clock[0]) == pytest.approx(6 / 20)

@@ -10,6 +10,7 @@ import pytest
 
 from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.training.charts import Curve, chart, layout_drawing, short, thinned, ticks
+from flagscale_like.training.metrics import plot_losses
 from flagscale_like.training.report import planned_memory, read_story, write_report
 from tests.commands import invoke
 from tests.harness import tiny_config
@@ -49,7 +50,8 @@ def run(tmp_path_factory):
     records = [step_record(config, s, None if s == 12 else 6 * 0.97**s, skipped=s >= 12) for s in range(1, 41)]
     records += [step_record(config, s, 6 * 0.96**s, skipped=1, minute=1) for s in range(31, 61)]
     records.insert(20, {"step": 20, "checkpoint/stall_s": 0.1, "checkpoint/write_s": 0.5, "time": records[0]["time"]})
-    records.insert(20, {"step": 20, "lm loss validation": 3.5, "time": records[0]["time"]})
+    by_source = {"lm loss validation/web & more": 3.25, "lm loss validation/books": 3.75}
+    records.insert(20, {"step": 20, "lm loss validation": 3.5, **by_source, "time": records[0]["time"]})
     restart = {"resilience/restarts": 1, "resilience/lost-steps": 2, "resilience/recovery_s": 7.5}
     records.append({"step": 50, **restart, "time": records[-1]["time"]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -62,7 +64,12 @@ def run(tmp_path_factory):
         "message": "<img alt=x> 6 sigma",
     }
     (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
-    ledger = [{"event": "start", "time": 1767225600.0, "step": 0}, {"event": "stop", "time": 1767225680.0, "step": 60}]
+    ledger = [
+        {"event": "start", "time": 1767225600.0, "step": 0},
+        {"event": "stop", "time": 1767225640.0, "step": 25},
+        {"event": "start", "time": 1767225660.0, "step": 25},
+        {"event": "stop", "time": 1767225700.0, "step": 60},
+    ]
     (folder / "resilience.jsonl").write_text("".join(json.dumps(e) + "\n" for e in ledger))
     return folder
 
@@ -74,8 +81,36 @@ def test_the_story_keeps_the_branch_that_the_run_is_on(run):
     assert story.validation == [(20, 3.5)]
     assert story.world_size == WORLD
     assert story.ettr == pytest.approx(60 * 0.2 / 80)
+    assert story.by_source == {"web & more": 3.25, "books": 3.75}
     happened = [(mark.step, mark.kind) for mark in story.happened]
-    assert happened == [(12, "skip"), (20, "checkpoint"), (31, "rewind"), (35, "rewind"), (50, "restart")]
+    assert happened == [
+        (12, "skip"),
+        (20, "checkpoint"),
+        (25, "resume"),
+        (31, "rewind"),
+        (35, "rewind"),
+        (50, "restart"),
+    ]
+
+
+def test_a_run_that_made_more_steps_than_it_plans_now_is_told_as_it_is(run, tmp_path):
+    shorter = shutil.copytree(run, tmp_path / "shorter")
+    text = (shorter / "config.yaml").read_text()
+    (shorter / "config.yaml").write_text(text.replace(f"steps: {STEPS}\n", "steps: 40\n"))
+    write_report(shorter, tmp_path / "page.html")
+    assert "step 60 (train.steps is 40 now)" in (tmp_path / "page.html").read_text()
+
+
+def test_the_plot_marks_resumes_and_draws_the_sources(run, tmp_path):
+    """The picture with sources and a resume is another one than without."""
+    pictures = []
+    for name, keep in (("all", True), ("less", False)):
+        folder = shutil.copytree(run, tmp_path / name)
+        if not keep:
+            (folder / "resilience.jsonl").unlink()
+        plot_losses(folder)
+        pictures.append((folder / "loss.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_the_plan_on_the_page_is_the_planners_for_the_ranks_that_ran(run):
@@ -97,6 +132,8 @@ def test_the_page_asks_for_nothing_and_runs_no_word_of_the_run(run, tmp_path):
     for part in ("layers 0-1", "planned, stage 1", "num_query_groups: 2", "restart 1, 2 steps lost, back after 7.5 s"):
         assert part in page
     assert "1 checkpoint saved" in page
+    assert "<td>web &amp; more</td><td>3.2500</td>" in page
+    assert "step 60 of 60," in page
 
 
 # Drawings of a larger run, to see that their words fit too.
@@ -146,7 +183,7 @@ def test_a_browser_draws_the_curves(run, tmp_path):
         assert curve["stroke"].startswith("rgb")
         assert curve["shown"] != "none"
     assert found["cut"] == []  # every word is inside its drawing
-    assert found["marks"] == 4 * 5
+    assert found["marks"] == 4 * 6
     assert found["asked"] == []
     assert re.match(r"step 2[0-9]: lm loss ", found["readout"])
     assert not found["wide"]
@@ -164,7 +201,7 @@ def test_the_command_writes_beside_the_run(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     found = invoke(["report", str(copy)])
     assert found.exit_code == 0, found.error
-    assert found.printed == f"wrote {copy}/report.html: 60 steps on record, 4 events; open it in a browser\n"
+    assert found.printed == f"wrote {copy}/report.html: 60 steps on record, 5 events; open it in a browser\n"
     assert (copy / "report.html").is_file()
 
 
