@@ -188,6 +188,10 @@ class AdaptedWeights:
     def keys(self) -> list[str]:
         return sorted({*self.base.keys(), *self._own})
 
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, its vocabulary padded for tp 1."""
+        return self.adapters.shapes()[key] if key in self._own else self.base.global_shape(key)
+
     def check(self, target: Fragment) -> None:
         self._source(target.key).check(target)
 

@@ -74,8 +74,8 @@ def test_peft_computes_the_same_from_the_export_and_the_merged_model_does_too(na
     adapted = AdaptedWeights(open_base(reader, None, way_out=""), reader)
     ours, plain = logits_of(adapted), tiny.reference_logits(base, tiny.ids())
     assert (ours - plain).abs().max() > 0.05
-    assert peft_logits(base, tmp_path / "adapter") == pytest.approx(ours, abs=2e-5)
-    assert logits_of(MergedWeights(adapted)) == pytest.approx(ours, abs=2e-5)
+    assert peft_logits(base, tmp_path / "adapter") == pytest.approx(ours, abs=1e-5 * ours.abs().max().item())
+    assert logits_of(MergedWeights(adapted)) == pytest.approx(ours, abs=1e-5 * ours.abs().max().item())
     again = PeftFolder(tmp_path / "adapter", adapted.arch)  # the A's that the export repeated are one A again
     assert again.lora == adapted.lora.model_copy(update={"targets": again.lora.targets})
     assert all(torch.equal(again.full(key), reader.full(key)) for key in reader.keys())
