@@ -2,8 +2,8 @@
 
     python benchmarks/lora.py [--threads 1] [--rounds 7] [--rank 16] [--json FILE]
 
-All have the model, batch, precision (fp32), threads and data of benchmarks/cpu_step.py. peft has adapters of the same rank
-beside the same matrices, and the same optimizer for them; its q, k and v (gate and up) have an A each. The script prints the
+All have the same model, batch, precision (fp32), threads and data. peft has adapters of the same rank beside the same
+matrices, and the same optimizer for them; its q, k and v (gate and up) have an A each. The script prints the
 median step time of each, the medians of the ratios of consecutive steps, and the bytes of gradients and optimizer states.
 """
 
@@ -24,7 +24,6 @@ import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.cpu_step import MODEL
 from flagscale_like.config import Parallel, RunConfig
 from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.engine.engine import Engine
@@ -33,6 +32,15 @@ from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.benchmark import our_steps
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 2752,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -84,7 +92,7 @@ def run_config(lora: dict | None) -> RunConfig:
             "train": {
                 "steps": 1000,
                 "micro_batch_size": 4,
-                "global_batch_size": 8,
+                "global_batch_size": 4,
                 "seq_length": 256,
                 "precision": "fp32",
             },
