@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -438,3 +438,27 @@ def _check_fragments(file: TensorFile, fragments: list[Fragment], forms: list[Fo
 def is_vocabulary(key: str) -> bool:
     """Whether a tensor's rows are the vocabulary's, padded as the layout needs it."""
     return key in (EMBEDDING_NAME, OUTPUT_NAME)
+
+
+class Shapes(Protocol):
+    """What of a source of weights says which tensors it has."""
+
+    @property
+    def arch(self) -> ModelArch: ...
+
+    def keys(self) -> list[str]: ...
+
+    def global_shape(self, key: str) -> tuple[int, ...]: ...
+
+
+def value_heads_of(source: Shapes, prefix: str = "") -> int:
+    """Outputs of the value head of a model whose weights a source holds; 0 where it has none, as a language model.
+
+    An output layer has a row for each token of the vocabulary; a value head has fewer.
+
+    Args:
+        prefix: of the model's keys.
+    """
+    key = prefix + OUTPUT_NAME
+    rows = source.global_shape(key)[0] if key in source.keys() else 0
+    return rows if rows < source.arch.vocab_size else 0

@@ -28,7 +28,13 @@ from flagscale_like import json_files
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.adapters import MergedWeights
 from flagscale_like.checkpoint.companions import GENERATION, TOKENIZER_FILES, Origin, read_companions, write_companions
-from flagscale_like.checkpoint.format import CheckpointReader, WrittenFile, finish_folder, write_fragments
+from flagscale_like.checkpoint.format import (
+    CheckpointReader,
+    WrittenFile,
+    finish_folder,
+    value_heads_of,
+    write_fragments,
+)
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.hf_folder import INDEX, TOKEN_IDS, WEIGHTS, HfFolder
 from flagscale_like.checkpoint.manifest import STATE, fsync_folder, write_json
@@ -177,6 +183,7 @@ class ExportPlan:
         normalize_head: write the output matrix with normalised rows, in place of a NormHead.
         groups: the rules of each file.
         specs: the tensors of each file.
+        value_heads: outputs of the value head; 0 for a language model.
     """
 
     source: ExportSource
@@ -186,6 +193,7 @@ class ExportPlan:
     normalize_head: bool
     groups: list[list[Rule]]
     specs: list[list[TensorSpec]]
+    value_heads: int = 0
 
     @property
     def family(self) -> Family:
@@ -245,11 +253,14 @@ def plan_export(
         CheckpointError: the checkpoint lacks a tensor, has one too many, or one of another shape.
     """
     arch = reader.arch
+    if not arch.max_position_embeddings:  # no limit was set: what was trained is what is known
+        arch = arch.model_copy(update={"max_position_embeddings": trained_length(reader)})
     target = find_family(family or arch.family)
-    fold = arch.norm_head and "norm_head" not in target.supports
-    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold})
-    target.hf_config(arch)
-    rules = target.rules(arch)
+    value_heads = value_heads_of(reader)
+    fold = arch.norm_head and "norm_head" not in target.supports and not value_heads
+    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold and not value_heads})
+    target.config_with_head(arch, value_heads)
+    rules = target.rules_with_head(arch, value_heads)
     extra = set(reader.keys()) - {rule.core for rule in rules}
     if extra:
         raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
@@ -273,7 +284,16 @@ def plan_export(
         ]
         for group in groups
     ]
-    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs)
+    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads)
+
+
+def trained_length(reader: ExportSource) -> int:
+    """Tokens of a sequence of the run that saved a checkpoint; 0 where it does not say."""
+    state = getattr(reader, "state", None) or getattr(getattr(reader, "adapters", None), "state", None) or {}
+    try:
+        return int(state["config"]["train"]["seq_length"])
+    except (KeyError, TypeError, ValueError):
+        return 0
 
 
 def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, origin: Origin) -> None:
@@ -291,10 +311,10 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
     ids = ids | origin.token_ids if origin.has_tokenizer(tokenizer) else origin.token_ids | ids
     dtypes = {spec.dtype for specs in plan.specs for spec in specs}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    json_files.write_json(
-        folder / "config.json", {**plan.family.hf_config(plan.arch), "dtype": word, "torch_dtype": word, **ids}
-    )
-    json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
+    config = plan.family.config_with_head(plan.arch, plan.value_heads)
+    json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
+    if not plan.value_heads:
+        json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 

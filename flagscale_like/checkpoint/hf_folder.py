@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
+from flagscale_like.families.family import Settings
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,6 +30,7 @@ class HfFolder:
 
     Attributes:
         family, arch: from config.json.
+        value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
         reads_in_threads: see WeightSource.
 
@@ -42,7 +44,8 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
-        self.rules = self.family.rules(self.arch)
+        self.value_heads = self.family.value_heads(Settings.read(self.folder))
+        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
         self._by_core = {rule.core: rule for rule in self.rules}
         self._files = self._open_files()
         self._check_tensors()
@@ -54,7 +57,9 @@ class HfFolder:
 
     def _open_files(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by the tensor's name."""
-        if (self.folder / INDEX).is_file():
+        if (self.folder / INDEX).is_file() and not (
+            self.folder / WEIGHTS
+        ).is_file():  # transformers reads the single file
             try:
                 weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
@@ -92,7 +97,16 @@ class HfFolder:
         where = f"{self.folder} ({self.family.name})"
         missing = [name for name in expected if name not in self._files]
         if missing:
-            raise ConversionError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
+            raise ConversionError(
+                f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}{self._prefix_of(missing)}"
+            )
+        for name in expected:
+            spec = self._files[name].specs[name]
+            if spec.dtype not in FLOATS:
+                raise ConversionError(
+                    f"{where}: {name} is {str(spec.dtype).removeprefix('torch.')}; supported: float32, bfloat16, float16. "
+                    "Of a quantized model (FP8, INT8, INT4), import the folder that it was made from"
+                )
         unknown = [n for n in self._files if n not in expected and not self.family.ignored.search(n)]
         if self.arch.tie_embeddings and "lm_head.weight" in unknown:
             self._check_tied("lm_head.weight", "model.embed_tokens.weight")
@@ -105,8 +119,17 @@ class HfFolder:
                 raise ConversionError(
                     f"{where}: {name} has shape {list(spec.shape)}, config.json makes it {list(shape)}"
                 )
-            if spec.dtype not in FLOATS:
-                raise ConversionError(f"{where}: {name} is {spec.dtype}, supported: float32, bfloat16, float16")
+
+    def _prefix_of(self, missing: list[str]) -> str:
+        """What the names of the tensors begin with instead, in words; empty where nothing explains that they are missing."""
+        first = missing[0]
+        for name in self._files:
+            if name.endswith(f".{first}"):
+                prefix = name.removesuffix(first)
+                return f"; the names begin with {prefix!r} (a wrapper's, of torch.compile or peft): save the model inside it"
+            if first == f"model.{name}":
+                return "; the names lack 'model.': this is the decoder alone, save the ...ForCausalLM"
+        return ""
 
     def _check_tied(self, output: str, embedding: str) -> None:
         a, b = self.hf_tensor(output), self.hf_tensor(embedding)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flagscale_like.arch import OUTPUT_NAME, ModelArch
+from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
 from flagscale_like.checkpoint.companions import write_companions
 from flagscale_like.checkpoint.format import WrittenFile, finish_folder, specs_of, write_fragments
@@ -70,19 +70,6 @@ class WeightSource(Protocol):
     def check(self, target: Fragment) -> None: ...
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
-
-
-def value_heads_of(source: WeightSource, prefix: str = "") -> int:
-    """Outputs of the value head of a model whose weights a source holds; 0 where it has none, as a language model.
-
-    An output layer has a row for each token of the vocabulary; a value head has fewer.
-
-    Args:
-        prefix: of the model's keys.
-    """
-    key = prefix + OUTPUT_NAME
-    rows = source.global_shape(key)[0] if key in source.keys() else 0
-    return rows if rows < source.arch.vocab_size else 0
 
 
 @dataclass

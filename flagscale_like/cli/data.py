@@ -164,7 +164,9 @@ def _print_report(report: Report) -> None:
 
 @data_app.command("chat", epilog=example("flagscale-like data chat chats.jsonl --tokenizer tok/ --out data/chats"))
 def chat(  # typer makes an option of every parameter
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
     out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
     template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
@@ -223,7 +225,9 @@ def chat(  # typer makes an option of every parameter
 
 @data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
 def pairs(  # typer makes an option of every parameter
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs of .jsonl (also .gz, .zst).")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
     out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
     template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,

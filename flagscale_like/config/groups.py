@@ -247,7 +247,7 @@ class Source(Frozen):
 
 
 class Chat(Frozen):
-    """How the lines of .jsonl files become conversations or pairs, as the commands `data chat` and `data pairs` make them.
+    """How JSON records become conversations or pairs, as the commands `data chat` and `data pairs` make them.
 
     Attributes:
         template: file of the chat template (Jinja); without it, the template of data.tokenizer.
@@ -269,7 +269,7 @@ class Prepare(Frozen):
     Attributes:
         input: files, folders or globs; `python-stdlib` is the source of the running Python's standard library.
         tokenizer_vocab_size: train a byte-level BPE with this vocabulary size on the input, if data.tokenizer is not given.
-        chat: the input is conversations, one on each line of .jsonl files, or pairs of answers if the objective reads pairs;
+        chat: the input is conversations, as JSON lines or arrays, or pairs of answers if the objective reads pairs;
             without it, text.
     """
 

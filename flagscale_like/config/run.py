@@ -189,8 +189,6 @@ class RunConfig(Frozen):
         if data.synthetic or (data.prepare and data.prepare.chat is None):
             given = "data.synthetic" if data.synthetic else "data.prepare without data.prepare.chat"
             raise ValueError(f"{kind} reads pairs of answers, which {given} has not: make a source with `data pairs`")
-        if self.parallel.cp > 1:
-            raise ValueError(f"{kind} takes no context parallelism yet: parallel.cp is {self.parallel.cp}, set it to 1")
         if self.init.salience:
             raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
         if data.selection and data.selection.rule == "target" and getattr(self.objective, "reference", "") == "stored":

@@ -106,17 +106,28 @@ def places_of(lengths: np.ndarray, found: Conversations) -> np.ndarray:
     return lengths.reshape(-1, 2).sum(1, dtype=np.int64) if found.pairs else lengths - 1
 
 
-def check_conversations(prefix: str, found: Conversations, *, places: int, tokenizer: Path, vocab_size: int) -> None:
-    """Check that a run can train on the conversations of a prefix.
+def longest_row(prefix: str) -> int:
+    """Places of the longest pair of a prefix.
+
+    Raises:
+        DataError: it holds no pairs.
+    """
+    found = conversations_at(prefix)
+    if found is None or not found.pairs:
+        raise DataError(f"{prefix}: holds no pairs: make them with `data pairs IN --tokenizer T --out PREFIX`")
+    return int(places_of(read_lengths(prefix), found).max())
+
+
+def check_readable(prefix: str, found: Conversations, *, places: int, vocab_size: int) -> None:
+    """Check that a model can read the conversations of a prefix.
 
     Args:
         places: of a row, train.seq_length.
-        tokenizer: the run's tokenizer folder, which the export of the model copies.
         vocab_size: the model's.
 
     Raises:
-        DataError: the weights are those of other tokens; a conversation is longer than a row, or has a single token; the
-            ids exceed the model's vocabulary; or the chat template is not the tokenizer folder's.
+        DataError: the weights are those of other tokens; a conversation is longer than a row, or has a single token; or the
+            ids exceed the model's vocabulary.
     """
     lengths, weights = read_lengths(prefix), read_lengths(mask_of(prefix))
     if not np.array_equal(lengths, weights):
@@ -144,6 +155,19 @@ def check_conversations(prefix: str, found: Conversations, *, places: int, token
             f"data source {prefix}: its tokenizer has {found.vocab_size} ids, model.vocab_size is {vocab_size}: set "
             f"model.vocab_size to {found.vocab_size} or more"
         )
+
+
+def check_conversations(prefix: str, found: Conversations, *, places: int, tokenizer: Path, vocab_size: int) -> None:
+    """Check that a run can train on the conversations of a prefix.
+
+    Args:
+        places, vocab_size: see check_readable().
+        tokenizer: the run's tokenizer folder, which the export of the model copies.
+
+    Raises:
+        DataError: see check_readable(), or the chat template is not the tokenizer folder's.
+    """
+    check_readable(prefix, found, places=places, vocab_size=vocab_size)
     if read_template(tokenizer) != found.template:
         own = f"{prefix}-tokenizer"
         way_out = (

@@ -11,16 +11,42 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from flagscale_like.data.conversations import pair_values
+from flagscale_like.data.conversations import mask_of, pair_values
 from flagscale_like.data.packing import ConversationSource, pack_epochs
+
+
+class PairRows:
+    """The pairs of a prefix, and rows of any of them.
+
+    Document 2 i of the prefix is the chosen answer of pair i, and 2 i + 1 the rejected one.
+
+    Args:
+        dataset: the tokens of `prefix`.
+        length: places of a row.
+        pad: the id at places that no answer takes.
+
+    Attributes:
+        sizes: int64 [pairs], tokens of each.
+        values: float32 [pairs, 2], margin and weight of each.
+    """
+
+    def __init__(self, prefix: str, dataset: IndexedDataset, *, length: int, pad: int) -> None:
+        self.dataset, self.weights, self.length, self.pad = dataset, IndexedDataset(mask_of(prefix)), length, pad
+        self.sizes = dataset.sequence_lengths.reshape(-1, 2).sum(1, dtype=np.int64)
+        self.values = pair_values(prefix)
+
+    def row(self, pairs: Sequence[int]) -> dict[str, Tensor]:
+        """The row of these pairs, of which one row has room; see pack_pairs."""
+        documents = [2 * pair + side for pair in pairs for side in (0, 1)]
+        answers = [(self.dataset.get(number), self.weights.get(number)) for number in documents]
+        return pack_pairs(answers, self.values[pairs], self.length, pad=self.pad)
 
 
 class PairSource(ConversationSource):
     """The rows of one source of pairs in one split; see data.conversations. A row is a pack of whole pairs.
 
-    Document 2 i of the source is the chosen answer of pair i, and 2 i + 1 the rejected one.
-
     Attributes:
+        rows: of all pairs of the source.
         indices: the numbers of the split's pairs.
         members: int32, numbers of the pairs in the order of the rows, over whole epochs.
         references: float32 [2 pairs of the source], each answer's log-probability under the reference; None where the
@@ -38,25 +64,20 @@ class PairSource(ConversationSource):
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
-        self.sizes = dataset.sequence_lengths.reshape(-1, 2).sum(1, dtype=np.int64)  # tokens of each pair
-        self.values, self.references = pair_values(dataset_path), None
+        self.rows = PairRows(dataset_path, dataset, length=config.sequence_length, pad=config.tokenizer.pad)
+        self.references: np.ndarray | None = None
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
 
     def _pack(self) -> tuple[np.ndarray, np.ndarray]:
-        config, places = self.config, self.sizes[self.indices]
+        config, places = self.config, self.rows.sizes[self.indices]
         members, starts = pack_epochs(places, config.sequence_length, rows=self.num_samples, seed=config.random_seed)
         return self.indices[members], starts
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.row(self.members_of(index))
-
-    def row(self, pairs: Sequence[int]) -> dict[str, Tensor]:
-        """The row of these pairs, of which one row has room."""
-        documents = [2 * pair + side for pair in pairs for side in (0, 1)]
-        answers = [(self.dataset.get(number), self.weights.get(number)) for number in documents]
-        row = pack_pairs(answers, self.values[pairs], self.config.sequence_length, pad=self._tokenizer_pad)
+        pairs = self.members_of(index)
+        row = self.rows.row(pairs)
         if self.references is not None:
-            row["extras"]["references"] = torch.from_numpy(self.references[documents])
+            row["extras"]["references"] = torch.from_numpy(self.references.reshape(-1, 2)[pairs].reshape(-1))
         return row
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
@@ -67,13 +88,13 @@ class PairSource(ConversationSource):
     @property
     def epoch_tokens(self) -> int:
         """Tokens of the source in this split."""
-        return int(self.sizes[self.indices].sum())
+        return int(self.rows.sizes[self.indices].sum())
 
     def tokens_of(self, rows: int) -> int:
         """Tokens of the first `rows` rows; they start again after the last."""
         turns, rest = divmod(rows, len(self))
         read = [self.members] * turns + [self.members[: self.starts[rest]]]
-        return sum(int(self.sizes[part].sum()) for part in read)
+        return sum(int(self.rows.sizes[part].sum()) for part in read)
 
 
 def pack_pairs(

@@ -132,7 +132,7 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
     the tokenizer's own, a copy of the tokenizer with this template is written to PREFIX-tokenizer.
 
     Args:
-        files: .jsonl files, also compressed.
+        files: JSON lines or JSON arrays, also compressed.
         chat: how conversations become tokens.
         overwrite: replace the files of a prefix that is there.
 

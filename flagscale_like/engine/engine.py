@@ -21,9 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from flagscale_like.arch import OUTPUT_NAME, is_adapter
-from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.format import CheckpointReader, value_heads_of
 from flagscale_like.checkpoint.shard import Shard
-from flagscale_like.checkpoint.store import WeightSource, value_heads_of
+from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights

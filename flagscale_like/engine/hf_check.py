@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flagscale_like.arch import ModelArch, is_adapter
 from flagscale_like.checkpoint.adapters import AdaptedWeights
+from flagscale_like.checkpoint.format import Shapes, value_heads_of
 from flagscale_like.checkpoint.hf import ExportPlan
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.peft_folder import PeftFolder
@@ -32,7 +33,8 @@ def transformers_ships(model_type: str) -> bool:
 def compare_logits(plan: ExportPlan, folder: Path, ctx: ParallelContext, *, tolerance: float = 1e-4) -> float:
     """Run the native model and transformers' on the same random tokens, both in fp32 from weights rounded alike.
 
-    A family that transformers does not ship is compared with the native model read back from the folder.
+    Of a reward model the scores are compared. A family that transformers does not ship is compared with the native model read
+    back from the folder.
 
     Returns:
         The largest difference of a logit, over the largest logit.
@@ -41,7 +43,7 @@ def compare_logits(plan: ExportPlan, folder: Path, ctx: ParallelContext, *, tole
         ConversionError: it exceeds `tolerance`, or transformers cannot load the folder.
     """
     source = plan.source
-    model = Engine.build(ModelSpec(arch=source.arch), ctx, source=source).model.eval()
+    model = Engine.build(spec_of(source), ctx, source=source).model.eval()
     if plan.normalize_head:
         model.output_layer.weight.data = F.normalize(model.output_layer.weight.data, dim=-1)
         model.output_layer.normalize = False
@@ -105,7 +107,16 @@ def _random_tokens(arch: ModelArch, ctx: ParallelContext, tokens: int = 64) -> T
     return ids.to(ctx.platform.device)
 
 
+def spec_of(source: Shapes) -> ModelSpec:
+    """The model that a source's weights are of: a language model, or one with a value head."""
+    heads = value_heads_of(source)
+    return ModelSpec(arch=source.arch, head="value" if heads else "language_model", value_heads=heads or 1)
+
+
 def _logits(model: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits, or the scores of a value head, of each token."""
+    if model.spec.head == "value":
+        return model(ids, None, None).view(*ids.shape, -1)
     return model(ids, None, None)[..., : model.arch.vocab_size].float()
 
 
@@ -138,8 +149,11 @@ def _compared(ours: Tensor, theirs: Tensor, folder: Path, tolerance: float) -> f
 def _logits_of_folder(folder: Path, model_type: str, ids: Tensor, ctx: ParallelContext) -> Tensor:
     if not transformers_ships(model_type):
         source = HfFolder(folder)
-        return _logits(Engine.build(ModelSpec(arch=source.arch), ctx, source=source).model.eval(), ids)
-    return _transformers_model(folder).to(ctx.platform.device).eval()(ids).logits.float()
+        return _logits(Engine.build(spec_of(source), ctx, source=source).model.eval(), ids)
+    model = _transformers_model(folder).to(ctx.platform.device).eval()
+    if hasattr(model, "score"):  # transformers gives a sequence's last score; here, every token's
+        return model.score(model.base_model(ids).last_hidden_state).float()
+    return model(ids).logits.float()
 
 
 def _transformers_model(folder: Path) -> nn.Module:
@@ -148,11 +162,12 @@ def _transformers_model(folder: Path) -> nn.Module:
     Raises:
         ConversionError: transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+        kind = AutoModelForSequenceClassification if HfFolder(folder).value_heads else AutoModelForCausalLM
+        return kind.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None

@@ -48,6 +48,8 @@ def features(arch: ModelArch) -> set[str]:
     return used
 
 
+# Fields that no config.json has: how weights were drawn, and what the family is called here.
+NOT_EXPRESSED = ("family", "init_std", "output_init_std", "norm_init")
 # The features of a family whose code takes RoPE's parameters from transformers.
 SCALINGS = frozenset(f"{kind} RoPE scaling" for kind in SCALING_FIELDS)
 
@@ -336,6 +338,8 @@ class Family:
         name: ModelArch.family.
         model_type: of config.json.
         architectures: class names; the first is the one written.
+        classifier: class name of transformers' models with scores for a sequence, as which reward models are written; None
+            where there is none.
         supports: the `features` that its published code can compute.
         needs: the `features` that its published code always computes.
         matches: whether a config.json is of this family, for families that share a model_type.
@@ -353,12 +357,46 @@ class Family:
     write: Callable[[ModelArch], dict[str, Any]]
     needs: frozenset[str] = frozenset()
     matches: Callable[[Settings], bool] = lambda _: True
+    classifier: str | None = None
     qkv: QKVRules = split_qkv
     ignored: re.Pattern[str] = field(default=re.compile(r"\.rotary_emb\.inv_freq$"))
 
     def rules(self, arch: ModelArch) -> list[Rule]:
         """The rules of all tensors of the model, in the order of the layers."""
         return decoder_rules(arch, self.qkv)
+
+    def rules_with_head(self, arch: ModelArch, value_heads: int) -> list[Rule]:
+        """rules() of a model whose value head has so many outputs; of a language model, with 0."""
+        rules = self.rules(arch)
+        if not value_heads:
+            return rules
+        head = Direct(OUTPUT_NAME, (value_heads, arch.hidden_size), ("score.weight",))
+        return [*(rule for rule in rules if rule.core != OUTPUT_NAME), head]
+
+    def config_with_head(self, arch: ModelArch, value_heads: int) -> dict[str, Any]:
+        """hf_config() of a model whose value head has so many outputs; of a language model, with 0.
+
+        Raises:
+            ConversionError: see hf_config(), or there is no class for models with a value head.
+        """
+        config = self.hf_config(arch)
+        if not value_heads:
+            return config
+        if self.classifier is None:
+            raise ConversionError(
+                f"a reward model cannot be written as {self.name}: transformers has no class with scores for it; choose "
+                "another family with --as or model.family"
+            )
+        labels = [f"reward {number}" for number in range(value_heads)]
+        named = {"id2label": {str(i): label for i, label in enumerate(labels)}}
+        return config | {"architectures": [self.classifier], **named, "label2id": {v: i for i, v in enumerate(labels)}}
+
+    def value_heads(self, settings: Settings) -> int:
+        """Outputs of the value head of a Hugging Face folder's model; 0 for a language model."""
+        if self.classifier is None or self.classifier not in settings.names("architectures"):
+            return 0
+        labels = settings.get("id2label")
+        return len(labels) if isinstance(labels, dict) and labels else settings.number("num_labels", default=2)
 
     def hf_config(self, arch: ModelArch) -> dict[str, Any]:
         """config.json.
@@ -377,4 +415,23 @@ class Family:
                 f"a model with {', '.join(sorted(unsupported))} cannot be written as {self.name}, which has no such "
                 f"part; choose another family with --as or model.family"
             )
-        return {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}
+        values = {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(arch)}
+        self._check_written(arch, values)
+        return values
+
+    def _check_written(self, arch: ModelArch, values: dict[str, Any]) -> None:
+        """Read what was written. A field that comes back as another one would be another model's.
+
+        Raises:
+            ConversionError: a field of the architecture that config.json does not express.
+        """
+        own, found = (a.model_dump() for a in (arch, self.read(Settings(values, f"config.json of {self.name}"))))
+        free = {*NOT_EXPRESSED, *(() if arch.max_position_embeddings else ("max_position_embeddings",))}
+        lost = [
+            f"model.{key} {own[key]!r} as {found[key]!r}" for key in own if key not in free and own[key] != found[key]
+        ]
+        if lost:
+            raise ConversionError(
+                f"{self.name} cannot express the model: its config.json would be read with {', '.join(lost)}; choose another "
+                "family with --as or model.family"
+            )

@@ -26,9 +26,10 @@ def _write_llama(arch: ModelArch) -> dict[str, Any]:
 
 
 def _read_mistral(settings: Settings) -> ModelArch:
-    window = settings.get("sliding_window")
+    # A missing window is transformers' default; null is none.
+    window = settings.values.get("sliding_window", 4096)
     if window is not None:
-        window = settings.number("sliding_window")
+        window = settings.number("sliding_window", default=4096)
     return settings.arch("mistral", position=settings.rope(), sliding_window=window)
 
 
@@ -56,6 +57,7 @@ LLAMA = Family(
     name="llama",
     model_type="llama",
     architectures=("LlamaForCausalLM",),
+    classifier="LlamaForSequenceClassification",
     supports=frozenset({"rope", "query_groups", "tie_embeddings"}) | SCALINGS,
     read=_read_llama,
     write=_write_llama,
@@ -65,6 +67,7 @@ MISTRAL = Family(
     name="mistral",
     model_type="mistral",
     architectures=("MistralForCausalLM",),
+    classifier="MistralForSequenceClassification",
     supports=frozenset({"rope", "query_groups", "sliding_window", "tie_embeddings"}) | SCALINGS,
     read=_read_mistral,
     write=_write_mistral,

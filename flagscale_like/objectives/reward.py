@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,3 +67,22 @@ def reward_losses(chosen: Tensor, rejected: Tensor, margins: Tensor, options: Re
     if options.center:
         losses = losses + options.center * (chosen + rejected).square()
     return losses.mean(-1)
+
+
+class AnswerRewards:
+    """Each answer's rewards, one for each head, in Outputs.samples."""
+
+    metric = "reward"
+    sums: tuple[str, ...] = ()
+    cut = None
+    packed = True
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The model has a value head, which needs no labels."""
+        return pack_inputs(batch, labels=False)
+
+    def loss(self, output: Tensor, batch: Batch) -> Loss:
+        """Args: output: fp32 [1, b * s, k], or [1, b * s] of one head."""
+        found = answer_rewards(output, batch)
+        count = torch.tensor(len(found), dtype=torch.float32, device=found.device)
+        return Loss(found.sum(), count, samples={self.metric: found.detach()})

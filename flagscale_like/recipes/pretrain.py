@@ -62,7 +62,7 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
     """
     agree(ctx, lambda: check_sources(config))
     if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
-        find_family(config.model.family).hf_config(config.model)
+        find_family(config.model.family).config_with_head(config.model, getattr(config.objective, "heads", 0))
     begun = start(config, ctx)
     with ExitStack() as closing:
         run = assemble(config, begun, closing, parts)

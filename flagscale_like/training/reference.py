@@ -8,7 +8,7 @@ and has a checksum. A run that starts or goes on with others refuses the file; e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,15 @@ from safetensors.numpy import save
 from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
-from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import source_mark
-from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.pairs import PairSource
-from flagscale_like.data.pretrain import micro_batch_count
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import CheckpointError
 from flagscale_like.json_files import replace_file
 from flagscale_like.objectives.preference import AnswerLogProbabilities
 from flagscale_like.run_folder import RunFolder
+from flagscale_like.training.answers import answer_values
 from flagscale_like.training.parts import Part
-
-ROUND = 16  # micro-batches between two signs of life
 
 
 class Reference(Part):
@@ -105,51 +101,16 @@ def reference_of(
     if not exists:
         with engine.adapters_off():
             values = {
-                source_mark(source.dataset_path): answer_log_probabilities(config, engine, source, beat)
+                source_mark(source.dataset_path): answer_values(engine, source.rows, AnswerLogProbabilities(), beat)
                 for source in pair_sources(dataset)
             }
         if ctx.is_main:
             recorded = wanted if not step else wanted | {"weights": dict(engine.base or {})}
             _write(path, values, recorded)
         ctx.barrier()
-        answers = sum(len(source.sizes) * 2 for source in pair_sources(dataset))
+        answers = sum(2 * len(source.rows.sizes) for source in pair_sources(dataset))
         note = f"computed the reference's log-probabilities of {answers:,} answers: {path}"
     return Reference(*_read(path, wanted), note)
-
-
-def answer_log_probabilities(
-    config: RunConfig, engine: Engine, source: PairSource, beat: Callable[[], None]
-) -> np.ndarray:
-    """Each answer's log-probability under an engine's weights, float32 [2 pairs], on rank 0; empty on the others."""
-    ctx, size = engine.ctx, config.train.micro_batch_size
-    rows = best_fit_decreasing(source.sizes, config.train.seq_length)
-    count = micro_batch_count(config, ctx, len(rows))
-    turns = [[_row_numbers(turn, rank, size, ctx.dp, len(rows)) for turn in range(count)] for rank in range(ctx.dp)]
-
-    def batches() -> Iterator[Batch]:
-        for numbers in turns[ctx.dp_rank]:
-            yield Batch.of(collate([source.row(rows[number]) for number in numbers]), ctx.platform.device)
-
-    found, feed, objective = [], batches(), AnswerLogProbabilities()
-    round_ = ROUND * (config.parallel.pp if config.parallel.vpp > 1 else 1)
-    with engine.evaluation():
-        for start in range(0, count, round_):
-            beat()
-            outputs = engine.forward(feed, objective, min(round_, count - start))
-            if outputs.samples:
-                found.append(outputs.samples[objective.metric].float().cpu().numpy())
-    values = np.full(2 * len(source.sizes), np.nan, dtype=np.float32)
-    for dp_rank, own in ctx.gather_to_main((ctx.dp_rank, np.concatenate(found) if found else None)):
-        if own is not None:
-            pairs = np.array([p for numbers in turns[dp_rank] for number in numbers for p in rows[number]])
-            values.reshape(-1, 2)[pairs] = own.reshape(-1, 2)
-    return values
-
-
-def _row_numbers(turn: int, dp_rank: int, size: int, dp: int, rows: int) -> list[int]:
-    """The rows of a rank's micro-batch; they start again after the last, to fill the last micro-batches."""
-    first = (turn * dp + dp_rank) * size
-    return [number % rows for number in range(first, first + size)]
 
 
 def _write(path: Path, values: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:

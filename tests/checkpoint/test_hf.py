@@ -110,7 +110,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             lambda held: held.update({Q: torch.ones(47, 48)}),
             re.escape(f"{Q} has shape [47, 48], config.json makes it [48, 48]"),
         ),
-        (lambda held: held.update({Q: torch.ones(48, 48, dtype=torch.int64)}), "is torch.int64, supported: float32"),
+        (lambda held: held.update({Q: torch.ones(48, 48, dtype=torch.int64)}), "is int64; supported: float32"),
     ],
     ids=["missing", "unknown", "shape", "dtype"],
 )

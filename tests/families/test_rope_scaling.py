@@ -65,11 +65,12 @@ def folders(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("scaled"), {}
     for name, (family, changes) in VARIANTS.items():
         class_name, shape = tiny.SHIPPED[family]
-        tiny.SHIPPED[name] = (class_name, shape | {"num_key_value_heads": 2, "sliding_window": None} | changes)
+        key = f"scaled {name}"  # no name of tiny's own
+        tiny.SHIPPED[key] = (class_name, shape | {"num_key_value_heads": 2, "sliding_window": None} | changes)
         try:
-            made[name] = tiny.make(name, root)
+            made[name] = tiny.make(key, root)
         finally:
-            del tiny.SHIPPED[name]
+            del tiny.SHIPPED[key]
     return made
 
 

@@ -1,13 +1,20 @@
 """Runs on pairs of answers: they learn the preference, alike on every layout, and go on exactly; the reference is stored."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
 
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.preprocess import preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.training.metrics import read_metrics
@@ -21,6 +28,7 @@ LAYOUTS = {
     "tp2 sp pp2": (4, {"parallel": {"tp": 2, "sp": True, "pp": 2}}),
     "pp2 vpp2, recomputed": (2, {"parallel": {"pp": 2, "vpp": 2}, "train__recompute": "full"}),
     "dp2, two packs": (2, {"train__micro_batch_size": 2}),
+    "cp2, two packs": (2, {"parallel": {"cp": 2}, "train__micro_batch_size": 2}),
 }
 OBJECTIVES = {"dpo": {"kind": "dpo", "sft": 0.1}, "reward": {"kind": "reward", "heads": 3, "center": 0.01}}
 
@@ -58,7 +66,13 @@ def pair_config(run_dir, folder, objective, *, names=("pairs", "more"), **change
 
 def train_all(configs):
     """Train several runs in one process after another; what each said, and the error that ended it."""
-    return [faults.train_and_listen(config) for config in configs]
+    found = []
+    for config in configs:
+        found.append(faults.train_and_listen(config))
+        if dist.is_initialized():  # after an error
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    return found
 
 
 def numbers(run_dir):
@@ -158,7 +172,7 @@ def test_a_reference_of_something_else_is_refused(one_process, folder, tmp_path)
     data = bytearray((damaged / "reference.safetensors").read_bytes())
     data[-1] ^= 1
     (damaged / "reference.safetensors").write_bytes(data)
-    other_base = tiny_config(tmp_path / "base", model__vocab_size=300, train__steps=1, train__seed=5)
+    other_base = tiny_config(tmp_path / "base", model__vocab_size=300, train__steps=2, train__seed=5)
     begun = {"interval": 2, "load": str(other_base.run_dir)}
     configs = [
         other_base,
@@ -185,10 +199,11 @@ def test_a_reference_of_something_else_is_refused(one_process, folder, tmp_path)
 
 
 def test_runs_learn_the_preference_and_show_it_on_held_out_pairs(folder, tmp_path):
-    changes = {"train__steps": 20, "train__eval_interval": 20, "train__eval_steps": 2, "train__log_interval": 5}
+    changes = {"train__steps": 12, "train__eval_interval": 12, "train__eval_steps": 2, "train__log_interval": 4}
+    changes["optimizer"] = {"lr": 2e-3, "initial_loss_scale": 1024.0}
     configs = [pair_config(tmp_path / name, folder, OBJECTIVES[name], **changes) for name in OBJECTIVES]
     for precision, name in (("bf16", "dpo"), ("fp16", "reward")):
-        options = {**changes, "train__precision": precision, "optimizer": {"lr": 1e-3, "initial_loss_scale": 1024.0}}
+        options = {**changes, "train__precision": precision}
         configs.append(pair_config(tmp_path / precision, folder, OBJECTIVES[name], **options))
     ((*found,),) = run_ranks(1, train_all, configs)
     for config, (said, error) in zip(configs, found, strict=True):
@@ -237,3 +252,36 @@ def test_sources_that_do_not_hold_what_the_objective_reads_are_refused(folder, t
     assert "holds pairs, of which objective.kind next_token would learn the rejected answers too" in pairs
     assert "take more than train.seq_length (32)" in short
     assert "run `data pairs --length 32 --long drop`" in short
+
+
+def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_process, folder, tmp_path):
+    run, out, native = one_process[0]["reward"].run_dir, tmp_path / "hf", tmp_path / "native"
+    commands = [
+        ["convert", "export", "--checkpoint", run, "--out", str(out), "--dtype", "fp32"],
+        ["convert", "import", "--hf", str(out), "--out", str(native)],
+        ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "baichuan"],
+        ["generate", "--checkpoint", run, "--prompt", "And"],
+        ["score", "--hf", str(out), "--pairs", str(folder / "more"), "--out", str(tmp_path / "scores.jsonl")],
+        ["score", "--checkpoint", run, "--pairs", str(folder / "chats")],
+    ]
+    ((exported, imported, other, generated, scored, no_pairs),) = run_commands(commands)
+    assert "verified: transformers' logits differ from the native model's by" in exported.printed
+    assert imported.exit_code == 0
+    assert "a reward model cannot be written as baichuan: transformers has no class with scores for it" in other.error
+    assert "is a reward model, its value head has 3 outputs; the model is a language model" in generated.error
+    before, after = CheckpointReader(Path(run) / "checkpoints" / "step_00000004"), CheckpointReader(native)
+    for key in after.keys():
+        rows = len(after.full(key))
+        assert torch.equal(after.full(key), before.full(key)[:rows]), key
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert (model.config.num_labels, list(model.score.weight.shape)) == (3, [3, 64])
+    assert re.match(r"rewards of 60 pairs: the chosen answer has the higher one in [\d.]+%, by ", scored.printed)
+    assert f"{folder}/chats: holds no pairs: make them with `data pairs IN" in no_pairs.error
+    # transformers, on the tokens of one answer alone, gives the rewards that `score` read in a row of pairs.
+    record = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[7])
+    assert (record["file"], record["line"]) == (f"{folder}/more.jsonl", 8)
+    lengths = read_lengths(str(folder / "more"))
+    for side, document in (("chosen", 14), ("rejected", 15)):
+        ids = torch.from_numpy(read_tokens(str(folder / "more"), lengths, document).astype(np.int64))[None]
+        with torch.no_grad():
+            assert model(ids).logits[0].tolist() == pytest.approx(record[side], abs=1e-4)

@@ -71,18 +71,25 @@ def _learn(config):
     return found
 
 
-@pytest.mark.parametrize("per", ["token", "conversation"])
-def test_every_layout_and_micro_batch_size_learns_conversations_and_text_alike(per, chats, tmp_path):
-    common = {"names": ("chats", "text"), "objective": {"kind": "next_token", "per": per}}
-    config = chat_config(tmp_path, chats, **common)
-    wider = chat_config(tmp_path, chats, train__micro_batch_size=2, **common)
-    ((expected, two_rows),) = run_ranks(1, learn, [config, wider])
-    assert two_rows == [pytest.approx(step, rel=1e-5) for step in expected]
-    assert expected[0][1] == int(expected[0][1])
-    layouts = [chat_config(tmp_path, chats, parallel=layout, **common) for layout in LAYOUTS.values()]
-    for found in zip(*run_ranks(2, learn, layouts), strict=True):
-        for on_rank in found:
-            assert on_rank == [pytest.approx(step, rel=2e-5) for step in expected]
+def test_every_layout_and_micro_batch_size_learns_conversations_and_text_alike(chats, tmp_path):
+    expected = {}
+    for per in ("token", "conversation"):
+        common = {"names": ("chats", "text"), "objective": {"kind": "next_token", "per": per}}
+        expected[per] = (
+            chat_config(tmp_path, chats, **common),
+            [
+                chat_config(tmp_path, chats, train__micro_batch_size=2, **common),
+                *(chat_config(tmp_path, chats, parallel=layout, **common) for layout in LAYOUTS.values()),
+            ],
+        )
+    (alone,) = run_ranks(1, learn, [config for one, others in expected.values() for config in (one, others[0])])
+    layouts = [config for _, others in expected.values() for config in others[1:]]
+    for found in run_ranks(2, learn, layouts):
+        for number, per in enumerate(expected):
+            one, two_rows = alone[2 * number : 2 * number + 2]
+            assert one[0][1] == int(one[0][1])
+            for other in (two_rows, *found[number * len(LAYOUTS) : (number + 1) * len(LAYOUTS)]):
+                assert other == [pytest.approx(step, rel=2e-5) for step in one], per
 
 
 def learn_one_row(config):
@@ -136,7 +143,9 @@ def test_a_run_on_conversations_resumes_exactly_evaluates_and_leads_back_to_the_
     names = ("chats", "text")
     whole = chat_config(tmp_path / "whole", chats, names=names, **changes)
     broken = chat_config(tmp_path / "broken", chats, names=names, **changes)
-    yamls = [str(write_yaml(config, tmp_path / f"{number}.yaml")) for number, config in enumerate((whole, broken))]
+    chosen = chat_config(tmp_path / "chosen", chats, names=names, **changes)
+    configs = enumerate((whole, broken, chosen))
+    yamls = [str(write_yaml(config, tmp_path / f"{number}.yaml")) for number, config in configs]
     (found,) = run_commands(
         [
             ["train", yamls[0]],

@@ -1,0 +1,70 @@
+"""`score`: what a model makes of pairs of answers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flagscale_like.cli.base import Adapter, Force, app, example, open_model
+from flagscale_like.errors import ConfigError
+
+
+@app.command(epilog=example("flagscale-like score --checkpoint runs/reward --pairs data/held-out --out scores.jsonl"))
+def score(  # typer makes an option of every parameter
+    pairs: Annotated[Path, typer.Option(help="Path without suffix of the pairs that `data pairs` wrote.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
+    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
+    adapter: Adapter = None,
+    force: Force = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write a JSON line for each pair, with its place and both scores.")
+    ] = None,
+    seq_length: Annotated[
+        int | None, typer.Option(help="Places of a row, in which a whole pair fits. Default: the longest pair.", min=2)
+    ] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 1,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Data type of weights and activations.")
+    ] = "fp32",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")
+    ] = None,
+) -> None:
+    """Score pairs: rewards of a reward model, or a language model's log-probabilities. Prints how often the chosen one wins.
+
+    Starts the ranks, or runs as a rank of torchrun.
+    """
+    from flagscale_like.config import Parallel
+    from flagscale_like.runtime.launch import default_processes, launch
+    from flagscale_like.runtime.launched import current_launch
+
+    if (checkpoint is None) == (hf is None):
+        raise ConfigError("give either --checkpoint or --hf")
+    parallel = Parallel(tp=tp, pp=pp)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    if processes > 1:
+        raise SystemExit(launch(processes, sys.argv[1:]))
+
+    from flagscale_like.data.conversations import longest_row
+    from flagscale_like.recipes.score import score_pairs
+    from flagscale_like.runtime.parallel import parallel_context
+
+    source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+    length = seq_length or longest_row(str(pairs))
+    with parallel_context(parallel) as ctx:
+        found = score_pairs(
+            source, str(pairs), ctx, seq_length=length, micro_batch_size=micro_batch_size, precision=precision
+        )
+        if found is None:
+            return
+        if out is not None:
+            found.write(out, str(pairs))
+    typer.echo(
+        f"{found.kind} of {len(found.values):,} pairs: the chosen answer has the higher one in {found.accuracy:.1%}, by "
+        f"{found.margin:.4f} on average" + (f"; wrote {out}" if out else "")
+    )

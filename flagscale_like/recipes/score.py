@@ -1,0 +1,97 @@
+"""What a model makes of pairs of answers: the rewards of a reward model, or a language model's log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from flagscale_like.checkpoint.format import value_heads_of
+from flagscale_like.checkpoint.store import WeightSource
+from flagscale_like.data.conversations import check_readable, conversations_at, longest_row
+from flagscale_like.data.pairs import PairRows
+from flagscale_like.data.table import DocumentTable
+from flagscale_like.engine.engine import Engine
+from flagscale_like.json_files import replace_file
+from flagscale_like.model.spec import ModelSpec
+from flagscale_like.objectives.preference import AnswerLogProbabilities
+from flagscale_like.objectives.reward import AnswerRewards
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.answers import answer_values
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of pairs.
+
+    Attributes:
+        kind: `rewards` of a reward model, or a language model's `log-probabilities` of whole answers, in nats.
+        values: float32 [pairs, 2, k], chosen and rejected; k heads, or 1.
+    """
+
+    kind: Literal["rewards", "log-probabilities"]
+    values: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """Over the heads, [pairs, 2]."""
+        return self.values.mean(-1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the pairs whose chosen answer has the higher score."""
+        return float((self.means[:, 0] > self.means[:, 1]).mean())
+
+    @property
+    def margin(self) -> float:
+        """Mean score of the chosen answers less that of the rejected ones."""
+        return float((self.means[:, 0] - self.means[:, 1]).mean())
+
+    def write(self, path: Path, prefix: str) -> None:
+        """Write a JSON record for each pair: where it comes from, and the scores of both answers."""
+        table, lines = DocumentTable(prefix), []
+        for number, (chosen, rejected) in enumerate(self.values.tolist()):
+            file, line = table.place(2 * number) or (None, None)
+            record = {"file": file, "line": line, "chosen": chosen, "rejected": rejected}
+            lines.append(json.dumps(record) + "\n")
+        replace_file(path, "".join(lines).encode("utf-8"))
+
+
+def score_pairs(
+    source: WeightSource,
+    prefix: str,
+    ctx: ParallelContext,
+    *,
+    seq_length: int,
+    micro_batch_size: int = 1,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> Scores | None:
+    """Score all pairs of a prefix. All ranks call it; rank 0 gets the scores.
+
+    Raises:
+        DataError: the prefix holds no pairs, or a pair is longer than a row.
+        ConfigError: the layout or the sequence length does not fit the model.
+    """
+    longest_row(prefix)  # refuses a prefix without pairs
+    check_readable(prefix, conversations_at(prefix), places=seq_length, vocab_size=source.arch.vocab_size)
+    heads = value_heads_of(source)
+    spec = ModelSpec(
+        arch=source.arch,
+        head="value" if heads else "language_model",
+        value_heads=heads or 1,
+        parallel=ctx.layout,
+        precision=precision,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        lora=getattr(source, "lora", None),
+    )
+    engine = Engine.build(spec, ctx, source=source)
+    pairs = PairRows(prefix, IndexedDataset(prefix), length=seq_length, pad=0)
+    values = answer_values(engine, pairs, AnswerRewards() if heads else AnswerLogProbabilities())
+    if values is None:
+        return None
+    return Scores("rewards" if heads else "log-probabilities", values.reshape(len(pairs.sizes), 2, -1))

@@ -1,0 +1,123 @@
+"""Folders as they are found beside transformers: which file counts, defaults, names of wrappers, quantized weights."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flagscale_like.arch import ModelArch
+from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.errors import ConversionError
+from flagscale_like.families import FAMILIES, read_config
+from flagscale_like.families.family import NOT_EXPRESSED, Settings
+from tests.families import tiny
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.make("llama", tmp_path_factory.mktemp("folders"))
+
+
+def renamed(folder, out, change):
+    """A copy of a folder whose tensors have other names or values."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    save_file({name: tensor for pair in tensors.items() for name, tensor in change(*pair)}, out / "model.safetensors")
+    return out
+
+
+def test_beside_an_index_the_single_file_is_read_as_transformers_does(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "both")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(HfFolder(folder).hf_tensor("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def test_a_missing_window_of_mistral_is_transformers_default_and_null_is_none(tmp_path):
+    folder = tiny.make("mistral", tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    for given, window in (({"sliding_window": 7}, 7), ({"sliding_window": None}, None), ({}, 4096)):
+        changed = {key: value for key, value in values.items() if key != "sliding_window"} | given
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert read_config(folder)[1].sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda n, t: [(f"_orig_mod.{n}", t)], "the names begin with '_orig_mod.'"),
+        (lambda n, t: [(f"base_model.model.{n}", t)], "the names begin with 'base_model.model.'"),
+        (lambda n, t: [(n.removeprefix("model."), t)], "the names lack 'model.': this is the decoder alone"),
+        (
+            lambda n, t: [(n, t.to(torch.float8_e4m3fn)), (f"{n}_scale_inv", t[:1])] if "proj" in n else [(n, t)],
+            "is float8_e4m3fn; supported: float32, bfloat16, float16. Of a quantized model",
+        ),
+    ],
+    ids=["torch.compile", "peft", "decoder alone", "FP8"],
+)
+def test_names_and_types_that_others_write_are_refused_with_what_they_are(change, part, llama, tmp_path):
+    folder = renamed(llama, tmp_path / "x", change)
+    with pytest.raises(ConversionError) as error:
+        HfFolder(folder)
+    assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def shapes(count, seed):
+    """Models of any shape that this project trains, with each field at unusual values too."""
+    source = random.Random(seed)
+    for _ in range(count):
+        heads = source.choice([2, 4, 6])
+        kind = source.choice(["rope", "rope", "alibi", "nlpe"])
+        position = {"kind": kind, "base": source.choice([10000.0, 5e5])}
+        if kind == "nlpe":
+            position["threshold"] = 16
+        yield ModelArch(
+            num_layers=source.choice([1, 3]),
+            hidden_size=heads * 8,
+            num_attention_heads=heads,
+            num_query_groups=source.choice([heads, 2]),
+            head_dim=source.choice([8, 8, 16]),
+            ffn_hidden_size=40,
+            vocab_size=source.choice([100, 64_000, 125_696, 130]),
+            max_position_embeddings=source.choice([0, 512, 4096]),
+            position=position,
+            norm_eps=source.choice([1e-5, 1e-6]),
+            tie_embeddings=(tied := source.random() < 0.3),
+            qkv_bias=source.random() < 0.4,
+            qk_norm=source.random() < 0.3,
+            norm_head=not tied and source.random() < 0.3,
+            sliding_window=source.choice([None, None, 64]) if kind != "nlpe" else None,
+        )
+
+
+def test_every_field_of_a_model_comes_back_from_config_json_or_the_family_refuses_it():
+    """Held against the reader, not against the check in hf_config: the two could be wrong together."""
+    written = dict.fromkeys(FAMILIES, 0)
+    for arch in shapes(600, seed=3):
+        for name, family in FAMILIES.items():
+            try:
+                values = json.loads(json.dumps(family.hf_config(arch)))
+            except ConversionError as error:
+                assert len(str(error).splitlines()) == 1  # noqa: PT017
+                continue
+            found = family.read(Settings(values, "config.json"))
+            free = {*NOT_EXPRESSED, "max_position_embeddings"}
+            assert found.model_dump(exclude=free) == arch.model_dump(exclude=free)
+            assert arch.max_position_embeddings in (0, found.max_position_embeddings)
+            written[name] += 1
+    assert min(written.values()) > 0, written
+
+
+def test_a_head_size_that_qwen2_does_not_have_is_refused_by_name():
+    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 40, "vocab_size": 100}
+    arch = ModelArch(**shape, head_dim=16, qkv_bias=True)
+    with pytest.raises(
+        ConversionError, match="qwen2 cannot express the model: .* model.head_dim 16 as 8; choose another"
+    ):
+        FAMILIES["qwen2"].hf_config(arch)
