@@ -259,7 +259,7 @@ def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_proces
     commands = [
         ["convert", "export", "--checkpoint", run, "--out", str(out), "--dtype", "fp32"],
         ["convert", "import", "--hf", str(out), "--out", str(native)],
-        ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "baichuan"],
+        ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "aquila"],
         ["generate", "--checkpoint", run, "--prompt", "And"],
         ["score", "--hf", str(out), "--pairs", str(folder / "more"), "--out", str(tmp_path / "scores.jsonl")],
         ["score", "--checkpoint", run, "--pairs", str(folder / "chats")],
@@ -267,7 +267,7 @@ def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_proces
     ((exported, imported, other, generated, scored, no_pairs),) = run_commands(commands)
     assert "verified: transformers' logits differ from the native model's by" in exported.printed
     assert imported.exit_code == 0
-    assert "a reward model cannot be written as baichuan: transformers has no class with scores for it" in other.error
+    assert "a reward model cannot be written as aquila: transformers has no class with scores for it" in other.error
     assert "is a reward model, its value head has 3 outputs; the model is a language model" in generated.error
     before, after = CheckpointReader(Path(run) / "checkpoints" / "step_00000004"), CheckpointReader(native)
     for key in after.keys():
