@@ -83,6 +83,8 @@ class Adapters(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
+    def global_shape(self, key: str) -> tuple[int, ...]: ...
+
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor: ...
 
     def check(self, target: Fragment) -> None: ...
@@ -187,6 +189,9 @@ class AdaptedWeights:
 
     def keys(self) -> list[str]:
         return sorted({*self.base.keys(), *self._own})
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return self._source(key).global_shape(key)
 
     def check(self, target: Fragment) -> None:
         self._source(target.key).check(target)
