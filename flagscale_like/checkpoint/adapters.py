@@ -83,8 +83,6 @@ class Adapters(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def global_shape(self, key: str) -> tuple[int, ...]: ...
-
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor: ...
 
     def check(self, target: Fragment) -> None: ...
@@ -191,7 +189,8 @@ class AdaptedWeights:
         return sorted({*self.base.keys(), *self._own})
 
     def global_shape(self, key: str) -> tuple[int, ...]:
-        return self._source(key).global_shape(key)
+        """Shape of a tensor, its vocabulary padded for tp 1."""
+        return self.adapters.shapes()[key] if key in self._own else self.base.global_shape(key)
 
     def check(self, target: Fragment) -> None:
         self._source(target.key).check(target)

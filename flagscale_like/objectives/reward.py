@@ -74,7 +74,7 @@ class AnswerRewards:
 
     metric = "reward"
     sums: tuple[str, ...] = ()
-    cut = None
+    cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -93,16 +93,11 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     reporter = closing.enter_context(
         Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
     )
-    watchdog = closing.enter_context(make_watchdog(config, ctx))
-    if begun.saved:
-        watchdog.kept = f"The newest checkpoint is {step_name(progress.step)}"
+    watchdog = closing.enter_context(make_watchdog(config, begun))
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
     )
-    reference = make_reference(config, begun, data, watchdog)
-    for split in (data, valid_data):
-        if reference is not None and split is not None:
-            reference.attach(split)
+    reference = make_reference(config, begun, [data, valid_data], watchdog)
     selection = SourceSelection(config, engine, data, begun.saved) if config.data.selection else None
     mixture = selection.mixture if selection else None
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
@@ -150,14 +145,19 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     return run
 
 
-def make_reference(config: RunConfig, begun: Start, data: Dataset, watchdog: Watchdog) -> Reference | None:
-    """The log-probabilities of the reference, where the objective needs them."""
+def make_reference(
+    config: RunConfig, begun: Start, splits: Sequence[Dataset | None], watchdog: Watchdog
+) -> Reference | None:
+    """The log-probabilities of the reference, where the objective needs them; the splits' datasets get them."""
     if getattr(config.objective, "reference", "none") == "none":
         return None
     step = begun.progress.step
     beat = functools.partial(watchdog.beat, step, "reference", slow=True)
-    reference = reference_of(config, begun.engine, data, step=step, weights=begun.weights, beat=beat)
+    reference = reference_of(config, begun.engine, splits[0], step=step, weights=begun.weights, beat=beat)
     begun.notes.append(reference.note)
+    for split in splits:
+        if split is not None:
+            reference.attach(split)
     return reference
 
 
@@ -194,10 +194,10 @@ def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None)
     return evaluate_split
 
 
-def make_watchdog(config: RunConfig, ctx: ParallelContext) -> Watchdog:
+def make_watchdog(config: RunConfig, begun: Start) -> Watchdog:
     """The watchdog of this rank, with the limits of `resilience`."""
-    limits = config.resilience
-    return Watchdog(
+    limits, ctx = config.resilience, begun.engine.ctx
+    watchdog = Watchdog(
         RunFolder(config.run_dir).hang,
         ctx.rank,
         ctx.world_size,
@@ -205,6 +205,9 @@ def make_watchdog(config: RunConfig, ctx: ParallelContext) -> Watchdog:
         timeout_s=limits.step_timeout_s,
         grace_s=limits.grace_s,
     )
+    if begun.saved:
+        watchdog.kept = f"The newest checkpoint is {step_name(begun.progress.step)}"
+    return watchdog
 
 
 def announce(run: Run, notes: list[str]) -> None:

@@ -33,14 +33,17 @@ from flagscale_like.training.parts import Part
 class Reference(Part):
     """Gives the answers of a run's data sources their log-probabilities under the reference.
 
+    Args:
+        again: the run goes on, and they were computed again with the adapters off, where rounding may differ.
+
     Attributes:
         note: what was done for it, in words.
     """
 
     name = "reference"
 
-    def __init__(self, values: Mapping[str, np.ndarray], checksum: str, note: str) -> None:
-        self.values, self.checksum, self.note = values, checksum, note
+    def __init__(self, values: Mapping[str, np.ndarray], checksum: str, note: str, *, again: bool) -> None:
+        self.values, self.checksum, self.note, self.again = values, checksum, note, again
 
     def attach(self, dataset: Dataset) -> None:
         """Give the answers of a dataset, of any split, their log-probabilities."""
@@ -51,7 +54,7 @@ class Reference(Part):
         return {"checksum": self.checksum}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        if state["checksum"] != self.checksum:
+        if state["checksum"] != self.checksum and not self.again:
             raise CheckpointError(
                 f"the run's checkpoint was trained with other log-probabilities of the reference (checksum "
                 f"{state['checksum']}) than its reference.safetensors has ({self.checksum}): restore that file"
@@ -109,8 +112,9 @@ def reference_of(
             _write(path, values, recorded)
         ctx.barrier()
         answers = sum(2 * len(source.rows.sizes) for source in pair_sources(dataset))
-        note = f"computed the reference's log-probabilities of {answers:,} answers: {path}"
-    return Reference(*_read(path, wanted), note)
+        how = ", again, with the adapters off" if step else ""
+        note = f"computed the reference's log-probabilities of {answers:,} answers{how}: {path}"
+    return Reference(*_read(path, wanted), note, again=bool(step) and not exists)
 
 
 def _write(path: Path, values: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:

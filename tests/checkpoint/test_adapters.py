@@ -78,8 +78,9 @@ def test_peft_computes_the_same_from_the_export_and_the_merged_model_does_too(na
     ours, merged = logits_of(adapted, MergedWeights(adapted))
     plain = tiny.reference_logits(base, tiny.ids())
     assert (ours - plain).abs().max() > 0.05
-    assert peft_logits(base, tmp_path / "adapter") == pytest.approx(ours, abs=2e-5)
-    assert merged == pytest.approx(ours, abs=2e-5)
+    near = 1e-5 * ours.abs().max().item()
+    assert peft_logits(base, tmp_path / "adapter") == pytest.approx(ours, abs=near)
+    assert merged == pytest.approx(ours, abs=near)
     again = PeftFolder(tmp_path / "adapter", adapted.arch)  # the A's that the export repeated are one A again
     assert again.lora == adapted.lora.model_copy(update={"targets": again.lora.targets})
     assert all(torch.equal(again.full(key), reader.full(key)) for key in reader.keys())

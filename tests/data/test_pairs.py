@@ -19,7 +19,7 @@ from flagscale_like.errors import DataError
 from tests.commands import invoke
 from tests.data.chats import CHATML, make_tokenizer
 from tests.data.pairs import write_pairs
-from tests.harness import tiny_config
+from tests.harness import REPOSITORY, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,9 @@ def test_a_prefix_whose_margins_are_of_other_pairs_is_refused(tokenizer, tmp_pat
     np.save(prefix + ".pairs.npy", np.zeros((3, 2), dtype=np.float32))
     with pytest.raises(DataError, match=r"out.pairs.npy is of other pairs: run `data pairs` again"):
         check_readable(prefix, conversations_at(prefix), places=128, vocab_size=300)
+
+
+def test_every_line_of_the_example_is_a_pair():
+    lines = (REPOSITORY / "examples" / "preferences" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 84
+    assert all(parse_pair(line).margin > 0 for line in lines)

@@ -198,6 +198,26 @@ def test_a_reference_of_something_else_is_refused(one_process, folder, tmp_path)
     assert "was trained with other log-probabilities of the reference" in error
 
 
+def test_with_lora_the_reference_is_the_model_without_its_adapters(folder, tmp_path):
+    """A lost file is computed again by a trained run on another layout, with the adapters off: it is the stored one."""
+    options = {"lora": {"rank": 4}, "optimizer": {"lr": 1e-2}}
+    config = pair_config(tmp_path / "run", folder, {"kind": "dpo"}, **options)
+    ((_, error),) = run_ranks(1, faults.train_and_listen, config)
+    assert error is None
+    assert numbers(config.run_dir)[-1]["rewards/accuracy"] > 0.9  # the adapters do something
+    lost = copy_to_step_2(config, tmp_path / "lost")
+    (lost / "reference.safetensors").unlink()
+    other = pair_config(lost, folder, {"kind": "dpo"}, parallel={"tp": 2}, **options)
+    (said, error), _ = run_ranks(2, faults.train_and_listen, other)
+    assert error is None
+    assert [line for line in said if "answers, again, with the adapters off: " in line]
+    stored, again = (load_file(Path(run) / "reference.safetensors") for run in (config.run_dir, lost))
+    assert stored.keys() == again.keys()
+    for key in stored:
+        np.testing.assert_allclose(stored[key], again[key], rtol=1e-5)
+    assert numbers(lost) == [pytest.approx(step, rel=1e-2, abs=1e-2) for step in numbers(config.run_dir)]
+
+
 def test_runs_learn_the_preference_and_show_it_on_held_out_pairs(folder, tmp_path):
     changes = {"train__steps": 12, "train__eval_interval": 12, "train__eval_steps": 2, "train__log_interval": 4}
     changes["optimizer"] = {"lr": 2e-3, "initial_loss_scale": 1024.0}
@@ -259,7 +279,7 @@ def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_proces
     commands = [
         ["convert", "export", "--checkpoint", run, "--out", str(out), "--dtype", "fp32"],
         ["convert", "import", "--hf", str(out), "--out", str(native)],
-        ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "baichuan"],
+        ["convert", "export", "--checkpoint", run, "--out", str(tmp_path / "x"), "--as", "aquila"],
         ["generate", "--checkpoint", run, "--prompt", "And"],
         ["score", "--hf", str(out), "--pairs", str(folder / "more"), "--out", str(tmp_path / "scores.jsonl")],
         ["score", "--checkpoint", run, "--pairs", str(folder / "chats")],
@@ -267,7 +287,7 @@ def test_a_reward_model_is_exported_to_transformers_and_imported_back(one_proces
     ((exported, imported, other, generated, scored, no_pairs),) = run_commands(commands)
     assert "verified: transformers' logits differ from the native model's by" in exported.printed
     assert imported.exit_code == 0
-    assert "a reward model cannot be written as baichuan: transformers has no class with scores for it" in other.error
+    assert "a reward model cannot be written as aquila: transformers has no class with scores for it" in other.error
     assert "is a reward model, its value head has 3 outputs; the model is a language model" in generated.error
     before, after = CheckpointReader(Path(run) / "checkpoints" / "step_00000004"), CheckpointReader(native)
     for key in after.keys():
