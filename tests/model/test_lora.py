@@ -61,7 +61,7 @@ def one_process(**lora):
 @pytest.mark.parametrize("name", CASES)
 def test_a_layout_trains_adapters_as_one_process_does(name):
     ranks, changes = CASES[name]
-    config = tiny_config("unused", **{"lora": LORA, **changes})
+    config = tiny_config("unused", **{"lora": {**LORA}, **changes})
     options = {name.removeprefix("lora__"): value for name, value in changes.items() if name.startswith("lora__")}
     expected = one_process(**options)
     results = run_ranks(ranks, steps_of, config)
