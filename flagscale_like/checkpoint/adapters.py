@@ -188,6 +188,10 @@ class AdaptedWeights:
     def keys(self) -> list[str]:
         return sorted({*self.base.keys(), *self._own})
 
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, its vocabulary padded for tp 1."""
+        return self.adapters.shapes()[key] if key in self._own else self.base.global_shape(key)
+
     def check(self, target: Fragment) -> None:
         self._source(target.key).check(target)
 
@@ -202,14 +206,19 @@ class MergedWeights:
     """A base's weights with the adapters' product added: W + scale B A, in fp32. Picklable, one tensor at a time.
 
     Raises:
-        CheckpointError: the adapters do not fit the base.
+        CheckpointError: the checkpoint holds a head of its own.
     """
 
     reads_in_threads = False
 
     def __init__(self, adapted: AdaptedWeights) -> None:
-        self.base, self.adapters, self.lora, self.folder = adapted.base, adapted.adapters, adapted.lora, adapted.folder
-        self._adapted = {p.name.rpartition(".lora.")[0] + ".weight" for p in self.lora.parameters(self.base.arch)}
+        self.base, self.adapters, self._lora, self.folder = adapted.base, adapted.adapters, adapted.lora, adapted.folder
+        left = sorted(key for key in self.adapters.keys() if not is_adapter(key))
+        if left:
+            raise CheckpointError(
+                f"{self.folder}: holds {left[0]} beside the adapters, which the base has no place for"
+            )
+        self._adapted = {p.name.rpartition(".lora.")[0] + ".weight" for p in self._lora.parameters(self.base.arch)}
         self._last: tuple[str, Tensor] | None = None
 
     @property
@@ -236,8 +245,8 @@ class MergedWeights:
             return self.base.full(key, dtype=dtype)
         at, fp32 = key.removesuffix("weight") + "lora.", torch.float32
         a, b = self.adapters.full(at + "a", dtype=fp32), self.adapters.full(at + "b", dtype=fp32)
-        weight = torch.addmm(self.base.full(key, dtype=fp32), b, a, alpha=self.lora.scale)
-        if self.lora.dora:
+        weight = torch.addmm(self.base.full(key, dtype=fp32), b, a, alpha=self._lora.scale)
+        if self._lora.dora:
             weight *= (self.adapters.full(at + "magnitude", dtype=fp32) / weight.norm(dim=1))[:, None]
         return weight.to(dtype or self.base.dtype(key))
 
@@ -259,5 +268,5 @@ class MergedWeights:
 
     def trained(self) -> bool:
         """Whether any adapter changes its matrix: every B is 0 until the first update."""
-        names = [p.name for p in self.lora.parameters(self.base.arch) if p.name.endswith(".b")]
+        names = [p.name for p in self._lora.parameters(self.base.arch) if p.name.endswith(".b")]
         return any(bool(self.adapters.full(name).any()) for name in names)

@@ -48,6 +48,8 @@ def plan(
     goal = Goal.of(config, cuda=place.device.is_gpu)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
+    if config.lora is not None:
+        typer.echo(config.describe_parameters())
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if write is not None:

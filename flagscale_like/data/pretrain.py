@@ -193,7 +193,7 @@ def _check_ids(prefix: str, vocab_size: int) -> None:
 
 def _check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
     """Refuse a token that the model has no row for, on any device, before it is there."""
-    largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+    largest = max(int(batch[name].numpy().max()) for name in ("tokens", "labels"))  # they are on the host
     if largest >= vocab_size:
         raise DataError(
             f"a sample holds token {largest}, model.vocab_size is {vocab_size}: a data source was made with another "

@@ -20,6 +20,7 @@ from flagscale_like.data.chat import (
 )
 from flagscale_like.data.conversations import conversations_at, mask_of
 from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.inspect import describe_index
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.table import DocumentTable
@@ -182,6 +183,13 @@ def test_fractions_are_kept_as_floats(folder, tmp_path):
     preprocess_chat([source], folder, tmp_path / "x", options(folder))
     masks = IndexedDataset(mask_of(tmp_path / "x"))
     assert [set(masks.get(n).tolist()) for n in range(2)] == [{0.0, 1.0}, {0.0, 0.25}]
+    plain = "\n".join(map(str, describe_index(tmp_path / "x", folder, samples=2)))
+    assert "«It is four. 三<|im_end|>»[0.25]" in plain
+    coloured = list(describe_index(tmp_path / "x", folder, samples=1, colour=True))[-1]
+    assert [str(coloured)[s.start : s.end] for s in coloured.spans if s.style == "bold green"] == [
+        "It is four. 三<|im_end|>",
+        "Five.<|im_end|>",
+    ]
 
 
 def test_a_conversation_too_long_is_refused_dropped_or_cut_and_counted(folder, tmp_path):

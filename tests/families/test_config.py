@@ -174,7 +174,7 @@ def test_a_config_written_from_what_was_read_reads_the_same(name, tmp_path):
     ("name", "change", "message"),
     [
         ("Llama-2-7B", {"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: aquila, baichuan, llama"),
-        ("Llama-2-7B", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ("Llama-2-7B", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         ("Llama-2-7B", {"hidden_size": None}, "has no hidden_size"),
         ("Llama-2-7B", {"num_hidden_layers": -1}, "num_hidden_layers is -1, must be a positive integer"),
         ("Llama-2-7B", {"vocab_size": "32000"}, "vocab_size is '32000'"),
