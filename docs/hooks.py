@@ -68,8 +68,11 @@ def _section(name: str, group: type[BaseModel], field: FieldInfo) -> list[str]:
         note = " A list; each entry has these keys."
     elif _is_optional(field.annotation):
         note = " Off unless the group is given." if field.default is None else f" `{name}: null` turns it off."
-    kind = f" of kind {typing.get_args(group.model_fields['kind'].annotation)[0]}" if _several(field) else ""
-    lines = ["", f"{level} {name}{kind}", "", f"{_summary(group)}{note}", "", *key_table(group, group.model_fields)]
+    heading = ["", f"{level} {name}"]
+    if len(kinds := _groups(field.annotation)) > 1:  # one heading, and a table for each kind
+        kind = typing.get_args(group.model_fields["kind"].annotation)[0]
+        heading = [*(heading if group is kinds[0] else []), "", f"With `kind: {kind}`:"]
+    lines = [*heading, "", f"{_summary(group)}{note}", "", *key_table(group, group.model_fields)]
     for key, info in group.model_fields.items():
         for inner in _groups(info.annotation):
             lines += _section(f"{name}.{key}", inner, info)
@@ -109,10 +112,6 @@ def _groups(annotation: Any) -> list[type[BaseModel]]:
     """The groups that a field holds, directly, optionally or in a list; several where its `kind` tells them apart."""
     options = [annotation, *typing.get_args(annotation)]
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-
-
-def _several(field: FieldInfo) -> bool:
-    return len(_groups(field.annotation)) > 1
 
 
 def _is_optional(annotation: Any) -> bool:
