@@ -206,9 +206,9 @@ def test_the_verbs_list_show_and_prune(source, tmp_path):
     listed = ckpt("list", tmp_path / "run").splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [
         ["00000004", "damaged"],
-        ["3", "tp1"],
-        ["2", "tp1"],
-        ["1", "tp1"],
+        ["3", "model"],
+        ["2", "model"],
+        ["1", "model"],
         ["unfinished", f"{root}/.tmp-step_00000005-abc"],
     ]
     shown = ckpt("show", root / "step_00000003", "--tensors")
