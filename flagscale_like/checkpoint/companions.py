@@ -34,10 +34,10 @@ def read_companions(folders: Iterable[Path | None]) -> dict[str, bytes]:
     Args:
         folders: None, and folders that are not there, are passed over.
     """
-    there = [folder for folder in folders if folder is not None and folder.is_dir()]
-    chosen = next((folder for folder in there if fingerprint(folder) is not None), None)
+    there = {folder: fingerprint(folder) for folder in folders if folder is not None and folder.is_dir()}
+    chosen = next((folder for folder, ids in there.items() if ids is not None), None)
     names = {name: chosen / name for name in TOKENIZER_FILES} if chosen is not None else {}
-    settings = [folder / GENERATION for folder in there if fingerprint(folder) == fingerprint(chosen)]
+    settings = [folder / GENERATION for folder, ids in there.items() if ids == there.get(chosen)]
     if settings := [path for path in settings if path.is_file()]:
         names[GENERATION] = settings[0]
     return {name: path.read_bytes() for name, path in names.items() if path.is_file()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,6 +109,7 @@ def open_model(
     from flagscale_like.checkpoint.manifest import find_checkpoint
     from flagscale_like.checkpoint.peft_folder import PeftFolder, is_peft_folder
     from flagscale_like.errors import CheckpointError
+    from flagscale_like.runtime.launched import current_launch
 
     source = HfFolder(path) if hugging_face else open_weights(path)
     for note in getattr(source, "notes", ()):
@@ -117,7 +117,8 @@ def open_model(
     if adapter is not None and is_peft_folder(adapter):
         if holds_adapters(source):
             raise CheckpointError(f"{path}: holds adapters alone, and cannot be the base of others")
-        if os.environ.get("RANK", "0") == "0":
+        launch = current_launch()
+        if launch is None or launch.rank == 0:
             typer.echo(
                 f"{adapter}: peft records no identity of the base: not verified that it is {path}; the shapes agree"
             )
@@ -152,19 +153,3 @@ def _tokenizer_of(source: CheckpointReader | HfFolder) -> Path | None:
                 err=True,
             )
     return found
-
-
-def open_checkpoint(checkpoint: Path) -> tuple[CheckpointReader, Path | None]:
-    """Open the newest checkpoint at a path.
-
-    Returns:
-        The reader, and the tokenizer folder that the run used or that was imported with the checkpoint; None if the folder
-        does not exist.
-    """
-    from flagscale_like.checkpoint.format import CheckpointReader
-    from flagscale_like.checkpoint.manifest import find_checkpoint
-
-    reader = CheckpointReader(find_checkpoint(checkpoint))
-    for note in reader.notes:
-        typer.echo(note, err=True)
-    return reader, _tokenizer_of(reader)

@@ -26,6 +26,21 @@ data_app = typer.Typer(
 )
 
 
+# Options that several of the commands below have.
+Records = Annotated[list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")]
+TokenizerFolder = Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")]
+Prefix = Annotated[Path, typer.Option(help="Path without suffix of the files to write.")]
+Template = Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")]
+LongestLine = Annotated[
+    float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
+]
+ShardSize = Annotated[
+    float | None, typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart.")
+]
+
+
 @app.command(
     epilog=example("flagscale-like preprocess corpus/*.jsonl.zst --tokenizer tok/ --out data/corpus --workers 8")
 )
@@ -49,7 +64,7 @@ def preprocess(  # typer makes an option of every parameter
     unit: Annotated[
         Literal["file", "line", "paragraph"], typer.Option(help="What one document is in a plain text file.")
     ] = "file",
-    workers: Annotated[int, typer.Option(help="Number of tokenizing processes.", min=1)] = 1,
+    workers: Workers = 1,
     bad_lines: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="Lines without a document: stop at the first, or count and skip them."),
@@ -73,11 +88,8 @@ def preprocess(  # typer makes an option of every parameter
     max_document_mb: Annotated[
         float, typer.Option(min=0.001, help="Longer lines (or files) are bad lines. Bounds the memory of a process.")
     ] = 64.0,
-    shard_mb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier call.")] = False,
+    shard_mb: ShardSize = None,
+    overwrite: Overwrite = False,
     special_tokens: Annotated[
         Literal["text", "ids", "error"],
         typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
@@ -164,12 +176,10 @@ def _print_report(report: Report) -> None:
 
 @data_app.command("chat", epilog=example("flagscale-like data chat chats.jsonl --tokenizer tok/ --out data/chats"))
 def chat(  # typer makes an option of every parameter
-    inputs: Annotated[
-        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
-    ],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
-    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
-    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    inputs: Records,
+    tokenizer: TokenizerFolder,
+    out: Prefix,
+    template: Template = None,
     length: Annotated[int | None, typer.Option(min=1, help="Places of a row: train.seq_length.")] = None,
     long: Annotated[
         Literal["refuse", "drop", "cut"], typer.Option(help="Conversations that do not fit --length.")
@@ -184,17 +194,10 @@ def chat(  # typer makes an option of every parameter
         Literal["stop", "skip"],
         typer.Option(help="Lines without a conversation: stop at the first, or count and skip them."),
     ] = "stop",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
-    max_document_mb: Annotated[
-        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
-    ] = 64.0,
-    shard_mb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
-    ] = None,
+    overwrite: Overwrite = False,
+    workers: Workers = 1,
+    max_document_mb: LongestLine = 64.0,
+    shard_mb: ShardSize = None,
 ) -> None:
     """Tokenize conversations for fine-tuning: the tokens, the weight of each, and a table with the line of each conversation.
 
@@ -225,12 +228,10 @@ def chat(  # typer makes an option of every parameter
 
 @data_app.command("pairs", epilog=example("flagscale-like data pairs pairs.jsonl --tokenizer tok/ --out data/pairs"))
 def pairs(  # typer makes an option of every parameter
-    inputs: Annotated[
-        list[str], typer.Argument(help="Files, folders or globs of JSON lines or arrays, also compressed.")
-    ],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
-    out: Annotated[Path, typer.Option(help="Path without suffix of the files to write.")],
-    template: Annotated[Path | None, typer.Option(help="Chat template (Jinja). Default: the tokenizer's.")] = None,
+    inputs: Records,
+    tokenizer: TokenizerFolder,
+    out: Prefix,
+    template: Template = None,
     length: Annotated[int | None, typer.Option(min=2, help="Places of a row: train.seq_length.")] = None,
     long: Annotated[
         Literal["refuse", "drop", "cut"],
@@ -242,17 +243,10 @@ def pairs(  # typer makes an option of every parameter
     bad_lines: Annotated[
         Literal["stop", "skip"], typer.Option(help="Lines without a pair: stop at the first, or count and skip them.")
     ] = "stop",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of a prefix that is there.")
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
-    max_document_mb: Annotated[
-        float, typer.Option(min=0.001, help="Longer lines are bad lines. Bounds the memory of a process.")
-    ] = 64.0,
-    shard_mb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Input of one shard. After an interruption, incomplete shards restart."),
-    ] = None,
+    overwrite: Overwrite = False,
+    workers: Workers = 1,
+    max_document_mb: LongestLine = 64.0,
+    shard_mb: ShardSize = None,
 ) -> None:
     """Tokenize pairs of answers for DPO and reward models: the tokens, which count, and a table with the line of each pair.
 

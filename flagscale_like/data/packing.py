@@ -121,9 +121,18 @@ class ConversationSource(OneSource, MegatronDataset):
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
         return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each conversation of the source, [n]."""
+        return self.dataset.sequence_lengths
+
+    @property
+    def places(self) -> np.ndarray:
+        """Places of a row that each conversation of the source takes, [n]."""
+        return self.sizes - 1
+
     def _pack(self) -> tuple[np.ndarray, np.ndarray]:
-        config = self.config
-        places = self.dataset.sequence_lengths[self.indices] - 1
+        config, places = self.config, self.places[self.indices]
         members, starts = pack_epochs(places, config.sequence_length, rows=self.num_samples, seed=config.random_seed)
         return self.indices[members], starts
 
@@ -145,19 +154,18 @@ class ConversationSource(OneSource, MegatronDataset):
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """What the row at `index` consists of: (conversation, first token, end) in the order of its tokens."""
-        lengths = self.dataset.sequence_lengths
-        return [(number, 0, int(lengths[number])) for number in self.members_of(index)]
+        return [(number, 0, int(self.sizes[number])) for number in self.members_of(index)]
 
     @property
     def epoch_tokens(self) -> int:
         """Tokens of the source in this split."""
-        return int(self.dataset.sequence_lengths[self.indices].sum(dtype=np.int64))
+        return int(self.sizes[self.indices].sum(dtype=np.int64))
 
     def tokens_of(self, rows: int) -> int:
         """Tokens of the first `rows` rows; they start again after the last."""
         turns, rest = divmod(rows, len(self))
         read = [self.members] * turns + [self.members[: self.starts[rest]]]
-        return sum(int(self.dataset.sequence_lengths[part].sum(dtype=np.int64)) for part in read)
+        return sum(int(self.sizes[part].sum(dtype=np.int64)) for part in read)
 
 
 def pack_row(

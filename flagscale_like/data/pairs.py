@@ -12,7 +12,7 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from flagscale_like.data.conversations import mask_of, pair_values
-from flagscale_like.data.packing import ConversationSource, pack_epochs
+from flagscale_like.data.packing import ConversationSource
 
 
 class PairRows:
@@ -68,10 +68,12 @@ class PairSource(ConversationSource):
         self.references: np.ndarray | None = None
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
 
-    def _pack(self) -> tuple[np.ndarray, np.ndarray]:
-        config, places = self.config, self.rows.sizes[self.indices]
-        members, starts = pack_epochs(places, config.sequence_length, rows=self.num_samples, seed=config.random_seed)
-        return self.indices[members], starts
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each pair of the source, [n]: a pair takes a place for each."""
+        return self.rows.sizes
+
+    places = sizes
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         pairs = self.members_of(index)
@@ -84,17 +86,6 @@ class PairSource(ConversationSource):
         """What the row at `index` consists of: (document, first token, end) in the order of its tokens."""
         lengths = self.dataset.sequence_lengths
         return [(n, 0, int(lengths[n])) for pair in self.members_of(index) for n in (2 * pair, 2 * pair + 1)]
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Tokens of the source in this split."""
-        return int(self.rows.sizes[self.indices].sum())
-
-    def tokens_of(self, rows: int) -> int:
-        """Tokens of the first `rows` rows; they start again after the last."""
-        turns, rest = divmod(rows, len(self))
-        read = [self.members] * turns + [self.members[: self.starts[rest]]]
-        return sum(int(self.rows.sizes[part].sum()) for part in read)
 
 
 def pack_pairs(
