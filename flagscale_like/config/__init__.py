@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
 )
 from flagscale_like.config.health import (
     EffectiveRank,
+    ExpertLoads,
     Init,
     LayerNorms,
     Monitors,
@@ -40,6 +41,7 @@ __all__ = [
     "Data",
     "DirectPreference",
     "EffectiveRank",
+    "ExpertLoads",
     "Init",
     "KernelChoice",
     "Kernels",

@@ -286,7 +286,8 @@ class RunConfig(Frozen):
         """How many parameters the model has, and how many of them LoRA trains, in words."""
         count = self.model.parameter_count()
         if self.lora is None:
-            return f"{count:,} parameters"
+            active = f", {self.model.active_parameter_count():,} of them for each token" if self.model.experts else ""
+            return f"{count:,} parameters{active}"
         own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
         return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
 

@@ -28,6 +28,7 @@ from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
+from flagscale_like.training.expert_loads import ExpertMonitor
 from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.loop import evaluate as report_evaluation
 from flagscale_like.training.loop import run_steps
@@ -110,7 +111,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     parts: list[Part | None] = [
         StopSignal(watchdog),
         StepProfiler(config.train.profile, folder, ctx) if config.train.profile else None,
-        StepMonitors(config.monitors, engine),
+        *monitors_of(config, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
         StepLog(config, ctx, clock, feed, objective),
@@ -143,6 +144,14 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     run.parts.load(begun.saved)
     run.evaluate = evaluator(run, valid_data, reference) if valid_data is not None else None
     return run
+
+
+def monitors_of(config: RunConfig, engine: Engine) -> list[Part]:
+    """What watches a run's steps."""
+    experts = (
+        [ExpertMonitor(config.monitors.experts, engine)] if config.model.experts and config.monitors.experts else []
+    )
+    return [StepMonitors(config.monitors, engine), *experts]
 
 
 def make_reference(
@@ -217,6 +226,7 @@ def announce(run: Run, notes: list[str]) -> None:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{f' ep {par.ep}' if config.model.experts else ''}"
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )

@@ -54,7 +54,7 @@ class Reporter:
             write_record(self._metrics, {"step": step, **values, "time": _now()})
         with dispensable(self.folder.tensorboard):
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
