@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,14 +152,22 @@ def preprocess(  # typer makes an option of every parameter
 
 @contextmanager
 def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of the files, on a terminal. Yields a function that takes the bytes that are done."""
+    """A progress bar over the bytes of the files; lines where the output is no terminal.
+
+    Yields a function that takes the bytes that are done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from flagscale_like.data.inputs import ProgressLines, size_of
+
+    console, total = Console(stderr=True), size_of(files)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield ProgressLines(total, functools.partial(typer.echo, err=True))
+        return
     columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("tokenizing", total=total)
         yield lambda size: bar.advance(task, size)
 
 

@@ -79,7 +79,10 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
             run.watchdog.beat(run.progress.step, "exporting", slow=True)
             out = export_run(run)
             run.reporter.say(f"exported {out}: {config.train.precision} weights of step {run.progress.step}")
-        run.reporter.say(f"done: step {run.progress.step} of {config.train.steps}; everything is in {config.run_dir}")
+        step, steps = run.progress.step, config.train.steps
+        run.reporter.say(
+            f"done: step {step}{f' of {steps}' if step <= steps else ''}; everything is in {config.run_dir}"
+        )
     return run.progress
 
 
