@@ -23,6 +23,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
 
 
@@ -119,6 +120,7 @@ class RunConfig(Frozen):
         offload: activation offload to host memory.
         init: initialisation of the weights.
         lora: train low-rank adapters instead of the weights.
+        logging: experiment trackers.
     """
 
     run_dir: PathText
@@ -135,6 +137,7 @@ class RunConfig(Frozen):
     offload: Offload | None = None
     init: Init = Init()
     lora: Lora | None = None
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -109,6 +109,7 @@ def benchmark_config(config: RunConfig, folder: str, steps: int, *, checkpoint: 
     values["data"] = {"synthetic": True}
     values["train"] |= {"steps": steps, "log_interval": 1, "eval_interval": 0, "ramp_up": None, "exit_at_step": None}
     values["optimizer"] |= {"warmup_steps": 0, "schedule": "constant", "decay_steps": None}
+    values["logging"] = {}
     values["checkpoint"] = {"interval": steps if checkpoint else 0, "keep": 1}
     return RunConfig.model_validate(values)
 

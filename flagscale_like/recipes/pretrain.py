@@ -43,6 +43,7 @@ from flagscale_like.training.salience import calibrate
 from flagscale_like.training.source_selection import SourceSelection
 from flagscale_like.training.standard_parts import GarbageCollection, OffloadReport, Saves, StopSignal
 from flagscale_like.training.step_log import StepLog
+from flagscale_like.training.trackers import check_trackers, make_trackers
 from flagscale_like.training.trail import DataTrail
 
 # The engine of a run -> parts for it, the same on every rank.
@@ -61,6 +62,7 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
         DataError, CheckpointError, ConfigError: see the functions that load and build.
     """
     agree(ctx, lambda: check_sources(config))
+    check_trackers(config.logging)
     if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
         find_family(config.model.family).config_with_head(config.model, getattr(config.objective, "heads", 0))
     begun = start(config, ctx)
@@ -214,10 +216,11 @@ def make_watchdog(config: RunConfig, begun: Start) -> Watchdog:
 
 
 def announce(run: Run, notes: list[str]) -> None:
-    """Write config.yaml, and say what is trained, where, and from what it starts."""
+    """Write config.yaml, begin the trackers' runs, and say what is trained, where, and from what it starts."""
     config, ctx, par = run.config, run.ctx, run.config.parallel
     if ctx.is_main:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
+        run.reporter.trackers = make_trackers(config, run.reporter.say)
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"

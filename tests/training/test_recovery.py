@@ -85,7 +85,10 @@ def test_restarts_that_do_not_help_end_with_the_ranks_own_exit_code(tmp_path):
     yaml = write_yaml(tiny_config(tmp_path / "run", data=data), tmp_path / "run.yaml")
     result = cli("train", str(yaml), "--nproc-per-node", "1", "--max-restarts", "1")
     assert result.returncode == 11
-    cause, why = f"error: tokenizer {tmp_path}/nowhere: no such folder", "rank 0 ended with exit code 11; its error is above"
+    cause, why = (
+        f"error: tokenizer {tmp_path}/nowhere: no such folder",
+        "rank 0 ended with exit code 11; its error is above",
+    )
     assert [line for line in result.stderr.splitlines() if "error" in line] == [
         cause,
         f"restarting all ranks (1 of 1): {why}",
