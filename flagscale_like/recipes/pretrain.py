@@ -29,6 +29,7 @@ from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
 from flagscale_like.training.guard import Guard, suspects
+from flagscale_like.training.live import LiveLine
 from flagscale_like.training.loop import evaluate as report_evaluation
 from flagscale_like.training.loop import run_steps
 from flagscale_like.training.metrics import Reporter
@@ -95,9 +96,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         begun.notes.append(calibrate(config, engine, progress.train_samples))
     offload = attach_offload(engine.models, config, ctx)
     ledger = [Ledger(folder.root, progress.step)] if ctx.is_main else []
-    reporter = closing.enter_context(
-        Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
-    )
+    reporter = closing.enter_context(Reporter(folder, progress, is_main=ctx.is_main))
     watchdog = closing.enter_context(make_watchdog(config, begun))
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
@@ -119,6 +118,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
         StepLog(config, ctx, clock, feed, objective),
+        LiveLine(config, reporter.console),
         reference,
         OffloadReport(offload) if offload else None,
         *(make_parts(engine) if make_parts else ()),

@@ -15,6 +15,7 @@ from rich.console import Console
 from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event, close_all
+from flagscale_like.training.plan import Progress
 from flagscale_like.training.trackers import Sender
 
 
@@ -27,13 +28,12 @@ class Reporter:
         trackers: they get every number, too.
 
     Args:
+        progress: where the run goes on from. Records of later steps, of an interrupted run, are dropped, and events that were
+            found in later samples. They do not go by the step: what made a run go back to an earlier step has to stay.
         is_main: whether this is rank 0; the others' reporters do nothing.
-        resumed_from: step that the run goes on from; later records of an interrupted run are dropped.
-        consumed: samples that it goes on from; events found in later ones are dropped. They do not go by the step: what made
-            a run go back to an earlier step has to stay.
     """
 
-    def __init__(self, folder: RunFolder, *, is_main: bool, resumed_from: int, consumed: int = 0) -> None:
+    def __init__(self, folder: RunFolder, progress: Progress, *, is_main: bool) -> None:
         self.folder = folder
         self.console = Console(highlight=False, soft_wrap=True) if is_main else None
         self._metrics = self._events = self._board = None
@@ -41,10 +41,10 @@ class Reporter:
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            keep_records(folder.metrics, "step", resumed_from)
-            keep_records(folder.events, "consumed-samples", consumed)
+            keep_records(folder.metrics, "step", progress.step)
+            keep_records(folder.events, "consumed-samples", progress.consumed)
             self._metrics, self._events = open_records(folder.metrics), open_records(folder.events)
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=resumed_from + 1)
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=progress.step + 1)
 
     def say(self, text: str) -> None:
         """One line of log, from rank 0."""
