@@ -27,6 +27,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         ConfigError: a rank needs more memory than the device has.
         DataError: `local` is true and the data cannot be used.
     """
+    from flagscale_like.planner.evidence import describe_evidence
     from flagscale_like.planner.report import describe_memory, describe_time
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
@@ -61,6 +62,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected tokens/s")
     else:
         typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
+        if cuda:
+            typer.echo(describe_evidence(plan, goal, cluster))
         if plan.peak_bytes > cluster.device.hbm_bytes:
             raise ConfigError(
                 f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
