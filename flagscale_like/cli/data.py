@@ -380,7 +380,6 @@ def locate(
     import json
     from dataclasses import asdict
 
-    from flagscale_like.config import RunConfig
     from flagscale_like.data.inspect import excerpt
     from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
     from flagscale_like.data.tokenizer import Tokenizer
@@ -390,7 +389,7 @@ def locate(
     if attempt is not None and attempt > len(readings):
         raise ConfigError(f"--attempt ({attempt}): step {step} ran {len(readings)} times: give 1 to {len(readings)}")
     reading = readings[(attempt or len(readings)) - 1]
-    segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    segment, config = reading.segment, reading.segment.config
     if step > config.train.steps:
         raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps): give one of them")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)
