@@ -33,6 +33,7 @@ from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
+from flagscale_like.config.trackers import Logging, Mlflow, Wandb
 
 __all__ = [
     "Chat",
@@ -46,7 +47,9 @@ __all__ = [
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Logging",
     "Lora",
+    "Mlflow",
     "Monitors",
     "MuP",
     "NextTokenLoss",
@@ -64,6 +67,7 @@ __all__ = [
     "Source",
     "Spike",
     "Train",
+    "Wandb",
     "check_layout",
     "load_config",
     "parts_of_row",

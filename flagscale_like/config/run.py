@@ -23,6 +23,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
 
 
@@ -142,6 +143,7 @@ class RunConfig(Frozen):
         offload: activation offload to host memory.
         init: initialisation of the weights.
         lora: train low-rank adapters instead of the weights.
+        logging: experiment trackers.
     """
 
     run_dir: PathText
@@ -158,6 +160,7 @@ class RunConfig(Frozen):
     offload: Offload | None = None
     init: Init = Init()
     lora: Lora | None = None
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -224,12 +227,16 @@ class RunConfig(Frozen):
         optimizer, steps = self.optimizer, self.train.steps
         if optimizer.warmup_steps >= steps:
             raise ValueError(
-                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps})"
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps}): add "
+                f"optimizer.warmup_steps={steps // 10}; or keep train.steps, and stop with train.exit_at_step={steps}"
             )
         if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
             raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
         if optimizer.schedule == "wsd" and optimizer.decay_steps > steps:
-            raise ValueError(f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps})")
+            raise ValueError(
+                f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps}): add "
+                f"optimizer.decay_steps={max(1, steps // 5)}; or keep train.steps, and stop with train.exit_at_step={steps}"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Compute the data-parallel degree on `world_size` ranks.

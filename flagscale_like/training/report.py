@@ -21,7 +21,7 @@ from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
-from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
+from flagscale_like.training.charts import COMPONENTS, Curve, Mark, chart, layout_drawing, memory_bars, thinned
 from flagscale_like.training.metrics import loss_curve, loss_name, read_metrics
 from flagscale_like.training.recovery import effective_time_ratio, read_ledger
 
@@ -307,9 +307,9 @@ def _chart(story: Story, name: str, title: str) -> str:
 
 
 def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "offload_buffers")
+    planned = COMPONENTS[:-1]
     rows = [
-        (f"planned, stage {stage}", [(name.replace("_", " "), getattr(m, name)) for name in parts])
+        (f"planned, stage {stage}", [(name, getattr(m, name.replace(" ", "_"))) for name in planned])
         for stage, m in enumerate(memory[:16])
     ]
     rows.append(("measured, rank 0", [("measured", measured)]))
