@@ -29,6 +29,7 @@ setup(
         "transformers>=5.3,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "sentencepiece>=0.2.3,<0.3",
         "accelerate>=1.0",
         "numpy>=1.26",
         "pyarrow>=17",

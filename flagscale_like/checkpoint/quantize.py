@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagscale_like.checkpoint.companions import GENERATION, TOKENIZER_FILES
+from flagscale_like.checkpoint.companions import GENERATION, code_files, tokenizer_files
 from flagscale_like.checkpoint.hf import write_index, written_aside
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.tensor_file import TensorSpec, write_tensors
@@ -217,7 +217,8 @@ def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
         config = json.loads((folder.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = scheme.config()
         write_json(temporary / "config.json", config)
-        for name in (*TOKENIZER_FILES, GENERATION):
+        code = code_files(folder.folder, config.get("auto_map"))
+        for name in {*tokenizer_files(folder.folder), *code, GENERATION}:
             if (folder.folder / name).is_file():
                 shutil.copyfile(folder.folder / name, temporary / name)
     error = (tally.squared_error / tally.squared_weights) ** 0.5 if tally.squared_weights else 0.0
