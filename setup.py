@@ -58,6 +58,7 @@ setup(
             "mkdocs-material>=9.5,<10",
         ],
         "gpu": ["nvidia-ml-py>=12"],
+        "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},
     classifiers=[

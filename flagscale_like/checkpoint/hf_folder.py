@@ -14,11 +14,13 @@ from torch import Tensor
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.packed import PackedWeight, with_packed
 from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
 from flagscale_like.families.family import Settings
+from flagscale_like.families.quantization import Scheme
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +43,7 @@ class HfFolder:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
+        quantization: how its weights are quantized; None where they are not.
         notes: what to tell the user about the folder.
         reads_in_threads: see WeightSource.
 
@@ -54,11 +57,23 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
-        self.value_heads = self.family.value_heads(Settings.read(self.folder))
+        settings = Settings.read(self.folder)
+        self.value_heads = self.family.value_heads(settings)
+        self.quantization = Scheme.of(settings)
         self.rules = self.family.rules_with_head(self.arch, self.value_heads)
         self._by_core = {rule.core: rule for rule in self.rules}
         self.notes: list[str] = []
-        self._files = self._open_files()
+        self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
+        if self.quantization is not None:
+            try:
+                self._files = with_packed(self._files, self.quantization)
+            except ValueError as error:
+                raise ConversionError(f"{self.folder}: {error}") from None
+            scheme = self.quantization
+            self.notes.append(
+                f"{self.folder}: its weights are INT{scheme.bits} in groups of {scheme.group_size}; they are read as the "
+                "numbers that they stand for"
+            )
         self._check_tensors()
         self._last: tuple[str, Tensor] | None = None
 

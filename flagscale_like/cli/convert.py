@@ -212,10 +212,12 @@ def quantize(
     ] = True,
 ) -> None:
     """Quantize a Hugging Face folder to INT8 or INT4 in the compressed-tensors format, which transformers and vLLM load."""
-    from flagscale_like.checkpoint.quantize import Scheme, quantize_folder
+    from flagscale_like.checkpoint.quantize import quantize_folder
+    from flagscale_like.families.quantization import Scheme
 
     summary = quantize_folder(hf, out, Scheme(bits=bits, group_size=group_size, symmetric=symmetric))
     typer.echo(
         f"wrote {out}: {summary.matrices} matrices in INT{bits}, {summary.bytes_before / 1e6:,.1f} MB -> "
         f"{summary.bytes_after / 1e6:,.1f} MB, relative weight error {summary.relative_error:.2e}"
     )
+    typer.echo("transformers loads it with compressed-tensors: pip install 'flagscale_like[quantized]'")
