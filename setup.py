@@ -55,9 +55,11 @@ setup(
             "gguf>=0.17",
             "compressed-tensors>=0.15",
             "peft>=0.17",
+            "lm-eval>=0.4.12,<0.5",
             "mkdocs-material>=9.5,<10",
         ],
         "gpu": ["nvidia-ml-py>=12"],
+        "eval": ["lm-eval>=0.4.12,<0.5"],
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},

@@ -91,7 +91,7 @@ class PackedWeight:
             raise ValueError(f"{missing[0]} is missing, of a quantized weight")
         self._name, self._files, self._scheme = name, files, scheme
         self.path = files[name + PACKED].path
-        rows = files[name + PACKED].specs[name + PACKED].shape[0]
+        rows = next(iter(files[name + PACKED].specs[name + PACKED].shape), 0)
         a_word = 32 // scheme.bits
         shape = self._stored(SHAPE).tolist()
         if not isinstance(shape, list) or len(shape) != 2 or int(shape[0]) != rows:

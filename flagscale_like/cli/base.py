@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from flagscale_like.checkpoint.format import CheckpointReader
     from flagscale_like.checkpoint.hf_folder import HfFolder
 
-    OpenedModel = tuple[CheckpointReader | HfFolder | AdaptedWeights, Path | None]
+    OpenedWeights = CheckpointReader | HfFolder | AdaptedWeights
+    OpenedModel = tuple[OpenedWeights, Path | None]
 
 
 def example(text: str) -> str:

@@ -197,6 +197,7 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus 1, added tokens included. (Ids may have gaps.)
         eod: the id of the end-of-text token, which ends each document.
+        bos: the id of the token that begins a text; None where there is none.
 
     Raises:
         DataError: the folder holds no readable tokenizer, or the tokenizer has no end-of-text token.
@@ -215,6 +216,7 @@ class Tokenizer:
                 f"tokenizer {folder}: tokenizer_config.json names no eos_token, the token that ends a document: add it"
             )
         self.eod = eod
+        self.bos = _special_id(self._backend, self._names, "bos_token")
 
     @property
     def before_text(self) -> list[int]:
@@ -224,8 +226,7 @@ class Tokenizer:
         """
         if self._add_bos is None:
             return self._backend.before_text()
-        bos = _special_id(self._backend, self._names, "bos_token") if self._add_bos else None
-        return [] if bos is None else [bos]
+        return [self.bos] if self._add_bos and self.bos is not None else []
 
     @property
     def pad(self) -> int:
