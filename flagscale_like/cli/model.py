@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, PlatformError
+
+if TYPE_CHECKING:
+    from flagscale_like.cli.base import OpenedWeights
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
 
@@ -17,11 +20,11 @@ MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-len
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
         ),
-    ],
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
     adapter: Adapter = None,
@@ -41,15 +44,40 @@ def evaluate(  # typer makes an option of every parameter
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of --data: a task of lm-evaluation-harness, or a YAML file of one; may be given several times."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question. Default: the task's.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="With --tasks: also write the harness's numbers as JSON.")] = None,
 ) -> None:
-    """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
+    """Print the loss and perplexity of a model on text, or its scores on tasks. Text goes over any layout.
+
+    Starts the ranks, or runs as a rank of torchrun. Tasks are computed by one process.
+    """
     from flagscale_like.config import Parallel
     from flagscale_like.runtime.launch import default_processes, launch
     from flagscale_like.runtime.launched import current_launch
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
+    if (data is None) == (not tasks):
+        raise ConfigError("give either --data or --tasks")
+    if not tasks and (shots is not None or limit is not None or out is not None):
+        raise ConfigError("--shots, --limit and --out belong to --tasks")
     parallel = Parallel(tp=tp, pp=pp, cp=cp)
+    if tasks:
+        if parallel.model_parallel_size > 1 or (nproc_per_node or 1) > 1:
+            raise ConfigError("tasks are computed by one process: leave out --tp, --pp, --cp and --nproc-per-node")
+        source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+        options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
+        _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
+        return
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
@@ -76,6 +104,42 @@ def evaluate(  # typer makes an option of every parameter
         if ctx.is_main:
             bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
             typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
+
+
+def _evaluate_tasks(
+    source: OpenedWeights,
+    tokenizer: Path | None,
+    tasks: list[str],
+    precision: str,
+    out: Path | None,
+    **options: int | None,
+) -> None:
+    """`evaluate --tasks`: print a line for each score."""
+    import os
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise PlatformError("--tasks needs lm-evaluation-harness: pip install 'flagscale_like[eval]'")
+    if tokenizer is None:
+        raise ConfigError("the model names no tokenizer: give --tokenizer FOLDER")
+    if all(task.endswith((".yaml", ".yml")) for task in tasks):  # a name asks for the hub's data, a file does not
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from flagscale_like.config import Parallel
+    from flagscale_like.data.tokenizer import Tokenizer
+    from flagscale_like.engine.engine import Engine
+    from flagscale_like.json_files import write_json
+    from flagscale_like.model.spec import ModelSpec
+    from flagscale_like.recipes.tasks import lines_of, score_tasks
+    from flagscale_like.runtime.parallel import parallel_context
+
+    with parallel_context(Parallel(), alone=True) as ctx:
+        spec = ModelSpec(arch=source.arch, precision=precision, lora=getattr(source, "lora", None))
+        model = Engine.build(spec, ctx, source=source).model
+        results = score_tasks(model, Tokenizer(tokenizer), tasks, **options)
+    if out is not None:
+        write_json(out, results)
+    for line in lines_of(results):
+        typer.echo(line)
 
 
 @app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))

@@ -7,7 +7,7 @@ import math
 import yaml
 from pydantic import model_validator
 
-from flagscale_like.arch import Experts, Frozen, ModelArch
+from flagscale_like.arch import Experts, Frozen, ModelArch, groups_on
 from flagscale_like.config.groups import (
     Checkpoint,
     Data,
@@ -41,6 +41,20 @@ def near_multiples(value: int, number: int) -> str:
     return " or ".join(str(n) for n in (below, below + number) if n > 0)
 
 
+def tp_misfit(model: ModelArch, tp: int) -> str | None:
+    """Why tensor parallelism over `tp` ranks cannot cut the model; None where it can."""
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(model, name) % tp:
+            return f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({tp})"
+    groups = model.num_query_groups
+    if groups % tp and tp % groups:
+        return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}), or divide it"
+    rows = (model.num_attention_heads + 2 * groups) * model.head_dim
+    if rows % tp:
+        return f"the {rows} rows of q, k and v must be divisible by parallel.tp ({tp})"
+    return None
+
+
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
     """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
@@ -48,13 +62,10 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
             nearest valid ones.
     """
-    shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(model, name) % par.tp:
-            raise ValueError(
-                f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
-                f"tp {near_divisors(par.tp, shared)} would do"
-            )
+    if misfit := tp_misfit(model, par.tp):
+        fitting = [tp for tp in range(1, model.num_attention_heads + 1) if not tp_misfit(model, tp)]
+        near = [tp for tp in fitting if tp < par.tp][-1:] + [tp for tp in fitting if tp > par.tp][:1]
+        raise ValueError(f"{misfit}: tp {' or '.join(map(str, near))} would do")
     _check_experts(model.experts, par)
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
@@ -89,7 +100,7 @@ def _check_experts(experts: Experts | None, par: Parallel) -> None:
 
 
 def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    groups = model.num_query_groups // par.tp
+    groups = groups_on(model.num_query_groups, par.tp)
     if par.cp_kind == "a2a" and groups % par.cp:
         raise ValueError(
             f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
