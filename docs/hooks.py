@@ -51,7 +51,7 @@ def configuration() -> str:
         "`steps` of the group `train`. A required key has no default. An unknown key is an error that names the file, the",
         "line and the nearest known key. `flagscale-like train X.yaml --print-config` prints all keys with a run's values.",
         "",
-        "This page is generated from `flagscale_like/config/` and `flagscale_like/arch.py`.",
+        "This page is generated from `flagscale_like/config/` and `flagscale_like/arch/`.",
     ]
     top = {name: info for name, info in RunConfig.model_fields.items() if not _groups(info.annotation)}
     lines += ["", "## Top level", "", *key_table(RunConfig, top)]
