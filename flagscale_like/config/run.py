@@ -161,7 +161,7 @@ class RunConfig(Frozen):
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_lora()
-        if self.objective.reads_pairs:
+        if self.objective.reads == "pairs":
             self._check_pairs()
         self._check_schedule()
         return self

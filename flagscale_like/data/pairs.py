@@ -101,7 +101,7 @@ def pack_pairs(
 
     Returns:
         tokens and labels int64 [length]; loss_mask float32 [length], 1 where the label counts; documents int32 [2 p + 1];
-        extras as objectives.pairs describes them.
+        lengths int64 [2 p]; extras as objectives.pairs describes them.
     """
     tokens = np.full(length, pad, dtype=np.int64)
     labels, mask, ends = tokens.copy(), np.zeros(length, dtype=np.float32), np.cumsum([len(ids) for ids, _ in answers])
@@ -115,8 +115,8 @@ def pack_pairs(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.from_numpy(bounds),
+        "lengths": torch.tensor([len(ids) for ids, _ in answers]),
         "extras": {
-            "lengths": torch.tensor([len(ids) for ids, _ in answers]),
             "margins": torch.from_numpy(values[:, 0].copy()),
             "weights": torch.from_numpy(values[:, 1].copy()),
         },

@@ -75,7 +75,7 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            texts = _texts(prepare, pairs=config.objective.reads_pairs)
+            texts = _texts(prepare, pairs=config.objective.reads == "pairs")
             train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
     if prepare.chat is not None:
         tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
@@ -109,10 +109,10 @@ def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, w
     own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
     found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
     if found is None:
-        pairs = config.objective.reads_pairs
+        pairs = config.objective.reads == "pairs"
         options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
         preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
-    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads_pairs):
+    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads == "pairs"):
         raise DataError(
             f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
         )
@@ -164,13 +164,18 @@ def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> 
         DataError: it holds something else.
     """
     kind, pairs = config.objective.kind, found is not None and found.pairs
-    if config.objective.reads_pairs and not pairs:
+    wanted = config.objective.reads
+    if wanted == "groups":
+        raise DataError(
+            f"data source {prefix}: holds no groups of a query and its passages, which objective.kind {kind} reads"
+        )
+    if wanted == "pairs" and not pairs:
         held = "conversations" if found else "text"
         raise DataError(
             f"data source {prefix}: holds {held}, objective.kind {kind} reads pairs of answers: make them with "
             f"`data pairs IN --tokenizer {config.data.tokenizer} --out PREFIX`"
         )
-    if pairs and not config.objective.reads_pairs:
+    if pairs and wanted != "pairs":
         raise DataError(
             f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
             "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"

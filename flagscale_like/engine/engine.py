@@ -27,7 +27,7 @@ from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
-from flagscale_like.engine.objective import Objective
+from flagscale_like.engine.objective import Loss, Objective, VectorObjective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
 from flagscale_like.errors import CheckpointError, ConfigError
@@ -119,7 +119,10 @@ class Engine:
             def wanted(parameter: str) -> bool:
                 return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
 
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            unused = frozenset({OUTPUT_NAME} if spec.head == "hidden" else ())
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted, unused=unused)
+            if any(_prefix(name) + key in source.keys() for key in unused):
+                left.reasons.append(f"{OUTPUT_NAME}: an embedding model has no output layer")
             if new_head:
                 size = f"{spec.value_heads} x {spec.arch.hidden_size}"
                 left.reasons.append(
@@ -202,7 +205,31 @@ class Engine:
         with adapters_off(self.models):
             yield
 
+    @torch.no_grad()
+    def vectors(self, batches: Iterator[Batch], objective: VectorObjective, count: int) -> Tensor | None:
+        """The vectors of `count` micro-batches in their order, fp32 [d, h]; call it inside `evaluation()`.
+
+        Returns:
+            On all ranks of the last pipeline stage, those of this data-parallel rank's micro-batches; None on the others.
+        """
+        reports = self._reports(batches, VectorsOf(objective), count, forward_only=True)
+        return torch.cat([report["samples"][VectorsOf.metric] for report in reports]) if reports else None
+
     def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+        losses = self._reports(batches, objective, count, forward_only=forward_only)
+        names = ("total", "count", *objective.sums)
+        if not losses or self.ctx.tp_rank != 0:
+            return Outputs(dict.fromkeys(names, 0.0))
+        sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
+        samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
+        if self.ctx.row_cut is not None:
+            samples = _whole_samples(samples, self.ctx.row_cut, objective)
+        return Outputs(sums, samples)
+
+    def _reports(
+        self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool
+    ) -> list[Mapping[str, Any]]:
+        """What `loss_function` reports of each micro-batch, on every rank of the last stage; empty on other stages."""
         cut = self.ctx.row_cut
         if cut is not None:
             _check_cut(objective, cut)
@@ -211,7 +238,7 @@ class Engine:
         several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
         if objective.packed:
             rows, length = 1, rows * length
-        losses = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=functools.partial(_forward, objective, cut),
             data_iterator=list(iterators) if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
@@ -220,14 +247,6 @@ class Engine:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        names = ("total", "count", *objective.sums)
-        if not losses or self.ctx.tp_rank != 0:
-            return Outputs(dict.fromkeys(names, 0.0))
-        sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
-        samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
-        if cut is not None:
-            samples = _whole_samples(samples, cut, objective)
-        return Outputs(sums, samples)
 
     # What it holds
 
@@ -283,6 +302,22 @@ class Engine:
             if shard.main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr():
                 total += shard.main.nbytes
         return total
+
+
+class VectorsOf:
+    """As an objective, what another one makes of the output: its vectors are the samples, [d, h]."""
+
+    metric = "vectors"
+    sums: tuple[str, ...] = ()
+
+    def __init__(self, objective: VectorObjective) -> None:
+        self.inputs, self.packed, self.cut = objective.inputs, objective.packed, objective.cut
+        self._vectors = objective.vectors
+
+    def loss(self, output: Tensor, batch: Batch) -> Loss:
+        """No loss: `total` has the sum of the vectors, because the schedule wants a number."""
+        found = self._vectors(output, batch)
+        return Loss(found.sum(), found.new_tensor(len(found)), samples={self.metric: found})
 
 
 def _check_cut(objective: Objective, cut: RowCut) -> None:

@@ -55,3 +55,18 @@ class Objective(Protocol):
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """The loss of what the model returned; called on the last pipeline stage."""
         ...
+
+
+class VectorObjective(Protocol):
+    """What an engine is asked for vectors by. The attributes are those of Objective; `packed` and `cut` are as there."""
+
+    cut: Literal["tokens", "rows"] | None
+    packed: bool
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the model."""
+        ...
+
+    def vectors(self, output: Tensor, batch: Batch) -> Tensor:
+        """Vectors of a micro-batch, fp32 [d, h], differentiable, of what the model returned."""
+        ...
