@@ -155,6 +155,8 @@ class Contrastive(Frozen):
                 "passages (1) are the positive alone: with negatives given no query has a negative, and the loss is 0: "
                 "give passages 2 or more, or negatives batch or cross"
             )
+        if self.symmetric and self.negatives == "given":
+            raise ValueError("symmetric compares a positive with the other queries: it needs negatives batch or cross")
         if not (self.contrast or self.distill):
             raise ValueError("contrast and distill are both 0: nothing would be learned")
         if self.passages == 1 and self.distill:

@@ -26,8 +26,9 @@ from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
+from flagscale_like.engine.gradient_cache import ForwardPass, GlobalBatch, SecondPass, VectorsOf
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
-from flagscale_like.engine.objective import Loss, Objective, VectorObjective
+from flagscale_like.engine.objective import BatchObjective, Objective, VectorObjective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
 from flagscale_like.errors import CheckpointError, ConfigError
@@ -36,6 +37,7 @@ from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.random_state import random_states, set_random_states
 from flagscale_like.runtime.row_cut import RowCut
 
 
@@ -147,7 +149,7 @@ class Engine:
 
     # Passes
 
-    def forward_backward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+    def forward_backward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
         """Forward and backward over `count` micro-batches. No parameter changes.
 
         Afterwards the reduced gradients, divided by the objective's count over all ranks, lie with the optimizer's fp32
@@ -176,7 +178,7 @@ class Engine:
         self.optimizer.step_with_ready_grads()
 
     @torch.no_grad()
-    def forward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+    def forward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
         """The same losses without a backward pass; call it inside `evaluation()`."""
         return self._run(batches, objective, count, forward_only=True)
 
@@ -215,16 +217,46 @@ class Engine:
         reports = self._reports(batches, VectorsOf(objective), count, forward_only=True)
         return torch.cat([report["samples"][VectorsOf.metric] for report in reports]) if reports else None
 
-    def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+    def _run(
+        self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int, *, forward_only: bool
+    ) -> Outputs:
+        if isinstance(objective, BatchObjective):
+            whole = GlobalBatch(objective, list(itertools.islice(batches, count)), self.ctx)
+            if forward_only:
+                batches, objective = iter(whole.batches), ForwardPass(whole)
+            else:
+                batches, objective = self._first_pass(whole)
         losses = self._reports(batches, objective, count, forward_only=forward_only)
         names = ("total", "count", *objective.sums)
         if not losses or self.ctx.tp_rank != 0:
             return Outputs(dict.fromkeys(names, 0.0))
         sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
-        samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
+        names = dict.fromkeys(name for one in losses for name in one["samples"])
+        samples = {n: torch.cat([one["samples"][n] for one in losses if n in one["samples"]]) for n in names}
         if self.ctx.row_cut is not None:
             samples = _whole_samples(samples, self.ctx.row_cut, objective)
         return Outputs(sums, samples)
+
+    def _first_pass(self, whole: GlobalBatch) -> tuple[Iterator[Batch], SecondPass]:
+        """The first pass of gradient caching; returns what the second one reads and learns.
+
+        The first micro-batch needs none. Only the interleaved schedule, which wants a multiple of pp micro-batches, gets all.
+        """
+        batches, skipped = whole.batches, 0 if len(self.chunks) > 1 else 1
+        rest, before = batches[skipped:], random_states(self.ctx.platform)
+        known: list[Tensor] = []
+        if rest:
+            with torch.no_grad():
+                reports = self._reports(iter(rest), VectorsOf(whole.objective), len(rest), forward_only=True)
+            known = [report["samples"][VectorsOf.metric] for report in reports]
+
+        def again() -> Iterator[Batch]:
+            for number, batch in enumerate(batches):
+                if number == skipped:  # the second pass draws the same masks as the first
+                    set_random_states(self.ctx.platform, before)
+                yield batch
+
+        return again(), SecondPass(whole, known)
 
     def _reports(
         self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool
@@ -302,22 +334,6 @@ class Engine:
             if shard.main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr():
                 total += shard.main.nbytes
         return total
-
-
-class VectorsOf:
-    """As an objective, what another one makes of the output: its vectors are the samples, [d, h]."""
-
-    metric = "vectors"
-    sums: tuple[str, ...] = ()
-
-    def __init__(self, objective: VectorObjective) -> None:
-        self.inputs, self.packed, self.cut = objective.inputs, objective.packed, objective.cut
-        self._vectors = objective.vectors
-
-    def loss(self, output: Tensor, batch: Batch) -> Loss:
-        """No loss: `total` has the sum of the vectors, because the schedule wants a number."""
-        found = self._vectors(output, batch)
-        return Loss(found.sum(), found.new_tensor(len(found)), samples={self.metric: found})
 
 
 def _check_cut(objective: Objective, cut: RowCut) -> None:
