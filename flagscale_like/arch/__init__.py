@@ -6,6 +6,7 @@ families read this table, and ask for a parameter's `role` instead of matching i
 
 from flagscale_like.arch.base import Frozen, whole_number
 from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer, counted_keys
+from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
 from flagscale_like.arch.model import ModelArch, adapter_parameters, parameters, parameters_by_name
 from flagscale_like.arch.position import SCALING_FIELDS, Position, RopeScaling
 from flagscale_like.arch.table import (
@@ -24,15 +25,18 @@ __all__ = [
     "SCALING_FIELDS",
     "VOCAB_MULTIPLE",
     "Block",
+    "Experts",
     "Frozen",
     "GatedFeedForward",
     "GroupedQueryAttention",
     "Layer",
+    "MixtureOfExperts",
     "ModelArch",
     "Parameter",
     "Position",
     "Role",
     "RopeScaling",
+    "active",
     "adapter_parameters",
     "counted_keys",
     "is_adapter",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from flagscale_like.arch.base import Frozen, whole_number
 from flagscale_like.arch.blocks import GatedFeedForward, GroupedQueryAttention, Layer
+from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
 from flagscale_like.arch.position import Position
 from flagscale_like.arch.table import EMBEDDING_NAME, OUTPUT_NAME, Parameter, Role, padded_rows
 
@@ -39,6 +40,7 @@ class ModelArch(Frozen):
         output_init_std: standard deviation of the two matrices of a layer that write to the residual stream; without it,
             init.scheme sets it.
         norm_init: initial value of the RMSNorm weights.
+        experts: mixture of experts in the place of the FFNs.
         family: Hugging Face family that the model is exported as.
     """
 
@@ -60,6 +62,7 @@ class ModelArch(Frozen):
     init_std: float = Field(default=0.02, gt=0)
     output_init_std: float | None = Field(default=None, gt=0)
     norm_init: float = 1.0
+    experts: Experts | None = None
     family: str = "llama"
 
     @model_validator(mode="before")
@@ -94,6 +97,11 @@ class ModelArch(Frozen):
             raise ValueError(f"head_dim ({self.head_dim}) must be at least 4 for dynamic scaling")
         if self.sliding_window and self.position.kind == "nlpe":
             raise ValueError(f"sliding_window ({self.sliding_window}) needs position.kind rope or alibi (it is nlpe)")
+        if self.experts and max(self.experts.dense_layers, default=0) >= self.num_layers:
+            raise ValueError(
+                f"experts.dense_layers names layer {max(self.experts.dense_layers)}, and the last of num_layers "
+                f"({self.num_layers}) is {self.num_layers - 1}"
+            )
         if self.norm_head and self.tie_embeddings:
             raise ValueError("norm_head needs tie_embeddings false: the embedding of the input is not normalised")
         return self
@@ -128,6 +136,11 @@ class ModelArch(Frozen):
         rows = self.vocab_size if vocab_size is None else vocab_size
         return sum(rows * p.shape[1] if p.role.is_vocabulary else p.numel for p in parameters(self))
 
+    def active_parameter_count(self) -> int:
+        """Parameters that one token meets: of a layer's experts, its top_k."""
+        top_k = self.experts.top_k if self.experts else 1
+        return active(parameters(self), top_k)
+
     def flops_per_token(self, seq_length: int, *, causal: bool = False, adapters: Sequence[Parameter] = ()) -> float:
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
 
@@ -144,8 +157,10 @@ class ModelArch(Frozen):
         output = self.hidden_size * self.padded_vocab_size()
         total = 3.0 * (layers + 2 * output)
         if adapters:
-            matrices = sum(p.numel for p in parameters(self) if p.role.is_layer_matrix)
-            total += 6.0 * sum(p.numel for p in adapters if len(p.shape) == 2) - 2.0 * (matrices + output)
+            top_k = self.experts.top_k if self.experts else 1
+            own = active([p for p in adapters if p.role is not Role.ADAPTER_MAGNITUDE], top_k)
+            matrices = active([p for p in parameters(self) if p.role.is_layer_matrix], top_k)
+            total += 6.0 * own - 2.0 * (matrices + output)
         return total
 
 
@@ -161,8 +176,12 @@ def _layers(arch: ModelArch) -> tuple[Layer, ...]:
         sliding_window=arch.sliding_window,
         position=arch.position,
     )
-    feed_forward = GatedFeedForward(hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size)
-    return (Layer(hidden_size=arch.hidden_size, attention=attention, feed_forward=feed_forward),) * arch.num_layers
+    layer = functools.partial(Layer, hidden_size=arch.hidden_size, attention=attention)
+    dense = layer(feed_forward=GatedFeedForward(hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size))
+    if arch.experts is None:
+        return (dense,) * arch.num_layers
+    sparse = layer(feed_forward=MixtureOfExperts(hidden_size=arch.hidden_size, experts=arch.experts))
+    return tuple(dense if i in arch.experts.dense_layers else sparse for i in range(arch.num_layers))
 
 
 @functools.lru_cache(maxsize=256)
@@ -195,19 +214,20 @@ def adapter_parameters(
     """The LoRA adapters of the layer matrices whose module is in `targets`, in the built model's order.
 
     A matrix [out, in] has A [rank, in] and B [out, rank]; with `magnitude` (DoRA) also the lengths of its rows [out]. What is
-    cut is cut as the matrix is: B's rows where its rows are cut, else A's columns.
+    cut is cut as the matrix is: B's rows where its rows are cut, else A's columns. Of matrices that are stacked over experts,
+    each expert's has its own.
     """
     found = []
     for matrix in parameters(arch):
         if not matrix.role.is_layer_matrix or matrix.module not in targets:
             continue
-        out, inner = matrix.shape
-        by_rows = matrix.cut == 0
-        place = functools.partial(Parameter, layer=matrix.layer, expert=matrix.expert)
+        *stacked, out, inner = matrix.shape
+        by_rows, by_columns = matrix.cut == 0, matrix.cut == 1
+        place = functools.partial(Parameter, layer=matrix.layer, experts=matrix.experts)
         rows = functools.partial(place, cut=0 if by_rows else None, blocks=matrix.blocks if by_rows else 1)
         at = matrix.name.removesuffix("weight") + "lora."
-        found.append(place(at + "a", (rank, inner), Role.ADAPTER_A, None if by_rows else 1))
-        found.append(rows(at + "b", (out, rank), Role.ADAPTER_B))
+        found.append(place(at + "a", (*stacked, rank, inner), Role.ADAPTER_A, 1 if by_columns else None))
+        found.append(rows(at + "b", (*stacked, out, rank), Role.ADAPTER_B))
         if magnitude:
-            found.append(rows(at + "magnitude", (out,), Role.ADAPTER_MAGNITUDE))
+            found.append(rows(at + "magnitude", (*stacked, out), Role.ADAPTER_MAGNITUDE))
     return tuple(found)

@@ -23,6 +23,8 @@ class Role(enum.Enum):
     NORM = "norm"
     HEAD_NORM = "head_norm"  # of each head's q or k
     BIAS = "bias"
+    ROUTER = "router"  # a token's scores of the experts, and the gate of a shared FFN
+    ROUTER_BIAS = "router_bias"  # added to the scores; each step counts tokens and sets it, and no gradient does
     # Of a LoRA adapter beside a matrix; see adapter_parameters().
     ADAPTER_A = "adapter_a"
     ADAPTER_B = "adapter_b"
@@ -51,7 +53,12 @@ class Role(enum.Enum):
     @property
     def grows_with_width(self) -> bool:
         """A matrix whose inputs grow in number with the hidden size: what muP scales."""
-        return self.is_layer_matrix or self is Role.OUTPUT
+        return self.is_layer_matrix or self.outputs_stay
+
+    @property
+    def outputs_stay(self) -> bool:
+        """A matrix whose inputs alone grow in number with the hidden size."""
+        return self in (Role.OUTPUT, Role.ROUTER)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Parameter:
         cut: the dimension that tensor parallelism cuts; None where every rank holds the whole parameter.
         blocks: matrices that are stacked along `cut` and cut one by one: 2 for gate and up.
         layer: counted from 0; None outside the layers.
-        expert: counted from 0; None outside experts.
+        experts: how many experts' matrices lie along dimension 0, which expert parallelism cuts; 0 outside experts.
     """
 
     name: str
@@ -73,7 +80,7 @@ class Parameter:
     cut: int | None
     blocks: int = 1
     layer: int | None = None
-    expert: int | None = None
+    experts: int = 0
 
     @property
     def numel(self) -> int:
@@ -100,9 +107,10 @@ class Parameter:
         """The shape in the built model, all tensor-parallel ranks together: the rows of the vocabulary are padded."""
         return (padded_rows(self.shape[0], tp), *self.shape[1:]) if self.role.is_vocabulary else self.shape
 
-    def shard_shape(self, tp: int) -> tuple[int, ...]:
-        """The shape on one of `tp` tensor-parallel ranks."""
-        return tuple(size // tp if dim == self.cut else size for dim, size in enumerate(self.padded_shape(tp)))
+    def shard_shape(self, tp: int, ep: int = 1) -> tuple[int, ...]:
+        """The shape on one of `tp` tensor-parallel and `ep` expert-parallel ranks."""
+        shape = tuple(size // tp if dim == self.cut else size for dim, size in enumerate(self.padded_shape(tp)))
+        return (shape[0] // ep, *shape[1:]) if self.experts else shape
 
 
 def is_adapter(name: str) -> bool:

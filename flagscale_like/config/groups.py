@@ -52,7 +52,9 @@ class Parallel(Frozen):
         cp_kind: how it does. `gather` gathers keys and values on every rank (Dubey et al. 2024). `a2a` exchanges tokens for
             heads before and after attention (DeepSpeed Ulysses: Jacobs et al. 2023); it needs num_query_groups / tp
             divisible by cp.
-        ep: expert-parallel ranks. Only 1 is supported.
+        ep: expert-parallel ranks: each holds a part of every layer's experts, and tokens travel to the experts that they go
+            to. These ranks are taken from those of tp, cp and data parallelism, so that ep divides world size / pp. Experts
+            are not cut over tp.
         first_stage_layers: layers of the first pipeline stage; without it, as many as the other stages.
         last_stage_layers: layers of the last pipeline stage; without it, as many as the other stages.
     """
@@ -63,7 +65,7 @@ class Parallel(Frozen):
     sp: bool = False
     cp: int = Field(default=1, gt=0)
     cp_kind: ContextParallelKind = "gather"
-    ep: Literal[1] = 1
+    ep: int = Field(default=1, gt=0)
     first_stage_layers: int | None = Field(default=None, gt=0)
     last_stage_layers: int | None = Field(default=None, gt=0)
 

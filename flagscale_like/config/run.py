@@ -7,7 +7,7 @@ import math
 import yaml
 from pydantic import model_validator
 
-from flagscale_like.arch import Frozen, ModelArch
+from flagscale_like.arch import Experts, Frozen, ModelArch
 from flagscale_like.config.groups import (
     Checkpoint,
     Data,
@@ -54,6 +54,7 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
                 f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
                 f"tp {near_divisors(par.tp, shared)} would do"
             )
+    _check_experts(model.experts, par)
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
     if model.longest_sequence and seq_length > model.longest_sequence:
@@ -61,6 +62,28 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
         raise ValueError(
             f"train.seq_length ({seq_length}) exceeds model.max_position_embeddings ({model.max_position_embeddings})"
             + (f", {model.longest_sequence} with model.position.scaling" if scaled else "")
+        )
+
+
+def _check_experts(experts: Experts | None, par: Parallel) -> None:
+    if experts is None:
+        if par.ep > 1:
+            raise ValueError(f"parallel.ep ({par.ep}) needs model.experts: a dense model has no experts to spread")
+        return
+    if experts.count % par.ep:
+        raise ValueError(
+            f"model.experts.count ({experts.count}) must be divisible by parallel.ep ({par.ep}): "
+            f"ep {near_divisors(par.ep, experts.count)} would do"
+        )
+    if par.tp > 1 and not par.sp:
+        raise ValueError(
+            f"model.experts with parallel.tp ({par.tp}) needs parallel.sp true: without it every tensor-parallel rank would "
+            "send the same tokens to the experts"
+        )
+    if experts.shared_ffn_hidden_size % par.tp:
+        raise ValueError(
+            f"model.experts.shared_ffn_hidden_size ({experts.shared_ffn_hidden_size}) must be divisible by parallel.tp "
+            f"({par.tp}): tp {near_divisors(par.tp, experts.shared_ffn_hidden_size)} would do"
         )
 
 
@@ -235,6 +258,11 @@ class RunConfig(Frozen):
             raise ConfigError(
                 f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
                 f"start {near_multiples(world_size, par.model_parallel_size)} processes, or change parallel.*"
+            )
+        if (world_size // par.pp) % par.ep:
+            raise ConfigError(
+                f"world size / pp ({world_size}/{par.pp}) must be divisible by parallel.ep ({par.ep}): ep "
+                f"{near_divisors(par.ep, world_size // par.pp)} would do"
             )
         dp = world_size // par.model_parallel_size
         per_pass = train.micro_batch_size * dp

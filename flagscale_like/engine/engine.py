@@ -33,6 +33,7 @@ from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
 from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
+from flagscale_like.model.experts import Router
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
@@ -158,7 +159,10 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for router in self.routers:
+            router.forget_recompute()
         outputs = self._run(batches, objective, count, forward_only=False)
+        self._add_up_loads()
         outputs.overflow = self.optimizer.prepare_grads()
         grads = [s.main.grad for s in self.owned if s.trained and s.counts and s.main.grad is not None]
         if grads:
@@ -174,8 +178,22 @@ class Engine:
         """
         scale = clip / (grad_norm + 1e-6)
         if 0 < scale < 1:
-            torch._foreach_mul_([p.grad for p in self.optimizer.get_parameters() if p.grad is not None], scale)
+            parameters = itertools.chain.from_iterable(
+                part.get_parameters() for part in self.optimizer.chained_optimizers
+            )
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
         self.optimizer.step_with_ready_grads()
+        for router in self.routers:
+            router.update_bias()
+
+    def _add_up_loads(self) -> None:
+        """Each router's load of the step, over all ranks."""
+        if not self.routers:
+            return
+        loads = torch.stack([router.take_load() for router in self.routers])
+        dist.all_reduce(loads, group=self.ctx.groups.tp_dp_cp)
+        for router, load in zip(self.routers, loads, strict=True):
+            router.load = load
 
     @torch.no_grad()
     def forward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
@@ -283,6 +301,11 @@ class Engine:
     # What it holds
 
     @functools.cached_property
+    def routers(self) -> list[Router]:
+        """Of this rank's layers of experts, in their order."""
+        return [router for model in self.models for router in model.routers]
+
+    @functools.cached_property
     def owned(self) -> list[OwnedShard]:
         """What this rank owns of the parameters, gradients and optimizer states."""
         return list(owned_shards(self.models, self.optimizer, self.ctx, _prefix(self.name)))
@@ -385,11 +408,15 @@ def _forward(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Mapping[str, Any]]]]:
     """megatron-core's forward step. The one place where context-parallel ranks get their parts of a batch's rows."""
     model = unwrap(chunk)
-    if not (model.pre_process or model.post_process or objective.packed):
+    if not (model.pre_process or model.post_process or objective.packed or model.routers):
         return chunk(input_ids=None, position_ids=None, attention_mask=None), functools.partial(
             loss_function, objective, None
         )
     batch = next(batches)
+    if model.routers:
+        weight = objective.count(batch)
+        for router in model.routers:
+            router.weight_of_batch = weight
     if cut is None:
         return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
     part = batch.part_of(cut)

@@ -52,6 +52,10 @@ class Objective(Protocol):
         """Keyword arguments of the model."""
         ...
 
+    def count(self, batch: Batch) -> Tensor:
+        """What this batch of whole rows adds to the count: Loss.count, known before the model runs."""
+        ...
+
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """The loss of what the model returned; called on the last pipeline stage."""
         ...

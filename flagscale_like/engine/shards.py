@@ -25,6 +25,7 @@ from flagscale_like.arch import Parameter
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS, Shard
 from flagscale_like.model.build import LanguageModel, named_shards
+from flagscale_like.model.experts import is_expert
 from flagscale_like.runtime.parallel import ParallelContext
 
 
@@ -53,7 +54,8 @@ class Piece:
 def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "") -> dict[nn.Parameter, list[Piece]]:
     """Every parameter of a chunk as pieces: one, or two for a gated MLP's [gate; up] matrix.
 
-    megatron-core's state dicts take adapters for whole on every rank; their pieces come from the table of parameters.
+    megatron-core's state dicts take adapters and stacked experts for whole on every rank; their pieces come from the table of
+    parameters.
 
     Args:
         prefix: of the pieces' keys; see Engine.name.
@@ -71,14 +73,18 @@ def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "
             pieces[entry.data] = [_piece(entry, 0, prefix)]
     table = chunk.spec.table
     for name, parameter in named_shards(chunk).items():
-        if name in table and table[name].role.is_adapter:
+        if name in table and (table[name].role.is_adapter or table[name].experts):
             pieces[parameter] = _pieces_of(table[name], ctx, prefix)
     return pieces
 
 
 def _pieces_of(parameter: Parameter, ctx: ParallelContext, prefix: str) -> list[Piece]:
-    """The pieces of this tensor-parallel rank's part, from the table's entry."""
+    """The pieces of this rank's part, from the table's entry."""
     shape, cut, tp, rank = parameter.shape, parameter.cut, ctx.layout.tp, ctx.tp_rank
+    if parameter.experts:
+        own = parameter.shard_shape(tp, ctx.layout.ep)
+        offset = (ctx.ep_rank * own[0], *(0 for _ in own[1:]))
+        return [Piece(Fragment(prefix + parameter.name, shape, offset, own, 0, prod(own)), 0, primary=True)]
     if cut is None:
         box = Fragment(prefix + parameter.name, shape, (0,) * len(shape), shape, 0, prod(shape))
         return [Piece(box, 0, primary=rank == 0)]
@@ -145,7 +151,7 @@ def owned_shards(
     """What this rank owns, parameter by parameter.
 
     Of a trained parameter the distributed optimizer says which range that is. A frozen parameter is the same on all
-    replicas (data- and context-parallel ranks), and is dealt out to them in equal parts.
+    replicas (ParallelContext.replicas_of), and is dealt out to them in equal parts.
     """
     parts = optimizer.chained_optimizers if optimizer is not None else []
     for model in models:
@@ -156,8 +162,8 @@ def owned_shards(
                 parameter, tp_group=ctx.groups.tp
             )
             if not parameter.requires_grad or not parts:
-                ranks = ctx.replica_rank, ctx.replica_rank + 1
-                low, high = (parameter.numel() * rank // ctx.replicas for rank in ranks)
+                replicas, rank = ctx.replicas_of(expert=is_expert(parameter))
+                low, high = (parameter.numel() * part // replicas for part in (rank, rank + 1))
                 if low < high:
                     main = parameter.detach().view(-1)[low:high]
                     yield OwnedShard(name, parameter, main, low, counts, own, {}, {})

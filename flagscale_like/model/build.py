@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from flagscale_like.arch import EMBEDDING_NAME, OUTPUT_NAME
 from flagscale_like.config import Kernels
 from flagscale_like.errors import ConfigError
+from flagscale_like.model.experts import Router
 from flagscale_like.model.heads import HiddenHead, LanguageModelHead, ValueHead
 from flagscale_like.model.layer_spec import block_spec
 from flagscale_like.model.lora import attach_adapters
@@ -95,7 +96,27 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **(expert_options(spec) if arch.experts else {}),
     )
+
+
+def expert_options(spec: ModelSpec) -> dict[str, Any]:
+    """What megatron-core has to know of a mixture of experts; model.experts computes choice, losses and bias."""
+    experts = spec.arch.experts
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.top_k,
+        "moe_router_pre_softmax": experts.top_k == 1,  # read by its check alone
+        "moe_router_score_function": experts.score,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": spec.parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _leave(weight: Tensor) -> None:
@@ -125,7 +146,7 @@ class LanguageModel(GPTModel):
         self.spec, self.arch, self.fused_loss = spec, spec.arch, fused_loss
         super().__init__(
             config,
-            block_spec(spec.arch, spec.kernels, config, vp_stage),
+            block_spec(spec.arch, spec.kernels, config, vp_stage, spec.micro_batch_size),
             vocab_size=spec.arch.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.seq_length,
             pre_process=pre,
@@ -134,6 +155,11 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=spec.tied,
             vp_stage=vp_stage,
         )
+
+    @functools.cached_property
+    def routers(self) -> list[Router]:
+        """Of the layers of experts, in their order."""
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put the head in the place of megatron-core's output layer, before that is marked as the model's output."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ def matrix_std(role: Role, spec: ModelSpec) -> float:
 
     init_std; for the two that write to the residual stream output_init_std, or, depth-scaled,
     init_std / sqrt(2 * num_layers) (Radford et al. 2019). muP (Yang et al. 2022, table 8) divides by sqrt(m) where both
-    sides grow with the width, m = hidden_size / base_hidden_size, and by m in the output layer. The table's output
-    multiplier 1 / m is that second factor: with Adam, a multiplier can be moved into the standard deviation and the
+    sides grow with the width, m = hidden_size / base_hidden_size, and by m in the output layer and in routers. The table's
+    output multiplier 1 / m is that second factor: with Adam, a multiplier can be moved into the standard deviation and the
     learning rate.
     """
     arch, init = spec.arch, spec.init
@@ -31,7 +32,7 @@ def matrix_std(role: Role, spec: ModelSpec) -> float:
         std = arch.output_init_std or (std / (2 * arch.num_layers) ** 0.5 if scaled else std)
     if init.mup and role.grows_with_width:
         width = arch.hidden_size / init.mup.base_hidden_size
-        std /= width if role is Role.OUTPUT else width**0.5
+        std /= width if role.outputs_stay else width**0.5
     return std
 
 
@@ -52,7 +53,8 @@ def initialize_weights(
     for chunk in chunks:
         spec = chunk.spec
         table = spec.table
-        constants = {Role.NORM: spec.arch.norm_init, Role.HEAD_NORM: 1.0, Role.BIAS: 0.0, Role.ADAPTER_B: 0.0}
+        constants = {Role.NORM: spec.arch.norm_init, Role.HEAD_NORM: 1.0}
+        constants |= dict.fromkeys((Role.BIAS, Role.ROUTER_BIAS, Role.ADAPTER_B), 0.0)
         for name, shard in named_shards(chunk).items():
             if only is not None and shard not in only:
                 continue
@@ -64,12 +66,22 @@ def initialize_weights(
                 continue  # from the weights: see below
             if parameter.role in constants:
                 shard.fill_(constants[parameter.role])
+            elif parameter.experts:
+                _fill_experts(shard, parameter, spec, ctx)
             else:
                 shard.copy_(_shard_of(_draw(parameter, spec, ctx), parameter, ctx))
     for linear in adapted(chunks):
         magnitude = linear.lora.magnitude
         if magnitude is not None and (only is None or magnitude in only):
             magnitude.copy_(linear.lora.row_norms(linear.weight))
+
+
+def _fill_experts(shard: Tensor, parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> None:
+    """Draw this rank's experts, each from its own name, so that no rank makes what others hold."""
+    first = ctx.ep_rank * len(shard)
+    for index, matrix in enumerate(shard):
+        one = replace(parameter, name=f"{parameter.name}/{first + index}", shape=parameter.shape[1:], experts=0)
+        matrix.copy_(_draw(one, spec, ctx))
 
 
 def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor:

@@ -11,6 +11,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -18,9 +20,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention, Layer, ModelArch
+from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention, Layer, MixtureOfExperts, ModelArch
 from flagscale_like.config import Kernels
 from flagscale_like.model.attention import CoreAttention, RotaryTables
+from flagscale_like.model.experts import ExpertLayer, GroupedExperts, Router
 from flagscale_like.model.modules import RMSNorm, SwiGLU, backend_of
 
 
@@ -41,24 +44,41 @@ def attention_spec(block: GroupedQueryAttention, arch: ModelArch, kernels: Kerne
     )
 
 
-def feed_forward_spec(block: GatedFeedForward, kernels: Kernels) -> ModuleSpec:
+def feed_forward_spec(block: GatedFeedForward, kernels: Kernels, rows: int) -> ModuleSpec:
     """SwiGLU between two parallel linears."""
+    return ModuleSpec(module=MLP, submodules=_gated(kernels))
+
+
+def _gated(kernels: Kernels) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=ColumnParallelLinear,
+        activation_func=ModuleSpec(module=SwiGLU, params={"backend": backend_of(kernels.swiglu)}),
+        linear_fc2=RowParallelLinear,
+    )
+
+
+def experts_spec(block: MixtureOfExperts, kernels: Kernels, rows: int) -> ModuleSpec:
+    """Router, experts, and the FFN that they may share.
+
+    Args:
+        rows: of a micro-batch; see Experts.balance.
+    """
     return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
-            activation_func=ModuleSpec(module=SwiGLU, params={"backend": backend_of(kernels.swiglu)}),
-            linear_fc2=RowParallelLinear,
+        module=ExpertLayer,
+        submodules=MoESubmodules(
+            router=functools.partial(Router, experts=block.experts, rows=rows),
+            experts=ModuleSpec(module=GroupedExperts, params={"backend": backend_of(kernels.swiglu)}),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_gated(kernels)),
         ),
     )
 
 
 # The modules of each class of block in flagscale_like.arch.
 ATTENTION_SPECS = {GroupedQueryAttention: attention_spec}
-FEED_FORWARD_SPECS = {GatedFeedForward: feed_forward_spec}
+FEED_FORWARD_SPECS = {GatedFeedForward: feed_forward_spec, MixtureOfExperts: experts_spec}
 
 
-def layer_spec(layer: Layer, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
+def layer_spec(layer: Layer, arch: ModelArch, kernels: Kernels, rows: int) -> ModuleSpec:
     """One decoder layer, its operators computed as `kernels` says."""
     norm = norm_spec(kernels)
     attention, feed_forward = layer.attention, layer.feed_forward
@@ -69,7 +89,7 @@ def layer_spec(layer: Layer, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
             self_attention=ATTENTION_SPECS[type(attention)](attention, arch, kernels),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=FEED_FORWARD_SPECS[type(feed_forward)](feed_forward, kernels),
+            mlp=FEED_FORWARD_SPECS[type(feed_forward)](feed_forward, kernels, rows),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -81,10 +101,14 @@ def norm_spec(kernels: Kernels) -> ModuleSpec:
 
 
 def block_spec(
-    arch: ModelArch, kernels: Kernels, config: TransformerConfig, vp_stage: int | None
+    arch: ModelArch, kernels: Kernels, config: TransformerConfig, vp_stage: int | None, rows: int
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk on this pipeline stage, and the final norm."""
+    """The layers of one model chunk on this pipeline stage, and the final norm.
+
+    Args:
+        rows: of a micro-batch.
+    """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = arch.layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    specs = {layer: layer_spec(layer, arch, kernels) for layer in set(layers)}
+    specs = {layer: layer_spec(layer, arch, kernels, rows) for layer in set(layers)}
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm_spec(kernels))

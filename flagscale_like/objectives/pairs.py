@@ -32,6 +32,11 @@ def pack_inputs(batch: Batch, *, labels: bool) -> dict[str, Any]:
     return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device, len(batch.tokens))}
 
 
+def count_pairs(batch: Batch) -> Tensor:
+    """fp32, the pairs of a micro-batch."""
+    return torch.tensor((len(batch.documents) - 1) // 2, dtype=torch.float32, device=batch.tokens.device)
+
+
 def answer_sums(values: Tensor, batch: Batch) -> Tensor:
     """Add up [b * s] numbers over each document: [2 p]. The order of the additions is fixed, on every device."""
     bounds = batch.documents.to(values.device, non_blocking=True)
@@ -72,7 +77,7 @@ def pair_loss(losses: Tensor, rewards: tuple[Tensor, Tensor], batch: Batch, more
         samples["source"] = batch.source
     return Loss(
         weighted.sum(),
-        torch.tensor(len(losses), dtype=torch.float32, device=losses.device),
+        count_pairs(batch),
         sums={name: value.float().sum() for name, value in zip(REWARDS, sums, strict=True)} | dict(more),
         samples=samples,
     )

@@ -15,6 +15,7 @@ from flagscale_like.objectives.pairs import (
     REWARDS,
     answer_sums,
     chosen_and_rejected,
+    count_pairs,
     log_probabilities,
     pack_inputs,
     pair_loss,
@@ -44,6 +45,10 @@ class Preference:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model computes each token's cross-entropy."""
         return pack_inputs(batch, labels=True)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Pairs."""
+        return count_pairs(batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: [1, b * s], each token's cross-entropy."""

@@ -15,7 +15,12 @@ nothing of torch itself is changed for it. Instead
 5. where there are no streams, a gradient reduction or parameter gather of one rank with itself, in place, is left out:
    gloo copies the whole buffer onto itself;
 6. `fused_weight_gradient_mlp_cuda`, apex's product that accumulates into main_grad, is torch's addmm: the linear layers then
-   write a micro-batch's weight gradient where it belongs, without a temporary and a second pass over memory.
+   write a micro-batch's weight gradient where it belongs, without a temporary and a second pass over memory;
+7. the sizes of an all-to-all between expert-parallel ranks are made into plain numbers, as they are on their way from a GPU:
+   gloo takes no tensors.
+
+One thing is mended on every device: `te_general_gemm`, which megatron-core's router asks for, is unbound without Transformer
+Engine (`bind_missing_names`).
 
 Before any of it, where the platform does not compile, `without_fusions` switches megatron-core's own fusions off.
 """
@@ -55,6 +60,9 @@ MODULES = {
     "megatron.core.optimizer.clip_grads": "norm of the gradients",
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers, synchronize",
     "megatron.core.pipeline_parallel.schedules": "total_num_tokens",
+    "megatron.core.transformer.moe.router": "weights on the current device",
+    "megatron.core.transformer.moe.token_dispatcher": "stream for the counts on their way to the host",
+    "megatron.core.transformer.moe.shared_experts": "stream of the shared experts",
 }
 
 # (module, class or None, function) -> what it asks of a tensor
@@ -213,6 +221,20 @@ def without_fusions() -> None:
         sys.meta_path.insert(0, _WithoutFusions())
 
 
+def bind_missing_names() -> None:
+    """Give the router's module the name that megatron-core 0.16.1 leaves out where Transformer Engine is not installed."""
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
+
+
+def _to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Stands for maybe_move_tensor_to_cpu on a device whose tensors are not CUDA's: see 7. in the module's docstring."""
+    if not torch.is_tensor(tensor):
+        return tensor
+    return tensor.cpu().numpy() if as_numpy else tensor.cpu()
+
+
 _installed: Platform | None = None
 
 
@@ -241,6 +263,8 @@ def install(platform: Platform) -> None:
     transformer_module._FLOAT_TYPES = _tensors_of(torch.float32)
     transformer_module._HALF_TYPES = _tensors_of(torch.float16)
     transformer_module._BF16_TYPES = _tensors_of(torch.bfloat16)
+
+    importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _to_numbers
 
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = _WeightGradient

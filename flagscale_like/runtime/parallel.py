@@ -77,6 +77,19 @@ class ParallelContext:
         return self.groups.dp_cp.rank()
 
     @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    def replicas_of(self, *, expert: bool) -> tuple[int, int]:
+        """How many ranks hold the same part of a parameter, and which of them this one is.
+
+        Args:
+            expert: it is an expert's. Its copies lie on the ranks that ep leaves of tp * cp * dp.
+        """
+        group = self.groups.expt_dp if expert else self.groups.dp_cp
+        return group.size(), group.rank()
+
+    @property
     def row_cut(self) -> RowCut | None:
         """How rows lie over the context-parallel ranks; None where each rank holds whole rows."""
         return row_cut(self.groups.cp, self.layout.cp_kind)
@@ -226,6 +239,7 @@ def parallel_context(
             f"start a multiple of {layout.model_parallel_size} processes, or change parallel.*"
         )
     platform = get_platform()
+    device_shim.bind_missing_names()
     if platform.needs_shim:
         device_shim.install(platform)
     world = _meet(platform, launch, timeout_s)
@@ -235,6 +249,7 @@ def parallel_context(
         layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=False,
     )

@@ -1,0 +1,351 @@
+"""Mixture of experts: megatron-core's layer and dispatcher, with a router whose auxiliary losses hold on every layout, and
+experts as one grouped matrix product.
+
+Tensor parallelism does not cut experts: the ranks of a tensor-parallel group hold different experts, or copies of them, and
+each sends the tokens of its own part of the sequence. The gradient of an expert is a sum over the ranks that hold a copy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor, nn
+
+from flagscale_kernels import swiglu
+from flagscale_like.arch import Experts
+from flagscale_like.model.modules import in_backward
+
+
+class Router(TopKRouter):
+    """Scores of the experts, the choice of a token's top_k, and the auxiliary losses; config.Experts has the papers.
+
+    The gate is megatron-core's, and so is the choice. The auxiliary losses are our own: under per-token loss those of
+    megatron-core 0.16.1 are too weak by tp * cp, and the one per sequence by the micro-batch size as well, because they are
+    scaled with the tokens of one rank while the gradients are divided by those of all. Here a micro-batch's auxiliary loss,
+    a mean, is multiplied with what the micro-batch adds to the count that divides the gradients: the step then learns the
+    mean of the auxiliary losses over micro-batches, weighted with their counts, whatever the objective counts.
+
+    Attributes:
+        weight_of_batch: what the current micro-batch adds to that count over all ranks that share its rows; the engine sets
+            it before each forward pass.
+        tokens_per_expert: int64 [experts], the tokens of this rank since take_load(): bf16 models round no integers.
+        entropy: float64, of the tokens' scores, summed over these tokens, in nats.
+        load: of the last step over all ranks; see take_load().
+        expert_bias: fp32 [experts] or None, also in bf16 models. No gradient changes it: see update_bias().
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: Experts,
+        rows: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.experts, self.rows = experts, rows
+        device = self.weight.device
+        self.expert_bias = None
+        if experts.bias:
+            bias = torch.zeros(experts.count, dtype=torch.float32, device=device)
+            self.expert_bias = nn.Parameter(bias, requires_grad=False)
+        counts = torch.zeros(experts.count, dtype=torch.int64, device=device)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        self.register_buffer("entropy", torch.zeros((), dtype=torch.float64, device=device), persistent=False)
+        # megatron-core asks the object at this name for the choice. Its own has groups of the largest sums only.
+        self.router_replay = _BestGroups(experts) if experts.groups > 1 else None
+        self.weight_of_batch: Tensor | float = 1.0
+        self._recomputed: deque[Tensor | float] = deque()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Convert the module, but keep what counts and the bias exact: Float16Module converts all that it finds."""
+        exact = {name: getattr(self, name) for name in ("expert_bias", "entropy")}
+        kept = {name: tensor.detach().clone() for name, tensor in exact.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            held = getattr(self, name)
+            held.data = tensor.to(held.device)
+        return self
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits: [s, b, experts] -> each token's weights of the experts [s * b, experts], and which it goes to."""
+        s, b, count = logits.shape
+        logits, experts = logits.view(-1, count), self.experts
+        probs, chosen = topk_routing_with_score_function(
+            logits,
+            experts.top_k,
+            use_pre_softmax=experts.score == "softmax" and not (experts.normalize and experts.top_k > 1),
+            scaling_factor=experts.scale if experts.scale != 1.0 else None,
+            score_function=experts.score,
+            expert_bias=self.expert_bias,
+            router_replay=self.router_replay,
+        )
+        if not self.training:
+            return probs, chosen
+        weight = self._weight()
+        if torch.is_grad_enabled():
+            self._count(logits, chosen)
+            if experts.balances or experts.z_loss:
+                probs = MoEAuxLossAutoScaler.apply(probs, self._auxiliary_loss(logits, s, b) * weight)
+        return probs, chosen
+
+    def _weight(self) -> Tensor | float:
+        """weight_of_batch of the micro-batch that this pass is of.
+
+        A layer that is recomputed in the backward pass runs when the engine is at a later micro-batch. The backward passes of
+        a chunk come in the order of its forward passes.
+        """
+        if in_backward():
+            return self._recomputed.popleft()
+        if not torch.is_grad_enabled():
+            self._recomputed.append(self.weight_of_batch)
+        return self.weight_of_batch
+
+    def take_load(self) -> Tensor:
+        """int64 [experts + 1], since the last call: this rank's tokens that went to each expert; the entropy in millinats."""
+        load = torch.cat((self.tokens_per_expert, (1000 * self.entropy).round().long()[None]))
+        self.tokens_per_expert.zero_()
+        self.entropy.zero_()
+        return load
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Raise the bias of the experts that had fewer tokens than the mean in this step, and lower that of those with more.
+
+        Wang et al. 2024, algorithm 1.
+        """
+        if self.experts.bias_rate:
+            tokens = self.load[:-1].double()
+            self.expert_bias += torch.sign(tokens.mean() - tokens).float() * self.experts.bias_rate
+
+    def forget_recompute(self) -> None:
+        """Drop what passes that never came back have left; before each step."""
+        self._recomputed.clear()
+
+    @torch.no_grad()
+    def _count(self, logits: Tensor, chosen: Tensor) -> None:
+        self.tokens_per_expert += chosen.sum(0)
+        if self.experts.score == "softmax":
+            self.entropy += torch.distributions.Categorical(logits=logits.float(), validate_args=False).entropy().sum()
+        else:
+            scores = torch.sigmoid(logits.float())
+            scores = scores / scores.sum(-1, keepdim=True)
+            self.entropy -= torch.xlogy(scores, scores).sum()
+
+    def _auxiliary_loss(self, logits: Tensor, s: int, b: int) -> Tensor:
+        """The micro-batch's losses, coefficients included: this rank's part, of which the parts of all ranks are the sum."""
+        loss = logits.new_zeros((), dtype=torch.float32)
+        tokens = len(logits) * self.tp_cp_group.size()
+        if self.experts.balances:
+            chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+            rows = self._row_of_token(s, b, logits.device)  # [rows, t]
+            counts = rows @ chosen.float()  # [rows, experts]
+            if self.tp_cp_group.size() > 1:
+                dist.all_reduce(counts, group=self.tp_cp_group)
+            loss = loss + balance_loss(counts, rows @ scores, tokens, self.topk) * self.experts.coefficient
+        if self.experts.z_loss:
+            loss = loss + self.experts.z_loss * torch.logsumexp(logits.float(), -1).square().sum() / tokens
+        return loss
+
+    def _row_of_token(self, s: int, b: int, device: torch.device) -> Tensor:
+        """fp32 [rows, t]: 1 where the token is of the row, over which the load is balanced by itself.
+
+        A pack's rows lie one after another: of each, a context-parallel rank has its part, and with SP a tensor-parallel rank
+        has the next part of what then follows.
+        """
+        if self.experts.balance == "batch" or self.rows == 1:
+            return torch.ones(1, s * b, device=device)
+        token = torch.arange(s * b, device=device)
+        if b == self.rows:
+            row = token % b
+        else:
+            first = self.tp_group.rank() * s if self.config.sequence_parallel else 0
+            whole = s * (self.tp_group.size() if self.config.sequence_parallel else 1)
+            row = (first + token) // (whole // self.rows)
+        return (row[None] == torch.arange(self.rows, device=device)[:, None]).float()
+
+
+def balance_loss(counts: Tensor, scores: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Experts times the sum over experts of (share of the choices) * (mean score), the mean over the rows.
+
+    1 where the load is even (Fedus et al. 2021, equation 4; DeepSeek-V2's equations 23 to 25 for each row).
+
+    Args:
+        counts: [rows, experts], the row's tokens that go to each.
+        scores: [rows, experts], the sum of the row's scores; of one rank's tokens gives that rank's part.
+        tokens: of all rows together.
+    """
+    rows, experts = counts.shape
+    length = tokens / rows
+    return (counts * scores).sum() * experts / (top_k * length * length * rows)
+
+
+class _BestGroups:
+    """The choice among the experts of a token's best groups; config.Experts says which are the best."""
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """scores: [t, experts] -> the chosen scores and experts, each [t, top_k]."""
+        groups, top_groups, kind = self.experts.groups, self.experts.top_groups, self.experts.group_score
+        by_group = scores.view(len(scores), groups, -1)
+        worth = by_group.topk(1 if kind == "max" else 2, dim=-1).values.sum(-1)  # [t, groups]
+        best = worth.topk(top_groups, dim=-1).indices
+        allowed = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, best, True)
+        return by_group.masked_fill(~allowed[..., None], float("-inf")).flatten(1).topk(top_k, dim=-1)
+
+
+class GroupedLinear(MegatronModule):
+    """The matrices of this rank's experts, [e, out, in], as one product (torch.nn.functional.grouped_mm).
+
+    Bit-equal to one product for each expert.
+    """
+
+    def __init__(self, config: TransformerConfig, experts: int, out: int, inner: int, shared: bool) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(experts, out, inner, dtype=config.params_dtype))
+        mark_expert(self.weight, copies_as_dense=shared)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x: [t, in] in the order of the experts -> [t, out]. ends: int32 [e], where each expert's tokens end."""
+        return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
+
+def mark_expert(parameter: nn.Parameter, *, copies_as_dense: bool) -> None:
+    """Tell megatron-core where an expert's parameter lies.
+
+    Args:
+        copies_as_dense: its copies are on the ranks that hold copies of the dense parameters, and it is reduced with them.
+    """
+    parameter.of_expert, parameter.allreduce = True, copies_as_dense
+    # What is not marked counts in the gradient norm on the first tensor-parallel rank alone, and here each rank's counts.
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether the parameter is of the experts that lie over expert-parallel ranks."""
+    return getattr(parameter, "of_expert", False)
+
+
+class GroupedExperts(MegatronModule):
+    """This rank's experts: SwiGLU between two grouped products, the tokens' weights multiplied in between.
+
+    On CUDA the counts stay on the device where the dispatcher leaves them there: the host waits for nothing here.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        backend: str | None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.backend = backend
+        h, f = config.hidden_size, config.moe_ffn_hidden_size
+        shared = config.expert_model_parallel_size == config.tensor_model_parallel_size == 1
+        self.linear_fc1 = GroupedLinear(config, num_local_experts, 2 * f, h, shared)
+        self.linear_fc2 = GroupedLinear(config, num_local_experts, h, f, shared)
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """x: [t, h] in the order of the experts; probs: [t], the weights -> [t, h], and no bias."""
+        ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        gated = swiglu(self.linear_fc1(x, ends), weight=probs, backend=self.backend)
+        return self.linear_fc2(gated, ends), None
+
+
+class ExpertLayer(MoELayer):
+    """megatron-core's layer of experts. Where this rank holds them all, tokens are put in order here and not sent."""
+
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.ep_group.size() == 1:
+            self.token_dispatcher = LocalDispatcher(config, self.token_dispatcher)
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """Puts the tokens of this rank into the order of the experts, and back. The host waits for nothing.
+
+    Sums have a fixed order, on CUDA as well: forward and backward read through the permutation or its inverse.
+    """
+
+    def __init__(self, config: TransformerConfig, dispatcher: MoETokenDispatcher) -> None:
+        groups = {"ep": dispatcher.ep_group, "expt_tp": dispatcher.tp_group, "tp_ep": dispatcher.tp_ep_group}
+        super().__init__(config, ProcessGroupCollection(**groups))
+
+    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [s, b, h] -> the tokens, once for each expert that they go to, [s * b * top_k, h], and their weights."""
+        self.shape = hidden.shape
+        top_k = self.config.moe_router_topk
+        experts = routing_map.to(torch.int8).topk(top_k, dim=1).indices  # [t, k]
+        order = experts.flatten().argsort(stable=True)
+        self.inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        self.token = order // top_k
+        self.tokens_per_expert = routing_map.sum(0)
+        spread = _Spread.apply(hidden.reshape(-1, hidden.shape[-1]), self.token, self.inverse)
+        return spread, probs.gather(1, experts).flatten()[order]
+
+    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is sent."""
+        return hidden, probs
+
+    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the experts take."""
+        return hidden, self.tokens_per_expert, probs
+
+    def combine_preprocess(self, hidden: Tensor) -> Tensor:
+        """Nothing is sent."""
+        return hidden
+
+    token_combine = combine_preprocess
+
+    def combine_postprocess(self, hidden: Tensor) -> Tensor:
+        """[s * b * top_k, h] in the order of the experts -> [s, b, h], the sums of each token's experts."""
+        return _Collect.apply(hidden, self.token, self.inverse, self.config.moe_router_topk).view(self.shape)
+
+
+class _Spread(torch.autograd.Function):
+    """x[token], whose gradient is _Collect."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.tokens = len(x)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse).view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The sum over each token's rows, whose gradient is _Spread."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(token)
+        return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad.index_select(0, token), None, None, None
