@@ -126,6 +126,8 @@ class Contrastive(Frozen):
         teacher_temperature: divides the teacher's scores.
         dimensions: sizes of the first parts of a vector that are trained as vectors of their own (Matryoshka representation
             learning, Kusupati et al. 2022); the loss is the mean over them and the whole vector.
+        same_source: each global batch is of one source, so that a query's negatives are of its own kind; the sources take
+            turns by their weights.
     """
 
     head: ClassVar[Head] = "hidden"
@@ -144,6 +146,7 @@ class Contrastive(Frozen):
     distill_kind: Literal["kl", "stable"] = "kl"
     teacher_temperature: float = Field(default=1.0, gt=0)
     dimensions: tuple[int, ...] = ()
+    same_source: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> Contrastive:

@@ -186,6 +186,8 @@ class RunConfig(Frozen):
         self._check_lora()
         if self.objective.reads == "pairs":
             self._check_pairs()
+        if self.objective.reads == "groups":
+            self._check_groups()
         self._check_schedule()
         return self
 
@@ -218,6 +220,20 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"data.selection.rule target has no log-probabilities of the reference for its held-out set: use another "
                 f"rule with {kind}, or objective.reference none"
+            )
+
+    def _check_groups(self) -> None:
+        kind, data = f"objective.kind {self.objective.kind}", self.data
+        if data.synthetic or data.prepare:
+            given = "data.synthetic" if data.synthetic else "data.prepare"
+            raise ValueError(f"{kind} reads groups, which {given} has not: make a source with `data groups`")
+        if self.init.salience:
+            raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
+        if len(data.sources) > 1 and self.objective.same_source and (data.selection or self.train.ramp_up):
+            given = "data.selection draws each row by itself" if data.selection else "train.ramp_up changes the batch"
+            raise ValueError(
+                f"{given}, and objective.same_source gives each batch one source: set objective.same_source to false, or "
+                "leave the other out"
             )
 
     def _check_schedule(self) -> None:

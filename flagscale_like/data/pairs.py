@@ -53,8 +53,6 @@ class PairSource(ConversationSource):
             objective does not read them.
     """
 
-    documents_in_one = 2
-
     def __init__(
         self,
         dataset: IndexedDataset,
@@ -67,6 +65,11 @@ class PairSource(ConversationSource):
         self.rows = PairRows(dataset_path, dataset, length=config.sequence_length, pad=config.tokenizer.pad)
         self.references: np.ndarray | None = None
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+
+    @staticmethod
+    def units(prefix: str, dataset: IndexedDataset) -> int:
+        """How many parts a split can take of the source: pairs, of two documents each."""
+        return len(dataset) // 2
 
     @property
     def sizes(self) -> np.ndarray:
