@@ -51,6 +51,10 @@ class ContrastiveLoss(TextVectors):
         self.shared = ("texts",) if options.negatives == "cross" else None
         self.sums: tuple[str, ...] = REPORTED + ((DISTILLED,) if options.distill else ())
 
+    def count(self, batch: Batch) -> Tensor:
+        """Queries."""
+        return super().count(batch) // (1 + self.options.passages)
+
     def check(self, documents: Sequence[int]) -> None:
         """Refuse a batch whose queries have no negative: its loss is 0, and so is its gradient."""
         options, size = self.options, 1 + self.options.passages
@@ -97,8 +101,9 @@ class ContrastiveLoss(TextVectors):
         sums = dict(zip(REPORTED, torch.stack(found).sum(0), strict=True))
         if teacher is not None:
             sums[DISTILLED] = teacher.isfinite().all(1).float().sum()
-        count = vectors.new_tensor(own)
-        return Loss(losses.sum(), count, sums=sums, samples=self._samples(losses, batches)), grad
+        return Loss(
+            losses.sum(), sum(self.count(batch) for batch in batches), sums=sums, samples=self._samples(losses, batches)
+        ), grad
 
     def _samples(self, losses: Tensor, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Loss and queries of each row, [micro-batches * b], and the row's source."""

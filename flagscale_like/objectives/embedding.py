@@ -38,6 +38,10 @@ class TextVectors:
         inputs = {"input_ids": batch.tokens.view(1, -1), "position_ids": None, "attention_mask": None}
         return inputs | {"packed_seq_params": packing(batch.attended(), batch.tokens.device, len(batch.tokens))}
 
+    def count(self, batch: Batch) -> Tensor:
+        """Texts."""
+        return torch.tensor(len(batch.bounds()) - 1, dtype=torch.float32, device=batch.tokens.device)
+
     def vectors(self, output: Tensor, batch: Batch) -> Tensor:
         """Args: output: hidden states, [1, b * s, h]. Returns: fp32 [d, h], of each text, of length 1."""
         return pool(output, batch, self.pooling)
