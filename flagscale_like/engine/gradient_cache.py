@@ -33,12 +33,12 @@ class VectorsOf:
 
     def __init__(self, objective: VectorObjective) -> None:
         self.inputs, self.packed, self.cut = objective.inputs, objective.packed, objective.cut
-        self.vectors, self.count = objective.vectors, objective.count
+        self.vectors, self.row_counts = objective.vectors, objective.row_counts
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """No loss: the total is there because the schedule wants a number."""
         found = self.vectors(output, batch)
-        return Loss(found.sum(), self.count(batch), samples={self.metric: found})
+        return Loss(found.sum(), self.row_counts(batch).sum(), samples={self.metric: found})
 
 
 class GlobalBatch:
@@ -106,8 +106,8 @@ class ForwardPass(VectorsOf):
         """The loss of the whole batch, or 0."""
         self._found.append(self.vectors(output, batch))
         if len(self._found) < len(self.whole.batches):
-            return _no_loss(self.count(batch), self.sums)
-        return replace(self.whole.loss(torch.cat(self._found), gradient=False)[0], count=self.count(batch))
+            return _no_loss(self.row_counts(batch).sum(), self.sums)
+        return replace(self.whole.loss(torch.cat(self._found), gradient=False)[0], count=self.row_counts(batch).sum())
 
 
 class SecondPass(VectorsOf):
@@ -127,7 +127,7 @@ class SecondPass(VectorsOf):
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """A number whose value is the loss of the batch, or 0, and whose gradient is that of <vector, gradient>."""
         vectors = self.vectors(output, batch)
-        begins, count = self._gradients is None, self.count(batch)
+        begins, count = self._gradients is None, self.row_counts(batch).sum()
         found = self._begin(vectors.detach()) if begins else _no_loss(count, self.sums)
         pull = (vectors * next(self._gradients)).sum().double()
         return replace(found, total=pull + (found.total.double() - pull).detach(), count=count)

@@ -71,7 +71,7 @@ class VectorObjective(Protocol):
         """Keyword arguments of the model."""
         ...
 
-    def count(self, batch: Batch) -> Tensor:
+    def row_counts(self, batch: Batch) -> Tensor:
         """As Objective's."""
         ...
 
