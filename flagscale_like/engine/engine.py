@@ -267,6 +267,8 @@ class Engine:
             with torch.no_grad():
                 reports = self._reports(iter(rest), VectorsOf(whole.objective), len(rest), forward_only=True)
             known = [report["samples"][VectorsOf.metric] for report in reports]
+            for router in self.routers:
+                router.forget_recompute()
 
         def again() -> Iterator[Batch]:
             for number, batch in enumerate(batches):

@@ -14,6 +14,7 @@ loss of its own queries against the vectors of all ranks, and the ranks' gradien
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -32,12 +33,12 @@ class VectorsOf:
 
     def __init__(self, objective: VectorObjective) -> None:
         self.inputs, self.packed, self.cut = objective.inputs, objective.packed, objective.cut
-        self.vectors = objective.vectors
+        self.vectors, self.row_counts = objective.vectors, objective.row_counts
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """No loss: the total is there because the schedule wants a number."""
         found = self.vectors(output, batch)
-        return Loss(found.sum(), found.new_tensor(len(found)), samples={self.metric: found})
+        return Loss(found.sum(), self.row_counts(batch).sum(), samples={self.metric: found})
 
 
 class GlobalBatch:
@@ -102,11 +103,11 @@ class ForwardPass(VectorsOf):
         self._found: list[Tensor] = []
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
-        """The loss of the batch, or 0."""
+        """The loss of the whole batch, or 0."""
         self._found.append(self.vectors(output, batch))
         if len(self._found) < len(self.whole.batches):
-            return _no_loss(self._found[-1].new_zeros(()), self.sums)
-        return self.whole.loss(torch.cat(self._found), gradient=False)[0]
+            return _no_loss(self.row_counts(batch).sum(), self.sums)
+        return replace(self.whole.loss(torch.cat(self._found), gradient=False)[0], count=self.row_counts(batch).sum())
 
 
 class SecondPass(VectorsOf):
@@ -126,11 +127,10 @@ class SecondPass(VectorsOf):
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """A number whose value is the loss of the batch, or 0, and whose gradient is that of <vector, gradient>."""
         vectors = self.vectors(output, batch)
-        begins, zero = self._gradients is None, vectors.new_zeros(())
-        found = self._begin(vectors.detach()) if begins else _no_loss(zero, self.sums)
+        begins, count = self._gradients is None, self.row_counts(batch).sum()
+        found = self._begin(vectors.detach()) if begins else _no_loss(count, self.sums)
         pull = (vectors * next(self._gradients)).sum().double()
-        found.total = pull + (found.total.double() - pull).detach()
-        return found
+        return replace(found, total=pull + (found.total.double() - pull).detach(), count=count)
 
     def _begin(self, first: Tensor) -> Loss:
         whole = self.whole
@@ -141,5 +141,6 @@ class SecondPass(VectorsOf):
         return found
 
 
-def _no_loss(zero: Tensor, sums: Sequence[str]) -> Loss:
-    return Loss(zero, zero, sums=dict.fromkeys(sums, zero))
+def _no_loss(count: Tensor, sums: Sequence[str]) -> Loss:
+    zero = torch.zeros_like(count)
+    return Loss(zero, count, sums=dict.fromkeys(sums, zero))

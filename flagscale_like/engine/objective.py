@@ -71,6 +71,10 @@ class VectorObjective(Protocol):
         """Keyword arguments of the model."""
         ...
 
+    def row_counts(self, batch: Batch) -> Tensor:
+        """As Objective's."""
+        ...
+
     def vectors(self, output: Tensor, batch: Batch) -> Tensor:
         """Vectors of a micro-batch, fp32 [d, h], differentiable, of what the model returned."""
         ...

@@ -12,7 +12,7 @@ with: its positive, and what may be its negatives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,13 @@ class ContrastiveLoss(TextVectors):
 
     def __init__(self, options: Contrastive) -> None:
         super().__init__(options.pooling)
-        self.options = options
+        self.options, self.documents_in_one = options, 1 + options.passages
         self.shared = ("texts",) if options.negatives == "cross" else None
         self.sums: tuple[str, ...] = REPORTED + ((DISTILLED,) if options.distill else ())
 
     def check(self, documents: Sequence[int]) -> None:
         """Refuse a batch whose queries have no negative: its loss is 0, and so is its gradient."""
-        options, size = self.options, 1 + self.options.passages
+        options, size = self.options, self.documents_in_one
         assert not any(count % size for count in documents), f"{documents} documents are no groups of {size}"
         queries = sum(documents) if options.negatives == "cross" else min(documents)
         if queries == size and options.passages == 1:
@@ -67,52 +67,76 @@ class ContrastiveLoss(TextVectors):
         self, batches: Sequence[Batch], vectors: Tensor, extras: Mapping[str, Tensor], first: int, *, gradient: bool
     ) -> tuple[Loss, Tensor | None]:
         """See BatchObjective. Scores of a block of queries exist at a time."""
-        options, size = self.options, 1 + self.options.passages
+        options, size = self.options, self.documents_in_one
         own = sum(len(batch.bounds()) - 1 for batch in batches) // size
         texts = extras["texts"] if "texts" in extras else torch.cat([batch.extras["texts"] for batch in batches])
         teacher = None
         if options.distill:
             teacher = torch.cat([batch.extras["teacher"] for batch in batches]).float().view(own, options.passages)
-        mine = torch.arange(own, device=vectors.device) + first // size
-        columns = options.passages if options.negatives == "given" else len(vectors) // size * options.passages
-        blocks = torch.arange(own, device=vectors.device).split(max(1, SCORES_AT_ONCE // columns))
-        sizes = (*(n for n in options.dimensions if n < vectors.shape[1]), vectors.shape[1])
-        losses = vectors.new_zeros(own)
-        grad = torch.zeros_like(vectors) if gradient else None
-        for width in sizes:
-            with torch.enable_grad():
-                leaf = vectors.detach().requires_grad_(gradient)
-                cut = F.normalize(leaf[:, :width], dim=-1) if width < vectors.shape[1] else leaf
-                part = cut.detach().requires_grad_(gradient)
-                found = []
-                for block in blocks:
-                    scored = Scored.of(part, texts, mine[block], options)
-                    each = scored.losses(options, None if teacher is None else teacher[block]) / len(sizes)
-                    if gradient:
-                        each.sum().backward()
-                    losses[block] += each.detach()
-                    found += [scored.reported()] if cut is leaf else []
-            if gradient:
-                grad += part.grad if cut is leaf else torch.autograd.grad(cut, leaf, part.grad)[0]
-        sums = dict(zip(REPORTED, torch.stack(found).sum(0), strict=True))
+
+        def of_block(part: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+            scored = Scored.of(part, texts, block + first // size, options)
+            return scored.losses(options, None if teacher is None else teacher[block]), scored.reported()
+
+        candidates = options.passages if options.negatives == "given" else len(vectors) // size * options.passages
+        blocks = torch.arange(own, device=vectors.device).split(max(1, SCORES_AT_ONCE // candidates))
+        widths = sorted({*options.dimensions, vectors.shape[1]})
+        found = [learn_width(vectors, width, blocks, of_block, gradient=gradient) for width in widths]
+        losses = sum(each for each, _, _ in found) / len(widths)
+        sums = dict(zip(REPORTED, found[-1][2], strict=True))
         if teacher is not None:
             sums[DISTILLED] = teacher.isfinite().all(1).float().sum()
-        count = vectors.new_tensor(own)
-        return Loss(losses.sum(), count, sums=sums, samples=self._samples(losses, batches)), grad
+        loss = Loss(losses.sum(), losses.new_tensor(own), sums=sums, samples=self._samples(losses, batches))
+        return loss, sum(grad for _, grad, _ in found) / len(widths) if gradient else None
 
     def _samples(self, losses: Tensor, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Loss and queries of each row, [micro-batches * b], and the row's source."""
-        size, rows, begun = 1 + self.options.passages, [], 0
-        for batch in batches:
-            rows.append(batch.documents[:-1:size].long() // batch.tokens.shape[1] + begun)
+        rows, begun = [], 0
+        for batch in batches:  # the row of each query
+            rows.append(batch.documents[: -1 : self.documents_in_one].long() // batch.tokens.shape[1] + begun)
             begun += len(batch.tokens)
-        per_row = losses.new_zeros(2, begun)
         places = torch.cat(rows).to(losses.device, non_blocking=True)
-        per_row.index_add_(1, places, torch.stack((losses, torch.ones_like(losses))))
-        samples = {"loss": per_row[0], "tokens": per_row[1]}
+        samples = {
+            "loss": losses.new_zeros(begun).index_add_(0, places, losses),
+            "tokens": torch.cat([self.row_counts(batch) for batch in batches]),
+        }
         if all(batch.source is not None for batch in batches):
             samples["source"] = torch.cat([batch.source for batch in batches])
         return samples
+
+
+def learn_width(
+    vectors: Tensor,
+    width: int,
+    blocks: Sequence[Tensor],
+    of_block: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The losses of vectors that are cut to their first `width` numbers and scaled to length 1 again.
+
+    Args:
+        vectors: [D, h].
+        blocks: numbers of this rank's queries.
+        of_block: (the cut vectors, a block) -> the losses of its queries, and REPORTED.
+
+    Returns:
+        The losses [n], the gradient of their sum by `vectors` if it is asked for, and REPORTED.
+    """
+    with torch.set_grad_enabled(gradient):
+        leaf = vectors.detach().requires_grad_(gradient)
+        cut = leaf if width == vectors.shape[1] else F.normalize(leaf[:, :width], dim=-1)
+        part = cut.detach().requires_grad_(gradient)  # here the blocks' gradients add up
+        losses, reported = [], []
+        for block in blocks:
+            each, numbers = of_block(part, block)
+            if gradient:
+                each.sum().backward()
+            losses.append(each.detach())
+            reported.append(numbers)
+    if gradient:
+        cut.backward(part.grad)
+    return torch.cat(losses), leaf.grad, torch.stack(reported).sum(0)
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,20 @@ class TextVectors:
     packed = True
 
     def __init__(self, pooling: Pooling) -> None:
-        self.pooling = pooling
+        self.pooling, self.documents_in_one = pooling, 1
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The texts of all rows as one row, [1, b * s]. No text sees the padding, whichever way attention looks."""
         inputs = {"input_ids": batch.tokens.view(1, -1), "position_ids": None, "attention_mask": None}
         return inputs | {"packed_seq_params": packing(batch.attended(), batch.tokens.device, len(batch.tokens))}
+
+    def row_counts(self, batch: Batch) -> Tensor:
+        """Texts of each row; of a subclass, what `documents_in_one` texts make."""
+        rows, length = batch.tokens.shape
+        counts = torch.bincount(
+            batch.bounds()[: -1 : self.documents_in_one].long() // length, minlength=rows
+        )  # on the host
+        return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
 
     def vectors(self, output: Tensor, batch: Batch) -> Tensor:
         """Args: output: hidden states, [1, b * s, h]. Returns: fp32 [d, h], of each text, of length 1."""

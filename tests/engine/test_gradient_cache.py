@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from flagscale_like.arch import Experts
 from flagscale_like.config import Contrastive, Lora
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.engine.engine import Engine
@@ -61,7 +62,7 @@ class Direct(TextVectors):
 
     def __init__(self, options, parts=1):
         super().__init__(options.pooling)
-        self.options, self.parts = options, parts
+        self.options, self.parts, self.documents_in_one = options, parts, 1 + PASSAGES
 
     def loss(self, output, batch):
         vectors = self.vectors(output, batch)
@@ -76,7 +77,7 @@ class Direct(TextVectors):
             )
         ]
         losses = torch.cat([contrastive_loss(*part, self.options) for part in zip(*split, strict=True)])
-        return Loss(losses.sum(), torch.tensor(float(len(losses))))
+        return Loss(losses.sum(), self.row_counts(batch).sum())
 
 
 class Watched(ContrastiveLoss):
@@ -101,6 +102,7 @@ def learn(config, cases):
             micro, parts = case["micro"], case.get("direct", 0)
             numbers = {name: case[name] for name in ("recompute", "precision", "lora") if name in case}
             numbers |= {"parallel": layout, "seq_length": LENGTH, "micro_batch_size": micro, "head": "hidden"}
+            numbers |= {"arch": config.model.model_copy(update=case.get("arch", {}))}
             spec = dataclasses.replace(ModelSpec.of(config), **numbers)
             engine, add_up, steps = Engine.build(spec, ctx, optimizer=config.optimizer), NamedSum(ctx), []
             if case.get("offload"):
@@ -126,6 +128,7 @@ def learn(config, cases):
 
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 LORA = Lora(rank=4, alpha=8)
+EXPERTS = {"experts": Experts(count=4, top_k=2, ffn_hidden_size=24, balance="sequence", coefficient=0.1)}
 # What each case is to be equal to, by its number of ranks.
 LAYOUTS = {
     1: {
@@ -135,6 +138,7 @@ LAYOUTS = {
         "selective recompute, offload": ("direct", {"micro": 2, "offload": True, **SELECTIVE}),
         "bf16": ("bf16", {"micro": 2, "precision": "bf16"}),
         "lora": ("lora", {"micro": 2, "lora": LORA}),
+        "experts, full recompute": ("experts", {"micro": 1, "arch": EXPERTS, **FULL}),
     },
     2: {
         "dp2": ("direct", {"micro": 2}),
@@ -153,6 +157,10 @@ LAYOUTS = {
     4: {
         "dp2 tp2 sp": ("direct", {"micro": 1, "parallel": {"tp": 2, "sp": True}}),
         "dp2 pp2 vpp2": ("direct", {"micro": 2, "parallel": {"pp": 2, "vpp": 2}, **FULL}),
+        "pp2 tp2 sp ep2, experts": (
+            "experts",
+            {"micro": 1, "arch": EXPERTS, "parallel": {"pp": 2, "tp": 2, "sp": True, "ep": 2}, **FULL},
+        ),
         "dp2 cp2": ("direct", {"micro": 2, "parallel": {"cp": 2}}),
     },
 }
@@ -160,6 +168,7 @@ EXPECTED = {
     "direct": {"micro": 8, "direct": 1},
     "bf16": {"micro": 8, "direct": 1, "precision": "bf16"},
     "lora": {"micro": 8, "direct": 1, "lora": LORA},
+    "experts": {"micro": 8, "direct": 1, "arch": EXPERTS},
     "batch": {"micro": 8, "direct": 2, "options": {"negatives": "batch"}},
     "given": {"micro": 8, "direct": 1, "options": {"negatives": "given", "symmetric": False}},
 }
