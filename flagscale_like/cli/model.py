@@ -9,6 +9,14 @@ from typing import Annotated, Literal
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.embed import (
+    Dimensions,
+    PassageInstruction,
+    PoolingOption,
+    QueryInstruction,
+    evaluate_retrieval,
+    open_embedder,
+)
 from flagscale_like.errors import ConfigError
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
@@ -17,11 +25,22 @@ MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-len
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
         ),
-    ],
+    ] = None,
+    retrieval: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of --data: folder with queries.jsonl, corpus.jsonl, qrels/ (BEIR) or qrels.jsonl. Repeatable."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --retrieval: the judgements, qrels/SPLIT.tsv.")] = "test",
+    pooling: PoolingOption = None,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+    dimensions: Dimensions = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
     adapter: Adapter = None,
@@ -29,7 +48,9 @@ def evaluate(  # typer makes an option of every parameter
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the model's tokenizer.")] = None,
     seq_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of one window of text. Default: the model's positions, at most 1024.", min=1),
+        typer.Option(
+            help="Tokens of one window of text, or most tokens of a text. Default: the model's, at most 1024.", min=1
+        ),
     ] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
     precision: Annotated[
@@ -42,17 +63,39 @@ def evaluate(  # typer makes an option of every parameter
         int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
 ) -> None:
-    """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
+    """Print the loss and perplexity of a model on text, on any layout; or how well an embedding model finds passages.
+
+    Starts the ranks, or runs as a rank of torchrun.
+    """
     from flagscale_like.config import Parallel
     from flagscale_like.runtime.launch import default_processes, launch
     from flagscale_like.runtime.launched import current_launch
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
+    if (data is None) == (not retrieval):
+        raise ConfigError("give either --data or --retrieval")
     parallel = Parallel(tp=tp, pp=pp, cp=cp)
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
+
+    if retrieval:
+        with open_embedder(
+            hf or checkpoint,
+            parallel,
+            hugging_face=hf is not None,
+            adapter=adapter,
+            force=force,
+            tokenizer=tokenizer,
+            pooling=pooling,
+            instructions={"query": query_instruction, "passage": passage_instruction},
+            max_tokens=seq_length,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+        ) as (embedder, _):
+            evaluate_retrieval(embedder, retrieval, split, dimensions)
+        return
 
     from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream

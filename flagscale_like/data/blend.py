@@ -32,7 +32,8 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.batch import CONVERSATIONS
 from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
 from flagscale_like.data.draws import draw
-from flagscale_like.data.groups import GroupSource, groups_at
+from flagscale_like.data.group_source import GroupSource
+from flagscale_like.data.groups import groups_at
 from flagscale_like.data.order import OneSource, checked_position
 from flagscale_like.data.packing import ConversationSource, PackedSource
 from flagscale_like.data.pairs import PairSource

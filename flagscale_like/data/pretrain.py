@@ -139,6 +139,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
             f"tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, model.vocab_size is {config.model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
+    scored = 0
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
@@ -163,9 +164,15 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
                 vocab_size=config.model.vocab_size,
             )
             _check_split(config, source.path, GroupTable(source.path).group_lengths())
+            scored += groups.scored
             continue
         _check_split(
             config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
+        )
+    if config.objective.reads == "groups" and config.objective.distill and not scored:
+        raise DataError(
+            f"objective.distill is {config.objective.distill}, and no group of data.sources has a teacher's scores: write "
+            "some with `data score`, or set objective.distill to 0"
         )
     return tokenizer
 

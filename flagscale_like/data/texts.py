@@ -74,7 +74,7 @@ class TextEncoder:
         )
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
-        """Encode each text, stripped of white space at its ends, as sentence-transformers does.
+        """Encode each text as it is.
 
         Args:
             limit: most ids of a text, with those around it; what is behind is cut. None: no limit.
@@ -89,7 +89,7 @@ class TextEncoder:
                 f"{len(self.affixes) + 1} or more"
             )
         found = []
-        for ids in self.tokenizer.encode_many([text.strip() for text in texts]):
+        for ids in self.tokenizer.encode_many(list(texts)):
             whole = np.concatenate((self.affixes.before, ids[:room], self.affixes.after)).astype(np.int32)
             found.append(EncodedText(whole, room is not None and len(ids) > room))
         return found

@@ -19,7 +19,8 @@ from flagscale_like.data.group_shards import (
     TOO_FEW,
     parse_group,
 )
-from flagscale_like.data.groups import GroupTable, check_groups, groups_at, keys_of, notes_on_groups, pack_texts
+from flagscale_like.data.group_source import pack_texts
+from flagscale_like.data.groups import GroupTable, check_groups, groups_at, keys_of, notes_on_groups
 from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.preprocess import preprocess, preprocess_chat, preprocess_groups
 from flagscale_like.data.pretrain import check_sources
