@@ -1,4 +1,4 @@
-"""`preprocess` tokenizes text, `data chat` conversations; `data` shows both, and the documents that a training step read."""
+"""`preprocess` tokenizes text, `data chat` conversations; `data` shows them, and the documents that a training step read."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def preprocess(  # typer makes an option of every parameter
                 tokenizer,
             )
     began = time.perf_counter()
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report = preprocess(
             files,
             tokenizer,
@@ -142,7 +142,7 @@ def preprocess(  # typer makes an option of every parameter
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     seconds = time.perf_counter() - began
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
@@ -151,7 +151,7 @@ def preprocess(  # typer makes an option of every parameter
 
 
 @contextmanager
-def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+def show_progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
     """A progress bar over the bytes of the files; lines where the output is no terminal.
 
     Yields a function that takes the bytes that are done.
@@ -171,7 +171,7 @@ def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
         yield lambda size: bar.advance(task, size)
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print how many documents were dropped for each reason."""
     from rich.console import Console
     from rich.table import Table
@@ -218,7 +218,7 @@ def chat(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -268,7 +268,7 @@ def pairs(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -304,7 +304,7 @@ def _print_pair_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     number, counted = report.documents // 2, report.counts[COUNTED]
     typer.echo(
         f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
@@ -324,7 +324,7 @@ def _print_chat_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.tokenizer import Tokenizer
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     counted = report.counts[COUNTED]
     typer.echo(
         f"{report.documents:,} conversations, {report.tokens:,} tokens, of which {counted:,} count "

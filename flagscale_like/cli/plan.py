@@ -52,6 +52,11 @@ def plan(
     best = ranking.plans[0]
     if config.lora is not None:
         typer.echo(config.describe_parameters())
+    if config.objective.head == "hidden":
+        typer.echo(
+            "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the "
+            "first pass of gradient caching, up to a third of the step, is not"
+        )
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if cuda:

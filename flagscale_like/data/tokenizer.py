@@ -242,6 +242,12 @@ class Tokenizer:
         """Encode each text to token ids, without adding special tokens."""
         return self._backend.encode(texts)
 
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text with the special tokens that the tokenizer puts around it."""
+        if self._fast is not None:
+            return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=True)]
+        return self._slow(list(texts), split_special_tokens=not self._special)["input_ids"]
+
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
         if self._memo is None and isinstance(self._backend, FastBackend) and not self._memo_tried:

@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.feed import Feed
+from flagscale_like.data.groups import notes_on_groups
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
@@ -236,6 +237,8 @@ def announce(run: Run, notes: list[str]) -> None:
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
+    if config.objective.reads == "groups" and ctx.is_main:
+        notes = [*notes, *notes_on_groups([source.path for source in config.data.sources], config.objective.passages)]
     for note in notes:
         run.reporter.say(note)
 
