@@ -22,7 +22,7 @@ from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
 from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
-from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.index_file import check_index, read_lengths
 from flagscale_like.data.inputs import ProgressLines, Say, changes_of_inputs, record_inputs, silent, size_of
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
@@ -180,6 +180,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
                     "conversations, `data chat`; of pairs, `data pairs`)"
                 )
+        check_index(source.path)
         _check_ids(source.path, config.model.vocab_size)
         found = conversations_at(source.path)
         if found is not None:
