@@ -413,7 +413,11 @@ def copy_with_template(folder: str | Path, template: str, target: Path, *, repla
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(folder).iterdir()):
-            if path.is_file() and path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".model", ".txt", ".py")
+                and not path.name.endswith(".index.json")
+            ):
                 (target / path.name).write_bytes(path.read_bytes())
         (target / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         chat, path = ChatTokenizer(target), target / GENERATION_FILE
