@@ -57,7 +57,11 @@ setup(
             "peft>=0.17",
             "lm-eval>=0.4.12,<0.5",
             "mkdocs-material>=9.5,<10",
+            "wandb>=0.22",
+            "mlflow-skinny>=3",
         ],
+        "wandb": ["wandb>=0.22"],
+        "mlflow": ["mlflow-skinny>=3"],
         "gpu": ["nvidia-ml-py>=12"],
         "eval": ["lm-eval>=0.4.12,<0.5"],
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it

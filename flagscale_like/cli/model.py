@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.embed import (
+    Dimensions,
+    PassageInstruction,
+    PoolingOption,
+    QueryInstruction,
+    evaluate_retrieval,
+    open_embedder,
+)
 from flagscale_like.errors import ConfigError, PlatformError
 
 if TYPE_CHECKING:
@@ -26,6 +34,17 @@ def evaluate(  # typer makes an option of every parameter
             help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
         ),
     ] = None,
+    retrieval: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of --data: folder with queries.jsonl, corpus.jsonl, qrels/ (BEIR) or qrels.jsonl. Repeatable."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --retrieval: the judgements, qrels/SPLIT.tsv.")] = "test",
+    pooling: PoolingOption = None,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+    dimensions: Dimensions = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
     adapter: Adapter = None,
@@ -33,7 +52,9 @@ def evaluate(  # typer makes an option of every parameter
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the model's tokenizer.")] = None,
     seq_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of one window of text. Default: the model's positions, at most 1024.", min=1),
+        typer.Option(
+            help="Tokens of one window of text, or most tokens of a text. Default: the model's, at most 1024.", min=1
+        ),
     ] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
     precision: Annotated[
@@ -57,9 +78,10 @@ def evaluate(  # typer makes an option of every parameter
     limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="With --tasks: also write the harness's numbers as JSON.")] = None,
 ) -> None:
-    """Print the loss and perplexity of a model on text, or its scores on tasks. Text goes over any layout.
+    """Print a model's loss and perplexity on text, its scores on tasks, or how well an embedding model finds passages.
 
-    Starts the ranks, or runs as a rank of torchrun. Tasks are computed by one process.
+    Text and passages are computed on any layout: the command starts the ranks, or runs as a rank of torchrun. Tasks are
+    computed by one process.
     """
     from flagscale_like.config import Parallel
     from flagscale_like.runtime.launch import default_processes, launch
@@ -67,8 +89,8 @@ def evaluate(  # typer makes an option of every parameter
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    if (data is None) == (not tasks):
-        raise ConfigError("give either --data or --tasks")
+    if (data is not None) + bool(tasks) + bool(retrieval) != 1:
+        raise ConfigError("give one of --data, --tasks and --retrieval")
     if not tasks and (shots is not None or limit is not None or out is not None):
         raise ConfigError("--shots, --limit and --out belong to --tasks")
     parallel = Parallel(tp=tp, pp=pp, cp=cp)
@@ -82,6 +104,23 @@ def evaluate(  # typer makes an option of every parameter
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
+
+    if retrieval:
+        with open_embedder(
+            hf or checkpoint,
+            parallel,
+            hugging_face=hf is not None,
+            adapter=adapter,
+            force=force,
+            tokenizer=tokenizer,
+            pooling=pooling,
+            instructions={"query": query_instruction, "passage": passage_instruction},
+            max_tokens=seq_length,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+        ) as (embedder, _):
+            evaluate_retrieval(embedder, retrieval, split, dimensions)
+        return
 
     from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream

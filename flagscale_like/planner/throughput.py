@@ -168,7 +168,7 @@ def _core_attention(
         shape.heads / layout.tp / layout.cp
     )  # over cp the tokens are cut in place of the heads, with equal parts of the work
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        keys = counted_keys(seq_length, shape.window)
+        keys = counted_keys(seq_length, shape.window) * (1 if shape.causal else 2)
         forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2

@@ -222,7 +222,9 @@ def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_
         limit = f"train.steps is {config.train.steps}"
         if config.train.exit_at_step is not None:
             limit += f" and train.exit_at_step {config.train.exit_at_step}"
-        notes.append(f"nothing is left to train: {limit}, and step {progress.step} is done; raise it to go on")
+        notes.append(
+            f"complete, nothing is left to train: {limit}, and step {progress.step} is done; raise it to go on"
+        )
     if needed > progress.train_samples:
         notes.append(
             f"from here on the order of the samples is another one: the run now reads {needed}, not {progress.train_samples}"

@@ -123,6 +123,7 @@ def test_sentencepiece_itself_gives_the_same_ids(name, tmp_path):
         assert "".join(text[a:b] for a, b in dict.fromkeys(offsets)) == text
     assert (words.eod, words.vocab_size) == (2, published.PIECES)
     assert words.before_text == ([] if name == "Baichuan-7B" else [1])
+    assert words.encode_whole(["a"])[0] == [*words.before_text, *pieces.encode("a")]
     assert special_ids(folder) == {"bos_token_id": 1, "eos_token_id": 2}
     as_tokens = Tokenizer(folder)
     assert as_tokens.encode_batch(["a</s>b"])[0] == [*pieces.encode("a"), 2, *pieces.encode("b")]
