@@ -110,6 +110,7 @@ class Layout:
 
     Attributes:
         cp, cp_kind: context-parallel ranks, and how attention brings their parts of a row together; see config.Parallel.
+        ep: expert-parallel ranks, which are taken from those of tp, cp and dp.
         num_microbatches: micro-batches a data-parallel rank runs a step.
         offload: share of its activations that each stage moves to host memory; () moves none.
         first_stage_layers, last_stage_layers: layers of these stages where they differ from the others'.
@@ -121,6 +122,7 @@ class Layout:
     dp: int = 1
     cp: int = 1
     cp_kind: ContextParallelKind = "gather"
+    ep: int = 1
     sp: bool = False
     micro_batch_size: int = 1
     num_microbatches: int = 1
@@ -145,6 +147,7 @@ class Layout:
             dp=dp,
             cp=par.cp,
             cp_kind=par.cp_kind,
+            ep=par.ep,
             sp=par.sp,
             micro_batch_size=train.micro_batch_size,
             num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
@@ -161,6 +164,16 @@ class Layout:
     def replicas(self) -> int:
         """Ranks that hold the same weights, and own a part of their gradients and optimizer states each."""
         return self.cp * self.dp
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same of experts, which are not cut over tp."""
+        return self.tp * self.cp * self.dp // self.ep
+
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether copies of an expert lie on other ranks than those of the dense parameters."""
+        return self.tp > 1 or self.ep > 1
 
     def rows(self, seq_length: int) -> float:
         """Tokens of a micro-batch that a rank has, before sequence parallelism."""
@@ -211,6 +224,7 @@ class Layout:
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
         parts += [f"cp {self.cp}{' a2a' if self.cp_kind == 'a2a' else ''}"] if self.cp > 1 else []
+        parts += [f"ep {self.ep}"] if self.ep > 1 else []
         parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []

@@ -1,8 +1,9 @@
 """Bytes a rank needs, by component.
 
 Weights, gradients and optimizer states are exact: they repeat how megatron-core lays parameters out in its buffers and how
-its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over data- and context-parallel ranks. Activations
-come from the table in saved.py (Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
+its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over the ranks that hold the same weights: the data-
+and context-parallel ones, and of experts those that expert parallelism leaves. Activations come from the table in saved.py
+(Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
-from flagscale_like.arch import ModelArch, Parameter, parameters
+from flagscale_like.arch import ModelArch, Parameter, Role, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.config import Lora
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
@@ -95,27 +96,34 @@ def chunk_adapters(arch: ModelArch, lora: Lora, layout: Layout, stage: int, chun
     return [parameter for parameter in lora.parameters(arch) if parameter.layer in layers]
 
 
-def shard_numel(parameter: Parameter, tp: int) -> int:
-    """Elements on one of `tp` tensor-parallel ranks."""
-    return math.prod(parameter.shard_shape(tp))
+def shard_numel(parameter: Parameter, layout: Layout) -> int:
+    """Elements on one rank."""
+    return math.prod(parameter.shard_shape(layout.tp, layout.ep))
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where megatron-core puts a chunk's parameters: (start, end) of each, bucket bounds, and the padded length."""
+    """Where megatron-core puts a chunk's parameters: (start, end) of each, bucket bounds, and the padded length.
+
+    Attributes:
+        replicas: ranks that hold the same parameters, and update a part of each bucket.
+        experts: whether it holds the experts that are reduced by themselves.
+    """
 
     spans: tuple[tuple[int, int], ...]
     buckets: tuple[tuple[int, int], ...]
+    replicas: int
+    experts: bool = False
 
     @property
     def numel(self) -> int:
         return self.buckets[-1][1] if self.buckets else 0
 
-    def owned(self, replicas: int, rank: int) -> tuple[int, int]:
+    def owned(self, rank: int) -> tuple[int, int]:
         """Elements and parameters of which one of the replicas updates a part: its share of every bucket."""
         elements = parameters = 0
         for begin, end in self.buckets:
-            size = (end - begin) // replicas
+            size = (end - begin) // self.replicas
             low, high = begin + rank * size, begin + (rank + 1) * size
             for start, stop in self.spans:
                 inside = min(stop, high) - max(start, low)
@@ -158,51 +166,63 @@ def buffer_of(
         position = close(end) if full or index in alone else end
     if filled:
         close(end)
-    return Buffer(tuple(spans), tuple(buckets))
+    return Buffer(tuple(spans), tuple(buckets), replicas)
 
 
 def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> list[Buffer]:
     """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only.
 
-    With LoRA the adapters alone are in buffers.
+    With LoRA the adapters alone are in buffers. Experts have a buffer of their own, unless their copies lie where the dense
+    parameters' do (see model.experts.mark_expert).
     """
     buffers = []
     for chunk in range(layout.vpp):
-        bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         held = chunk_parameters(arch, layout, stage, chunk)
         if lora is not None:
             held = chunk_adapters(arch, lora, layout, stage, chunk)
+        held = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS]
+        apart = [bool(parameter.experts) and layout.cuts_experts for parameter in held]
         shared = arch.tie_embeddings and layout.pp > 1  # a tied embedding on two stages has a bucket to itself
-        buffers.append(
-            buffer_of(
-                [shard_numel(parameter, layout.tp) for parameter in held],
-                layout.replicas,
-                bucket_numel=max(40_000_000, 1_000_000 * layout.replicas) if bucketed else None,
-                alone={i for i, parameter in enumerate(held) if shared and parameter.role.is_vocabulary},
+        bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
+        for experts in sorted(set(apart)):
+            own = [parameter for parameter, is_apart in zip(held, apart, strict=True) if is_apart == experts]
+            buffer = buffer_of(
+                [shard_numel(parameter, layout) for parameter in own],
+                layout.expert_replicas if experts else layout.replicas,
+                bucket_numel=max(40_000_000, 1_000_000 * layout.dp) if bucketed else None,
+                alone={i for i, parameter in enumerate(own) if shared and parameter.role.is_vocabulary},
             )
-        )
+            buffers.append(replace(buffer, experts=experts))
     return buffers
 
 
 @functools.lru_cache(maxsize=4096)
 def state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0, lora: Lora | None = None
+    arch: ModelArch, layout: Layout, stage: int, *, precision: str, rank: int = 0, lora: Lora | None = None
 ) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
 
     Args:
-        dp_rank: the rank among the layout's replicas, which differs from the data-parallel rank where cp is above 1.
+        rank: of the stage's ranks, which are numbered tp fastest, then cp and dp.
     """
-    weights = gradients = optimizer = 0
-    if lora is not None:
-        held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk)]
-        weights = sum(shard_numel(parameter, layout.tp) for parameter in held) * DTYPE_BYTES[precision]
+    gradients = optimizer = 0
+    weights = sum(_frozen_bytes(arch, layout, stage, chunk, precision, lora) for chunk in range(layout.vpp))
     for buffer in stage_buffers(arch, layout, stage, lora):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
-        elements, parameters = buffer.owned(layout.replicas, dp_rank)
+        # Experts lie over neighbours: the ranks of a copy of them are ep ranks that follow one another.
+        elements, parameters = buffer.owned(rank // (layout.ep if buffer.experts else layout.tp))
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
+
+
+def _frozen_bytes(arch: ModelArch, layout: Layout, stage: int, chunk: int, precision: str, lora: Lora | None) -> int:
+    """Bytes of a chunk's weights that no gradient changes: the routers' biases, in fp32, and with LoRA all of the base."""
+    held = chunk_parameters(arch, layout, stage, chunk)
+    biases = [parameter for parameter in held if parameter.role is Role.ROUTER_BIAS]
+    base = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS] if lora is not None else []
+    base_bytes = sum(shard_numel(parameter, layout) for parameter in base) * DTYPE_BYTES[precision]
+    return base_bytes + 4 * sum(parameter.numel for parameter in biases)
 
 
 def microbatch_bytes(
@@ -249,17 +269,18 @@ def rank_memory(
     seq_length: int,
     precision: str,
     ops: Operators = FUSED,
-    dp_rank: int = 0,
+    rank: int = 0,
     overhead: bool = True,
 ) -> RankMemory:
     """All components of one rank.
 
     Args:
+        rank: see state_bytes().
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
     cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
-    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank, lora=ops.lora)
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows = layout.rows(seq_length)
     rows_sp = rows / layout.tp if layout.sp else rows
@@ -273,7 +294,7 @@ def rank_memory(
     moved = share * in_flight * chunk
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
-    largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
+    largest = max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
     working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)
     if layout.recompute == "full":
