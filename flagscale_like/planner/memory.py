@@ -16,8 +16,16 @@ from dataclasses import dataclass, fields, replace
 from flagscale_like.arch import ModelArch, Parameter, Role, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.config import Lora
-from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
-from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes, logits_for_a_moment
+from flagscale_like.planner.layout import DTYPE_BYTES, IMBALANCE, Layout, Shape
+from flagscale_like.planner.saved import (
+    FUSED,
+    Operators,
+    embedding_saves,
+    head_saves,
+    layer_bytes,
+    logits_for_a_moment,
+    working_bytes,
+)
 
 # CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of all but weights, gradients and
 # optimizer states.
@@ -225,14 +233,29 @@ def _frozen_bytes(arch: ModelArch, layout: Layout, stage: int, chunk: int, preci
     return base_bytes + 4 * sum(parameter.numel for parameter in biases)
 
 
+def layers_on(shape: Shape, layout: Layout, stage: int) -> set[int]:
+    """The kinds of the layers of a stage; see Shape.alike."""
+    return {shape.alike[i] for chunk in layout.chunk_layers(shape.layers, stage) for i in chunk}
+
+
+def largest_layer(shape: Shape, layout: Layout, stage: int, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
+    """Bytes that the layer of a stage that saves the most saves."""
+    kinds = layers_on(shape, layout, stage)
+    return max((layer_bytes(shape, layout, seq_length, dtype_bytes, ops, kind) for kind in kinds), default=0.0)
+
+
 def microbatch_bytes(
     arch: ModelArch | Shape, layout: Layout, stage: int, seq_length: int, precision: str, ops: Operators
 ) -> tuple[float, float]:
-    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last)."""
+    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last).
+
+    Of chunks with unlike layers it is the one that saves the most.
+    """
     shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp, ops.lora)
     e = DTYPE_BYTES[precision]
-    layers = len(layout.chunk_layers(shape.layers, stage)[0])
-    chunk = layers * layer_bytes(shape, layout, seq_length, e, ops)
+    saved = {kind: layer_bytes(shape, layout, seq_length, e, ops, kind) for kind in layers_on(shape, layout, stage)}
+    chunks = layout.chunk_layers(shape.layers, stage)
+    chunk = max(sum(saved[shape.alike[i]] for i in layers) for layers in chunks)
     head = sum(s.bytes for s in head_saves(shape, layout, seq_length, e, ops)) if stage == layout.pp - 1 else 0.0
     return chunk, head
 
@@ -254,10 +277,10 @@ def saved_activation_bytes(
         bytes_ += first * sum(s.bytes for s in embedding_saves(layout, seq_length))
     again = 0.0
     if layout.recompute != "none":
-        again = layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
+        again = largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
         if layout.recompute == "selective" or ops.rms_norm == "fused":
             # What is kept is not saved twice; under full recompute that is the layer's input, where its norm saves it.
-            again -= layer_bytes(shape, layout, seq_length, e, ops)
+            again -= largest_layer(shape, layout, stage, seq_length, e, ops)
     return bytes_ + max(head, again)
 
 
@@ -279,12 +302,12 @@ def rank_memory(
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
-    cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
+    cut = replace(
+        layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=(), imbalance=IMBALANCE
+    )
     weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
-    rows = layout.rows(seq_length)
-    rows_sp = rows / layout.tp if layout.sp else rows
-    layer = layer_bytes(shape, layout, seq_length, e, ops)
+    rows_sp = layout.rows(seq_length) / (layout.tp if layout.sp else 1)
     in_flight = layout.chunks_in_flight(stage)
     saved = in_flight * chunk
     # A received stage input lives until its backward pass; a norm that saves its input has it counted already.
@@ -292,13 +315,15 @@ def rank_memory(
         saved += in_flight * rows_sp * shape.hidden * e
     share = layout.offload_share(stage)
     moved = share * in_flight * chunk
+    layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
     largest = max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
-    working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
+    kinds = layers_on(shape, layout, stage)
+    working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)
     if layout.recompute == "full":
-        working += layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
+        working += largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
     dynamic = saved - moved + on_the_way + logits + working
     return RankMemory(
         weights=weights,
@@ -344,9 +369,9 @@ def needed_offload(
             shares.append(0.0)
             continue
         chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
-        layers = max(1, len(layout.chunk_layers(arch.num_layers, stage)[0]))
-        in_flight = layout.chunks_in_flight(stage)
-        frees = (in_flight * chunk - LAYERS_ON_THE_WAY * chunk / layers) * (1 + FRAGMENTATION)
+        shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
+        layer = largest_layer(shape, layout, stage, seq_length, e, ops)
+        frees = (layout.chunks_in_flight(stage) * chunk - LAYERS_ON_THE_WAY * layer) * (1 + FRAGMENTATION)
         if frees <= 0 or over > frees:
             return None
         shares.append(over / frees)
