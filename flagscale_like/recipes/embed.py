@@ -100,7 +100,7 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
         yield document.text
 
 
-def embed_file(
+def embed_file(  # most parameters are one option of the command `embed` each
     embedder: Embedder,
     path: Path,
     out: Path,

@@ -13,9 +13,9 @@ import torch
 
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.data.batch import Batch, collate
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.group_source import pack_texts
 from flagscale_like.data.groups import groups_at
-from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.texts import TextEncoder
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError, ConversionError, DataError

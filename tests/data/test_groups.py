@@ -109,7 +109,7 @@ def test_texts_are_cut_at_their_limit_and_end_with_the_end_token(tokenizer, tmp_
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(own)(["abcdefgh", "hgfedcba"], truncation=True, max_length=6)
-    assert theirs["input_ids"] == [e.ids.tolist() for e in TextEncoder(own).encode(["abcdefgh", " hgfedcba "], 6)]
+    assert theirs["input_ids"] == [e.ids.tolist() for e in TextEncoder(own).encode(["abcdefgh", "hgfedcba"], 6)]
     with pytest.raises(DataError, match="ends each text already: text <\\|im_end\\|>: leave out --end"):
         convert(tmp_path, own, long, end=True)
     with pytest.raises(DataError, match="limit of 1 tokens: the tokenizer puts 1 around each text: give 2 or more"):
