@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import Settings
+from flagscale_like.families.family import PREFIX, Settings, without_prefix
+from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,6 +33,7 @@ class HfFolder:
     Attributes:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
+        embedder: whether the model has no output layer, as an embedding model.
         rules: the weight map's rule of every tensor of the model.
         reads_in_threads: see WeightSource.
 
@@ -45,9 +48,11 @@ class HfFolder:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
         self.value_heads = self.family.value_heads(Settings.read(self.folder))
-        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
-        self._by_core = {rule.core: rule for rule in self.rules}
+        self.embedder = self.family.is_embedder(Settings.read(self.folder))
+        rules = self.family.rules_with_head(self.arch, self.value_heads, embedder=self.embedder)
         self._files = self._open_files()
+        self.rules = self._named(rules)
+        self._by_core = {rule.core: rule for rule in self.rules}
         self._check_tensors()
         self._last: tuple[str, Tensor] | None = None
 
@@ -89,6 +94,15 @@ class HfFolder:
             if tensor not in files[name].specs:
                 raise ConversionError(f"{self.folder}: {INDEX} says {name} holds {tensor}; it does not")
         return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _named(self, rules: list[Rule]) -> list[Rule]:
+        """The rules with the names of the folder: with or without the prefix `model.`, whatever class config.json names."""
+        if any(name.startswith(PREFIX) for name in self._files):
+            plain = self.family.rules_with_head(self.arch, self.value_heads)
+            return [rule for rule in plain if not self.embedder or rule.core != OUTPUT_NAME]
+        if "embed_tokens.weight" in self._files:
+            return [without_prefix(rule) for rule in rules]
+        return rules
 
     def _check_tensors(self) -> None:
         expected = {
