@@ -34,6 +34,11 @@ class Block(ABC):
         return 2.0 * self.matrix_parameters
 
 
+def groups_on(groups: int, tp: int) -> int:
+    """KV groups that each tensor-parallel rank computes. Where there are fewer groups than ranks, several ranks share one."""
+    return max(1, groups // tp)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention(Block):
     """Grouped-query attention (Ainslie et al. 2023). The fields are ModelArch's."""

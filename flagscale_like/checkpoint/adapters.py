@@ -257,9 +257,10 @@ class MergedWeights:
             return self.base.full(key, dtype=dtype)
         at, fp32 = key.removesuffix("weight") + "lora.", torch.float32
         a, b = self.adapters.full(at + "a", dtype=fp32), self.adapters.full(at + "b", dtype=fp32)
-        weight = torch.addmm(self.base.full(key, dtype=fp32), b, a, alpha=self._lora.scale)
+        add_product = torch.addmm if a.dim() == 2 else torch.baddbmm  # of each expert
+        weight = add_product(self.base.full(key, dtype=fp32), b, a, alpha=self._lora.scale)
         if self._lora.dora:
-            weight *= (self.adapters.full(at + "magnitude", dtype=fp32) / weight.norm(dim=1))[:, None]
+            weight *= (self.adapters.full(at + "magnitude", dtype=fp32) / weight.norm(dim=-1))[..., None]
         return weight.to(dtype or self.base.dtype(key))
 
     def check(self, target: Fragment) -> None:

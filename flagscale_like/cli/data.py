@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,14 +152,22 @@ def preprocess(  # typer makes an option of every parameter
 
 @contextmanager
 def show_progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of the files, on a terminal. Yields a function that takes the bytes that are done."""
+    """A progress bar over the bytes of the files; lines where the output is no terminal.
+
+    Yields a function that takes the bytes that are done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from flagscale_like.data.inputs import ProgressLines, size_of
+
+    console, total = Console(stderr=True), size_of(files)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield ProgressLines(total, functools.partial(typer.echo, err=True))
+        return
     columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("tokenizing", total=total)
         yield lambda size: bar.advance(task, size)
 
 
@@ -371,7 +380,6 @@ def locate(
     import json
     from dataclasses import asdict
 
-    from flagscale_like.config import RunConfig
     from flagscale_like.data.inspect import excerpt
     from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
     from flagscale_like.data.tokenizer import Tokenizer
@@ -381,7 +389,7 @@ def locate(
     if attempt is not None and attempt > len(readings):
         raise ConfigError(f"--attempt ({attempt}): step {step} ran {len(readings)} times: give 1 to {len(readings)}")
     reading = readings[(attempt or len(readings)) - 1]
-    segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    segment, config = reading.segment, reading.segment.config
     if step > config.train.steps:
         raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps): give one of them")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)

@@ -201,7 +201,8 @@ def mine(  # typer makes an option of every parameter
             return
         found.write(out)
     typer.echo(
-        f"wrote {out}: {len(found.records):,} queries with negatives of ranks {first} to {last} of {found.passages:,} passages"
+        f"wrote {out}: {len(found.records):,} queries with negatives of ranks {first} to {last} of {found.passages:,} "
+        "passages"
     )
     notes = {
         "passages of the corpus that repeat another": found.repeated,
@@ -230,7 +231,7 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
 
 @data_app.command(
     "score",
-    epilog=example("flagscale-like data score nq.jsonl --checkpoint runs/llm --out nq-scored.jsonl --answer answers"),
+    epilog=example("flagscale-like data score nq.jsonl --checkpoint runs/llm --out scored.jsonl --answer answers"),
 )
 def score(  # typer makes an option of every parameter
     input: Annotated[Path, typer.Argument(help="JSON records with query, pos, neg and an answer.")],
@@ -291,5 +292,5 @@ def score(  # typer makes an option of every parameter
         found = score_file(teacher, input, out, made_from=made_from, answer=answer, overwrite=overwrite)
         if found is not None:
             typer.echo(
-                f"wrote {out}: {found[0]:,} records, {found[1]:,} passages scored by this call; {teacher.cut:,} cut"
+                f"wrote {out}: {found[0]:,} records; this call scored {found[1]:,} passages, {teacher.cut:,} of them cut"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,10 @@ from flagscale_like.cli.embed import (
     evaluate_retrieval,
     open_embedder,
 )
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, PlatformError
+
+if TYPE_CHECKING:
+    from flagscale_like.cli.base import OpenedWeights
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
 
@@ -62,10 +65,22 @@ def evaluate(  # typer makes an option of every parameter
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of --data: a task of lm-evaluation-harness, or a YAML file of one; may be given several times."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question. Default: the task's.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="With --tasks: also write the harness's numbers as JSON.")] = None,
 ) -> None:
-    """Print the loss and perplexity of a model on text, on any layout; or how well an embedding model finds passages.
+    """Print a model's loss and perplexity on text, its scores on tasks, or how well an embedding model finds passages.
 
-    Starts the ranks, or runs as a rank of torchrun.
+    Text and passages are computed on any layout: the command starts the ranks, or runs as a rank of torchrun. Tasks are
+    computed by one process.
     """
     from flagscale_like.config import Parallel
     from flagscale_like.runtime.launch import default_processes, launch
@@ -73,9 +88,18 @@ def evaluate(  # typer makes an option of every parameter
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    if (data is None) == (not retrieval):
-        raise ConfigError("give either --data or --retrieval")
+    if (data is not None) + bool(tasks) + bool(retrieval) != 1:
+        raise ConfigError("give one of --data, --tasks and --retrieval")
+    if not tasks and (shots is not None or limit is not None or out is not None):
+        raise ConfigError("--shots, --limit and --out belong to --tasks")
     parallel = Parallel(tp=tp, pp=pp, cp=cp)
+    if tasks:
+        if parallel.model_parallel_size > 1 or (nproc_per_node or 1) > 1:
+            raise ConfigError("tasks are computed by one process: leave out --tp, --pp, --cp and --nproc-per-node")
+        source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+        options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
+        _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
+        return
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
@@ -119,6 +143,42 @@ def evaluate(  # typer makes an option of every parameter
         if ctx.is_main:
             bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
             typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
+
+
+def _evaluate_tasks(
+    source: OpenedWeights,
+    tokenizer: Path | None,
+    tasks: list[str],
+    precision: str,
+    out: Path | None,
+    **options: int | None,
+) -> None:
+    """`evaluate --tasks`: print a line for each score."""
+    import os
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise PlatformError("--tasks needs lm-evaluation-harness: pip install 'flagscale_like[eval]'")
+    if tokenizer is None:
+        raise ConfigError("the model names no tokenizer: give --tokenizer FOLDER")
+    if all(task.endswith((".yaml", ".yml")) for task in tasks):  # a name asks for the hub's data, a file does not
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from flagscale_like.config import Parallel
+    from flagscale_like.data.tokenizer import Tokenizer
+    from flagscale_like.engine.engine import Engine
+    from flagscale_like.json_files import write_json
+    from flagscale_like.model.spec import ModelSpec
+    from flagscale_like.recipes.tasks import lines_of, score_tasks
+    from flagscale_like.runtime.parallel import parallel_context
+
+    with parallel_context(Parallel(), alone=True) as ctx:
+        spec = ModelSpec(arch=source.arch, precision=precision, lora=getattr(source, "lora", None))
+        model = Engine.build(spec, ctx, source=source).model
+        results = score_tasks(model, Tokenizer(tokenizer), tasks, **options)
+    if out is not None:
+        write_json(out, results)
+    for line in lines_of(results):
+        typer.echo(line)
 
 
 @app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))

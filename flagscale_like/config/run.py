@@ -7,7 +7,7 @@ import math
 import yaml
 from pydantic import model_validator
 
-from flagscale_like.arch import Experts, Frozen, ModelArch
+from flagscale_like.arch import Experts, Frozen, ModelArch, groups_on
 from flagscale_like.config.groups import (
     Checkpoint,
     Data,
@@ -23,6 +23,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
 
 
@@ -40,6 +41,20 @@ def near_multiples(value: int, number: int) -> str:
     return " or ".join(str(n) for n in (below, below + number) if n > 0)
 
 
+def tp_misfit(model: ModelArch, tp: int) -> str | None:
+    """Why tensor parallelism over `tp` ranks cannot cut the model; None where it can."""
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(model, name) % tp:
+            return f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({tp})"
+    groups = model.num_query_groups
+    if groups % tp and tp % groups:
+        return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}), or divide it"
+    rows = (model.num_attention_heads + 2 * groups) * model.head_dim
+    if rows % tp:
+        return f"the {rows} rows of q, k and v must be divisible by parallel.tp ({tp})"
+    return None
+
+
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
     """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
@@ -47,13 +62,10 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
             nearest valid ones.
     """
-    shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(model, name) % par.tp:
-            raise ValueError(
-                f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
-                f"tp {near_divisors(par.tp, shared)} would do"
-            )
+    if misfit := tp_misfit(model, par.tp):
+        fitting = [tp for tp in range(1, model.num_attention_heads + 1) if not tp_misfit(model, tp)]
+        near = [tp for tp in fitting if tp < par.tp][-1:] + [tp for tp in fitting if tp > par.tp][:1]
+        raise ValueError(f"{misfit}: tp {' or '.join(map(str, near))} would do")
     _check_experts(model.experts, par)
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
@@ -88,7 +100,7 @@ def _check_experts(experts: Experts | None, par: Parallel) -> None:
 
 
 def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    groups = model.num_query_groups // par.tp
+    groups = groups_on(model.num_query_groups, par.tp)
     if par.cp_kind == "a2a" and groups % par.cp:
         raise ValueError(
             f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
@@ -147,6 +159,7 @@ class RunConfig(Frozen):
         offload: activation offload to host memory.
         init: initialisation of the weights.
         lora: train low-rank adapters instead of the weights.
+        logging: experiment trackers.
     """
 
     run_dir: PathText
@@ -163,6 +176,7 @@ class RunConfig(Frozen):
     offload: Offload | None = None
     init: Init = Init()
     lora: Lora | None = None
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -255,12 +269,16 @@ class RunConfig(Frozen):
         optimizer, steps = self.optimizer, self.train.steps
         if optimizer.warmup_steps >= steps:
             raise ValueError(
-                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps})"
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps}): add "
+                f"optimizer.warmup_steps={steps // 10}; or keep train.steps, and stop with train.exit_at_step={steps}"
             )
         if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
             raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
         if optimizer.schedule == "wsd" and optimizer.decay_steps > steps:
-            raise ValueError(f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps})")
+            raise ValueError(
+                f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps}): add "
+                f"optimizer.decay_steps={max(1, steps // 5)}; or keep train.steps, and stop with train.exit_at_step={steps}"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Compute the data-parallel degree on `world_size` ranks.
@@ -320,7 +338,8 @@ class RunConfig(Frozen):
         if self.objective.head == "hidden" and not self.model.tie_embeddings:
             count -= self.model.vocab_size * self.model.hidden_size  # there is no output layer
         if self.lora is None:
-            return f"{count:,} parameters"
+            active = f", {self.model.active_parameter_count():,} of them for each token" if self.model.experts else ""
+            return f"{count:,} parameters{active}"
         own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
         return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
 

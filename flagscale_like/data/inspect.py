@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.conversations import Conversations, conversations_at, mask_of, places_of
 from flagscale_like.data.groups import Groups, GroupTable, groups_at
 from flagscale_like.data.index_file import read_lengths, read_tokens
-from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError

@@ -6,7 +6,6 @@ its last token is only a label. What is left of a row is one more document, whos
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,51 +17,12 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from flagscale_like.data.batch import CONVERSATIONS, Batch, collate
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.conversations import mask_of
 from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.order import OneSource
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext
-
-
-def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
-    """Put items into as few bins as best fit finds, the longest first (Johnson et al. 1974).
-
-    Each item goes to the bin that it fills best. Items of equal length go in the order in which they are given. The number
-    of bins depends on the lengths alone.
-
-    Args:
-        lengths: [n], each from 1 to `room`.
-        room: of a bin.
-
-    Returns:
-        The numbers of the items in each bin.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    sizes = np.asarray(lengths).tolist()
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # what is left in open bins, each number once, in order
-    open_bins: dict[int, list[int]] = {}
-    for item in order:
-        size = sizes[item]
-        at = bisect_left(rooms, size)
-        if at == len(rooms):
-            bins.append([])
-            left, number = room, len(bins) - 1
-        else:
-            left = rooms[at]
-            number = open_bins[left].pop()
-            if not open_bins[left]:
-                del open_bins[left]
-                rooms.pop(at)
-        bins[number].append(item)
-        left -= size
-        if left:
-            if left not in open_bins:
-                open_bins[left] = []
-                insort(rooms, left)
-            open_bins[left].append(number)
-    return bins
 
 
 def pack_epochs(

@@ -24,6 +24,7 @@ from flagscale_like.data.chat import BadConversationError, parse_record, read_te
 from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
 from flagscale_like.data.groups import Groups, GroupTable, check_groups, groups_at
 from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.inputs import ProgressLines, Say, changes_of_inputs, record_inputs, silent, size_of
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
@@ -54,13 +55,14 @@ class SyntheticDataset(Dataset):
         return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(self.seq_length)}
 
 
-def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
+def prepare_once(config: RunConfig, workers: int = 1, say: Say = silent) -> RunConfig:
     """Train the tokenizer and write the .bin/.idx of `data.prepare` under RUN_DIR/data, unless they exist already.
 
     Call it in one process before the other processes read the files.
 
     Args:
         workers: number of tokenizing processes.
+        say: takes the lines about what is done, and about inputs that have changed since.
 
     Returns:
         The configuration with data.sources and data.tokenizer in place of data.prepare.
@@ -73,19 +75,48 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
         return config
     folder = RunFolder(config.run_dir).data
     prefix, tokenizer = folder / ("chat" if prepare.chat else "text"), config.data.tokenizer
+    progress = begin_preparing(config, prefix, say)
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+            say(f"preparing data: training a tokenizer of {prepare.tokenizer_vocab_size:,} entries")
             texts = _texts(prepare, pairs=config.objective.reads == "pairs")
             train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
     if prepare.chat is not None:
-        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
+        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers, progress)
     elif not Path(f"{prefix}.idx").is_file():
-        preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers)
+        made = preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers, progress=progress)
+        say(f"prepared {made.documents:,} documents, {made.tokens:,} tokens")
     data = config.data.model_copy(
         update={"prepare": None, "tokenizer": tokenizer, "sources": [Source(path=str(prefix))]}
     )
     return config.model_copy(update={"data": data})
+
+
+def begin_preparing(config: RunConfig, prefix: Path, say: Say) -> ProgressLines:
+    """Say what is about to be prepared and record it, or what has changed since it was.
+
+    Returns:
+        What says how much is tokenized.
+    """
+    folder, patterns = prefix.parent, config.data.prepare.input
+    if say is silent:
+        return ProgressLines(0, say)
+    if Path(f"{prefix}.idx").is_file():
+        try:
+            changed = changes_of_inputs(folder, find_inputs(patterns))
+        except DataError as error:  # it is not needed any more
+            changed = str(error)
+        if changed:
+            say(
+                f"warning: data.prepare.input is not what {folder} was made of: {changed}. The run trains on what was "
+                "prepared; another run_dir prepares anew"
+            )
+        return ProgressLines(0, say)
+    files = find_inputs(patterns)
+    say(f"preparing data: {len(files):,} files, {size_of(files) / 1e6:,.1f} MB, to {folder}")
+    record_inputs(folder, files)
+    return ProgressLines(size_of(files), say)
 
 
 def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
@@ -102,7 +133,9 @@ def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
             raise DataError(f"{line.source}:{line.line}: {error}") from None
 
 
-def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int) -> str:
+def _prepare_chat(  # many parameters: those of the preparation, and of its report
+    config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int, progress: ProgressLines
+) -> str:
     """Write the conversations of data.prepare, unless they are there, and return the tokenizer folder of the run."""
     template = read_template_file(Path(chat.template)) if chat.template else read_template(tokenizer)
     if template is None:
@@ -112,7 +145,9 @@ def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, w
     if found is None:
         pairs = config.objective.reads == "pairs"
         options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
-        preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
+        files = find_inputs(config.data.prepare.input)
+        made, _ = preprocess_chat(files, tokenizer, prefix, options, workers=workers, progress=progress)
+        progress.say(f"prepared {made.documents:,} conversations, {made.tokens:,} tokens")
     elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads == "pairs"):
         raise DataError(
             f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"

@@ -23,6 +23,7 @@ from flagscale_like.arch import (
     parameters,
 )
 from flagscale_like.errors import ConversionError
+from flagscale_like.families.quantization import Scheme
 from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule, Shape
 from flagscale_like.json_files import BAD_JSON
 
@@ -191,7 +192,7 @@ class Settings:
             ConversionError: a key is missing, or the numbers do not fit each other.
         """
         self.require("hidden_act", "silu", "swish")
-        self.require("quantization_config")
+        Scheme.of(self)
         values: dict[str, Any] = {
             "num_layers": self.number("num_hidden_layers"),
             "hidden_size": self.number("hidden_size"),

@@ -56,7 +56,7 @@ def _write_aquila(arch: ModelArch) -> dict[str, Any]:
 LLAMA = Family(
     name="llama",
     model_type="llama",
-    architectures=("LlamaForCausalLM",),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),  # the second in folders of the first Llama
     classifier="LlamaForSequenceClassification",
     supports=frozenset({"rope", "query_groups", "tie_embeddings", "bidirectional attention"}) | SCALINGS,
     read=_read_llama,

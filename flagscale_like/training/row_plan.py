@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flagscale_like.data.packing import best_fit_decreasing
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from flagscale_like.data.batch import collate
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.blend import IndexCache, build_split, counts_of, is_packed, source_use
 from flagscale_like.data.conversations import mask_of
-from flagscale_like.data.packing import best_fit_decreasing, pack_epochs, pack_row
+from flagscale_like.data.packing import pack_epochs, pack_row
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.pretrain import check_sources, prepare_once
 from flagscale_like.data.provenance import Provenance
