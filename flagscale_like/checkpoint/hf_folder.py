@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
@@ -19,14 +20,16 @@ from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import Settings
+from flagscale_like.families.family import Settings, without_prefix
 from flagscale_like.families.quantization import Scheme
+from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FORMS = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)  # in the order in which transformers looks for them
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+BARE_EMBEDDING = "embed_tokens.weight"  # in folders whose names do not begin with `model.`
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +45,7 @@ class HfFolder:
     Attributes:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
+        embedder: whether the model has no output layer, as an embedding model.
         rules: the weight map's rule of every tensor of the model.
         quantization: how its weights are quantized; None where they are not.
         notes: what to tell the user about the folder.
@@ -60,8 +64,7 @@ class HfFolder:
         settings = Settings.read(self.folder)
         self.value_heads = self.family.value_heads(settings)
         self.quantization = Scheme.of(settings)
-        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
-        self._by_core = {rule.core: rule for rule in self.rules}
+        self.embedder = self.family.is_embedder(settings)
         self.notes: list[str] = []
         self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
         if self.quantization is not None:
@@ -74,6 +77,8 @@ class HfFolder:
                 f"{self.folder}: its weights are INT{scheme.bits} in groups of {scheme.group_size}; they are read as the "
                 "numbers that they stand for"
             )
+        self.rules = self._named()
+        self._by_core = {rule.core: rule for rule in self.rules}
         self._check_tensors()
         self._last: tuple[str, Tensor] | None = None
 
@@ -114,6 +119,13 @@ class HfFolder:
             if tensor not in files[name].specs:
                 raise ConversionError(f"{self.folder}: {form} says {name} holds {tensor}; it does not")
         return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _named(self) -> list[Rule]:
+        """The rules with the names of the folder: with or without the prefix `model.`, whatever class config.json names."""
+        rules = self.family.rules_with_head(self.arch, self.value_heads)
+        if self.embedder:
+            rules = [rule for rule in rules if rule.core != OUTPUT_NAME]
+        return [without_prefix(rule) for rule in rules] if BARE_EMBEDDING in self._files else rules
 
     def _weight_map(self, index: str) -> dict[str, str]:
         """The name of the file that holds each tensor."""
