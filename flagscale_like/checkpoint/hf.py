@@ -35,14 +35,13 @@ from flagscale_like.checkpoint.format import (
     value_heads_of,
     write_fragments,
 )
-from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.hf_folder import INDEX, TOKEN_IDS, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.hf_folder import INDEX, TOKEN_IDS, WEIGHTS, HfFolder, fragment_of
 from flagscale_like.checkpoint.manifest import STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
-from flagscale_like.families.weight_map import Rule
+from flagscale_like.families.weight_map import Exact, Rule
 from flagscale_like.runtime.precision import DTYPES, dtype_word
 
 if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
@@ -117,14 +116,14 @@ class _ImportFile:
 
     def __call__(self, index: int) -> WrittenFile:
         folder, rules = HfFolder(self.source), self.groups[index]
-        fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
+        fragments = [fragment_of(rule, folder.global_shape(rule.core)) for rule in rules]
         specs = [TensorSpec(f"{i}.param", folder.dtype(rule.core), (rule.numel,)) for i, rule in enumerate(rules)]
-        tensors = (folder.full(rule.core).view(-1) for rule in rules)
+        tensors = (folder.part(rule).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
         return write_fragments(path, fragments, ahead(tensors), specs)
 
 
-def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
+def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> HfFolder:
     """Write a native checkpoint that holds the weights alone, in the Hugging Face folder's dtypes. It loads on any layout.
 
     Args:
@@ -132,7 +131,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
         max_file_bytes: the most bytes of a file, unless one tensor has more.
 
     Returns:
-        The model's architecture.
+        The folder that was read.
 
     Raises:
         ConversionError: the folder cannot be read (see HfFolder), or `out` exists or cannot be written.
@@ -155,7 +154,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
             "hugging_face": folder.origin().record(),
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
-    return folder.arch
+    return folder
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -227,8 +226,17 @@ class ExportFile:
             if plan.normalize_head and rule.core == "output_layer.weight":
                 full = F.normalize(reader.full(rule.core, dtype=torch.float32), dim=-1).to(own[0])
             else:
-                full = reader.full(rule.core, dtype=own[0])
+                full = _part(reader, rule, own[0])
             yield from rule.to_hf(full, plan.arch)
+
+
+def _part(reader: ExportSource, rule: Rule, dtype: torch.dtype) -> Tensor:
+    """What one rule is about: a whole tensor, or one expert's matrix, and no more is held."""
+    if rule.expert is None:
+        return reader.full(rule.core, dtype=dtype)
+    out = torch.empty(rule.shape, dtype=dtype)
+    reader.read("param", fragment_of(rule, reader.global_shape(rule.core)), out.view(-1))
+    return out
 
 
 def plan_export(
@@ -266,6 +274,8 @@ def plan_export(
         raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
     for rule in rules:
         saved = reader.global_shape(rule.core)
+        if rule.expert is not None:
+            saved = saved[1:]
         rows_alike = saved[0] == rule.shape[0] or (
             rule.shape[0] == arch.padded_vocab_size() and saved[0] >= arch.vocab_size
         )
@@ -273,7 +283,7 @@ def plan_export(
             raise CheckpointError(f"{reader.folder}: {rule.core} has shape {saved}, {target.name} needs {rule.shape}")
 
     def dtype_of(rule: Rule) -> torch.dtype:
-        return reader.dtype(rule.core) if dtype == "stored" else DTYPES[dtype]
+        return reader.dtype(rule.core) if dtype == "stored" or isinstance(rule, Exact) else DTYPES[dtype]
 
     groups = split_rules(rules, lambda r: r.numel * dtype_of(r).itemsize, files=files, max_bytes=max_file_bytes)
     specs = [
@@ -309,7 +319,9 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
         write_index(folder, weight_map, total)
     ids = tokenizer_ids(tokenizer)
     ids = ids | origin.token_ids if origin.has_tokenizer(tokenizer) else origin.token_ids | ids
-    dtypes = {spec.dtype for specs in plan.specs for spec in specs}
+    rules = [rule for group in plan.groups for rule in group for _ in rule.hf]
+    specs = [spec for specs in plan.specs for spec in specs]
+    dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
     config = plan.family.config_with_head(plan.arch, plan.value_heads)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})

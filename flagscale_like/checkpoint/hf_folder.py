@@ -5,7 +5,9 @@ Names, shapes and file sizes are compared with config.json before the first tens
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -13,15 +15,17 @@ from torch import Tensor
 
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
-from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, overlaps
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import Settings
+from flagscale_like.families.family import STACKED_NAMES, Settings
+from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +36,8 @@ class HfFolder:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
+        left_out: tensors of layers behind the decoder's, for multi-token prediction, which are not read.
+        notes: what the user should know of that.
         reads_in_threads: see WeightSource.
 
     Raises:
@@ -45,15 +51,46 @@ class HfFolder:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
         self.value_heads = self.family.value_heads(Settings.read(self.folder))
-        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
-        self._by_core = {rule.core: rule for rule in self.rules}
         self._files = self._open_files()
+        self.rules = self._choose_rules()
+        self._by_core: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            self._by_core.setdefault(rule.core, []).append(rule)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.left_out = self._behind_the_decoder()
         self._check_tensors()
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[Rule, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
         """Another process opens the folder itself."""
         return HfFolder, (self.folder,)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.left_out:
+            return ()
+        layers = sorted({int(_LAYER.match(name).group(1)) for name in self.left_out})
+        names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        return (
+            f"{self.folder}: left out: {len(self.left_out)} tensors of {names} behind the decoder's {self.arch.num_layers}, "
+            "which are for multi-token prediction",
+        )
+
+    def _choose_rules(self) -> list[Rule]:
+        """Those of the form that the folder has: a layer's experts one by one, or as one tensor."""
+        rules = self.family.rules_with_head(self.arch, self.value_heads)
+        if self.arch.experts is not None and any(name.endswith(STACKED_NAMES) for name in self._files):
+            return self.family.rules_with_head(self.arch, self.value_heads, stacked=True)
+        return rules
+
+    def _behind_the_decoder(self) -> list[str]:
+        """Tensors of layers that config.json counts as num_nextn_predict_layers, beside those of the decoder."""
+        more = Settings.read(self.folder).get("num_nextn_predict_layers", 0)
+        if not isinstance(more, int) or not more:
+            return []
+        first = self.arch.num_layers
+        numbers = {name: _LAYER.match(name) for name in self._files}
+        return sorted(n for n, found in numbers.items() if found and first <= int(found.group(1)) < first + more)
 
     def _open_files(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by the tensor's name."""
@@ -107,7 +144,10 @@ class HfFolder:
                     f"{where}: {name} is {str(spec.dtype).removeprefix('torch.')}; supported: float32, bfloat16, float16. "
                     "Of a quantized model (FP8, INT8, INT4), import the folder that it was made from"
                 )
-        unknown = [n for n in self._files if n not in expected and not self.family.ignored.search(n)]
+        left_out = set(self.left_out)
+        unknown = [
+            n for n in self._files if n not in expected and n not in left_out and not self.family.ignored.search(n)
+        ]
         if self.arch.tie_embeddings and "lm_head.weight" in unknown:
             self._check_tied("lm_head.weight", "model.embed_tokens.weight")
             unknown.remove("lm_head.weight")
@@ -144,7 +184,12 @@ class HfFolder:
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor with weights, under its Hugging Face name."""
-        return [f.specs[name] for name, f in self._files.items() if not self.family.ignored.search(name)]
+        left_out = set(self.left_out)
+        return [
+            f.specs[name]
+            for name, f in self._files.items()
+            if name not in left_out and not self.family.ignored.search(name)
+        ]
 
     def files(self) -> dict[str, list[TensorSpec]]:
         """The tensors of specs(), by the name of their file."""
@@ -155,11 +200,11 @@ class HfFolder:
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype that all Hugging Face tensors of a tensor convert to without loss."""
-        dtypes = [self._files[name].specs[name].dtype for name in self._by_core[key].hf]
-        wide = dtypes[0]
-        for dtype in dtypes[1:]:
-            wide = torch.promote_types(wide, dtype)
-        return wide
+        if key not in self._dtypes:
+            names = [name for rule in self._by_core[key] for name in rule.hf]
+            dtypes = {self._files[name].specs[name].dtype for name in names}
+            self._dtypes[key] = functools.reduce(torch.promote_types, dtypes)
+        return self._dtypes[key]
 
     def origin(self) -> Origin:
         """The bos, eos and pad ids of config.json, and the folder's tokenizer."""
@@ -179,15 +224,24 @@ class HfFolder:
         """
         if key not in self._by_core:
             raise ConversionError(f"{self.folder}: {self.family.name} has no {key}")
-        return self._by_core[key].shape
+        first, *others = self._by_core[key]
+        return first.shape if first.expert is None else (1 + len(others), *first.shape)
 
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor under megatron-core's name, in its own dtype or the one given."""
         assert kind == "param", kind
-        rule = self._by_core[key]
-        own = self.dtype(key)
-        tensors = tuple(self.hf_tensor(name).to(own) for name in rule.hf)
-        tensor = rule.to_core(tensors, self.arch)
+        first, *others = self._by_core[key]
+        if first.expert is None:
+            return self.part(first, dtype)
+        out = torch.empty(self.global_shape(key), dtype=dtype or self.dtype(key))
+        for rule in (first, *others):
+            out[rule.expert] = self.part(rule)
+        return out
+
+    def part(self, rule: Rule, dtype: torch.dtype | None = None) -> Tensor:
+        """What one rule is about: a whole tensor, or one expert's matrix."""
+        own = self.dtype(rule.core)
+        tensor = rule.to_core(tuple(self.hf_tensor(name).to(own) for name in rule.hf), self.arch)
         return tensor if dtype is None else tensor.to(dtype)
 
     def check(self, target: Fragment) -> None:
@@ -208,11 +262,25 @@ class HfFolder:
             ConversionError: the tensor's shape is not the model's.
         """
         self.check(target)
+        assert kind == "param", kind
         shape = self.global_shape(target.key)
-        if self._last is None or self._last[0] != target.key:  # gate and up are two fragments of one tensor
-            self._last = (target.key, self.full(target.key, kind))
-        full = self._last[1]
         if elements_within(target, shape) < target.numel:
             out.zero_()
-        whole = Fragment(target.key, shape, (0,) * len(shape), shape, 0, full.numel())
-        copy_overlap(whole, full.reshape(-1), target, out)
+        for rule in self._by_core[target.key]:
+            piece = fragment_of(rule, shape)
+            if next(overlaps(piece, target), None) is None:
+                continue
+            if self._last is None or self._last[0] is not rule:  # gate and up are two fragments of one tensor
+                self._last = (rule, self.part(rule))
+            copy_overlap(piece, self._last[1].reshape(-1), target, out)
+
+
+def fragment_of(rule: Rule, shape: tuple[int, ...]) -> Fragment:
+    """The elements that a rule is about.
+
+    Args:
+        shape: of megatron-core's whole tensor.
+    """
+    if rule.expert is None:
+        return Fragment(rule.core, shape, (0,) * len(shape), shape, 0, rule.numel)
+    return Fragment(rule.core, shape, (rule.expert, *(0,) * (len(shape) - 1)), (1, *shape[1:]), 0, rule.numel)

@@ -55,8 +55,10 @@ def import_(
         return
     from flagscale_like.checkpoint.hf import import_folder
 
-    arch = import_folder(hf, out, workers=workers)
-    seconds = time.perf_counter() - began
+    folder = import_folder(hf, out, workers=workers)
+    arch, seconds = folder.arch, time.perf_counter() - began
+    for note in folder.notes:
+        typer.echo(note)
     typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
 
 
