@@ -363,9 +363,9 @@ def _forward(
         )
     batch = next(batches)
     if model.routers:
-        weight = objective.count(batch)
+        counts = objective.row_counts(batch)
         for router in model.routers:
-            router.weight_of_batch = weight
+            router.row_counts = counts
     if cut is None:
         return chunk(**objective.inputs(batch)), functools.partial(loss_function, objective, batch)
     part = batch.part_of(cut)

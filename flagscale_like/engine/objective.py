@@ -52,8 +52,8 @@ class Objective(Protocol):
         """Keyword arguments of the model."""
         ...
 
-    def count(self, batch: Batch) -> Tensor:
-        """What this batch of whole rows adds to the count: Loss.count, known before the model runs."""
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: what each of these whole rows adds to Loss.count, known before the model runs."""
         ...
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:

@@ -37,13 +37,13 @@ class Router(TopKRouter):
 
     The gate is megatron-core's, and so is the choice. The auxiliary losses are our own: under per-token loss those of
     megatron-core 0.16.1 are too weak by tp * cp, and the one per sequence by the micro-batch size as well, because they are
-    scaled with the tokens of one rank while the gradients are divided by those of all. Here a micro-batch's auxiliary loss,
-    a mean, is multiplied with what the micro-batch adds to the count that divides the gradients: the step then learns the
-    mean of the auxiliary losses over micro-batches, weighted with their counts, whatever the objective counts.
+    scaled with the tokens of one rank while the gradients are divided by those of all. Here the loss of a row, a mean over
+    its tokens, is multiplied with what the row adds to the count that divides the gradients. The step then learns the mean
+    over rows, weighted with their counts, whatever the objective counts.
 
     Attributes:
-        weight_of_batch: what the current micro-batch adds to that count over all ranks that share its rows; the engine sets
-            it before each forward pass.
+        row_counts: fp32 [rows], what each row of the current micro-batch adds to that count. The engine sets it before each
+            forward pass.
         tokens_per_expert: int64 [experts], the tokens of this rank since take_load(): bf16 models round no integers.
         entropy: float64, of the tokens' scores, summed over these tokens, in nats.
         load: of the last step over all ranks; see take_load().
@@ -70,8 +70,8 @@ class Router(TopKRouter):
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64, device=device), persistent=False)
         # megatron-core asks the object at this name for the choice. Its own has groups of the largest sums only.
         self.router_replay = _BestGroups(experts) if experts.groups > 1 else None
-        self.weight_of_batch: Tensor | float = 1.0
-        self._recomputed: deque[Tensor | float] = deque()
+        self.row_counts = torch.ones(rows, device=device)
+        self._recomputed: deque[Tensor] = deque()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Convert the module, but keep what counts and the bias exact: Float16Module converts all that it finds."""
@@ -98,15 +98,15 @@ class Router(TopKRouter):
         )
         if not self.training:
             return probs, chosen
-        weight = self._weight()
+        weights = self._weights()
         if torch.is_grad_enabled():
             self._count(logits, chosen)
             if experts.balances or experts.z_loss:
-                probs = MoEAuxLossAutoScaler.apply(probs, self._auxiliary_loss(logits, s, b) * weight)
+                probs = MoEAuxLossAutoScaler.apply(probs, self._auxiliary_loss(logits, weights, s, b))
         return probs, chosen
 
-    def _weight(self) -> Tensor | float:
-        """weight_of_batch of the micro-batch that this pass is of.
+    def _weights(self) -> Tensor:
+        """row_counts of the micro-batch that this pass is of.
 
         A layer that is recomputed in the backward pass runs when the engine is at a later micro-batch. The backward passes of
         a chunk come in the order of its forward passes.
@@ -114,8 +114,8 @@ class Router(TopKRouter):
         if in_backward():
             return self._recomputed.popleft()
         if not torch.is_grad_enabled():
-            self._recomputed.append(self.weight_of_batch)
-        return self.weight_of_batch
+            self._recomputed.append(self.row_counts)
+        return self.row_counts
 
     def take_load(self) -> Tensor:
         """int64 [experts + 1], since the last call: this rank's tokens that went to each expert; the entropy in millinats."""
@@ -148,52 +148,55 @@ class Router(TopKRouter):
             scores = scores / scores.sum(-1, keepdim=True)
             self.entropy -= torch.xlogy(scores, scores).sum()
 
-    def _auxiliary_loss(self, logits: Tensor, s: int, b: int) -> Tensor:
-        """The micro-batch's losses, coefficients included: this rank's part, of which the parts of all ranks are the sum."""
+    def _auxiliary_loss(self, logits: Tensor, weights: Tensor, s: int, b: int) -> Tensor:
+        """The micro-batch's losses, coefficients and weights included: of this rank's tokens; all ranks' add up to them.
+
+        Args:
+            weights: fp32 [rows].
+        """
+        rows = self._tokens_of_rows(s, b, logits.device)  # [rows, t]
+        length = rows.shape[1] * self.tp_cp_group.size() / len(rows)
         loss = logits.new_zeros((), dtype=torch.float32)
-        tokens = len(logits) * self.tp_cp_group.size()
+        if self.experts.z_loss:
+            squares = torch.logsumexp(logits.float(), -1).square()
+            loss = loss + self.experts.z_loss * (weights * (rows @ squares)).sum() / length
         if self.experts.balances:
+            if self.experts.balance == "batch":
+                rows, weights, length = rows.sum(0, keepdim=True), weights.sum(0, keepdim=True), length * len(rows)
             chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-            rows = self._row_of_token(s, b, logits.device)  # [rows, t]
             counts = rows @ chosen.float()  # [rows, experts]
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(counts, group=self.tp_cp_group)
-            loss = loss + balance_loss(counts, rows @ scores, tokens, self.topk) * self.experts.coefficient
-        if self.experts.z_loss:
-            loss = loss + self.experts.z_loss * torch.logsumexp(logits.float(), -1).square().sum() / tokens
+            of_rows = balance_loss(counts, rows @ scores, length, self.topk)
+            loss = loss + self.experts.coefficient * (weights * of_rows).sum()
         return loss
 
-    def _row_of_token(self, s: int, b: int, device: torch.device) -> Tensor:
-        """fp32 [rows, t]: 1 where the token is of the row, over which the load is balanced by itself.
+    def _tokens_of_rows(self, s: int, b: int, device: torch.device) -> Tensor:
+        """fp32 [rows, s * b]: 1 where the token is of the row.
 
         A pack's rows lie one after another: of each, a context-parallel rank has its part, and with SP a tensor-parallel rank
         has the next part of what then follows.
         """
-        if self.experts.balance == "batch" or self.rows == 1:
-            return torch.ones(1, s * b, device=device)
         token = torch.arange(s * b, device=device)
         if b == self.rows:
             row = token % b
         else:
-            first = self.tp_group.rank() * s if self.config.sequence_parallel else 0
-            whole = s * (self.tp_group.size() if self.config.sequence_parallel else 1)
-            row = (first + token) // (whole // self.rows)
+            ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+            row = (self.tp_group.rank() * s + token if ranks > 1 else token) // (s * ranks // self.rows)
         return (row[None] == torch.arange(self.rows, device=device)[:, None]).float()
 
 
-def balance_loss(counts: Tensor, scores: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Experts times the sum over experts of (share of the choices) * (mean score), the mean over the rows.
+def balance_loss(counts: Tensor, scores: Tensor, length: float, top_k: int) -> Tensor:
+    """Of each row: experts times the sum over experts of (share of the choices) * (mean score). 1 where the load is even.
 
-    1 where the load is even (Fedus et al. 2021, equation 4; DeepSeek-V2's equations 23 to 25 for each row).
+    Equation 4 of Fedus et al. 2021; equations 23 to 25 of DeepSeek-V2.
 
     Args:
         counts: [rows, experts], the row's tokens that go to each.
         scores: [rows, experts], the sum of the row's scores; of one rank's tokens gives that rank's part.
-        tokens: of all rows together.
+        length: tokens of a row.
     """
-    rows, experts = counts.shape
-    length = tokens / rows
-    return (counts * scores).sum() * experts / (top_k * length * length * rows)
+    return (counts * scores).sum(-1) * counts.shape[1] / (top_k * length * length)
 
 
 class _BestGroups:

@@ -242,6 +242,8 @@ class ActivationOffload:
             return True
         if type(tensor) is not Tensor or tensor.device.type != self._device.type or nbytes < self.min_tensor_bytes:
             return True
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            return True  # expanded: the memory behind it is smaller than it looks, and cannot be written as a whole
         known = self._constants.get(pointer)
         if known is not None and not known.expired():
             return True

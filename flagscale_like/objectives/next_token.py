@@ -36,18 +36,15 @@ class NextToken:
             inputs["packed_seq_params"] = packing(batch.bounds(), batch.tokens.device, len(batch.tokens))
         return inputs
 
-    def count(self, batch: Batch) -> Tensor:
-        """Tokens, or conversations, that count."""
-        return self._counted(batch).sum()
-
-    def _counted(self, batch: Batch) -> Tensor:
-        """fp32 [b, s]: 1 where a token counts, or a conversation begins that does."""
-        return batch.extras[CONVERSATIONS] if self.per == "conversation" else (batch.loss_mask != 0).float()
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: the tokens, or conversations, of each row that count."""
+        each = batch.extras[CONVERSATIONS] if self.per == "conversation" else (batch.loss_mask != 0).float()
+        return each.sum(-1)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: fp32 [b, s], or [1, b * s] of packs: each token's cross-entropy."""
         masked = output.float().view_as(batch.loss_mask) * batch.loss_mask  # [b, s]
-        counts = self._counted(batch).sum(-1)  # [b]
+        counts = self.row_counts(batch)
         samples = {"loss": masked.detach().sum(-1), "tokens": counts}  # [b]
         if batch.source is not None:
             samples["source"] = batch.source

@@ -32,9 +32,11 @@ def pack_inputs(batch: Batch, *, labels: bool) -> dict[str, Any]:
     return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device, len(batch.tokens))}
 
 
-def count_pairs(batch: Batch) -> Tensor:
-    """fp32, the pairs of a micro-batch."""
-    return torch.tensor((len(batch.documents) - 1) // 2, dtype=torch.float32, device=batch.tokens.device)
+def pairs_of_rows(batch: Batch) -> Tensor:
+    """fp32 [b]: the pairs of each row."""
+    b, s = batch.tokens.shape
+    counts = torch.bincount(batch.documents[:-1:2].long() // s, minlength=b)  # on the host
+    return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
 
 
 def answer_sums(values: Tensor, batch: Batch) -> Tensor:
@@ -70,14 +72,14 @@ def pair_loss(losses: Tensor, rewards: tuple[Tensor, Tensor], batch: Batch, more
     sums = (chosen > rejected, chosen - rejected, chosen, rejected)
     b, s = batch.tokens.shape
     rows = (batch.documents[:-1:2] // s).long().to(losses.device, non_blocking=True)  # [p], the row of each pair
-    per_row = torch.zeros(2, b, device=losses.device)
-    per_row.index_add_(1, rows, torch.stack((weighted.detach(), torch.ones_like(losses))))
-    samples = {"loss": per_row[0], "tokens": per_row[1]}
+    per_row = torch.zeros(b, device=losses.device).index_add_(0, rows, weighted.detach())
+    counts = pairs_of_rows(batch)
+    samples = {"loss": per_row, "tokens": counts}
     if batch.source is not None:
         samples["source"] = batch.source
     return Loss(
         weighted.sum(),
-        count_pairs(batch),
+        counts.sum(),
         sums={name: value.float().sum() for name, value in zip(REWARDS, sums, strict=True)} | dict(more),
         samples=samples,
     )

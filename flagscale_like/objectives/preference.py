@@ -15,10 +15,10 @@ from flagscale_like.objectives.pairs import (
     REWARDS,
     answer_sums,
     chosen_and_rejected,
-    count_pairs,
     log_probabilities,
     pack_inputs,
     pair_loss,
+    pairs_of_rows,
 )
 
 
@@ -46,9 +46,9 @@ class Preference:
         """The model computes each token's cross-entropy."""
         return pack_inputs(batch, labels=True)
 
-    def count(self, batch: Batch) -> Tensor:
-        """Pairs."""
-        return count_pairs(batch)
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: the pairs of each row."""
+        return pairs_of_rows(batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: [1, b * s], each token's cross-entropy."""

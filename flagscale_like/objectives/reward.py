@@ -11,7 +11,7 @@ from torch import Tensor
 from flagscale_like.config import RewardModel
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
-from flagscale_like.objectives.pairs import REWARDS, chosen_and_rejected, count_pairs, pack_inputs, pair_loss
+from flagscale_like.objectives.pairs import REWARDS, chosen_and_rejected, pack_inputs, pair_loss, pairs_of_rows
 
 
 class Reward:
@@ -33,9 +33,9 @@ class Reward:
         """The model has a value head, which needs no labels."""
         return pack_inputs(batch, labels=False)
 
-    def count(self, batch: Batch) -> Tensor:
-        """Pairs."""
-        return count_pairs(batch)
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: the pairs of each row."""
+        return pairs_of_rows(batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: fp32 [1, b * s, k], or [1, b * s] of one head."""
