@@ -15,7 +15,7 @@ from flagscale_like.arch.table import Parameter, Role
 
 
 class LatentAttention(Frozen):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): k and v of all heads are projections of one vector a token.
+    """Multi-head latent attention (DeepSeek-V2, 2024): k and v of all heads are projections of one vector a token.
 
     The fields have Hugging Face's names.
 
@@ -83,7 +83,7 @@ class MultiLatentAttention(Block):
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on the scores. With yarn's mscale_all_dim, q and k grow by it in all channels, and not in the rotated alone."""
+        """Factor on the scores. yarn's mscale_all_dim scales all channels of q and k, and not those alone that rotate."""
         scale, scaling = self.latent.head_dim**-0.5, self.position.scaling
         if scaling is None or not scaling.mscale_all_dim:
             return scale

@@ -123,20 +123,23 @@ class _ImportFile:
         return write_fragments(path, fragments, ahead(tensors), specs)
 
 
-def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> HfFolder:
+def import_folder(
+    source: Path | HfFolder, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES
+) -> ModelArch:
     """Write a native checkpoint that holds the weights alone, in the Hugging Face folder's dtypes. It loads on any layout.
 
     Args:
+        source: the folder, perhaps opened.
         workers: how many processes write; each writes one file at a time.
         max_file_bytes: the most bytes of a file, unless one tensor has more.
 
     Returns:
-        The folder that was read.
+        The model's architecture.
 
     Raises:
         ConversionError: the folder cannot be read (see HfFolder), or `out` exists or cannot be written.
     """
-    folder = HfFolder(source)
+    folder = source if isinstance(source, HfFolder) else HfFolder(source)
     groups = split_rules(
         folder.rules,
         lambda rule: rule.numel * folder.dtype(rule.core).itemsize,
@@ -154,7 +157,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
             "hugging_face": folder.origin().record(),
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
-    return folder
+    return folder.arch
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -37,7 +37,7 @@ class HfFolder:
         value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
         left_out: tensors of layers behind the decoder's, for multi-token prediction, which are not read.
-        notes: what the user should know of that.
+        notes: what to tell the user about the folder.
         reads_in_threads: see WeightSource.
 
     Raises:
@@ -57,6 +57,7 @@ class HfFolder:
         for rule in self.rules:
             self._by_core.setdefault(rule.core, []).append(rule)
         self._dtypes: dict[str, torch.dtype] = {}
+        self.notes: list[str] = []
         self.left_out = self._behind_the_decoder()
         self._check_tensors()
         self._last: tuple[Rule, Tensor] | None = None
@@ -64,17 +65,6 @@ class HfFolder:
     def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
         """Another process opens the folder itself."""
         return HfFolder, (self.folder,)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        if not self.left_out:
-            return ()
-        layers = sorted({int(_LAYER.match(name).group(1)) for name in self.left_out})
-        names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-        return (
-            f"{self.folder}: left out: {len(self.left_out)} tensors of {names} behind the decoder's {self.arch.num_layers}, "
-            "which are for multi-token prediction",
-        )
 
     def _choose_rules(self) -> list[Rule]:
         """Those of the form that the folder has: a layer's experts one by one, or as one tensor."""
@@ -89,8 +79,16 @@ class HfFolder:
         if not isinstance(more, int) or not more:
             return []
         first = self.arch.num_layers
-        numbers = {name: _LAYER.match(name) for name in self._files}
-        return sorted(n for n, found in numbers.items() if found and first <= int(found.group(1)) < first + more)
+        numbers = {name: int(found.group(1)) for name in self._files if (found := _LAYER.match(name))}
+        behind = {name: number for name, number in numbers.items() if first <= number < first + more}
+        if behind:
+            layers = sorted(set(behind.values()))
+            names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+            self.notes.append(
+                f"{self.folder}: left out: {len(behind)} tensors of {names} behind the decoder's {first}, which are for "
+                "multi-token prediction"
+            )
+        return sorted(behind)
 
     def _open_files(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by the tensor's name."""

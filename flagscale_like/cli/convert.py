@@ -54,11 +54,13 @@ def import_(
         )
         return
     from flagscale_like.checkpoint.hf import import_folder
+    from flagscale_like.checkpoint.hf_folder import HfFolder
 
-    folder = import_folder(hf, out, workers=workers)
-    arch, seconds = folder.arch, time.perf_counter() - began
+    folder = HfFolder(hf)
     for note in folder.notes:
         typer.echo(note)
+    arch = import_folder(folder, out, workers=workers)
+    seconds = time.perf_counter() - began
     typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
 
 

@@ -54,6 +54,11 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
                 f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
                 f"tp {near_divisors(par.tp, shared)} would do"
             )
+    if model.qk_norm_over == "projection" and model.num_query_groups % par.tp:
+        raise ValueError(
+            f"model.num_query_groups ({model.num_query_groups}) must be divisible by parallel.tp ({par.tp}) with "
+            f"qk_norm_over projection: tp {near_divisors(par.tp, model.num_query_groups)} would do"
+        )
     _check_experts(model.experts, par)
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)

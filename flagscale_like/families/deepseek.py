@@ -19,8 +19,8 @@ def _latent(settings: Settings) -> dict[str, Any]:
     settings.require("attention_bias", False)
     if settings.number("rms_norm_eps", float, EPSILON) != EPSILON:
         raise settings.fail(
-            f"rms_norm_eps is {settings.get('rms_norm_eps')!r}, supported: {EPSILON}, which transformers gives the norms of the "
-            "latent vectors whatever it is"
+            f"rms_norm_eps is {settings.get('rms_norm_eps')!r}, supported: {EPSILON}, which transformers gives the norms of "
+            "the latent vectors whatever it is"
         )
     heads, groups = settings.number("num_attention_heads"), settings.get("num_key_value_heads")
     if groups not in (None, heads):
@@ -36,7 +36,10 @@ def _experts(settings: Settings, *, shared: int, dense: int, scale: float) -> di
     """Experts' fields that both versions read alike. The numbers are transformers' defaults."""
     settings.require("moe_layer_freq", 1)
     settings.require("ep_size", 1)
-    size, shared = settings.number("moe_intermediate_size"), settings.number("n_shared_experts", default=shared, zero=True)
+    size, shared = (
+        settings.number("moe_intermediate_size"),
+        settings.number("n_shared_experts", default=shared, zero=True),
+    )
     coefficient = settings.number("aux_loss_alpha", float, 0.001, zero=True)
     dense = settings.number("first_k_dense_replace", default=dense, zero=True)
     return {

@@ -18,7 +18,6 @@ from flagscale_like.arch import (
     Experts,
     GatedFeedForward,
     GroupedQueryAttention,
-    LatentAttention,
     MixtureOfExperts,
     ModelArch,
     MultiLatentAttention,
@@ -432,9 +431,7 @@ def _gated(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
     ]
 
 
-def expert_rules(
-    block: MixtureOfExperts, core: str, hf: str, shapes: Mapping[str, Shape], names: Names
-) -> list[Rule]:
+def expert_rules(block: MixtureOfExperts, core: str, hf: str, shapes: Mapping[str, Shape], names: Names) -> list[Rule]:
     """The router, each expert's gate, up and down, and the shared FFN."""
     own = names.experts
     assert own is not None, "the family has no experts"

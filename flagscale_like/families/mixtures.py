@@ -106,9 +106,7 @@ def _read_qwen2_moe(settings: Settings) -> ModelArch:
     settings.require("qkv_bias", True)
     experts = _qwen_experts(settings, 60, 4, 1408)
     experts["shared_ffn_hidden_size"] = settings.number("shared_expert_intermediate_size", default=5632)
-    return settings.arch(
-        "qwen2_moe", position=settings.rope(), qkv_bias=True, experts={**experts, "shared_gate": True}
-    )
+    return settings.arch("qwen2_moe", position=settings.rope(), qkv_bias=True, experts={**experts, "shared_gate": True})
 
 
 def _write_qwen2_moe(arch: ModelArch) -> dict[str, Any]:
@@ -136,9 +134,7 @@ def _read_olmoe(settings: Settings) -> ModelArch:
         "normalize": bool(settings.get("norm_topk_prob", False)),
         **auxiliary_loss(settings, 0.01),
     }
-    return settings.arch(
-        "olmoe", position=settings.rope(), qk_norm=True, qk_norm_over="projection", experts=experts
-    )
+    return settings.arch("olmoe", position=settings.rope(), qk_norm=True, qk_norm_over="projection", experts=experts)
 
 
 def _write_olmoe(arch: ModelArch) -> dict[str, Any]:

@@ -110,8 +110,8 @@ class GatedMLP(Direct):
 class RotaryLast(Direct):
     """Rows [latent; of each head the channels without a position; those that rotate, in pairs of neighbours] <-> ours.
 
-    DeepSeek rotates channels 2i and 2i + 1 of a head's last ones together. Ours are a head's first ones, and channel i rotates
-    with channel i + rotary / 2. Both q and k are rearranged alike, so that their products are the same.
+    DeepSeek rotates channels 2i and 2i + 1 of a head's last ones together. Ours are a head's first ones, and channel i
+    rotates with channel i + rotary / 2. Both q and k are rearranged alike, so that their products are the same.
 
     Attributes:
         heads: of the matrix; the part of k that all heads share is one head.

@@ -85,9 +85,7 @@ class _CutNorm(torch.autograd.Function):
     """RMSNorm whose channels are cut over the ranks of a group. Saves x and a number a row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, channels: int, eps: float, group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, channels: int, eps: float, group: dist.ProcessGroup) -> Tensor:
         ctx.channels, ctx.group = channels, group
         squares = x.float().square().sum(-1, keepdim=True)
         dist.all_reduce(squares, group=group)

@@ -88,7 +88,14 @@ def test_the_command_line_verifies_an_export_with_transformers(tmp_path):
     for name in names:
         import_folder(tiny.make(name, tmp_path), tmp_path / f"{name}-native")
     lines = [
-        ["convert", "export", "--checkpoint", str(tmp_path / f"{name}-native"), "--out", str(tmp_path / f"{name}-again")]
+        [
+            "convert",
+            "export",
+            "--checkpoint",
+            str(tmp_path / f"{name}-native"),
+            "--out",
+            str(tmp_path / f"{name}-again"),
+        ]
         for name in names
     ]
     (results,) = run_commands(lines)
@@ -128,7 +135,13 @@ def peak_of_anonymous_memory(found):
 
 def test_a_conversion_holds_the_matrices_of_one_expert_and_not_those_of_a_layer(tmp_path):
     config = transformers.MixtralConfig(
-        **{**tiny.SHAPE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{
+            **tiny.SHAPE,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        },
         num_key_value_heads=2,
         num_local_experts=64,
     )

@@ -70,8 +70,14 @@ SHAPE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidd
     ("change", "message"),
     [
         ({"latent_attention": {**LATENT, "qk_rope_head_dim": 7}}, r"qk_rope_head_dim \(7\) must be even"),
-        ({"latent_attention": {**LATENT, "v_head_dim": 21}}, r"v_head_dim \(21\) exceeds the channels of a head of q \(20"),
-        ({"latent_attention": LATENT, "num_query_groups": 2}, r"has no num_query_groups \(2\) below num_attention_heads"),
+        (
+            {"latent_attention": {**LATENT, "v_head_dim": 21}},
+            r"v_head_dim \(21\) exceeds the channels of a head of q \(20",
+        ),
+        (
+            {"latent_attention": LATENT, "num_query_groups": 2},
+            r"has no num_query_groups \(2\) below num_attention_heads",
+        ),
         ({"latent_attention": LATENT, "qk_norm": True, "qkv_bias": True}, "has no qkv_bias, qk_norm: leave it out"),
         ({"latent_attention": LATENT, "sliding_window": 4}, "has no sliding_window"),
         ({"latent_attention": LATENT, "position": {"kind": "alibi"}}, "has no position.kind alibi"),
@@ -87,7 +93,9 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_a_projection_that_every_rank_has_whole_gets_no_adapter():
     arch = ModelArch(**SHAPE, latent_attention=LATENT)
     Lora(rank=4, targets=("linear_kv_up_proj", "linear_q_proj", "linear_proj")).check(arch)
-    with pytest.raises(ValueError, match="linear_kv_down_proj has no adapters, because tensor parallelism does not cut it"):
+    with pytest.raises(
+        ValueError, match="linear_kv_down_proj has no adapters, because tensor parallelism does not cut it"
+    ):
         Lora(rank=4, targets=("linear_kv_down_proj",)).check(arch)
 
 
