@@ -1,4 +1,4 @@
-"""`convert`: converts from and to Hugging Face folders, and quantizes to INT8 or INT4."""
+"""`convert`: converts from and to Hugging Face folders, upcycles to experts, and quantizes to INT8 or INT4."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def import_(
     from flagscale_like.checkpoint.hf_folder import HfFolder
 
     folder = HfFolder(hf)
-    for note in folder.notes:
-        typer.echo(note)
     arch = import_folder(folder, out, workers=workers)
     seconds = time.perf_counter() - began
+    for note in folder.notes:
+        typer.echo(note)
     typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
 
 
@@ -145,8 +145,8 @@ def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) 
         typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
     else:
         typer.echo(
-            f"verified by importing the export again: logits differ by {difference:.1e} of the largest; transformers has no "
-            f"model class for {plan.family.model_type}"
+            f"not verified against other code: transformers has no model class for {plan.family.model_type}. The native "
+            f"model computed the logits from {out} and from the checkpoint: they differ by {difference:.1e} of the largest"
         )
     if change is not None:
         typer.echo(f"merging and rounding changed the logits by {change:.1e} of the largest")
@@ -175,9 +175,13 @@ def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: P
 
     with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference, by_peft = compare_adapter(adapted, out, ctx, dtype=DTYPES[dtype])
-    how = "verified: peft's logits" if by_peft else "verified by importing the adapter again: its logits"
-    why = "" if by_peft else "; peft is not installed, or transformers cannot load the base"
-    typer.echo(f"{how} differ from the native model's by {difference:.1e} of the largest{why}")
+    if by_peft:
+        typer.echo(f"verified: peft's logits differ from the native model's by {difference:.1e} of the largest")
+        return
+    typer.echo(
+        "not verified against other code: peft is not installed, or transformers cannot load the base. The native model "
+        f"computed the logits with {out} and with the checkpoint's adapters: they differ by {difference:.1e} of the largest"
+    )
 
 
 @contextmanager
@@ -197,6 +201,66 @@ def _set_aside(out: Path) -> Iterator[None]:
         raise
 
 
+@convert_app.command(
+    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt --experts 8 --top-k 2")
+)
+def upcycle(  # typer makes an option of every parameter
+    out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
+    experts: Annotated[int, typer.Option(help="Experts of a layer.", min=2)],
+    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.", min=1)],
+    hf: Annotated[Path | None, typer.Option(help="The dense model: a Hugging Face folder.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The dense model: a run, its checkpoints folder or one checkpoint.")
+    ] = None,
+    split: Annotated[
+        int,
+        typer.Option(help="Cut each copy of the FFN into so many experts, each of that fraction of its width.", min=1),
+    ] = 1,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Make one more copy a shared FFN, which every token goes through.")
+    ] = False,
+    noise: Annotated[
+        float,
+        typer.Option(
+            help="Noise on each expert's matrices, in standard deviations of the matrix. 0: same logits.", min=0
+        ),
+    ] = 0.0,
+    dense_layers: Annotated[int, typer.Option(help="Number of first layers that stay dense.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
+) -> None:
+    """Make a mixture of experts of a dense model, each expert a copy of its FFN, as a native checkpoint to train from."""
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.upcycle import Upcycling, expressed_by, upcycle
+    from flagscale_like.errors import CheckpointError, ConfigError
+
+    if (hf is None) == (checkpoint is None):
+        raise ConfigError("give either --hf FOLDER or --checkpoint RUN: the dense model")
+    source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=None)
+    if isinstance(source, AdaptedWeights):
+        raise CheckpointError(
+            f"{source.folder}: holds LoRA adapters: merge them into their base first, with `convert export --merge`"
+        )
+    options = Upcycling(
+        experts=experts,
+        top_k=top_k,
+        split=split,
+        shared=shared,
+        noise=noise,
+        dense_layers=dense_layers,
+        seed=seed,
+    )
+    arch = upcycle(source, out, options, workers=workers)
+    typer.echo(
+        f"wrote {out} from {source.folder}: {experts} experts a layer, {top_k} a token, {arch.parameter_count():,} "
+        f"parameters, {arch.active_parameter_count():,} a token"
+    )
+    computes = "its logits are the dense model's" if not noise else f"noise of {noise:g} changes its logits"
+    exports = expressed_by(arch)
+    how = f"it exports as {exports}" if exports else "no Hugging Face family has such a model: it cannot be exported"
+    typer.echo(f"{computes}; {how}")
+
+
 @convert_app.command(epilog=example("flagscale-like convert quantize --hf hf --out hf-int4 --bits 4 --group-size 64"))
 def quantize(
     hf: Annotated[Path, typer.Option(help="Hugging Face folder to quantize.")],
@@ -208,10 +272,12 @@ def quantize(
     ] = True,
 ) -> None:
     """Quantize a Hugging Face folder to INT8 or INT4 in the compressed-tensors format, which transformers and vLLM load."""
-    from flagscale_like.checkpoint.quantize import Scheme, quantize_folder
+    from flagscale_like.checkpoint.quantize import quantize_folder
+    from flagscale_like.families.quantization import Scheme
 
     summary = quantize_folder(hf, out, Scheme(bits=bits, group_size=group_size, symmetric=symmetric))
     typer.echo(
         f"wrote {out}: {summary.matrices} matrices in INT{bits}, {summary.bytes_before / 1e6:,.1f} MB -> "
         f"{summary.bytes_after / 1e6:,.1f} MB, relative weight error {summary.relative_error:.2e}"
     )
+    typer.echo("transformers loads it with compressed-tensors: pip install 'flagscale_like[quantized]'")

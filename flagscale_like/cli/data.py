@@ -1,7 +1,8 @@
-"""`preprocess` tokenizes text, `data chat` conversations; `data` shows both, and the documents that a training step read."""
+"""`preprocess` tokenizes text, `data chat` conversations; `data` shows them, and the documents that a training step read."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def preprocess(  # typer makes an option of every parameter
                 tokenizer,
             )
     began = time.perf_counter()
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report = preprocess(
             files,
             tokenizer,
@@ -141,7 +142,7 @@ def preprocess(  # typer makes an option of every parameter
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     seconds = time.perf_counter() - began
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
@@ -150,19 +151,27 @@ def preprocess(  # typer makes an option of every parameter
 
 
 @contextmanager
-def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of the files, on a terminal. Yields a function that takes the bytes that are done."""
+def show_progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of the files; lines where the output is no terminal.
+
+    Yields a function that takes the bytes that are done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from flagscale_like.data.inputs import ProgressLines, size_of
+
+    console, total = Console(stderr=True), size_of(files)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield ProgressLines(total, functools.partial(typer.echo, err=True))
+        return
     columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("tokenizing", total=total)
         yield lambda size: bar.advance(task, size)
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print how many documents were dropped for each reason."""
     from rich.console import Console
     from rich.table import Table
@@ -209,7 +218,7 @@ def chat(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -259,7 +268,7 @@ def pairs(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -295,7 +304,7 @@ def _print_pair_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     number, counted = report.documents // 2, report.counts[COUNTED]
     typer.echo(
         f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
@@ -315,7 +324,7 @@ def _print_chat_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.tokenizer import Tokenizer
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     counted = report.counts[COUNTED]
     typer.echo(
         f"{report.documents:,} conversations, {report.tokens:,} tokens, of which {counted:,} count "
@@ -371,7 +380,6 @@ def locate(
     import json
     from dataclasses import asdict
 
-    from flagscale_like.config import RunConfig
     from flagscale_like.data.inspect import excerpt
     from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
     from flagscale_like.data.tokenizer import Tokenizer
@@ -381,7 +389,7 @@ def locate(
     if attempt is not None and attempt > len(readings):
         raise ConfigError(f"--attempt ({attempt}): step {step} ran {len(readings)} times: give 1 to {len(readings)}")
     reading = readings[(attempt or len(readings)) - 1]
-    segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    segment, config = reading.segment, reading.segment.config
     if step > config.train.steps:
         raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps): give one of them")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)

@@ -36,6 +36,7 @@ def plan(
     from dataclasses import replace
 
     from flagscale_like.config import load_config
+    from flagscale_like.planner.evidence import describe_evidence
     from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
     from flagscale_like.planner.search import Goal, rank_layouts
 
@@ -45,13 +46,21 @@ def plan(
         if network_gb_per_s <= 0:
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
-    goal = Goal.of(config, cuda=place.device.is_gpu)
+    cuda = place.device.is_gpu
+    goal = Goal.of(config, cuda=cuda)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     if config.lora is not None:
         typer.echo(config.describe_parameters())
+    if config.objective.head == "hidden":
+        typer.echo(
+            "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the "
+            "first pass of gradient caching, up to a third of the step, is not"
+        )
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    if cuda:
+        typer.echo(describe_evidence(best, goal, place))
     if write is not None:
         try:
             write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")

@@ -83,7 +83,9 @@ class Lora(Frozen):
             if parameter.role.is_layer_matrix and parameter.cut is None and not parameter.experts:
                 whole.add(parameter.module)
             elif parameter.role.is_layer_matrix:
-                matrices.setdefault(parameter.module, parameter.shape)
+                matrices[parameter.module] = min(
+                    matrices.get(parameter.module, parameter.shape), parameter.shape, key=lambda shape: min(shape[-2:])
+                )
         for target in self.targets:
             if target in whole:
                 raise ValueError(
@@ -95,7 +97,7 @@ class Lora(Frozen):
                 near = ELSEWHERE.get(target) or next(iter(close), None)
                 hint = f"did you mean {near!r}?" if near in matrices else f"the matrices are {', '.join(matrices)}"
                 raise ValueError(f"lora.targets: the model has no matrix {target!r}, {hint}")
-            out, inner = matrices[target]
+            out, inner = matrices[target][-2:]
             if self.rank > min(out, inner):
                 raise ValueError(
                     f"lora.rank ({self.rank}) exceeds the smaller side of {target} ({out} x {inner}): rank "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flagscale_like.data.batch import Batch, collate
-from flagscale_like.data.packing import best_fit_decreasing
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.pairs import PairRows
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
