@@ -43,15 +43,14 @@ from flagscale_like.checkpoint.format import (
     value_heads_of,
     write_fragments,
 )
-from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder, fragment_of
 from flagscale_like.checkpoint.manifest import COMPANIONS, STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.data.tokenizer import special_ids
 from flagscale_like.errors import CheckpointError, ConversionError, DataError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
-from flagscale_like.families.weight_map import Rule
+from flagscale_like.families.weight_map import Exact, Rule
 from flagscale_like.runtime.precision import DTYPES, dtype_word
 
 if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
@@ -103,8 +102,8 @@ def written_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[Any]:
-    """[job(0), ..., job(count - 1)], by up to `workers` processes."""
+def in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[Any]:
+    """[job(0), ..., job(count - 1)], by up to `workers` processes; the job is picklable."""
     if workers <= 1 or count <= 1:
         return [job(index) for index in range(count)]
     context = multiprocessing.get_context("forkserver")
@@ -126,9 +125,9 @@ class _ImportFile:
 
     def __call__(self, index: int) -> WrittenFile:
         folder, rules = HfFolder(self.source), self.groups[index]
-        fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
+        fragments = [fragment_of(rule, folder.global_shape(rule.core)) for rule in rules]
         specs = [TensorSpec(f"{i}.param", folder.dtype(rule.core), (rule.numel,)) for i, rule in enumerate(rules)]
-        tensors = (folder.full(rule.core).view(-1) for rule in rules)
+        tensors = (folder.part(rule).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
         return write_fragments(path, fragments, ahead(tensors), specs)
 
@@ -158,7 +157,7 @@ def import_folder(
         max_bytes=max_file_bytes,
     )
     with written_aside(out) as temporary:
-        written = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
+        written = in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
         beside = write_companions(read_companions([folder.folder], origin.auto_map), temporary)
         state = {
             "step": 0,
@@ -243,8 +242,17 @@ class ExportFile:
             if plan.normalize_head and rule.core == "output_layer.weight":
                 full = F.normalize(reader.full(rule.core, dtype=torch.float32), dim=-1).to(own[0])
             else:
-                full = reader.full(rule.core, dtype=own[0])
+                full = _part(reader, rule, own[0])
             yield from rule.to_hf(full, plan.arch)
+
+
+def _part(reader: ExportSource, rule: Rule, dtype: torch.dtype) -> Tensor:
+    """What one rule is about: a whole tensor, or one expert's matrix, and no more is held."""
+    if rule.expert is None:
+        return reader.full(rule.core, dtype=dtype)
+    out = torch.empty(rule.shape, dtype=dtype)
+    reader.read("param", fragment_of(rule, reader.global_shape(rule.core)), out.view(-1))
+    return out
 
 
 def plan_export(
@@ -284,6 +292,8 @@ def plan_export(
         raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
     for rule in rules:
         saved = reader.global_shape(rule.core)
+        if rule.expert is not None:
+            saved = saved[1:]
         rows_alike = saved[0] == rule.shape[0] or (
             rule.shape[0] == arch.padded_vocab_size() and saved[0] >= arch.vocab_size
         )
@@ -291,7 +301,7 @@ def plan_export(
             raise CheckpointError(f"{reader.folder}: {rule.core} has shape {saved}, {target.name} needs {rule.shape}")
 
     def dtype_of(rule: Rule) -> torch.dtype:
-        return reader.dtype(rule.core) if dtype == "stored" else DTYPES[dtype]
+        return reader.dtype(rule.core) if dtype == "stored" or isinstance(rule, Exact) else DTYPES[dtype]
 
     groups = split_rules(rules, lambda r: r.numel * dtype_of(r).itemsize, files=files, max_bytes=max_file_bytes)
     specs = [
@@ -328,7 +338,9 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
     ids = tokenizer_ids(tokenizer)
     same = origin.has_tokenizer(tokenizer)
     ids = (dict(origin.token_ids) or ids) if same else origin.token_ids | ids
-    dtypes = {spec.dtype for specs in plan.specs for spec in specs}
+    rules = [rule for group in plan.groups for rule in group for _ in rule.hf]
+    specs = [spec for specs in plan.specs for spec in specs]
+    dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
     config = plan.family.config_with_head(plan.arch, plan.value_heads, embedder=plan.embedder)
     config |= copy_code(plan, folder, origin)
@@ -387,7 +399,7 @@ def export(
     """
     plan = plan_export(reader, family=family, dtype=dtype, files=workers, max_file_bytes=max_file_bytes)
     with written_aside(out) as temporary:
-        _in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
+        in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
         finish_export(plan, temporary, tokenizer=tokenizer, origin=reader.origin())
         beside(temporary)
     return plan

@@ -1,4 +1,4 @@
-"""`convert`: converts from and to Hugging Face folders, and quantizes to INT8 or INT4."""
+"""`convert`: converts from and to Hugging Face folders, upcycles to experts, and quantizes to INT8 or INT4."""
 
 from __future__ import annotations
 
@@ -267,6 +267,66 @@ def _set_aside(out: Path) -> Iterator[None]:
         out.rename(failed)
         typer.echo(f"moved to {failed}", err=True)
         raise
+
+
+@convert_app.command(
+    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt --experts 8 --top-k 2")
+)
+def upcycle(  # typer makes an option of every parameter
+    out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
+    experts: Annotated[int, typer.Option(help="Experts of a layer.", min=2)],
+    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.", min=1)],
+    hf: Annotated[Path | None, typer.Option(help="The dense model: a Hugging Face folder.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The dense model: a run, its checkpoints folder or one checkpoint.")
+    ] = None,
+    split: Annotated[
+        int,
+        typer.Option(help="Cut each copy of the FFN into so many experts, each of that fraction of its width.", min=1),
+    ] = 1,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Make one more copy a shared FFN, which every token goes through.")
+    ] = False,
+    noise: Annotated[
+        float,
+        typer.Option(
+            help="Noise on each expert's matrices, in standard deviations of the matrix. 0: same logits.", min=0
+        ),
+    ] = 0.0,
+    dense_layers: Annotated[int, typer.Option(help="Number of first layers that stay dense.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
+) -> None:
+    """Make a mixture of experts of a dense model, each expert a copy of its FFN, as a native checkpoint to train from."""
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.upcycle import Upcycling, expressed_by, upcycle
+    from flagscale_like.errors import CheckpointError, ConfigError
+
+    if (hf is None) == (checkpoint is None):
+        raise ConfigError("give either --hf FOLDER or --checkpoint RUN: the dense model")
+    source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=None)
+    if isinstance(source, AdaptedWeights):
+        raise CheckpointError(
+            f"{source.folder}: holds LoRA adapters: merge them into their base first, with `convert export --merge`"
+        )
+    options = Upcycling(
+        experts=experts,
+        top_k=top_k,
+        split=split,
+        shared=shared,
+        noise=noise,
+        dense_layers=dense_layers,
+        seed=seed,
+    )
+    arch = upcycle(source, out, options, workers=workers)
+    typer.echo(
+        f"wrote {out} from {source.folder}: {experts} experts a layer, {top_k} a token, {arch.parameter_count():,} "
+        f"parameters, {arch.active_parameter_count():,} a token"
+    )
+    computes = "its logits are the dense model's" if not noise else f"noise of {noise:g} changes its logits"
+    exports = expressed_by(arch)
+    how = f"it exports as {exports}" if exports else "no Hugging Face family has such a model: it cannot be exported"
+    typer.echo(f"{computes}; {how}")
 
 
 @convert_app.command(epilog=example("flagscale-like convert quantize --hf hf --out hf-int4 --bits 4 --group-size 64"))

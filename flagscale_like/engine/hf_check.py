@@ -17,7 +17,8 @@ from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.peft_folder import PeftFolder
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
-from flagscale_like.model.build import LanguageModel
+from flagscale_like.families.weight_map import Exact
+from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.model.spec import Head, ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -48,8 +49,10 @@ def compare_logits(plan: ExportPlan, folder: Path, ctx: ParallelContext, *, tole
         model.output_layer.weight.data = F.normalize(model.output_layer.weight.data, dim=-1)
         model.output_layer.normalize = False
     if plan.dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(plan.dtype).float()
+        exact = {rule.core for group in plan.groups for rule in group if isinstance(rule, Exact)}
+        for name, parameter in named_shards(model).items():
+            if name not in exact:
+                parameter.data = parameter.data.to(plan.dtype).float()
     ids = _random_tokens(model.arch, ctx)
     ours = _logits(model, ids)
     del model

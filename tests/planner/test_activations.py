@@ -266,6 +266,24 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
     check("one process", config)
 
 
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+ATTENTIONS = {
+    "latent": {"latent_attention": {**LATENT, "q_lora_rank": 32}, "num_query_groups": 4},
+    "latent, whole q, v as wide as k": {"latent_attention": {**LATENT, "v_head_dim": 24}, "num_query_groups": 4},
+    "norm over the projection": {"qk_norm": True, "qk_norm_over": "projection"},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["one process", "tp2", "tp2 sp"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_latent_attention_and_wide_norms_hold_what_is_planned(kind, name, recompute, tmp_path):
+    model = {"ffn_hidden_size": 32, "vocab_size": 120, **ATTENTIONS[kind]}
+    changes = {f"model__{key}": value for key, value in model.items()}
+    changes |= {"train__recompute": recompute, "train__precision": "bf16", "train__micro_batch_size": 2}
+    check(name, tiny_config(tmp_path, parallel=LAYOUTS[name][1], train__global_batch_size=8, **changes))
+
+
 def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):
     shape = {
         "hidden_size": 32,
