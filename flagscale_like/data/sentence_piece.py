@@ -194,6 +194,9 @@ class SentencePiece:
         bos = self.id_of(self._names["bos_token"]) if "bos_token" in self._names else self.own_id("bos_token")
         return [] if bos is None else [bos]
 
+    def after_text(self) -> list[int]:
+        return []
+
 
 def _whole_characters(offsets: list[tuple[int, int]], are_bytes: list[bool]) -> list[tuple[int, int]]:
     """Give every byte of a character the character's place. SentencePiece gives it to the last byte alone."""

@@ -55,6 +55,9 @@ class Backend(Protocol):
     def before_text(self) -> list[int]:
         """The special tokens with which a text begins, where tokenizer_config.json does not say."""
 
+    def after_text(self) -> list[int]:
+        """The special tokens with which a text ends, where tokenizer_config.json does not say."""
+
 
 class FastBackend:
     """A tokenizer.json, read by the `tokenizers` library, which loads it in milliseconds in every worker."""
@@ -90,6 +93,11 @@ class FastBackend:
     def before_text(self) -> list[int]:
         found = self.tokenizer.encode("a", add_special_tokens=True)
         return found.ids[: found.special_tokens_mask.index(0)] if 0 in found.special_tokens_mask else []
+
+    def after_text(self) -> list[int]:
+        found = self.tokenizer.encode("a", add_special_tokens=True)
+        mask = found.special_tokens_mask
+        return found.ids[len(mask) - mask[::-1].index(0) :] if 0 in mask else []
 
 
 class TransformersBackend:
@@ -130,6 +138,10 @@ class TransformersBackend:
         return next(
             (with_special[:i] for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), []
         )
+
+    def after_text(self) -> list[int]:
+        with_special, before, plain = self.tokenizer("a")["input_ids"], self.before_text(), self.encode(["a"])[0]
+        return with_special[len(before) + len(plain) :]
 
 
 def open_backend(folder: Path, *, special: bool) -> tuple[Backend, dict[str, str], Mapping[str, Any]]:
@@ -209,7 +221,7 @@ class Tokenizer:
         self._memo: WordMemo | None = None
         self._memo_tried = False
         self.vocab_size = self._backend.size
-        self._add_bos = config.get("add_bos_token")
+        self._add_bos, self._add_eos = config.get("add_bos_token"), config.get("add_eos_token")
         eod = _special_id(self._backend, self._names, "eos_token")
         if eod is None:
             raise DataError(
@@ -229,6 +241,16 @@ class Tokenizer:
         return [self.bos] if self._add_bos and self.bos is not None else []
 
     @property
+    def after_text(self) -> list[int]:
+        """The special tokens with which a text ends by the tokenizer's own rule: none, or eos.
+
+        add_eos_token of tokenizer_config.json decides, or else the vocabulary.
+        """
+        if self._add_eos is None:
+            return self._backend.after_text()
+        return [self.eod] if self._add_eos else []
+
+    @property
     def pad(self) -> int:
         """The id with which megatron-core pads an incomplete last sample. The loss mask excludes it."""
         return self.eod
@@ -241,12 +263,6 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text to token ids, without adding special tokens."""
         return self._backend.encode(texts)
-
-    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text with the special tokens that the tokenizer puts around it."""
-        if self._fast is not None:
-            return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=True)]
-        return self._slow(list(texts), split_special_tokens=not self._special)["input_ids"]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
