@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+    """Print the plan of the configured layout, with expected times if the cluster is known.
 
     Args:
         ranks: world size.
@@ -42,11 +42,9 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
     typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
-    if model.experts is not None:
-        active, experts = model.active_parameter_count(), model.experts
-        typer.echo(
-            f"experts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
-        )
+    if x := model.experts:
+        active = model.active_parameter_count()
+        typer.echo(f"experts      {active:,} parameters for each token: {x.top_k} of {x.count} experts a layer")
     if lora:
         typer.echo(f"lora         {lora}")
     typer.echo(
