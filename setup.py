@@ -29,6 +29,7 @@ setup(
         "transformers>=5.3,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "sentencepiece>=0.2.3,<0.3",
         "accelerate>=1.0",
         "numpy>=1.26",
         "pyarrow>=17",
@@ -54,6 +55,7 @@ setup(
             "gguf>=0.17",
             "compressed-tensors>=0.15",
             "peft>=0.17",
+            "lm-eval>=0.4.12,<0.5",
             "mkdocs-material>=9.5,<10",
             "wandb>=0.22",
             "mlflow-skinny>=3",
@@ -61,6 +63,8 @@ setup(
         "wandb": ["wandb>=0.22"],
         "mlflow": ["mlflow-skinny>=3"],
         "gpu": ["nvidia-ml-py>=12"],
+        "eval": ["lm-eval>=0.4.12,<0.5"],
+        "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},
     classifiers=[

@@ -5,7 +5,7 @@ families read this table, and ask for a parameter's `role` instead of matching i
 """
 
 from flagscale_like.arch.base import Frozen, whole_number
-from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer, counted_keys
+from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer, counted_keys, groups_on
 from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
 from flagscale_like.arch.model import ModelArch, adapter_parameters, parameters, parameters_by_name
 from flagscale_like.arch.position import SCALING_FIELDS, Position, RopeScaling
@@ -39,6 +39,7 @@ __all__ = [
     "active",
     "adapter_parameters",
     "counted_keys",
+    "groups_on",
     "is_adapter",
     "padded_rows",
     "parameters",

@@ -34,6 +34,11 @@ class Block(ABC):
         return 2.0 * self.matrix_parameters
 
 
+def groups_on(groups: int, tp: int) -> int:
+    """KV groups that each tensor-parallel rank computes. Where there are fewer groups than ranks, several ranks share one."""
+    return max(1, groups // tp)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention(Block):
     """Grouped-query attention (Ainslie et al. 2023). The fields are ModelArch's."""
@@ -46,6 +51,7 @@ class GroupedQueryAttention(Block):
     qk_norm: bool
     sliding_window: int | None
     position: Position
+    causal: bool
 
     def parameters(self, layer: int) -> tuple[Parameter, ...]:
         at, h, d = f"decoder.layers.{layer}.self_attention.", self.hidden_size, self.head_dim
@@ -62,7 +68,7 @@ class GroupedQueryAttention(Block):
         return tuple(found)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
-        keys = counted_keys(seq_length, self.sliding_window) * (0.5 if causal else 1.0)
+        keys = counted_keys(seq_length, self.sliding_window) * (0.5 if causal and self.causal else 1.0)
         return super().flops_per_token(seq_length, causal=causal) + 4.0 * self.heads * self.head_dim * keys
 
 

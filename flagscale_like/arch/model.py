@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,8 @@ class ModelArch(Frozen):
             more: linear its factor times as many, yarn its factor times original_max_position_embeddings, dynamic any
             number.
         position: how attention receives the order of the tokens.
+        attention: whether a token attends to the tokens up to its own (`causal`), or to all of its document
+            (`bidirectional`), which embedding models may.
         norm_eps: epsilon of the RMSNorms.
         tie_embeddings: the output layer uses the weights of the embedding.
         head_dim: channels of a head; 0 sets hidden_size / num_attention_heads.
@@ -53,6 +56,7 @@ class ModelArch(Frozen):
     head_dim: int = Field(default=0, ge=0)
     max_position_embeddings: int = Field(default=0, ge=0)
     position: Position = Position()
+    attention: Literal["causal", "bidirectional"] = "causal"
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -97,6 +101,9 @@ class ModelArch(Frozen):
             raise ValueError(f"head_dim ({self.head_dim}) must be at least 4 for dynamic scaling")
         if self.sliding_window and self.position.kind == "nlpe":
             raise ValueError(f"sliding_window ({self.sliding_window}) needs position.kind rope or alibi (it is nlpe)")
+        if self.attention == "bidirectional" and (self.sliding_window or self.position.kind == "nlpe"):
+            given = f"sliding_window ({self.sliding_window})" if self.sliding_window else "position.kind nlpe"
+            raise ValueError(f"{given} is defined for attention causal (it is bidirectional): leave it out")
         if self.experts and max(self.experts.dense_layers, default=0) >= self.num_layers:
             raise ValueError(
                 f"experts.dense_layers names layer {max(self.experts.dense_layers)}, and the last of num_layers "
@@ -141,20 +148,23 @@ class ModelArch(Frozen):
         top_k = self.experts.top_k if self.experts else 1
         return active(parameters(self), top_k)
 
-    def flops_per_token(self, seq_length: int, *, causal: bool = False, adapters: Sequence[Parameter] = ()) -> float:
+    def flops_per_token(
+        self, seq_length: int, *, causal: bool = False, adapters: Sequence[Parameter] = (), output_layer: bool = True
+    ) -> float:
         """Model FLOPs of one token's forward and backward: 6 per matrix parameter, and attention's two products.
 
         Without recompute, the output layer counted, the embedding lookup not: equation 3 of Narayanan et al. 2021 written
-        for GQA and a gated MLP. That paper counts attention in full; `causal=True` halves it. A sliding window counts
-        the keys inside it alone. Biases, norms and ALiBi's slopes are left out: they are no matrix products.
+        for GQA and a gated MLP. That paper counts attention in full; `causal=True` halves it where it is causal. A sliding
+        window counts the keys inside it alone. Biases, norms and ALiBi's slopes are left out: they are no matrix products.
 
         Args:
             seq_length: tokens a sequence.
             adapters: LoRA's parameters. With them no gradient of the model's matrices is computed: 4 per parameter of these,
                 6 per parameter of the adapters' A and B.
+            output_layer: whether the model has one, as a language model does.
         """
         layers = sum(layer.flops_per_token(seq_length, causal=causal) for layer in self.layers)
-        output = self.hidden_size * self.padded_vocab_size()
+        output = self.hidden_size * self.padded_vocab_size() if output_layer else 0
         total = 3.0 * (layers + 2 * output)
         if adapters:
             top_k = self.experts.top_k if self.experts else 1
@@ -175,6 +185,7 @@ def _layers(arch: ModelArch) -> tuple[Layer, ...]:
         qk_norm=arch.qk_norm,
         sliding_window=arch.sliding_window,
         position=arch.position,
+        causal=arch.attention == "causal",
     )
     layer = functools.partial(Layer, hidden_size=arch.hidden_size, attention=attention)
     dense = layer(feed_forward=GatedFeedForward(hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size))

@@ -27,7 +27,14 @@ from torch import Tensor
 from flagscale_like import json_files
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.adapters import MergedWeights
-from flagscale_like.checkpoint.companions import GENERATION, TOKENIZER_FILES, Origin, read_companions, write_companions
+from flagscale_like.checkpoint.companions import (
+    GENERATION,
+    Origin,
+    code_files,
+    read_companions,
+    tokenizer_files,
+    write_companions,
+)
 from flagscale_like.checkpoint.format import (
     CheckpointReader,
     WrittenFile,
@@ -36,10 +43,11 @@ from flagscale_like.checkpoint.format import (
     write_fragments,
 )
 from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.hf_folder import INDEX, TOKEN_IDS, WEIGHTS, HfFolder
-from flagscale_like.checkpoint.manifest import STATE, fsync_folder, write_json
+from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.manifest import COMPANIONS, STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
-from flagscale_like.errors import CheckpointError, ConversionError
+from flagscale_like.data.tokenizer import special_ids
+from flagscale_like.errors import CheckpointError, ConversionError, DataError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
 from flagscale_like.families.weight_map import Rule
@@ -124,10 +132,13 @@ class _ImportFile:
         return write_fragments(path, fragments, ahead(tensors), specs)
 
 
-def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES) -> ModelArch:
+def import_folder(
+    source: Path | HfFolder, out: Path, *, workers: int = 1, max_file_bytes: int = MAX_FILE_BYTES
+) -> ModelArch:
     """Write a native checkpoint that holds the weights alone, in the Hugging Face folder's dtypes. It loads on any layout.
 
     Args:
+        source: the folder, perhaps opened.
         workers: how many processes write; each writes one file at a time.
         max_file_bytes: the most bytes of a file, unless one tensor has more.
 
@@ -137,7 +148,8 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
     Raises:
         ConversionError: the folder cannot be read (see HfFolder), or `out` exists or cannot be written.
     """
-    folder = HfFolder(source)
+    folder = source if isinstance(source, HfFolder) else HfFolder(source)
+    origin = folder.origin()
     groups = split_rules(
         folder.rules,
         lambda rule: rule.numel * folder.dtype(rule.core).itemsize,
@@ -146,13 +158,13 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
     )
     with written_aside(out) as temporary:
         written = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
-        beside = write_companions(read_companions([folder.folder]), temporary)
+        beside = write_companions(read_companions([folder.folder], origin.auto_map), temporary)
         state = {
             "step": 0,
             "consumed_samples": 0,
             "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
             "model": folder.arch.model_dump(mode="json"),
-            "hugging_face": folder.origin().record(),
+            "hugging_face": origin.record(),
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
     return folder.arch
@@ -160,7 +172,7 @@ def import_folder(source: Path, out: Path, *, workers: int = 1, max_file_bytes: 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy those of the tokenizer's files that exist. (generation_config.json is written, not copied.)"""
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = [source / name for name in tokenizer_files(source)]
     if found:
         target.mkdir(exist_ok=True)
     for path in found:
@@ -301,22 +313,38 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
 
     Args:
         tokenizer: its folder, or None.
-        origin: of the weights. Its ids of bos, eos and pad go before the tokenizer's, unless the tokenizer is another one.
+        origin: of the weights. Its ids of bos, eos and pad are written, and the tokenizer's where it is another one.
     """
     if len(plan.groups) > 1:
         weight_map = {spec.name: file for file, specs in zip(plan.files, plan.specs, strict=True) for spec in specs}
         total = sum(spec.nbytes for specs in plan.specs for spec in specs)
         write_index(folder, weight_map, total)
     ids = tokenizer_ids(tokenizer)
-    ids = ids | origin.token_ids if origin.has_tokenizer(tokenizer) else origin.token_ids | ids
+    same = origin.has_tokenizer(tokenizer)
+    ids = (dict(origin.token_ids) or ids) if same else origin.token_ids | ids
     dtypes = {spec.dtype for specs in plan.specs for spec in specs}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    config = plan.family.config_with_head(plan.arch, plan.value_heads)
+    config = plan.family.config_with_head(plan.arch, plan.value_heads) | copy_code(plan, folder, origin)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
     if not plan.value_heads:
         json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
+
+
+def copy_code(plan: ExportPlan, folder: Path, origin: Origin) -> dict[str, Any]:
+    """Copy the code that the origin has for transformers, where the model goes out under the family that it came in.
+
+    Returns:
+        the keys of config.json that name it.
+    """
+    held = plan.source.folder / COMPANIONS
+    names = code_files(held, origin.auto_map)
+    if origin.model_type != plan.family.model_type or not names:
+        return {}
+    for name in names:
+        shutil.copyfile(held / name, folder / name)
+    return {"auto_map": dict(origin.auto_map)}
 
 
 def generation_settings(tokenizer: Path | None, ids: dict[str, Any]) -> dict[str, Any]:
@@ -396,20 +424,14 @@ def tokenizer_ids(tokenizer: Path | None) -> dict[str, int]:
     """The ids of bos, eos and pad that a tokenizer folder has.
 
     Raises:
-        ConversionError: transformers cannot load it.
+        ConversionError: it cannot be read.
     """
     if tokenizer is None:
         return {}
-    if not tokenizer.is_dir():  # transformers would ask a hub for a repository of this name
-        raise ConversionError(f"tokenizer {tokenizer}: no such folder")
-    from transformers import AutoTokenizer
-
     try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"tokenizer {tokenizer}: transformers cannot load it: {error}") from None
-    ids = {name: getattr(loaded, name) for name in TOKEN_IDS}
-    return {name: value for name, value in ids.items() if value is not None}
+        return special_ids(tokenizer)
+    except DataError as error:
+        raise ConversionError(str(error)) from None
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:

@@ -14,15 +14,26 @@ from torch import Tensor
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.packed import PackedWeight, with_packed
+from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
 from flagscale_like.families.family import Settings
+from flagscale_like.families.quantization import Scheme
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+FORMS = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)  # in the order in which transformers looks for them
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs has left a file's address in its place, as a clone without git-lfs does."""
+    with open(path, "rb") as file:
+        return file.read(64).startswith(b"version https://git-lfs")
 
 
 class HfFolder:
@@ -32,6 +43,8 @@ class HfFolder:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
         rules: the weight map's rule of every tensor of the model.
+        quantization: how its weights are quantized; None where they are not.
+        notes: what to tell the user about the folder.
         reads_in_threads: see WeightSource.
 
     Raises:
@@ -44,10 +57,23 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.family, self.arch = read_config(self.folder)
-        self.value_heads = self.family.value_heads(Settings.read(self.folder))
+        settings = Settings.read(self.folder)
+        self.value_heads = self.family.value_heads(settings)
+        self.quantization = Scheme.of(settings)
         self.rules = self.family.rules_with_head(self.arch, self.value_heads)
         self._by_core = {rule.core: rule for rule in self.rules}
-        self._files = self._open_files()
+        self.notes: list[str] = []
+        self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
+        if self.quantization is not None:
+            try:
+                self._files = with_packed(self._files, self.quantization)
+            except ValueError as error:
+                raise ConversionError(f"{self.folder}: {error}") from None
+            scheme = self.quantization
+            self.notes.append(
+                f"{self.folder}: its weights are INT{scheme.bits} in groups of {scheme.group_size}; they are read as the "
+                "numbers that they stand for"
+            )
         self._check_tensors()
         self._last: tuple[str, Tensor] | None = None
 
@@ -55,40 +81,52 @@ class HfFolder:
         """Another process opens the folder itself."""
         return HfFolder, (self.folder,)
 
-    def _open_files(self) -> dict[str, TensorFile]:
-        """The file that holds each tensor, by the tensor's name."""
-        if (self.folder / INDEX).is_file() and not (
-            self.folder / WEIGHTS
-        ).is_file():  # transformers reads the single file
-            try:
-                weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(weight_map.values()))
-            except (OSError, *BAD_JSON, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(
-                    f"{self.folder / INDEX}: damaged ({type(error).__name__}: {error}); fetch it again"
-                ) from None
-        elif (self.folder / WEIGHTS).is_file():
-            weight_map, names = None, [WEIGHTS]
-        else:
-            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle and is not read: save the model as safetensors" if pickles else ""
-            raise ConversionError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}{hint}")
+    def _open_files(self) -> dict[str, TensorFile | PickleFile]:
+        """The file that holds each tensor, by the tensor's name. Of several forms, the one that transformers reads."""
+        form = next((form for form in FORMS if (self.folder / form).is_file()), None)
+        if form is None:
+            others = sorted(path.name for path in self.folder.glob("*.bin"))
+            hint = f"; of {others[0]} nothing says that it holds the model" if others else ""
+            raise ConversionError(f"{self.folder}: holds none of {', '.join(FORMS)}{hint}")
+        kind = PickleFile if form in (PICKLE, PICKLE_INDEX) else TensorFile
+        weight_map = self._weight_map(form) if form in (INDEX, PICKLE_INDEX) else None
         files = {}
-        for name in names:
-            if not isinstance(name, str) or name != Path(name).name:
-                raise ConversionError(f"{self.folder / INDEX}: names a file outside the folder: {name!r}")
+        for name in [form] if weight_map is None else sorted(set(weight_map.values())):
+            if name != Path(name).name:
+                raise ConversionError(f"{self.folder / form}: names a file outside the folder: {name!r}")
             try:
-                files[name] = TensorFile(self.folder / name)
+                files[name] = kind(self.folder / name)
             except FileNotFoundError:
-                raise ConversionError(f"{self.folder}: {INDEX} names {name}, which is missing") from None
+                raise ConversionError(f"{self.folder}: {form} names {name}, which is missing") from None
             except (OSError, ValueError) as error:
-                raise ConversionError(f"{self.folder / name}: {error}") from None
+                pointer = (self.folder / name).is_file() and is_pointer(self.folder / name)
+                reason = "is git-lfs's pointer to the file: fetch the file itself (git lfs pull)" if pointer else error
+                raise ConversionError(f"{self.folder / name}: {reason}") from None
+        if kind is PickleFile:
+            files_are = f"{form} is a pickle" if weight_map is None else f"{len(files)} files of {form} are pickles"
+            self.notes.append(
+                f"{self.folder}: {files_are}: read by torch.load(weights_only=True), which takes tensors alone; nothing in "
+                "the folder was executed"
+            )
         if weight_map is None:
             return {tensor: file for file in files.values() for tensor in file.specs}
         for tensor, name in weight_map.items():
             if tensor not in files[name].specs:
-                raise ConversionError(f"{self.folder}: {INDEX} says {name} holds {tensor}; it does not")
+                raise ConversionError(f"{self.folder}: {form} says {name} holds {tensor}; it does not")
         return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        """The name of the file that holds each tensor."""
+        try:
+            found = json.loads((self.folder / index).read_text(encoding="utf-8"))["weight_map"]
+            wrong = next(((k, v) for k, v in found.items() if not isinstance(v, str)), None)
+        except (OSError, *BAD_JSON, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"{self.folder / index}: damaged ({type(error).__name__}: {error}); fetch it again"
+            ) from None
+        if wrong:
+            raise ConversionError(f"{self.folder / index}: damaged ({wrong[0]} is in {wrong[1]!r}); fetch it again")
+        return found
 
     def _check_tensors(self) -> None:
         expected = {
@@ -162,10 +200,17 @@ class HfFolder:
         return wide
 
     def origin(self) -> Origin:
-        """The bos, eos and pad ids of config.json, and the folder's tokenizer."""
+        """The bos, eos and pad ids of config.json, the folder's tokenizer, and the code that it has for transformers."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
-        return Origin(str(self.folder), ids, fingerprint(self.folder))
+        code = config.get("auto_map")
+        return Origin(
+            str(self.folder),
+            ids,
+            fingerprint(self.folder),
+            self.family.model_type,
+            code if isinstance(code, dict) else {},
+        )
 
     def keys(self) -> list[str]:
         """The tensors, under megatron-core's names."""

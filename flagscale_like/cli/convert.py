@@ -54,9 +54,13 @@ def import_(
         )
         return
     from flagscale_like.checkpoint.hf import import_folder
+    from flagscale_like.checkpoint.hf_folder import HfFolder
 
-    arch = import_folder(hf, out, workers=workers)
+    folder = HfFolder(hf)
+    arch = import_folder(folder, out, workers=workers)
     seconds = time.perf_counter() - began
+    for note in folder.notes:
+        typer.echo(note)
     typer.echo(f"wrote {out} from {hf}: {arch.family}, {arch.parameter_count():,} parameters, {seconds:.1f} s")
 
 
@@ -141,8 +145,8 @@ def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) 
         typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
     else:
         typer.echo(
-            f"verified by importing the export again: logits differ by {difference:.1e} of the largest; transformers has no "
-            f"model class for {plan.family.model_type}"
+            f"not verified against other code: transformers has no model class for {plan.family.model_type}. The native "
+            f"model computed the logits from {out} and from the checkpoint: they differ by {difference:.1e} of the largest"
         )
     if change is not None:
         typer.echo(f"merging and rounding changed the logits by {change:.1e} of the largest")
@@ -171,9 +175,13 @@ def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: P
 
     with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference, by_peft = compare_adapter(adapted, out, ctx, dtype=DTYPES[dtype])
-    how = "verified: peft's logits" if by_peft else "verified by importing the adapter again: its logits"
-    why = "" if by_peft else "; peft is not installed, or transformers cannot load the base"
-    typer.echo(f"{how} differ from the native model's by {difference:.1e} of the largest{why}")
+    if by_peft:
+        typer.echo(f"verified: peft's logits differ from the native model's by {difference:.1e} of the largest")
+        return
+    typer.echo(
+        "not verified against other code: peft is not installed, or transformers cannot load the base. The native model "
+        f"computed the logits with {out} and with the checkpoint's adapters: they differ by {difference:.1e} of the largest"
+    )
 
 
 @contextmanager
@@ -197,17 +205,19 @@ def _set_aside(out: Path) -> Iterator[None]:
 def quantize(
     hf: Annotated[Path, typer.Option(help="Hugging Face folder to quantize.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Number of weights of a row that share a scale.")] = 128,
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.", min=4, max=8)] = 4,
+    group_size: Annotated[int, typer.Option(help="Number of weights of a row that share a scale.", min=1)] = 128,
     symmetric: Annotated[
         bool, typer.Option(help="Store only a scale for each group; --no-symmetric also stores a zero point.")
     ] = True,
 ) -> None:
     """Quantize a Hugging Face folder to INT8 or INT4 in the compressed-tensors format, which transformers and vLLM load."""
-    from flagscale_like.checkpoint.quantize import Scheme, quantize_folder
+    from flagscale_like.checkpoint.quantize import quantize_folder
+    from flagscale_like.families.quantization import Scheme
 
     summary = quantize_folder(hf, out, Scheme(bits=bits, group_size=group_size, symmetric=symmetric))
     typer.echo(
         f"wrote {out}: {summary.matrices} matrices in INT{bits}, {summary.bytes_before / 1e6:,.1f} MB -> "
         f"{summary.bytes_after / 1e6:,.1f} MB, relative weight error {summary.relative_error:.2e}"
     )
+    typer.echo("transformers loads it with compressed-tensors: pip install 'flagscale_like[quantized]'")

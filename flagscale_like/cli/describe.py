@@ -42,11 +42,16 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
     typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    if model.experts is not None:
+        active, experts = model.active_parameter_count(), model.experts
+        typer.echo(
+            f"experts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
+        )
     if lora:
         typer.echo(f"lora         {lora}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
-        f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
+        f"{f', ep {par.ep}' if model.experts else ''}{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "

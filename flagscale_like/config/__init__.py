@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
 )
 from flagscale_like.config.health import (
     EffectiveRank,
+    ExpertLoads,
     Init,
     LayerNorms,
     Monitors,
@@ -30,7 +31,7 @@ from flagscale_like.config.health import (
 )
 from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
+from flagscale_like.config.objectives import Contrastive, DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
 from flagscale_like.config.trackers import Logging, Mlflow, Wandb
 
@@ -38,9 +39,11 @@ __all__ = [
     "Chat",
     "Checkpoint",
     "ContextParallelKind",
+    "Contrastive",
     "Data",
     "DirectPreference",
     "EffectiveRank",
+    "ExpertLoads",
     "Init",
     "KernelChoice",
     "Kernels",

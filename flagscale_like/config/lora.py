@@ -80,14 +80,16 @@ class Lora(Frozen):
         matrices: dict[str, tuple[int, ...]] = {}
         for parameter in parameters(arch):
             if parameter.role.is_layer_matrix:
-                matrices.setdefault(parameter.module, parameter.shape)
+                matrices[parameter.module] = min(
+                    matrices.get(parameter.module, parameter.shape), parameter.shape, key=lambda shape: min(shape[-2:])
+                )
         for target in self.targets:
             if target not in matrices:
                 close = difflib.get_close_matches(target, matrices, n=1, cutoff=0.4)
                 near = ELSEWHERE.get(target) or next(iter(close), None)
                 hint = f"did you mean {near!r}?" if near in matrices else f"the matrices are {', '.join(matrices)}"
                 raise ValueError(f"lora.targets: the model has no matrix {target!r}, {hint}")
-            out, inner = matrices[target]
+            out, inner = matrices[target][-2:]
             if self.rank > min(out, inner):
                 raise ValueError(
                     f"lora.rank ({self.rank}) exceeds the smaller side of {target} ({out} x {inner}): rank "

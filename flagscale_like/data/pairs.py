@@ -53,8 +53,6 @@ class PairSource(ConversationSource):
             objective does not read them.
     """
 
-    documents_in_one = 2
-
     def __init__(
         self,
         dataset: IndexedDataset,
@@ -67,6 +65,11 @@ class PairSource(ConversationSource):
         self.rows = PairRows(dataset_path, dataset, length=config.sequence_length, pad=config.tokenizer.pad)
         self.references: np.ndarray | None = None
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+
+    @staticmethod
+    def units(prefix: str, dataset: IndexedDataset) -> int:
+        """How many parts a split can take of the source: pairs, of two documents each."""
+        return len(dataset) // 2
 
     @property
     def sizes(self) -> np.ndarray:
@@ -101,7 +104,7 @@ def pack_pairs(
 
     Returns:
         tokens and labels int64 [length]; loss_mask float32 [length], 1 where the label counts; documents int32 [2 p + 1];
-        extras as objectives.pairs describes them.
+        lengths int64 [2 p]; extras as objectives.pairs describes them.
     """
     tokens = np.full(length, pad, dtype=np.int64)
     labels, mask, ends = tokens.copy(), np.zeros(length, dtype=np.float32), np.cumsum([len(ids) for ids, _ in answers])
@@ -115,8 +118,8 @@ def pack_pairs(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.from_numpy(bounds),
+        "lengths": torch.tensor([len(ids) for ids, _ in answers]),
         "extras": {
-            "lengths": torch.tensor([len(ids) for ids, _ in answers]),
             "margins": torch.from_numpy(values[:, 0].copy()),
             "weights": torch.from_numpy(values[:, 1].copy()),
         },

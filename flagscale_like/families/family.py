@@ -23,6 +23,7 @@ from flagscale_like.arch import (
     parameters,
 )
 from flagscale_like.errors import ConversionError
+from flagscale_like.families.quantization import Scheme
 from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule, Shape
 from flagscale_like.json_files import BAD_JSON
 
@@ -43,6 +44,8 @@ def features(arch: ModelArch) -> set[str]:
         used.add(f"{arch.position.scaling.kind} RoPE scaling")
     if arch.sliding_window is not None:
         used.add("sliding_window")
+    if arch.attention == "bidirectional":
+        used.add("bidirectional attention")
     if arch.num_query_groups != arch.num_attention_heads:
         used.add("query_groups")
     return used
@@ -188,7 +191,7 @@ class Settings:
             ConversionError: a key is missing, or the numbers do not fit each other.
         """
         self.require("hidden_act", "silu", "swish")
-        self.require("quantization_config")
+        Scheme.of(self)
         values: dict[str, Any] = {
             "num_layers": self.number("num_hidden_layers"),
             "hidden_size": self.number("hidden_size"),
@@ -205,6 +208,8 @@ class Settings:
         }
         if self.get("num_key_value_heads") is not None:
             values["num_query_groups"] = self.number("num_key_value_heads")
+        if self.get("is_causal", True) is False:
+            values["attention"] = "bidirectional"
         if self.get("head_dim") is not None:
             values["head_dim"] = self.number("head_dim")
         try:
@@ -220,7 +225,10 @@ def _first_message(error: ValidationError) -> str:
 
 
 def common_config(arch: ModelArch) -> dict[str, Any]:
-    """The keys of config.json that are the same in all families."""
+    """The keys of config.json that are the same in all families.
+
+    transformers 5 computes bidirectional attention where is_causal is false; earlier versions do not read it.
+    """
     return {
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,
@@ -232,6 +240,7 @@ def common_config(arch: ModelArch) -> dict[str, Any]:
         "hidden_act": "silu",
         "initializer_range": arch.init_std,
         "use_cache": True,
+        **({"is_causal": False} if arch.attention == "bidirectional" else {}),
     }
 
 

@@ -33,7 +33,7 @@ def attention_spec(block: GroupedQueryAttention, arch: ModelArch, kernels: Kerne
     tables = None if block.position.kind == "alibi" else RotaryTables(arch)
     return ModuleSpec(
         module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal if block.causal else AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=functools.partial(CoreAttention, arch=arch, kernels=kernels, tables=tables),

@@ -4,6 +4,7 @@ Nothing is wrapped, so no parameter of the base changes its name. A matrix W [ou
 
     ColumnParallelLinear   A whole on every rank, B [out/tp, r] cut as the rows of W
     RowParallelLinear      A [r, in/tp] cut as the columns of W, B whole
+    GroupedLinear          of each expert its own A and B, on the rank that holds the expert
 
 What crosses tensor-parallel ranks is A x, [s, b, r]. With SP, each rank sees its part of the sequence where a matrix is
 whole; megatron-core sums the gradients of parameters that are marked `sequence_parallel`.
@@ -33,6 +34,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from flagscale_like.config import Lora
+from flagscale_like.model.experts import GroupedLinear, mark_expert
 from flagscale_like.runtime.parallel import ParallelContext
 
 # The number of masks drawn so far, among megatron-core's random streams: a recomputed forward pass gets its own number back,
@@ -156,20 +158,69 @@ class Adapter(nn.Module):
         return square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
 
+class ExpertAdapter(Adapter):
+    """A [e, r, in] and B [e, out, r] of this rank's experts, beside the matrices of a GroupedLinear. Nothing of it is cut."""
+
+    def __init__(self, linear: GroupedLinear, options: Lora, seed: str) -> None:
+        nn.Module.__init__(self)
+        self.scale, self.dropout, self.on, self.seed = options.scale, options.dropout, True, seed
+        experts, out, inner = linear.weight.shape
+
+        def new(*shape: int) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device=linear.weight.device))
+            mark_expert(parameter, copies_as_dense=linear.weight.allreduce)
+            return parameter
+
+        self.a, self.b = new(experts, options.rank, inner), new(experts, out, options.rank)
+        self.magnitude = new(experts, out) if options.dora else None
+
+    def forward(self, x: Tensor, base: Tensor, linear: GroupedLinear, ends: Tensor) -> Tensor:
+        """x [t, in] and the linear's output, base [t, out], in the order of the experts -> the output with the adapter.
+
+        Args:
+            ends: int32 [e], where each expert's tokens end.
+        """
+        low = F.grouped_mm(self._drop(x), self.a.transpose(1, 2), offs=ends)
+        kept = self.scale / (1 - self.dropout if self.training else 1.0)
+        y = base + kept * F.grouped_mm(low, self.b.transpose(1, 2), offs=ends)
+        if self.magnitude is None:
+            return y
+        factor = (self.magnitude / self.row_norms(linear.weight)).to(y.dtype)  # [e, out]
+        expert = torch.searchsorted(ends, torch.arange(len(x), dtype=torch.int32, device=x.device), right=True)
+        return y * factor[expert]
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """|W + scale B A| over `in` of each expert's rows, fp32 [e, out]."""
+        return torch.linalg.vector_norm(weight.float() + self.scale * (self.b.float() @ self.a.float()), dim=-1).clamp(
+            min=torch.finfo(torch.float32).tiny ** 0.5
+        )
+
+
 def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed: int) -> None:
-    """Give every parallel linear of the layers that `options` names an adapter, with uninitialised weights."""
+    """Give every linear of the layers that `options` names an adapter, with uninitialised weights."""
     tracker = get_cuda_rng_tracker()
     if MASKS_DRAWN not in tracker.get_states():
         tracker.set_states(tracker.get_states() | {MASKS_DRAWN: torch.zeros((), dtype=torch.int64, device="cpu")})
     place = f"{seed}/dp{ctx.replica_rank}/pp{ctx.groups.pp.rank()}"
     for name, module in list(chunk.decoder.layers.named_modules()):
-        if name.rpartition(".")[2] in options.targets and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        if name.rpartition(".")[2] not in options.targets:
+            continue
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.lora = Adapter(module, options, place)
             module.register_forward_hook(_adapt)
+        elif isinstance(module, GroupedLinear):  # over tp, too, ranks see different tokens
+            module.lora = ExpertAdapter(module, options, f"{place}/tp{ctx.tp_rank}")
+            module.register_forward_hook(_adapt_experts)
 
 
 def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
     return (linear.lora(inputs[0], output[0], linear), output[1]) if linear.lora.on else None
+
+
+def _adapt_experts(linear: GroupedLinear, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor | None:
+    x, ends = inputs
+    return linear.lora(x, output, linear, ends) if linear.lora.on else None
 
 
 def adapted(chunks: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -22,6 +22,7 @@ class Shape:
         flash: attention without its [s, s] scores in memory.
         dropout: GPT's three dropouts a layer, each with a saved mask of one byte an element.
         window: keys a query sees; all before it where it is None.
+        causal: whether a query sees no key after it.
         norm_head: as in ModelArch.
         layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
         adapters: of one layer: LoRA's parameters, which are then all that is trained.
@@ -39,6 +40,7 @@ class Shape:
     flash: bool = True
     dropout: bool = False
     window: int | None = None
+    causal: bool = True
     norm_head: bool = False
     layer: Layer | None = None
     adapters: tuple[Parameter, ...] = ()
@@ -56,6 +58,7 @@ class Shape:
             ffn=arch.ffn_hidden_size,
             vocab=arch.padded_vocab_size(tp),
             window=arch.sliding_window,
+            causal=arch.attention == "causal",
             norm_head=arch.norm_head,
             layer=arch.layers[0],
             adapters=tuple(p for p in lora.parameters(arch) if p.layer == 0) if lora is not None else (),

@@ -140,13 +140,19 @@ def _adapter_extras(matrix: str, shape: Shape, batch: MicroBatch, lora: Lora) ->
     return extras
 
 
+def _qkv_output(block: GroupedQueryAttention, batch: MicroBatch) -> float:
+    """Bytes of what q, k and v are views of. Where ranks share a KV group, megatron-core gathers the rows of all ranks."""
+    shards = batch.tp if block.groups >= batch.tp else 1
+    return batch.rows * (block.heads + 2 * block.groups) * block.head_dim * batch.dtype_bytes / shards
+
+
 def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
     rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
-    n, g = block.heads / batch.tp, block.groups / batch.tp
+    n, g = block.heads / batch.tp, max(1, block.groups / batch.tp)
     alibi = block.position.kind == "alibi"
     saves = [Saved(name="input of the QKV product", bytes=batch.rows_sp * block.hidden_size * e)]
     if alibi or block.qk_norm:  # k is kept as the QKV product wrote it, and so v and q with it
-        saves.append(Saved(name="output of the QKV product", bytes=rows * (n + 2 * g) * d * e))
+        saves.append(Saved(name="output of the QKV product", bytes=_qkv_output(block, batch)))
     else:
         saves.append(Saved(name="v, copied", bytes=rows * g * d * e, in_core_attention=True))
     if not alibi or (n > g > 1):
@@ -183,14 +189,13 @@ def _gated_feed_forward(block: GatedFeedForward, batch: MicroBatch, ops: Operato
 def _attention_checkpoint(block: GroupedQueryAttention, batch: MicroBatch) -> float:
     """Bytes that selective recompute keeps on top: the inputs of core attention, where nothing else keeps them."""
     rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
-    n, g = block.heads / batch.tp, block.groups / batch.tp
+    n, g = block.heads / batch.tp, max(1, block.groups / batch.tp)
     if block.qk_norm:
         return rows * (n + g) * d * e
     if block.position.kind == "alibi":
         return 0.0
-    views = rows * (n + 2 * g) * d * e  # of the QKV product's output
     # q's heads of several groups lie apart in the QKV product's output, so megatron-core hands over a copy of q.
-    return views + (rows * n * d * e if n > g > 1 else 0.0)
+    return _qkv_output(block, batch) + (rows * n * d * e if n > g > 1 else 0.0)
 
 
 # What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.

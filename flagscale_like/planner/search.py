@@ -168,6 +168,7 @@ def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> 
     tps = [
         tp
         for tp in range(1, cluster.devices_per_node + 1)
+        # Beyond the KV groups ranks compute the same keys and values; the search leaves such layouts out.
         if not any(n % tp for n in (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size))
     ]
     pps = [pp for pp in range(1, arch.num_layers + 1) if arch.num_layers % pp == 0]

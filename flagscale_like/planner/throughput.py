@@ -168,7 +168,7 @@ def _core_attention(
         shape.heads / layout.tp / layout.cp
     )  # over cp the tokens are cut in place of the heads, with equal parts of the work
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        keys = counted_keys(seq_length, shape.window)
+        keys = counted_keys(seq_length, shape.window) * (1 if shape.causal else 2)
         forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2
@@ -205,8 +205,11 @@ def layer_passes(
         exposed = 2 * collective + max(0.0, 2 * collective - hidden_behind)
     else:
         exposed = max(0.0, 4 * collective - hidden_behind)
+    shared = 0.0  # ranks that share a KV group gather the rows of q, k and v, and scatter their gradients
+    if shape.groups < t:
+        shared = ring_seconds(rows * (shape.heads + 2 * shape.groups) * shape.head_dim * 2, t, cluster, eff)
     gather, scatter = _context_parallel(shape, layout, seq_length, cluster, eff, core_forward, core_backward)
-    fwd, bwd = Pass(forward, 4 * collective, gather), Pass(backward, exposed, scatter)
+    fwd, bwd = Pass(forward, 4 * collective + shared, gather), Pass(backward, exposed + shared, scatter)
     adapters = _adapter_passes(shape, layout, rows, cluster, eff)
     fwd, bwd = fwd + adapters[0], bwd + adapters[1]
     again = {"none": Pass(), "selective": Pass(core_forward, 0.0, gather), "full": fwd}[layout.recompute]

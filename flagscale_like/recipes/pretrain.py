@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.feed import Feed
+from flagscale_like.data.groups import notes_on_groups
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
@@ -28,6 +29,7 @@ from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
+from flagscale_like.training.expert_loads import ExpertMonitor
 from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.live import LiveLine
 from flagscale_like.training.loop import evaluate as report_evaluation
@@ -114,7 +116,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     parts: list[Part | None] = [
         StopSignal(watchdog),
         StepProfiler(config.train.profile, folder, ctx) if config.train.profile else None,
-        StepMonitors(config.monitors, engine),
+        *monitors_of(config, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
         StepLog(config, ctx, clock, feed, objective),
@@ -148,6 +150,14 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     run.parts.load(begun.saved)
     run.evaluate = evaluator(run, valid_data, reference) if valid_data is not None else None
     return run
+
+
+def monitors_of(config: RunConfig, engine: Engine) -> list[Part]:
+    """What watches a run's steps."""
+    experts = (
+        [ExpertMonitor(config.monitors.experts, engine)] if config.model.experts and config.monitors.experts else []
+    )
+    return [StepMonitors(config.monitors, engine), *experts]
 
 
 def make_reference(
@@ -223,9 +233,12 @@ def announce(run: Run, notes: list[str]) -> None:
         run.reporter.trackers = make_trackers(config, run.reporter.say)
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{f' ep {par.ep}' if config.model.experts else ''}"
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
+    if config.objective.reads == "groups" and ctx.is_main:
+        notes = [*notes, *notes_on_groups([source.path for source in config.data.sources], config.objective.passages)]
     for note in notes:
         run.reporter.say(note)
 

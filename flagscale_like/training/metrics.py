@@ -59,7 +59,7 @@ class Reporter:
             write_record(self._metrics, {"step": step, **values, "time": _now()})
         with dispensable(self.folder.tensorboard):
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
         for tracker in self.trackers:
             tracker.numbers(step, values)

@@ -122,7 +122,7 @@ def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> l
     """Refuse weights of another architecture, naming what differs.
 
     A new run may read the weights with other positions than they were trained with (a scaling of RoPE, another base, NLPE),
-    because these hold no weights. A run that goes on may not.
+    or with attention in both directions, because these hold no weights. A run that goes on may not.
 
     Returns:
         What differs and is allowed, to tell the user.
@@ -133,8 +133,8 @@ def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> l
     free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
     saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
     before, after = saved["position"], wanted["position"]
-    if not resuming and "alibi" not in (before["kind"], after["kind"]):
-        free.add("position")
+    if not resuming:
+        free |= {"attention", *(() if "alibi" in (before["kind"], after["kind"]) else ("position",))}
     different = [
         f"model.{key}: {saved.get(key)!r} saved, {value!r} configured"
         for key, value in wanted.items()
@@ -142,8 +142,10 @@ def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> l
     ]
     if different:
         raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
+    attention = saved["attention"], wanted["attention"]
+    changes = [("attention", *attention), *((f"position.{key}", before[key], value) for key, value in after.items())]
     return [
-        f"model.position.{key} is {value!r} from here on; the weights were trained with {before[key]!r}"
-        for key, value in after.items()
-        if before[key] != value
+        f"model.{key} is {value!r} from here on; the weights were trained with {trained!r}"
+        for key, trained, value in changes
+        if trained != value
     ]

@@ -26,16 +26,26 @@ def never_stopped(tmp_path_factory):
     return Path(config.run_dir)
 
 
-def test_context_parallel_ranks_go_on_after_a_kill_in_a_write(tmp_path):
-    whole, killed = (
-        tiny_config(tmp_path / name, **{**OPTIONS, "parallel": {"cp": 2}}) for name in ("never stopped", "killed")
-    )
+EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "score": "sigmoid", "bias_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"parallel": {"cp": 2}}, id="cp2"),
+        pytest.param({"parallel": {"ep": 2}, "model__experts": EXPERTS, "train__precision": "bf16"}, id="ep2"),
+    ],
+)
+def test_other_layouts_go_on_after_a_kill_in_a_write(changes, tmp_path):
+    whole, killed = (tiny_config(tmp_path / name, **{**OPTIONS, **changes}) for name in ("never stopped", "killed"))
     run_ranks(2, faults.train_run, whole)
     with pytest.raises(AssertionError, match="rank 1: died"):
         run_ranks(2, faults.die, killed, 1, "during a shard's write")
     run_ranks(2, faults.train_run, killed)
     assert faults.resumed_from(tmp_path / "killed") == 2
     assert faults.losses(tmp_path / "killed") == faults.losses(tmp_path / "never stopped")
+    final = "checkpoints/step_00000006"
+    assert faults.rank_files(tmp_path / "killed" / final) == faults.rank_files(tmp_path / "never stopped" / final)
 
 
 @pytest.mark.parametrize(("moment", "rank"), WHO)

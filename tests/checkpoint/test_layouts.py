@@ -37,6 +37,27 @@ CHAINS = {
         {"train__precision": "bf16", "model__num_query_groups": 4, "model__tie_embeddings": True},
         [(2, {"tp": 2}), (3, {"pp": 3, "first_stage_layers": 2}), (4, {}), (1, {})],
     ),
+    "bf16, experts": (
+        {
+            "train__precision": "bf16",
+            "model__experts": {
+                "count": 4,
+                "top_k": 2,
+                "ffn_hidden_size": 40,
+                "score": "sigmoid",
+                "bias_rate": 0.1,
+                "shared_ffn_hidden_size": 16,
+                "dense_layers": 1,
+            },
+        },
+        [
+            (2, {"ep": 2}),
+            (4, {"tp": 2, "sp": True, "ep": 4}),
+            (4, {"pp": 2, "vpp": 2, "ep": 2}),
+            (4, {"ep": 2, "cp": 2}),
+            (1, {}),
+        ],
+    ),
 }
 
 
@@ -61,7 +82,12 @@ def contents(folder, vocab_size):
     """Every tensor of a checkpoint, whole, without the rows of the padded vocabulary."""
     reader = CheckpointReader(folder)
     rows = {"embedding.word_embeddings.weight": vocab_size, "output_layer.weight": vocab_size}
-    return {(key, kind): reader.full(key, kind)[: rows.get(key)] for key in reader.shapes() for kind in KINDS}
+    return {
+        (key, kind): reader.full(key, kind)[: rows.get(key)]
+        for key in reader.shapes()
+        for kind in KINDS
+        if reader.has(kind, [key])
+    }
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -70,6 +96,10 @@ def test_a_chain_of_layouts_ends_with_the_tensors_it_began_with(chain, tmp_path)
     run_ranks(2, faults.train_run, tiny_config(tmp_path / "0", train__steps=3, **model))
     original = contents(tmp_path / "0" / "checkpoints" / "step_00000003", 250)
     assert all(bool(t.any()) for t in original.values())
+    assert {key for key, kind in original if (key, "exp_avg") not in original} == {
+        f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in range(1, 4) if "experts" in chain
+    }
+    assert {t.dtype for (key, _), t in original.items() if key.endswith(("expert_bias", "exp_avg"))} <= {torch.float32}
     for number, (ranks, layout) in enumerate(layouts):
         config = tiny_config(tmp_path / str(number), train__steps=6, parallel=layout, **model)
         out = tmp_path / str(number + 1) / "checkpoints"

@@ -24,6 +24,7 @@ from tests.families import tiny
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 LORA = {"rank": 4, "alpha": 8}
+EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 32, "dense_layers": 1}
 CASES = {
     "tp2": (2, {"parallel": {"tp": 2}}),
     "tp2 sp, dora, full recompute": (
@@ -34,6 +35,11 @@ CASES = {
     "pp2 vpp2, full recompute": (2, {"parallel": {"pp": 2, "vpp": 2}, "train__recompute": "full"}),
     "pp2 uneven": (2, {"parallel": {"pp": 2, "first_stage_layers": 3}}),
     "dp2, rslora": (2, {"lora__rslora": True, "lora__plus_ratio": 4.0}),
+    "ep2, experts": (2, {"parallel": {"ep": 2}, "model__experts": EXPERTS}),
+    "tp2 sp ep2, experts, dora": (
+        2,
+        {"parallel": {"tp": 2, "sp": True, "ep": 2}, "model__experts": EXPERTS, "lora__dora": True},
+    ),
 }
 
 
@@ -47,14 +53,19 @@ def steps_of(config, count=3):
         after = {n: p for m in engine.models for n, p in named_shards(m).items()}
         same = all(torch.equal(before[n], p) for n, p in after.items() if not is_adapter(n))
         moved = all(not torch.equal(before[n], p) for n, p in after.items() if is_adapter(n))
-        sums = {n: p.double().sum().item() for n, p in after.items() if engine.spec.table[n].cut is None}
+        sums = {
+            n: p.double().sum().item()
+            for n, p in after.items()
+            if engine.spec.table[n].cut is None and not engine.spec.table[n].experts
+        }
         return found, same, moved, sums, engine.state_bytes()
 
 
 @functools.cache
-def one_process(**lora):
+def one_process(experts, **lora):
     """What steps_of() finds on one process, without recompute."""
-    ((found, *_),) = run_ranks(1, steps_of, tiny_config("unused", lora={**LORA, **lora}))
+    changes = {"model__experts": EXPERTS} if experts else {}
+    ((found, *_),) = run_ranks(1, steps_of, tiny_config("unused", lora={**LORA, **lora}, **changes))
     return found
 
 
@@ -63,7 +74,7 @@ def test_a_layout_trains_adapters_as_one_process_does(name):
     ranks, changes = CASES[name]
     config = tiny_config("unused", **{"lora": {**LORA}, **changes})
     options = {name.removeprefix("lora__"): value for name, value in changes.items() if name.startswith("lora__")}
-    expected = one_process(**options)
+    expected = one_process("model__experts" in changes, **options)
     results = run_ranks(ranks, steps_of, config)
     for found, same, moved, sums, _ in results:
         assert found == [pytest.approx(pair, rel=1e-5) for pair in expected]

@@ -31,6 +31,7 @@ LAYOUTS = {
     "pp4": (4, {"pp": 4}),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
 }
+LAYOUTS_OF_SHARED_GROUPS = {"tp4 sp": (4, {"tp": 4, "sp": True})}
 
 
 class Held:
@@ -88,7 +89,7 @@ def step_peak(config: RunConfig) -> tuple[int, int]:
 
 
 def check(name: str, config: RunConfig) -> None:
-    ranks = LAYOUTS[name][0]
+    ranks = (LAYOUTS | LAYOUTS_OF_SHARED_GROUPS)[name][0]
     layout = Layout.of(config, ranks)
     for stage, found in run_ranks(ranks, step_peak, config):
         planned = saved_activation_bytes(
@@ -100,6 +101,22 @@ def check(name: str, config: RunConfig) -> None:
             ops=operators_of(config.kernels, cuda=False),
         )
         assert planned == pytest.approx(found, rel=0.05), f"stage {stage}: planned {planned:,.0f}, held {found:,}"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "model"), [("none", {}), ("selective", {}), ("none", {"model__position": {"kind": "alibi"}})], ids=str
+)
+def test_activations_of_ranks_that_share_a_kv_group_are_planned_too(recompute, model, tmp_path):
+    layout = LAYOUTS_OF_SHARED_GROUPS["tp4 sp"][1]
+    config = tiny_config(
+        tmp_path,
+        parallel=layout,
+        train__seq_length=256,
+        train__global_batch_size=4,
+        train__recompute=recompute,
+        **model,
+    )
+    check("tp4 sp", config)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
