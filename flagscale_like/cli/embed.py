@@ -44,7 +44,9 @@ Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Data t
 MicroBatchSize = Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)]
 TensorParallel = Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)]
 PipelineParallel = Annotated[int, typer.Option(help="Pipeline stages.", min=1)]
-RanksToStart = Annotated[int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")]
+RanksToStart = Annotated[
+    int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.", min=1)
+]
 
 
 def start_ranks(checkpoint: Path | None, hf: Path | None, parallel: Parallel, nproc_per_node: int | None) -> None:

@@ -32,7 +32,7 @@ def score(  # typer makes an option of every parameter
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.", min=1)
     ] = None,
 ) -> None:
     """Score pairs: rewards of a reward model, or a language model's log-probabilities. Prints how often the chosen one wins.

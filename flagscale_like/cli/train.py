@@ -30,13 +30,15 @@ def train(
     ] = None,
     max_restarts: Annotated[
         int,
-        typer.Option(help="How often all ranks are restarted after a failure. They resume from the last checkpoint."),
+        typer.Option(
+            help="How often all ranks are restarted after a failure. They resume from the last checkpoint.", min=0
+        ),
     ] = 0,
     print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Check the configuration and the data, print the plan, and exit.")
     ] = False,
-    world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.", min=1)] = None,
     cluster: Annotated[
         str | None, typer.Option(help="With --dry-run: cluster to plan for, for example 64x8xH100.")
     ] = None,
