@@ -49,6 +49,8 @@ def tp_misfit(model: ModelArch, tp: int) -> str | None:
     groups = model.num_query_groups
     if groups % tp and tp % groups:
         return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}), or divide it"
+    if model.qk_norm_over == "projection" and groups % tp:
+        return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}) with qk_norm_over projection"
     rows = (model.num_attention_heads + 2 * groups) * model.head_dim
     if rows % tp:
         return f"the {rows} rows of q, k and v must be divisible by parallel.tp ({tp})"

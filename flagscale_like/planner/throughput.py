@@ -151,9 +151,13 @@ def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficienc
 
 def _layer_products(shape: Shape, layout: Layout, rows: float) -> list[tuple[float, float, float]]:
     t, h, d = layout.tp, shape.hidden, shape.head_dim
+    attention = [(rows, (shape.heads + 2 * shape.groups) * d / t, h), (rows, h, shape.heads * d / t)]
+    if shape.layer is not None:
+        matrices = [p for p in shape.layer.attention.parameters(0) if p.role.is_layer_matrix]
+        # What is whole on every rank has a part of the tokens with sp.
+        attention = [(rows / t if p.cut is None and layout.sp else rows, *p.shard_shape(t)) for p in reversed(matrices)]
     return [
-        (rows, (shape.heads + 2 * shape.groups) * d / t, h),
-        (rows, h, shape.heads * d / t),
+        *attention,
         (rows, (2 if shape.gated else 1) * shape.ffn / t, h),
         (rows, h, shape.ffn / t),
     ]
@@ -241,7 +245,7 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
     if layout.cp_kind == "a2a":
         both_ways = seconds(column * (shape.heads + 2 * shape.groups)) + seconds(column * shape.heads)
         return both_ways, both_ways
-    tensors = 3 if shape.layer is not None and shape.layer.attention.position.kind == "nlpe" else 2
+    tensors = 3 if shape.decoder and shape.decoder[0].attention.position.kind == "nlpe" else 2
     whole = seconds(column * layout.cp * tensors * shape.groups)
 
     def exposed(core: float) -> float:
@@ -260,7 +264,7 @@ def _adapter_passes(
     """
     device, t = cluster.device, layout.tp
     forward = backward = traffic = 0.0
-    for parameter in shape.adapters:
+    for parameter in shape.adapters_of(0):
         if len(parameter.shape) != 2:
             continue
         n, k = parameter.shard_shape(t)
