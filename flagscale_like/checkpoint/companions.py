@@ -17,9 +17,11 @@ from typing import Any
 import xxhash
 
 from flagscale_like.checkpoint.manifest import COMPANIONS, Checksum, FileRecord, fsync_folder
+from flagscale_like.errors import ConversionError
 from flagscale_like.json_files import BAD_JSON
 
 GENERATION = "generation_config.json"
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What defines the ids of a tokenizer, and what else belongs to it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -90,6 +92,63 @@ def read_companions(folders: Iterable[Path | None], auto_map: Any = None) -> dic
     if settings := [path for path in settings if path.is_file()]:
         names[GENERATION] = settings[0]
     return {name: path.read_bytes() for name, path in names.items() if path.is_file()}
+
+
+# What generation_config.json may ask for beside temperature, top_p and top_k, and the values that ask for nothing.
+NOT_APPLIED = {
+    "repetition_penalty": (1, None),
+    "no_repeat_ngram_size": (0, None),
+    "num_beams": (1, None),
+    "min_p": (0, None),
+    "typical_p": (1, None),
+    "penalty_alpha": (0, None),
+    "bad_words_ids": ([], None),
+    "suppress_tokens": ([], None),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a folder's generation settings choose the next token.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p, top_k: see model.generate.
+        stop: ids that end an answer.
+        not_applied: settings that are read by nothing here, with their values.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[int, ...] = ()
+    not_applied: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path) -> Sampling:
+        """What generation_config.json says; the likeliest token, where there is none, or it does not say do_sample.
+
+        Raises:
+            ConversionError: it holds something else.
+        """
+        path = folder / GENERATION
+        if not path.is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            ends = found.get("eos_token_id")
+            stop = tuple(int(number) for number in (ends if isinstance(ends, list) else [ends]) if number is not None)
+            not_applied = {k: found[k] for k, off in NOT_APPLIED.items() if k in found and found[k] not in off}
+            if not found.get("do_sample"):
+                return cls(stop=stop, not_applied=not_applied)
+            # transformers' defaults
+            numbers = [default if found.get(k) is None else found[k] for k, default in SAMPLING_DEFAULTS.items()]
+            sampling = cls(float(numbers[0]), float(numbers[1]), int(numbers[2]), stop, not_applied)
+        except (OSError, *BAD_JSON, TypeError, AttributeError) as error:
+            raise ConversionError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1 and sampling.top_k >= 0):
+            raise ConversionError(f"{path}: temperature, top_p or top_k is out of range ({numbers})")
+        return sampling
 
 
 def write_companions(files: Mapping[str, bytes], checkpoint: Path, *, sha256: bool = False) -> list[FileRecord]:

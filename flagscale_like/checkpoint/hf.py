@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like import json_files
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import OUTPUT_NAME, ModelArch
 from flagscale_like.checkpoint.adapters import MergedWeights
 from flagscale_like.checkpoint.companions import (
     GENERATION,
@@ -39,6 +39,7 @@ from flagscale_like.checkpoint.format import (
     CheckpointReader,
     WrittenFile,
     finish_folder,
+    is_embedder,
     value_heads_of,
     write_fragments,
 )
@@ -164,6 +165,7 @@ def import_folder(
             "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
             "model": folder.arch.model_dump(mode="json"),
             "hugging_face": origin.record(),
+            **({"embedder": True} if folder.embedder else {}),
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
     return folder.arch
@@ -195,6 +197,7 @@ class ExportPlan:
         groups: the rules of each file.
         specs: the tensors of each file.
         value_heads: outputs of the value head; 0 for a language model.
+        embedder: whether it is an embedding model, which is written without an output layer.
     """
 
     source: ExportSource
@@ -205,6 +208,7 @@ class ExportPlan:
     groups: list[list[Rule]]
     specs: list[list[TensorSpec]]
     value_heads: int = 0
+    embedder: bool = False
 
     @property
     def family(self) -> Family:
@@ -276,12 +280,14 @@ def plan_export(
     if not arch.max_position_embeddings:  # no limit was set: what was trained is what is known
         arch = arch.model_copy(update={"max_position_embeddings": trained_length(reader)})
     target = find_family(family or arch.family)
-    value_heads = value_heads_of(reader)
-    fold = arch.norm_head and "norm_head" not in target.supports and not value_heads
-    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold and not value_heads})
-    target.config_with_head(arch, value_heads)
-    rules = target.rules_with_head(arch, value_heads)
-    extra = set(reader.keys()) - {rule.core for rule in rules}
+    embedder = is_embedder(reader)
+    value_heads = 0 if embedder else value_heads_of(reader)
+    vocabulary = not value_heads and not embedder
+    fold = arch.norm_head and "norm_head" not in target.supports and vocabulary
+    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold and vocabulary})
+    target.config_with_head(arch, value_heads, embedder=embedder)
+    rules = target.rules_with_head(arch, value_heads, embedder=embedder)
+    extra = set(reader.keys()) - {rule.core for rule in rules} - ({OUTPUT_NAME} if embedder else set())
     if extra:
         raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
     for rule in rules:
@@ -306,7 +312,7 @@ def plan_export(
         ]
         for group in groups
     ]
-    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads)
+    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads, embedder)
 
 
 def trained_length(reader: ExportSource) -> int:
@@ -336,9 +342,10 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
     specs = [spec for specs in plan.specs for spec in specs]
     dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    config = plan.family.config_with_head(plan.arch, plan.value_heads) | copy_code(plan, folder, origin)
+    config = plan.family.config_with_head(plan.arch, plan.value_heads, embedder=plan.embedder)
+    config |= copy_code(plan, folder, origin)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
-    if not plan.value_heads:
+    if not plan.value_heads and not plan.embedder:
         json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
@@ -376,6 +383,7 @@ def export(
     tokenizer: Path | None = None,
     workers: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> ExportPlan:
     """Write a Hugging Face folder: safetensors with their index, config.json, generation_config.json, the tokenizer.
 
@@ -383,6 +391,7 @@ def export(
         workers: how many processes write; each writes one file at a time.
         family, dtype, max_file_bytes: see plan_export().
         tokenizer: folder of the tokenizer to copy, or None.
+        beside: writes further files into the folder before it gets its name.
 
     Raises:
         ConversionError: `out` exists or cannot be written; the family cannot compute the model.
@@ -392,6 +401,7 @@ def export(
     with written_aside(out) as temporary:
         in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
         finish_export(plan, temporary, tokenizer=tokenizer, origin=reader.origin())
+        beside(temporary)
     return plan
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, overlaps
@@ -21,7 +22,7 @@ from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import STACKED_NAMES, Settings
+from flagscale_like.families.family import STACKED_NAMES, Settings, without_prefix
 from flagscale_like.families.quantization import Scheme
 from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
@@ -30,6 +31,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FORMS = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)  # in the order in which transformers looks for them
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+BARE_EMBEDDING = "embed_tokens.weight"  # in folders whose names do not begin with `model.`
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +48,7 @@ class HfFolder:
     Attributes:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
+        embedder: whether the model has no output layer, as an embedding model.
         rules: the weight map's rule of every tensor of the model.
         left_out: tensors of layers behind the decoder's, for multi-token prediction, which are not read.
         quantization: how its weights are quantized; None where they are not.
@@ -65,6 +68,7 @@ class HfFolder:
         settings = Settings.read(self.folder)
         self.value_heads = self.family.value_heads(settings)
         self.quantization = Scheme.of(settings)
+        self.embedder = self.family.is_embedder(settings)
         self.notes: list[str] = []
         self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
         if self.quantization is not None:
@@ -77,7 +81,7 @@ class HfFolder:
                 f"{self.folder}: its weights are INT{scheme.bits} in groups of {scheme.group_size}; they are read as the "
                 "numbers that they stand for"
             )
-        self.rules = self._choose_rules()
+        self.rules = self._named()
         self._by_core: dict[str, list[Rule]] = {}
         for rule in self.rules:
             self._by_core.setdefault(rule.core, []).append(rule)
@@ -89,13 +93,6 @@ class HfFolder:
     def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
         """Another process opens the folder itself."""
         return HfFolder, (self.folder,)
-
-    def _choose_rules(self) -> list[Rule]:
-        """Those of the form that the folder has: a layer's experts one by one, or as one tensor."""
-        rules = self.family.rules_with_head(self.arch, self.value_heads)
-        if self.arch.experts is not None and any(name.endswith(STACKED_NAMES) for name in self._files):
-            return self.family.rules_with_head(self.arch, self.value_heads, stacked=True)
-        return rules
 
     def _behind_the_decoder(self, settings: Settings) -> list[str]:
         """Tensors of layers that config.json counts as num_nextn_predict_layers, beside those of the decoder."""
@@ -147,6 +144,16 @@ class HfFolder:
             if tensor not in files[name].specs:
                 raise ConversionError(f"{self.folder}: {form} says {name} holds {tensor}; it does not")
         return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _named(self) -> list[Rule]:
+        """The rules with the names of the folder: with or without the prefix `model.`, whatever class config.json names; a
+        layer's experts one by one, or as one tensor.
+        """
+        stacked = self.arch.experts is not None and any(name.endswith(STACKED_NAMES) for name in self._files)
+        rules = self.family.rules_with_head(self.arch, self.value_heads, stacked=stacked)
+        if self.embedder:
+            rules = [rule for rule in rules if rule.core != OUTPUT_NAME]
+        return [without_prefix(rule) for rule in rules] if BARE_EMBEDDING in self._files else rules
 
     def _weight_map(self, index: str) -> dict[str, str]:
         """The name of the file that holds each tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.embed import MaxTokens, PassageInstruction, PoolingOption, QueryInstruction
 
 if TYPE_CHECKING:
-    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
+    from flagscale_like.checkpoint.format import CheckpointReader
     from flagscale_like.checkpoint.hf import ExportPlan
 
 convert_app = typer.Typer(
@@ -94,9 +96,20 @@ def export(  # typer makes an option of every parameter
     base: Annotated[
         Path | None, typer.Option(help="Of a LoRA run: where its base is now, if that folder has moved.")
     ] = None,
+    sentence_transformers: Annotated[
+        bool,
+        typer.Option("--sentence-transformers", help="Of an embedding model: also say how vectors are made."),
+    ] = False,
+    pooling: PoolingOption = None,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+    max_tokens: MaxTokens = None,
     force: Force = False,
 ) -> None:
-    """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits."""
+    """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits.
+
+    An embedding model becomes a folder without an output layer, for transformers' AutoModel.
+    """
     from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
     from flagscale_like.checkpoint.hf import export
     from flagscale_like.errors import CheckpointError, ConfigError
@@ -121,14 +134,68 @@ def export(  # typer makes an option of every parameter
             raise ConfigError("--adapter writes for the base's own family: leave out --as")
         _export_adapter(adapted, out, dtype or "stored", tokenizer, verify=verify)
         return
-    dtype = dtype or "bf16"
-    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer, workers=workers)
+    dtype, notes = dtype or "bf16", []
+    beside = _nothing
+    if sentence_transformers:
+        given = {"query": query_instruction, "passage": passage_instruction}
+        beside = _sentence_transformers(reader, notes, pooling=pooling, instructions=given, max_tokens=max_tokens)
+    elif pooling or query_instruction or passage_instruction or max_tokens:
+        raise ConfigError(
+            "--pooling, --query-instruction, --passage-instruction and --max-tokens need --sentence-transformers"
+        )
+    options = {"family": as_family, "dtype": dtype, "tokenizer": tokenizer, "workers": workers, "beside": beside}
+    plan = export(reader, out, **options)
+    for note in notes:
+        typer.echo(note)
     merged = f", merged into {adapted.base.folder}" if adapted is not None else ""
     typer.echo(f"wrote {out} from {reader.folder}{merged} as {plan.family.name} in {dtype}")
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
     _verify_export(plan, out, adapted)
+
+
+def _nothing(folder: Path) -> None:
+    """Write no further files."""
+
+
+def _sentence_transformers(
+    reader: CheckpointReader | MergedWeights,
+    notes: list[str],
+    *,
+    pooling: str | None,
+    instructions: dict[str, str | None],
+    max_tokens: int | None,
+) -> Callable[[Path], None]:
+    """What writes the files of `export --sentence-transformers` into a folder, and says in `notes` what they hold."""
+    from flagscale_like.checkpoint.format import is_embedder
+    from flagscale_like.checkpoint.sentence_transformers import TextSettings, write_text_settings
+    from flagscale_like.errors import CheckpointError, ConfigError
+    from flagscale_like.recipes.embedder import MAX_PLACES, settings_of, with_options
+
+    if not is_embedder(reader):
+        raise CheckpointError(f"{reader.folder}: is no embedding model: leave out --sentence-transformers")
+    settings = with_options(settings_of(reader), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
+    if settings.pooling is None:
+        raise ConfigError(f"{reader.folder}: does not say how it pools: give --pooling last, mean or first")
+    limit = max(settings.lengths.values(), default=0) or min(reader.arch.longest_sequence or MAX_PLACES, MAX_PLACES)
+    unknown = [f"--{side}-instruction" for side in ("query", "passage") if side not in settings.instructions]
+    prompts = {
+        name: settings.instructions.get(side, "") for name, side in (("query", "query"), ("document", "passage"))
+    }
+    notes.append(
+        f"vectors: pooling {settings.pooling}, texts of at most {limit} tokens, prompts {prompts} (from {settings.origin})"
+    )
+    if unknown:
+        notes.append(f"note: nothing is known to go before texts; if something does, give {' and '.join(unknown)}")
+
+    def write(folder: Path) -> None:
+        found = write_text_settings(
+            folder, TextSettings(settings.pooling, prompts, limit), size=reader.arch.hidden_size
+        )
+        notes.extend([found] if found else [])
+
+    return write
 
 
 def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) -> None:
@@ -141,15 +208,16 @@ def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) 
     with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference = compare_logits(plan, out, ctx)
         change = change_by_merging(adapted, plan, out, ctx) if adapted is not None else None
+    what = "hidden states" if plan.embedder else "logits"
     if transformers_ships(plan.family.model_type):
-        typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
+        typer.echo(f"verified: transformers' {what} differ from the native model's by {difference:.1e} of the largest")
     else:
         typer.echo(
             f"not verified against other code: transformers has no model class for {plan.family.model_type}. The native "
             f"model computed the logits from {out} and from the checkpoint: they differ by {difference:.1e} of the largest"
         )
     if change is not None:
-        typer.echo(f"merging and rounding changed the logits by {change:.1e} of the largest")
+        typer.echo(f"merging and rounding changed the {what} by {change:.1e} of the largest")
 
 
 def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: Path | None, *, verify: bool) -> None:

@@ -95,6 +95,9 @@ def preprocess(  # typer makes an option of every parameter
         Literal["text", "ids", "error"],
         typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
     ] = "text",
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Begin each document with the tokenizer's bos_token, such as <s>.")
+    ] = False,
 ) -> None:
     """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
@@ -103,7 +106,7 @@ def preprocess(  # typer makes an option of every parameter
     from flagscale_like.data.filters import Cleaning, Quality
     from flagscale_like.data.preprocess import preprocess
     from flagscale_like.data.readers import find_inputs, read_documents
-    from flagscale_like.data.tokenizer import train_bpe
+    from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
@@ -139,11 +142,18 @@ def preprocess(  # typer makes an option of every parameter
             shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
             overwrite=overwrite,
             special_tokens=special_tokens,
+            add_bos=add_bos,
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
         print_report(report)
     seconds = time.perf_counter() - began
+    words = Tokenizer(tokenizer)
+    if not add_bos and words.before_text:
+        begin = words.decode_one(words.before_text[0])
+        typer.echo(
+            f"note: this tokenizer begins a text with {begin}; the documents are without it: --add-bos writes it"
+        )
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
         f"{report.empty:,} empty documents skipped; wrote {out}.bin, .idx, .documents.parquet, .report.json"

@@ -28,7 +28,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         DataError: `local` is true and the data cannot be used.
     """
     from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.report import describe_memory, describe_time
+    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory, describe_time
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
@@ -74,6 +74,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
                 f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
                 f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
             )
+    if config.objective.head == "hidden":
+        typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
 
 

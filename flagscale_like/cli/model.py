@@ -20,6 +20,7 @@ from flagscale_like.cli.embed import (
 from flagscale_like.errors import ConfigError, PlatformError
 
 if TYPE_CHECKING:
+    from flagscale_like.checkpoint.companions import Sampling
     from flagscale_like.cli.base import OpenedWeights
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
@@ -191,12 +192,26 @@ def generate(  # typer makes an option of every parameter
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 64,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Sampling temperature; 0 takes the most likely token. Default: the model's generation settings, or 0.",
+            min=0.0,
+        ),
+    ] = None,
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.", min=1e-6, max=1.0),
-    ] = 1.0,
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from so many of the most likely tokens; 0: from all.", min=0)
+    ] = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos",
+            help="Begin --prompt with the token that begins a text. Default: as the tokenizer does.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
     adapter: Adapter = None,
@@ -220,8 +235,12 @@ def generate(  # typer makes an option of every parameter
     words = Tokenizer(folder)
     chats = ChatTokenizer(folder) if chat is not None else None
     text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
-    ids = words.encode_batch([text])[0] or [words.eod]
-    stop = {words.eod, chats.end} if chats else {words.eod}
+    begin = [] if chats or add_bos is False else words.before_text
+    if add_bos and not begin:
+        begin = [words.bos] if words.bos is not None else []
+    ids = begin + words.encode_batch([text])[0] or [words.eod]
+    sampling = _sampling(folder, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+    stop = {words.eod, *sampling.stop, *([chats.end] if chats else [])}
     limit = source.arch.longest_sequence
     if limit and len(ids) + max_new_tokens > limit:
         raise ConfigError(
@@ -232,6 +251,33 @@ def generate(  # typer makes an option of every parameter
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
         model = Engine.build(spec, ctx, source=source).model
         new = generate(
-            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=stop,
+            seed=seed,
         )
     typer.echo((prompt or "") + words.continuation(ids, new))
+
+
+def _sampling(folder: Path, given: dict[str, float | None]) -> Sampling:
+    """The folder's generation settings, and what was given in their place. Says what nobody gave on the command line."""
+    from dataclasses import replace
+
+    from flagscale_like.checkpoint.companions import Sampling
+
+    found = Sampling.of(folder)
+    chosen = replace(found, **{name: value for name, value in given.items() if value is not None})
+    if found.temperature and given["temperature"] is None:
+        typer.echo(
+            f"sampling as generation_config.json says: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k "
+            f"{chosen.top_k}; --temperature 0 takes the likeliest tokens",
+            err=True,
+        )
+    if found.not_applied:
+        names = ", ".join(f"{name} {value}" for name, value in found.not_applied.items())
+        typer.echo(f"generation_config.json also asks for {names}: not applied", err=True)
+    return chosen

@@ -37,7 +37,13 @@ def plan(
 
     from flagscale_like.config import load_config
     from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
+    from flagscale_like.planner.report import (
+        EMBEDDING_NOTE,
+        describe_memory,
+        describe_ranking,
+        describe_time,
+        updated_config,
+    )
     from flagscale_like.planner.search import Goal, rank_layouts
 
     config = load_config(config_file, overrides or (), model_of_source)
@@ -53,10 +59,7 @@ def plan(
     if config.lora is not None:
         typer.echo(config.describe_parameters())
     if config.objective.head == "hidden":
-        typer.echo(
-            "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the "
-            "first pass of gradient caching, up to a third of the step, is not"
-        )
+        typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if cuda:

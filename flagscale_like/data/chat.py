@@ -403,7 +403,11 @@ def copy_tokenizer_files(folder: str | Path, target: Path) -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".model", ".txt", ".py")
+            and not path.name.endswith(".index.json")
+        ):
             (target / path.name).write_bytes(path.read_bytes())
 
 

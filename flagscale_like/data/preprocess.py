@@ -77,6 +77,7 @@ def preprocess(  # each parameter is one option of the command `preprocess`
     shard_bytes: int | None = None,
     overwrite: bool = False,
     special_tokens: SpecialTokens = "text",
+    add_bos: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
     """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json. They appear when all shards are joined.
@@ -95,7 +96,7 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         cleaning: how documents are cleaned; None keeps every document unchanged.
         shard_bytes: input bytes of a shard; None chooses them by the size of the input and the number of workers.
         overwrite: replace the files of a prefix that is there.
-        special_tokens: see shards.ShardOptions.
+        special_tokens, add_bos: see shards.ShardOptions.
         progress: called with the number of input bytes of each shard when it is complete.
 
     Returns:
@@ -112,6 +113,7 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         cleaning or Cleaning(),
         bad_lines,
         special_tokens=special_tokens,
+        add_bos=add_bos,
     )
     return _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
 

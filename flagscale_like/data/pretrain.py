@@ -23,7 +23,7 @@ from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
 from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
 from flagscale_like.data.groups import Groups, GroupTable, check_groups, groups_at
-from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.index_file import check_index, read_lengths
 from flagscale_like.data.inputs import ProgressLines, Say, changes_of_inputs, record_inputs, silent, size_of
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
@@ -182,6 +182,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
                     "conversations, `data chat`; of pairs, `data pairs`; of groups, `data groups`)"
                 )
+        check_index(source.path)
         _check_ids(source.path, config.model.vocab_size)
         found = conversations_at(source.path)
         if found is not None:

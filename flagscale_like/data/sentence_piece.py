@@ -98,7 +98,9 @@ class SentencePiece:
         self._matched = [token for token in added.values() if special or not token.special]
         longest_first = sorted((re.escape(token.text) for token in self._matched), key=len, reverse=True)
         self._split = re.compile("|".join(longest_first)) if longest_first else None
-        self._names = names
+        bos, eos = (self.id_of(names[n]) if n in names else self.own_id(n) for n in ("bos_token", "eos_token"))
+        self._before = [bos] if bos is not None and config.get("add_bos_token", True) else []
+        self._behind = [eos] if eos is not None and config.get("add_eos_token", False) else []
         self.size = 1 + max([self._pieces - 1, *self._by_id])
         self.special_texts = tuple(token.text for token in added.values() if token.special)
 
@@ -189,10 +191,9 @@ class SentencePiece:
             return self._by_id[number].text
         return self._model.id_to_piece(number) if 0 <= number < self._pieces else ""
 
-    def before_text(self) -> list[int]:
-        """The token that begins a text, as the classes of Llama and Baichuan add it by default."""
-        bos = self.id_of(self._names["bos_token"]) if "bos_token" in self._names else self.own_id("bos_token")
-        return [] if bos is None else [bos]
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Like encode(), with bos and eos as add_bos_token and add_eos_token say. Llama's classes add bos by default."""
+        return [self._before + ids + self._behind for ids in self.encode(texts)]
 
 
 def _whole_characters(offsets: list[tuple[int, int]], are_bytes: list[bool]) -> list[tuple[int, int]]:

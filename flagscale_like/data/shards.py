@@ -84,6 +84,7 @@ class ShardOptions:
         groups: how lines become groups of a query and its passages. Neither: the documents are text.
         special_tokens: what the text of a special token, such as <|endoftext|>, becomes inside a document: ordinary text
             (`text`), that token (`ids`), or a bad line (`error`).
+        add_bos: begin each document with the token that begins a text.
     """
 
     tokenizer_folder: str
@@ -92,6 +93,7 @@ class ShardOptions:
     bad_lines: BadLines
     chat: ChatOptions | None = None
     special_tokens: SpecialTokens = "text"
+    add_bos: bool = False
     groups: GroupOptions | None = None
 
     @property
@@ -171,6 +173,9 @@ class ShardMaker:
         self.tokenizer = Tokenizer(options.tokenizer_folder, special=options.special_tokens == "ids")
         self._forbidden = self.tokenizer.special_texts if options.special_tokens == "error" else ()
         self.dtype = token_dtype(self.tokenizer.vocab_size)
+        if options.add_bos and self.tokenizer.bos is None:
+            raise DataError(f"tokenizer {options.tokenizer_folder}: names no bos_token, which --add-bos writes")
+        self._begin = [self.tokenizer.bos] if options.add_bos else []
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
         """Write one shard and return its report.
@@ -227,7 +232,7 @@ class ShardMaker:
         for batch in _batches(self._documents(pieces, report, lines)):
             for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
                 if len(ids):
-                    yield document, np.append(ids, self.tokenizer.eod), None
+                    yield document, np.concatenate((self._begin, ids, [self.tokenizer.eod])).astype(np.int32), None
                 else:
                     report.empty += 1
 
@@ -362,6 +367,7 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
         "special_tokens": options.special_tokens,
+        **({"add_bos": True} if options.add_bos else {}),
         "chat": asdict(options.chat) if options.chat else None,
         "groups": asdict(options.groups) if options.groups else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],

@@ -52,8 +52,8 @@ class Backend(Protocol):
     def own_id(self, name: str) -> int | None:
         """The id that the vocabulary itself gives a special token such as eos_token, where no file names it."""
 
-    def before_text(self) -> list[int]:
-        """The special tokens with which a text begins, where tokenizer_config.json does not say."""
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with the special tokens that the tokenizer itself puts around it."""
 
 
 class FastBackend:
@@ -87,9 +87,8 @@ class FastBackend:
     def own_id(self, name: str) -> int | None:
         return None
 
-    def before_text(self) -> list[int]:
-        found = self.tokenizer.encode("a", add_special_tokens=True)
-        return found.ids[: found.special_tokens_mask.index(0)] if 0 in found.special_tokens_mask else []
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
 
 
 class TransformersBackend:
@@ -125,11 +124,8 @@ class TransformersBackend:
     def own_id(self, name: str) -> int | None:
         return getattr(self.tokenizer, f"{name}_id", None)
 
-    def before_text(self) -> list[int]:
-        with_special, plain = self.tokenizer("a")["input_ids"], self.encode(["a"])[0]
-        return next(
-            (with_special[:i] for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), []
-        )
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), **self._options | {"add_special_tokens": True})["input_ids"]
 
 
 def open_backend(folder: Path, *, special: bool) -> tuple[Backend, dict[str, str], Mapping[str, Any]]:
@@ -224,9 +220,10 @@ class Tokenizer:
 
         add_bos_token of tokenizer_config.json decides, or else the vocabulary.
         """
-        if self._add_bos is None:
-            return self._backend.before_text()
-        return [self.bos] if self._add_bos and self.bos is not None else []
+        if self._add_bos is not None:
+            return [self.bos] if self._add_bos and self.bos is not None else []
+        plain, whole = self.encode_batch(["a"])[0], self.encode_whole(["a"])[0]
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     @property
     def pad(self) -> int:
@@ -244,9 +241,7 @@ class Tokenizer:
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text with the special tokens that the tokenizer puts around it."""
-        if self._fast is not None:
-            return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=True)]
-        return self._slow(list(texts), split_special_tokens=not self._special)["input_ids"]
+        return self._backend.encode_whole(texts)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""

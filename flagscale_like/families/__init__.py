@@ -60,7 +60,7 @@ def read_config(folder: Path) -> tuple[Family, ModelArch]:
         known = ", ".join(sorted({f.model_type for f in families().values()}))
         raise settings.fail(f"model_type {model_type!r} is not known; known: {known}")
     family = next((f for f in found if f.matches(settings)), found[0])
-    known_classes = {name for f in found for name in (*f.architectures, f.classifier) if name}
+    known_classes = {name for f in found for name in (*f.architectures, f.classifier, f.encoder) if name}
     if classes and not set(classes) & known_classes:
         raise settings.fail(f"architectures is {classes!r}, known for {model_type}: {', '.join(sorted(known_classes))}")
     return family, family.read(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def features(arch: ModelArch) -> set[str]:
     return used
 
 
+PREFIX = "model."  # of all names but the output layer's in transformers' models with an output layer
 # Fields that no config.json has: how weights were drawn, and what the family is called here.
 NOT_EXPRESSED = ("family", "init_std", "output_init_std", "norm_init")
 # Those of ModelArch.experts: how the load is evened out in training.
@@ -484,6 +485,11 @@ def split_qkv(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
     return rules
 
 
+def without_prefix(rule: Rule) -> Rule:
+    """A rule for the names of transformers' models without an output layer, which do not begin with `model.`."""
+    return replace(rule, hf=tuple(name.removeprefix(PREFIX) for name in rule.hf))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models.
@@ -525,21 +531,49 @@ class Family:
         """
         return decoder_rules(arch, Names(qkv=self.qkv, experts=self.experts, stacked=stacked))
 
-    def rules_with_head(self, arch: ModelArch, value_heads: int, *, stacked: bool = False) -> list[Rule]:
-        """rules() of a model whose value head has so many outputs; of a language model, with 0."""
+    @property
+    def encoder(self) -> str | None:
+        """Class name of transformers' model without an output layer, as which embedding models are written.
+
+        None: transformers ships none.
+        """
+        name, suffix = self.architectures[0], "ForCausalLM"
+        return name.removesuffix(suffix) + "Model" if self.classifier and name.endswith(suffix) else None
+
+    def rules_with_head(
+        self, arch: ModelArch, value_heads: int, *, embedder: bool = False, stacked: bool = False
+    ) -> list[Rule]:
+        """rules() of a model whose value head has so many outputs; of a language model, with 0.
+
+        Args:
+            embedder: an embedding model, which has no output layer. Its names are those of transformers' class `encoder`.
+            stacked: see rules().
+        """
         rules = self.rules(arch, stacked=stacked) if stacked else self.rules(arch)
+        if embedder:
+            return [without_prefix(rule) for rule in rules if rule.core != OUTPUT_NAME]
         if not value_heads:
             return rules
         head = Direct(OUTPUT_NAME, (value_heads, arch.hidden_size), ("score.weight",))
         return [*(rule for rule in rules if rule.core != OUTPUT_NAME), head]
 
-    def config_with_head(self, arch: ModelArch, value_heads: int) -> dict[str, Any]:
+    def config_with_head(self, arch: ModelArch, value_heads: int, *, embedder: bool = False) -> dict[str, Any]:
         """hf_config() of a model whose value head has so many outputs; of a language model, with 0.
 
+        Args:
+            embedder: an embedding model, which has no output layer.
+
         Raises:
-            ConversionError: see hf_config(), or there is no class for models with a value head.
+            ConversionError: see hf_config(), or there is no class for models with a value head or without an output layer.
         """
         config = self.hf_config(arch)
+        if embedder and self.encoder is None:
+            raise ConversionError(
+                f"an embedding model cannot be written as {self.name}: transformers has no such class without an output "
+                "layer; choose another family with --as or model.family"
+            )
+        if embedder:
+            return config | {"architectures": [self.encoder]}
         if not value_heads:
             return config
         if self.classifier is None:
@@ -550,6 +584,10 @@ class Family:
         labels = [f"reward {number}" for number in range(value_heads)]
         named = {"id2label": {str(i): label for i, label in enumerate(labels)}}
         return config | {"architectures": [self.classifier], **named, "label2id": {v: i for i, v in enumerate(labels)}}
+
+    def is_embedder(self, settings: Settings) -> bool:
+        """Whether a Hugging Face folder's model has no output layer."""
+        return self.encoder is not None and self.encoder in settings.names("architectures")
 
     def value_heads(self, settings: Settings) -> int:
         """Outputs of the value head of a Hugging Face folder's model; 0 for a language model."""

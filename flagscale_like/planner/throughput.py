@@ -245,7 +245,7 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
     if layout.cp_kind == "a2a":
         both_ways = seconds(column * (shape.heads + 2 * shape.groups)) + seconds(column * shape.heads)
         return both_ways, both_ways
-    tensors = 3 if shape.layer is not None and shape.layer.attention.position.kind == "nlpe" else 2
+    tensors = 3 if shape.decoder and shape.decoder[0].attention.position.kind == "nlpe" else 2
     whole = seconds(column * layout.cp * tensors * shape.groups)
 
     def exposed(core: float) -> float:
@@ -264,7 +264,7 @@ def _adapter_passes(
     """
     device, t = cluster.device, layout.tp
     forward = backward = traffic = 0.0
-    for parameter in shape.adapters:
+    for parameter in shape.adapters_of(0):
         if len(parameter.shape) != 2:
             continue
         n, k = parameter.shard_shape(t)

@@ -41,6 +41,7 @@ def commands(folder):
         ["generate", "--checkpoint", "run", *text],
         ["evaluate", "--hf", str(folder), "--data", "text.txt", "--seq-length", "16"],
         ["evaluate", "--checkpoint", "run", "--data", "text.txt", "--seq-length", "16"],
+        ["generate", "--checkpoint", "run/hf", *text, "--temperature", "0"],
     ]
 
 
@@ -66,8 +67,13 @@ def test_a_published_folder_goes_in_and_out(name, tmp_path):
     check_carried(folder, tmp_path / "run/hf")
     arch = HfFolder(folder).arch
     assert HfFolder(tmp_path / "back").arch == HfFolder(tmp_path / "run/hf").arch == arch
+    begins = "note: this tokenizer begins a text with <s>; the documents are without it: --add-bos writes it"
+    assert (begins in outcomes[0].printed) is bool(Tokenizer(folder).before_text)
+    assert "sampling as generation_config.json says: temperature 0.3, top-p 1, top-k 50" in outcomes[4].printed
+    assert "sampling" not in outcomes[7].printed
     if arch.family in ("llama", "mistral", "qwen2", "qwen3"):
-        read_in_transformers(tmp_path / "run/hf")
+        text = read_in_transformers(tmp_path / "run/hf")
+        assert text in (None, outcomes[7].printed.removesuffix("\n"))
 
 
 def check_carried(folder, out):
@@ -87,12 +93,17 @@ def check_carried(folder, out):
 
 
 def read_in_transformers(folder):
+    """transformers' continuation of a prompt, where it reads the tokenizer too."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
     if (folder / "tokenizer.json").is_file():
         words, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
         for text in published.LINES[:4]:
             assert words(text)["input_ids"] == ours.before_text + ours.encode_batch([text])[0]
+        prompt = words("A tokenizer", return_tensors="pt")
+        out = model.generate(**prompt, max_new_tokens=2, do_sample=False)
+        return words.decode(out[0], skip_special_tokens=True)
+    return None
 
 
 @pytest.mark.parametrize("name", ["Baichuan-7B", "llama-7b-hf", "bare"])
@@ -112,6 +123,7 @@ def test_sentencepiece_itself_gives_the_same_ids(name, tmp_path):
         assert "".join(text[a:b] for a, b in dict.fromkeys(offsets)) == text
     assert (words.eod, words.vocab_size) == (2, published.PIECES)
     assert words.before_text == ([] if name == "Baichuan-7B" else [1])
+    assert words.encode_whole(["a"])[0] == [*words.before_text, *pieces.encode("a")]
     assert special_ids(folder) == {"bos_token_id": 1, "eos_token_id": 2}
     as_tokens = Tokenizer(folder)
     assert as_tokens.encode_batch(["a</s>b"])[0] == [*pieces.encode("a"), 2, *pieces.encode("b")]
