@@ -195,6 +195,11 @@ class RunConfig(Frozen):
                 f"train.micro_batch_size ({train.micro_batch_size}): micro_batch_size "
                 f"{near_divisors(train.micro_batch_size, train.global_batch_size)} would do"
             )
+        if self.init.mup and self.model.latent_attention:
+            raise ValueError(
+                "init.mup has no rule for model.latent_attention, whose inner widths do not grow with hidden_size: leave "
+                "init.mup out"
+            )
         if self.init.mup and self.model.tie_embeddings:
             raise ValueError(
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
