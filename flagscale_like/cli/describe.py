@@ -40,11 +40,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
-    padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
-    if x := model.experts:
-        active = model.active_parameter_count()
-        typer.echo(f"experts      {active:,} parameters for each token: {x.top_k} of {x.count} experts a layer")
+    _describe_model(config)
     if lora:
         typer.echo(f"lora         {lora}")
     typer.echo(
@@ -75,6 +71,16 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     if config.objective.head == "hidden":
         typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
+
+
+def _describe_model(config: RunConfig) -> None:
+    """Print the numbers of parameters."""
+    model = config.model
+    padded = model.parameter_count(model.padded_vocab_size(config.parallel.tp))
+    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    if x := model.experts:
+        active = model.active_parameter_count()
+        typer.echo(f"experts      {active:,} parameters for each token: {x.top_k} of {x.count} experts a layer")
 
 
 def _describe_lora(config: RunConfig) -> str:
