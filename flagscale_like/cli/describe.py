@@ -37,12 +37,13 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
     padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    active = f", {model.active_parameter_count():,} of them active for a token" if model.experts else ""
+    typer.echo(f"model        {model.parameter_count():,} parameters{active} ({padded:,} with the padded vocabulary)")
     if config.lora is not None:
         typer.echo(f"lora         {_describe_lora(config)}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
-        f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
+        f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}{f', ep {par.ep}' if par.ep > 1 else ''}"
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "

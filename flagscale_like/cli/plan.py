@@ -27,6 +27,13 @@ def plan(
     max_vpp: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of model chunks on a stage; 1: no interleaving.")
     ] = None,
+    imbalance: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Tokens that come to the expert-parallel rank with the most, relative to the mean. 1.2 without the option.",
+        ),
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Try activation offload for layouts that do not fit the memory.")
     ] = False,
@@ -46,6 +53,10 @@ def plan(
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
     goal = Goal.of(config, cuda=place.device.is_gpu)
+    if imbalance is not None:
+        if config.model.experts is None:
+            raise ConfigError(f"--imbalance ({imbalance}) is of experts, and the model has none: leave it out")
+        goal = replace(goal, imbalance=imbalance)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     if config.lora is not None:
