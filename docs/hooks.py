@@ -220,8 +220,8 @@ def exit_codes() -> str:
         "0 is success; a run that saved and stopped after SIGTERM or SIGINT also exits with 0. 128 + n means that signal n",
         "ended a rank or the launcher: 137 is SIGKILL, which the kernel sends when memory runs out.",
         "",
-        "`flagscale-like train` exits with the code of the rank that failed first. After a failure, `torchrun`, and so the",
-        "scripts in `launch/`, exits with 1; the rank's error line is in the log.",
+        "`flagscale-like train` and `launch/torchrun.sh` exit with the code of the rank that failed first. `torchrun` itself",
+        "exits with 1; its report has the rank's error line.",
     ]
     return "\n".join(lines) + "\n"
 

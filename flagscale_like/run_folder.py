@@ -13,6 +13,7 @@ class RunFolder:
         metrics, events: one JSON record a line: what is reported, and what monitors found.
         resilience: starts and stops, one JSON record a line; see training.recovery.
         tensorboard: folder of TensorBoard's files.
+        trackers: what experiment trackers call the run; see training.trackers.
         loss_plot: the loss curves.
         report: the run as one HTML page.
         checkpoints: a folder a saved step; see checkpoint.format.
@@ -33,6 +34,7 @@ class RunFolder:
         self.events = self.root / "events.jsonl"
         self.resilience = self.root / "resilience.jsonl"
         self.tensorboard = self.root / "tensorboard"
+        self.trackers = self.root / "trackers.json"
         self.loss_plot = self.root / "loss.png"
         self.report = self.root / "report.html"
         self.checkpoints = self.root / "checkpoints"

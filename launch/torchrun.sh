@@ -37,7 +37,7 @@ restarts=${MAX_RESTARTS:-3}
 if [[ $nodes == 1 ]]; then endpoint=${endpoint:-localhost:0}; fi # port 0: any free port
 [[ -n $endpoint ]] || fail "NNODES is $nodes: give RDZV_ENDPOINT=HOST:PORT, the same on every node"
 
-command=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks")
+command=("${PYTHON:-python3}" -m flagscale_like.runtime.torchrun --nnodes "$nodes" --nproc-per-node "$ranks")
 command+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-${PET_RDZV_ID:-flagscale-like}}")
 [[ -z ${RDZV_IS_HOST-} ]] || command+=(--rdzv-conf "is_host=$RDZV_IS_HOST")
 [[ -z ${LOCAL_ADDR-} ]] || command+=(--local-addr "$LOCAL_ADDR")

@@ -38,18 +38,22 @@ def invoke(words: list[str]) -> Outcome:
     return Outcome(result.exit_code, result.output)
 
 
-def run_commands(lines: list[list[str]], folder: Path | str = REPOSITORY, *, ranks: int = 1) -> list[list[Outcome]]:
+def run_commands(
+    lines: list[list[str]], folder: Path | str = REPOSITORY, *, ranks: int = 1, **environment: str
+) -> list[list[Outcome]]:
     """Run commands one after the other in `folder`, in new processes that fork from the warm server.
 
-    One rank is a user's shell, without a launcher; several are torchrun's. Returns, for each rank, an outcome a command.
+    One rank is a user's shell, without a launcher; several are torchrun's. `environment` has variables for them. Returns, for
+    each rank, an outcome a command.
     """
-    return run_ranks(ranks, _run_here, lines, str(folder))
+    return run_ranks(ranks, _run_here, lines, str(folder), environment)
 
 
-def _run_here(lines: list[list[str]], folder: str) -> list[Outcome]:
+def _run_here(lines: list[list[str]], folder: str, environment: dict[str, str]) -> list[Outcome]:
     from megatron.core import parallel_state  # not before flagscale_like, which prepares for it
 
     warnings.simplefilter("ignore")
+    os.environ.update(environment)
     # The harness's ranks are daemons that start others by a fork server. Here some commands start workers, as a shell's do.
     multiprocessing.current_process().daemon = False
     multiprocessing.set_start_method(None, force=True)

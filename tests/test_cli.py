@@ -41,7 +41,22 @@ def test_what_computes_nothing_loads_nothing_heavy(finished):
     run, path, _ = finished
     reading = [["train", str(path), "--print-config"], ["ckpt", "list", str(run)], ["report", str(run)]]
     assert heavy_modules(["--help"], *([*words, "--help"] for words in (["train"], ["ckpt"], ["data"]))) == "[]"
-    assert heavy_modules(*reading) == "[]"
+    assert heavy_modules(*reading, ["plan", str(path), "--cluster", "1x8xH100"]) == "[]"
+
+
+def test_commands_about_data_load_no_torch(tmp_path):
+    (tmp_path / "text.txt").write_text("some words of a text, and then some more words\n" * 20)
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "a question", "completion": "an answer"}\n' * 4)
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    words = str(tmp_path / "words")
+    chat = ["--tokenizer", f"{words}-tokenizer", "--template", str(tmp_path / "plain.jinja")]
+    loaded = heavy_modules(
+        ["preprocess", str(tmp_path / "text.txt"), "--train-tokenizer", "280", "--out", words],
+        ["data", "inspect", words],
+        ["data", "chat", str(tmp_path / "chats.jsonl"), *chat, "--out", str(tmp_path / "chats")],
+    )
+    assert "torch" not in loaded
+    assert "megatron" not in loaded
 
 
 def loaded_modules() -> list[str]:

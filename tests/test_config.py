@@ -26,8 +26,18 @@ WRONG = {
     "negative number": (["train.micro_batch_size=-1"], "greater than 0 (got -1)"),
     "zero": (["parallel.tp=0"], "greater than 0 (got 0)"),
     "missing": (["train=null"], "train"),
-    "heads % tp": (["parallel.tp=3"], "num_attention_heads (4) must be divisible by parallel.tp (3): tp 2 would do"),
-    "groups % tp": (["parallel.tp=4"], "num_query_groups (2) must be divisible by parallel.tp (4): tp 2 would do"),
+    "heads % tp": (
+        ["parallel.tp=3"],
+        "num_attention_heads (4) must be divisible by parallel.tp (3): tp 2 or 4 would do",
+    ),
+    "groups % tp": (
+        ["parallel.tp=6", "model.num_attention_heads=12", "model.head_dim=8", "model.num_query_groups=4"],
+        "num_query_groups (4) must be divisible by parallel.tp (6), or divide it: tp 4 would do",
+    ),
+    "rows of q, k, v % tp": (
+        ["parallel.tp=16", "model.num_attention_heads=16", "model.head_dim=2", "model.num_query_groups=1"],
+        "the 36 rows of q, k and v must be divisible by parallel.tp (16): tp 4 would do",
+    ),
     "ffn % tp": (["parallel.tp=2", "model.ffn_hidden_size=97"], "ffn_hidden_size (97) must be divisible"),
     "heads % groups": (
         ["model.num_query_groups=3"],

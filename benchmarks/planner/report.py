@@ -13,7 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.planner.published import (
+from flagscale_like.arch import ModelArch
+from flagscale_like.cluster import GIB, parse_cluster, with_devices
+from flagscale_like.errors import ConfigError
+from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.published import (
     AQUILA2_34B,
     BAICHUAN_7B,
     GPT3_H100,
@@ -21,10 +25,6 @@ from benchmarks.planner.published import (
     NARAYANAN_2021,
     Row,
 )
-from flagscale_like.arch import ModelArch
-from flagscale_like.cluster import GIB, parse_cluster, with_devices
-from flagscale_like.errors import ConfigError
-from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.saved import FUSED, Operators, layer_bytes
 from flagscale_like.planner.search import Goal, Ranking, evaluate, rank_layouts
 

@@ -34,6 +34,11 @@ class Block(ABC):
         return 2.0 * self.matrix_parameters
 
 
+def groups_on(groups: int, tp: int) -> int:
+    """KV groups that each tensor-parallel rank computes. Where there are fewer groups than ranks, several ranks share one."""
+    return max(1, groups // tp)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention(Block):
     """Grouped-query attention (Ainslie et al. 2023). The fields are ModelArch's."""
@@ -44,8 +49,10 @@ class GroupedQueryAttention(Block):
     head_dim: int
     qkv_bias: bool
     qk_norm: bool
+    qk_norm_over: str
     sliding_window: int | None
     position: Position
+    causal: bool
 
     def parameters(self, layer: int) -> tuple[Parameter, ...]:
         at, h, d = f"decoder.layers.{layer}.self_attention.", self.hidden_size, self.head_dim
@@ -57,12 +64,14 @@ class GroupedQueryAttention(Block):
         if self.qkv_bias:
             found.append(Parameter(at + "linear_qkv.bias", (rows,), Role.BIAS, 0, layer=layer))
         if self.qk_norm:
-            norms = ("q_layernorm.weight", "k_layernorm.weight")
-            found += [Parameter(at + norm, (d,), Role.HEAD_NORM, None, layer=layer) for norm in norms]
+            whole = self.qk_norm_over == "projection"
+            for norm, heads in (("q_layernorm", self.heads), ("k_layernorm", self.groups)):
+                shape, cut = ((heads * d,), 0) if whole else ((d,), None)
+                found.append(Parameter(f"{at}{norm}.weight", shape, Role.HEAD_NORM, cut, layer=layer))
         return tuple(found)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
-        keys = counted_keys(seq_length, self.sliding_window) * (0.5 if causal else 1.0)
+        keys = counted_keys(seq_length, self.sliding_window) * (0.5 if causal and self.causal else 1.0)
         return super().flops_per_token(seq_length, causal=causal) + 4.0 * self.heads * self.head_dim * keys
 
 

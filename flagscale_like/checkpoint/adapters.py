@@ -68,6 +68,18 @@ def identify(base: Base) -> dict[str, Any]:
     return {"kind": kind, "folder": str(base.folder.absolute()), "bytes": size, "xxh3": digest.hexdigest()}
 
 
+def identities(source: Any) -> list[dict[str, Any]]:
+    """The identity of each folder that a source of weights reads: its own, or the base's and the adapters'.
+
+    Adapters in peft's format have none beside their folder.
+    """
+    if isinstance(source, CheckpointReader | HfFolder):
+        return [identify(source)]
+    own = source.adapters
+    found = identify(own) if isinstance(own, CheckpointReader) else {"folder": str(Path(own.folder).absolute())}
+    return [identify(source.base), found]
+
+
 def same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two records are of the same weights, wherever they lie."""
     return all(one.get(key) == other.get(key) for key in ("kind", "bytes", "xxh3"))

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,7 +147,20 @@ def read_manifest(folder: Path) -> list[FileRecord]:
 
 
 def _is_safe(name: str) -> bool:
-    return name == os.path.basename(name) and name not in ("", ".", "..")
+    return name == os.path.basename(name) and name not in ("", ".", "..") and name.isprintable()
+
+
+def _record(entry: Mapping[str, Any]) -> FileRecord:
+    """An entry of a manifest.
+
+    Raises:
+        TypeError: it lacks something, has more, or has values of other types.
+    """
+    record = FileRecord(**entry)
+    texts = (record.name, record.xxh3, *([] if record.sha256 is None else [record.sha256]))
+    if type(record.size_bytes) is not int or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a size is no integer, or a name or checksum no text")
+    return record
 
 
 def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
@@ -158,12 +171,11 @@ def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = [FileRecord(**record) for record in manifest["files"]]
-        index = FileRecord(**manifest["index"]) if "index" in manifest else None
+        files = [_record(entry) for entry in manifest["files"]]
+        index = _record(manifest["index"]) if "index" in manifest else None
         version = manifest["format"]
         records = [*files, index] if index else files
         unsafe = [r.name for r in records if not _is_safe(r.name.removeprefix(f"{COMPANIONS}/"))]
-        typed = all(isinstance(r.size_bytes, int) and isinstance(r.xxh3, str) for r in records)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: not a checkpoint, or an unfinished one: no {MANIFEST}") from None
     except (OSError, *BAD_JSON, KeyError, TypeError) as error:
@@ -172,8 +184,8 @@ def read_records(folder: Path) -> tuple[list[FileRecord], FileRecord | None]:
         raise CheckpointError(f"{folder}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
     if unsafe:
         raise CheckpointError(f"{folder}: {MANIFEST} names a file outside the checkpoint: {unsafe[0]!r}")
-    if not typed:
-        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: a size is no integer or a checksum no text")
+    if STATE not in (record.name for record in files):
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: it does not list {STATE}")
     return files, index
 
 

@@ -11,99 +11,26 @@ outliers pays for finer steps. Embedding, output matrix, norms and biases stay a
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flagscale_like.checkpoint.companions import GENERATION, TOKENIZER_FILES
+from flagscale_like.checkpoint.companions import GENERATION, code_files, tokenizer_files
 from flagscale_like.checkpoint.hf import write_index, written_aside
 from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.packed import Quantized, pack
 from flagscale_like.checkpoint.tensor_file import TensorSpec, write_tensors
 from flagscale_like.errors import ConversionError
+from flagscale_like.families.quantization import Scheme
 from flagscale_like.json_files import write_json
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 ROWS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How weights are quantized.
-
-    Raises:
-        ConversionError: bits other than 4 and 8, or a group size that does not fill whole 32-bit words.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ConversionError(f"bits ({self.bits}) must be 4 or 8")
-        if self.group_size <= 0 or self.group_size % 8:
-            raise ConversionError(f"group_size ({self.group_size}) must be a positive multiple of 8")
-
-    @property
-    def low(self) -> int:
-        return -(1 << (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        return (1 << (self.bits - 1)) - 1
-
-    def config(self) -> dict[str, Any]:
-        """`quantization_config` of config.json."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": self.symmetric,
-            "strategy": "group",
-            "group_size": self.group_size,
-            "dynamic": False,
-            "observer": "mse",
-        }
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        # transformers' compressed mode expects the zero points unpacked and the library packs them (compressed-tensors 0.20,
-        # transformers 5.23): with this key it dequantizes while loading instead, and from_pretrained needs no argument.
-        more = {} if self.symmetric else {"dequantize": True}
-        return {
-            **more,
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-            "kv_cache_scheme": None,
-        }
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A matrix as integers.
-
-    Attributes:
-        values: [rows, columns] int8.
-        scale: [rows, groups], in the dtype of the weights.
-        zero: [rows, groups] int8; None where symmetric.
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-    def dequantize(self) -> Tensor:
-        """scale * (q - zero), [rows, columns] fp32."""
-        rows, groups = self.scale.shape
-        values = self.values.view(rows, groups, -1).float()
-        if self.zero is not None:
-            values = values - self.zero.unsqueeze(-1).float()
-        return (values * self.scale.unsqueeze(-1).float()).view(rows, -1)
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
@@ -155,23 +82,6 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
     return Quantized(best.values.view(weight.shape), best.scale, best.zero)
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack integers into 32-bit words, the first value in the lowest bits, each raised by 2^(bits - 1).
-
-    Args:
-        values: [rows, columns] int8 in the signed range.
-
-    Returns:
-        [rows, ceil(columns * bits / 32)] int32.
-    """
-    unsigned = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    a_word = 32 // bits
-    unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % a_word))
-    if bits == 4:
-        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)  # little-endian, as safetensors is
-
-
 @dataclass(frozen=True)
 class Summary:
     """What quantize_folder() did.
@@ -196,12 +106,14 @@ def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
             `out` exists or cannot be written.
     """
     folder = HfFolder(source)
-    for spec in folder.specs():
-        if _is_quantized(spec) and spec.shape[1] % scheme.group_size:
-            raise ConversionError(
-                f"{folder.folder}: {spec.name} has {spec.shape[1]} columns, which group_size "
-                f"({scheme.group_size}) must divide"
-            )
+    if folder.quantization is not None:
+        raise ConversionError(f"{folder.folder}: is quantized already: quantize the folder that it was made from")
+    if folder.arch.experts is not None:
+        raise ConversionError(
+            f"{folder.folder}: has experts, which transformers holds stacked, and not as the linear modules that this format "
+            "is for: only dense models are quantized"
+        )
+    _check_columns(folder, scheme)
     tally = _Tally()
     with written_aside(out) as temporary:
         weight_map: dict[str, str] = {}
@@ -217,11 +129,28 @@ def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
         config = json.loads((folder.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = scheme.config()
         write_json(temporary / "config.json", config)
-        for name in (*TOKENIZER_FILES, GENERATION):
+        code = code_files(folder.folder, config.get("auto_map"))
+        for name in {*tokenizer_files(folder.folder), *code, GENERATION}:
             if (folder.folder / name).is_file():
                 shutil.copyfile(folder.folder / name, temporary / name)
     error = (tally.squared_error / tally.squared_weights) ** 0.5 if tally.squared_weights else 0.0
     return Summary(tally.matrices, tally.bytes_before, tally.bytes_after, error)
+
+
+def _check_columns(folder: HfFolder, scheme: Scheme) -> None:
+    matrices = [spec for spec in folder.specs() if _is_quantized(spec)]
+    wrong = next((spec for spec in matrices if spec.shape[1] % scheme.group_size), None)
+    if wrong is None:
+        return
+    shared = math.gcd(*(spec.shape[1] for spec in matrices))
+    fitting = [size for size in range(8, shared + 1, 8) if shared % size == 0]
+    below = [size for size in fitting if size < scheme.group_size][-1:]
+    near = below + [size for size in fitting if size > scheme.group_size][:1]
+    fits = f"group size {' or '.join(map(str, near))} would do" if near else "no multiple of 8 divides all matrices"
+    raise ConversionError(
+        f"{folder.folder}: {wrong.name} has {wrong.shape[1]} columns, which group_size ({scheme.group_size}) must divide: "
+        f"{fits}"
+    )
 
 
 @dataclass

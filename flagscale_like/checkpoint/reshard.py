@@ -70,7 +70,9 @@ def reshard(
             values = (tensor for _, tensor in tensors)
             written.append(write_fragments(path, fragments, values, specs_of(tensors), sha256=sha256))
         state = write_json(temporary / STATE, {**reader.state, "layout": {"files": files}}, sha256=sha256)
-        beside = write_companions(read_companions([source / COMPANIONS]), temporary, sha256=sha256)
+        beside = write_companions(
+            read_companions([source / COMPANIONS], reader.origin().auto_map), temporary, sha256=sha256
+        )
         records = finish_folder(temporary, written, [state, *beside], sha256=sha256)
         os.replace(temporary, out)
         fsync_folder(out.parent)

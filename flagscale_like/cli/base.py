@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from flagscale_like.checkpoint.format import CheckpointReader
     from flagscale_like.checkpoint.hf_folder import HfFolder
 
-    OpenedModel = tuple[CheckpointReader | HfFolder | AdaptedWeights, Path | None]
+    OpenedWeights = CheckpointReader | HfFolder | AdaptedWeights
+    OpenedModel = tuple[OpenedWeights, Path | None]
 
 
 def example(text: str) -> str:
@@ -112,12 +113,12 @@ def open_model(
     from flagscale_like.runtime.launched import current_launch
 
     source = HfFolder(path) if hugging_face else open_weights(path)
-    for note in getattr(source, "notes", ()):
+    launch = current_launch()
+    for note in getattr(source, "notes", ()) if launch is None or launch.rank == 0 else ():
         typer.echo(note, err=True)
     if adapter is not None and is_peft_folder(adapter):
         if holds_adapters(source):
             raise CheckpointError(f"{path}: holds adapters alone, and cannot be the base of others")
-        launch = current_launch()
         if launch is None or launch.rank == 0:
             typer.echo(
                 f"{adapter}: peft records no identity of the base: not verified that it is {path}; the shapes agree"

@@ -1,7 +1,8 @@
-"""`preprocess` tokenizes text, `data chat` conversations; `data` shows both, and the documents that a training step read."""
+"""`preprocess` tokenizes text, `data chat` conversations; `data` shows them, and the documents that a training step read."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,9 @@ def preprocess(  # typer makes an option of every parameter
         Literal["text", "ids", "error"],
         typer.Option(help="What <|endoftext|> and the like become inside a document: text, the token, or a bad line."),
     ] = "text",
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Begin each document with the tokenizer's bos_token, such as <s>.")
+    ] = False,
 ) -> None:
     """Tokenize text to the .bin/.idx that training reads, and write a table with the source line of each document.
 
@@ -102,7 +106,7 @@ def preprocess(  # typer makes an option of every parameter
     from flagscale_like.data.filters import Cleaning, Quality
     from flagscale_like.data.preprocess import preprocess
     from flagscale_like.data.readers import find_inputs, read_documents
-    from flagscale_like.data.tokenizer import train_bpe
+    from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
@@ -124,7 +128,7 @@ def preprocess(  # typer makes an option of every parameter
                 tokenizer,
             )
     began = time.perf_counter()
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report = preprocess(
             files,
             tokenizer,
@@ -138,11 +142,18 @@ def preprocess(  # typer makes an option of every parameter
             shard_bytes=int(shard_mb * 2**20) if shard_mb else None,
             overwrite=overwrite,
             special_tokens=special_tokens,
+            add_bos=add_bos,
             progress=progress,
         )
     if cleaning != Cleaning() or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     seconds = time.perf_counter() - began
+    words = Tokenizer(tokenizer)
+    if not add_bos and words.before_text:
+        begin = words.decode_one(words.before_text[0])
+        typer.echo(
+            f"note: this tokenizer begins a text with {begin}; the documents are without it: --add-bos writes it"
+        )
     typer.echo(
         f"{report.documents:,} documents, {report.tokens:,} tokens ({report.tokens / seconds:,.0f} tokens/s), "
         f"{report.empty:,} empty documents skipped; wrote {out}.bin, .idx, .documents.parquet, .report.json"
@@ -150,19 +161,27 @@ def preprocess(  # typer makes an option of every parameter
 
 
 @contextmanager
-def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of the files, on a terminal. Yields a function that takes the bytes that are done."""
+def show_progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of the files; lines where the output is no terminal.
+
+    Yields a function that takes the bytes that are done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from flagscale_like.data.inputs import ProgressLines, size_of
+
+    console, total = Console(stderr=True), size_of(files)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield ProgressLines(total, functools.partial(typer.echo, err=True))
+        return
     columns = ("[progress.description]{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("tokenizing", total=total)
         yield lambda size: bar.advance(task, size)
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print how many documents were dropped for each reason."""
     from rich.console import Console
     from rich.table import Table
@@ -209,7 +228,7 @@ def chat(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -259,7 +278,7 @@ def pairs(  # typer makes an option of every parameter
 
     files = find_inputs(inputs)
     text = _chat_template(tokenizer, template, long, length)
-    with _progress(files) as progress:
+    with show_progress(files) as progress:
         report, own = preprocess_chat(
             files,
             tokenizer,
@@ -295,7 +314,7 @@ def _print_pair_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.pair_shards import MARGINS, OTHER_PROMPTS
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     number, counted = report.documents // 2, report.counts[COUNTED]
     typer.echo(
         f"{number:,} pairs, {report.tokens:,} tokens, of which {counted:,} count ({counted / report.tokens:.1%}); "
@@ -315,7 +334,7 @@ def _print_chat_report(report: Report, tokenizer: Path) -> None:
     from flagscale_like.data.tokenizer import Tokenizer
 
     if report.dropped or report.bad_lines:
-        _print_report(report)
+        print_report(report)
     counted = report.counts[COUNTED]
     typer.echo(
         f"{report.documents:,} conversations, {report.tokens:,} tokens, of which {counted:,} count "
@@ -371,7 +390,6 @@ def locate(
     import json
     from dataclasses import asdict
 
-    from flagscale_like.config import RunConfig
     from flagscale_like.data.inspect import excerpt
     from flagscale_like.data.provenance import Provenance, dp_rank_of, locate, open_order, readings_of
     from flagscale_like.data.tokenizer import Tokenizer
@@ -381,7 +399,7 @@ def locate(
     if attempt is not None and attempt > len(readings):
         raise ConfigError(f"--attempt ({attempt}): step {step} ran {len(readings)} times: give 1 to {len(readings)}")
     reading = readings[(attempt or len(readings)) - 1]
-    segment, config = reading.segment, RunConfig.model_validate(reading.segment.config)
+    segment, config = reading.segment, reading.segment.config
     if step > config.train.steps:
         raise ConfigError(f"--step ({step}): the run has {config.train.steps} steps (train.steps): give one of them")
     provenance = Provenance(open_order(segment, draws), config.data.source_names)

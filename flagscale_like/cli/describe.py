@@ -10,6 +10,7 @@ from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flagscale_like.arch import ModelArch
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
 
@@ -27,23 +28,25 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         ConfigError: a rank needs more memory than the device has.
         DataError: `local` is true and the data cannot be used.
     """
-    from flagscale_like.planner.report import describe_memory, describe_time
+    from flagscale_like.planner.evidence import describe_evidence
+    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory, describe_time
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
+    # What may be missing is looked for before anything is measured.
+    lora = _describe_lora(config) if config.lora is not None else ""
+    data = _describe_data(config, local=local) if not config.data.synthetic else ""
     cluster = find_cluster(cluster_text, config, ranks) if cluster_text or local else None
     cuda = cluster is None or cluster.device.is_gpu
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
-    padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    active = f", {model.active_parameter_count():,} of them active for a token" if model.experts else ""
-    typer.echo(f"model        {model.parameter_count():,} parameters{active} ({padded:,} with the padded vocabulary)")
-    if config.lora is not None:
-        typer.echo(f"lora         {_describe_lora(config)}")
+    typer.echo(_describe_model(model, par.tp))
+    if lora:
+        typer.echo(f"lora         {lora}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
-        f"{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}{f', ep {par.ep}' if par.ep > 1 else ''}"
+        f"{f', ep {par.ep}' if model.experts else ''}{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
@@ -51,20 +54,36 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         f"bubble {layout.bubble:.1%} of the compute time"
     )
     typer.echo(f"run          {train.steps:,} steps, {tokens:,} tokens, {train.precision}")
-    if not config.data.synthetic:
-        typer.echo(f"data         {_describe_data(config, local=local)}")
+    if data:
+        typer.echo(f"data         {data}")
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
     if cluster is None:
         typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected tokens/s")
     else:
         typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
+        if cuda:
+            typer.echo(describe_evidence(plan, goal, cluster))
         if plan.peak_bytes > cluster.device.hbm_bytes:
             raise ConfigError(
                 f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
                 f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
             )
+    if config.objective.head == "hidden":
+        typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
+
+
+def _describe_model(model: ModelArch, tp: int) -> str:
+    """Its parameters, and of a mixture of experts those that a token meets."""
+    count, padded = model.parameter_count(), model.parameter_count(model.padded_vocab_size(tp))
+    text = f"model        {count:,} parameters ({padded:,} with the padded vocabulary)"
+    if model.experts is not None:
+        active, experts = model.active_parameter_count(), model.experts
+        text += (
+            f"\nexperts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
+        )
+    return text
 
 
 def _describe_lora(config: RunConfig) -> str:
@@ -85,19 +104,34 @@ def _describe_lora(config: RunConfig) -> str:
 
 def _describe_data(config: RunConfig, *, local: bool) -> str:
     """Check the data and describe it in a few words. For ranks of other machines, missing data is not an error."""
-    from flagscale_like.data.pretrain import check_sources
-    from flagscale_like.data.readers import find_inputs
     from flagscale_like.errors import DataError
 
     try:
         if config.data.prepare:
-            return f"{len(find_inputs(config.data.prepare.input))} files to prepare before the first step"
+            return _describe_inputs(config)
+        from flagscale_like.data.pretrain import check_sources  # loads torch and megatron-core
+
         check_sources(config)
     except DataError as error:
         if local:
             raise
         return f"not checked: {error}"
     return f"{len(config.data.sources)} sources found"
+
+
+def _describe_inputs(config: RunConfig) -> str:
+    """Find the text that the first step prepares, and read the tokenizer, if one is given.
+
+    Raises:
+        DataError: either is missing.
+    """
+    from flagscale_like.data.readers import find_inputs
+    from flagscale_like.data.tokenizer import Tokenizer
+
+    files = find_inputs(config.data.prepare.input)
+    if config.data.tokenizer:
+        Tokenizer(config.data.tokenizer)
+    return f"{len(files)} files to prepare before the first step"
 
 
 def _nominal(ranks: int) -> ClusterSpec:
@@ -114,12 +148,13 @@ def find_cluster(text: str | None, config: RunConfig, ranks: int) -> ClusterSpec
         text: such as 64x8xH100; the device name `this`, or None, measures this machine's device.
     """
     from flagscale_like.cluster import parse_cluster
-    from flagscale_like.runtime.platforms import get_platform
-    from flagscale_like.runtime.roofline import measure_device
 
     text = text or f"{ranks}xthis"
     if not text.lower().endswith("xthis"):
-        return parse_cluster(text)
+        return parse_cluster(text)  # loads no torch
+    from flagscale_like.runtime.platforms import get_platform
+    from flagscale_like.runtime.roofline import measure_device
+
     platform = get_platform()
     count = parse_cluster(text.lower().replace("xthis", "xH100")).devices
     device = measure_device(platform, config.train.precision, processes=count if platform.ranks_share_device else 1)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
-from flagscale_like.errors import ConfigError
+from flagscale_like.cli.embed import (
+    Dimensions,
+    PassageInstruction,
+    PoolingOption,
+    QueryInstruction,
+    evaluate_retrieval,
+    open_embedder,
+)
+from flagscale_like.errors import ConfigError, PlatformError
+
+if TYPE_CHECKING:
+    from flagscale_like.checkpoint.companions import Sampling
+    from flagscale_like.cli.base import OpenedWeights
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
 
@@ -17,11 +29,22 @@ MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-len
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
 def evaluate(  # typer makes an option of every parameter
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Text (file, folder, jsonl, parquet), or a .bin/.idx path without suffix, also of conversations."
         ),
-    ],
+    ] = None,
+    retrieval: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of --data: folder with queries.jsonl, corpus.jsonl, qrels/ (BEIR) or qrels.jsonl. Repeatable."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --retrieval: the judgements, qrels/SPLIT.tsv.")] = "test",
+    pooling: PoolingOption = None,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+    dimensions: Dimensions = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
     hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
     adapter: Adapter = None,
@@ -29,7 +52,9 @@ def evaluate(  # typer makes an option of every parameter
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the model's tokenizer.")] = None,
     seq_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of one window of text. Default: the model's positions, at most 1024.", min=1),
+        typer.Option(
+            help="Tokens of one window of text, or most tokens of a text. Default: the model's, at most 1024.", min=1
+        ),
     ] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
     precision: Annotated[
@@ -41,18 +66,61 @@ def evaluate(  # typer makes an option of every parameter
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of --data: a task of lm-evaluation-harness, or a YAML file of one; may be given several times."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question. Default: the task's.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="With --tasks: also write the harness's numbers as JSON.")] = None,
 ) -> None:
-    """Print the loss and perplexity of a model on text, on any layout. Starts the ranks, or runs as a rank of torchrun."""
+    """Print a model's loss and perplexity on text, its scores on tasks, or how well an embedding model finds passages.
+
+    Text and passages are computed on any layout: the command starts the ranks, or runs as a rank of torchrun. Tasks are
+    computed by one process.
+    """
     from flagscale_like.config import Parallel
     from flagscale_like.runtime.launch import default_processes, launch
     from flagscale_like.runtime.launched import current_launch
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
+    if (data is not None) + bool(tasks) + bool(retrieval) != 1:
+        raise ConfigError("give one of --data, --tasks and --retrieval")
+    if not tasks and (shots is not None or limit is not None or out is not None):
+        raise ConfigError("--shots, --limit and --out belong to --tasks")
     parallel = Parallel(tp=tp, pp=pp, cp=cp)
+    if tasks:
+        if parallel.model_parallel_size > 1 or (nproc_per_node or 1) > 1:
+            raise ConfigError("tasks are computed by one process: leave out --tp, --pp, --cp and --nproc-per-node")
+        source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+        options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
+        _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
+        return
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
+
+    if retrieval:
+        with open_embedder(
+            hf or checkpoint,
+            parallel,
+            hugging_face=hf is not None,
+            adapter=adapter,
+            force=force,
+            tokenizer=tokenizer,
+            pooling=pooling,
+            instructions={"query": query_instruction, "passage": passage_instruction},
+            max_tokens=seq_length,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+        ) as (embedder, _):
+            evaluate_retrieval(embedder, retrieval, split, dimensions)
+        return
 
     from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream
@@ -78,6 +146,42 @@ def evaluate(  # typer makes an option of every parameter
             typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
 
 
+def _evaluate_tasks(
+    source: OpenedWeights,
+    tokenizer: Path | None,
+    tasks: list[str],
+    precision: str,
+    out: Path | None,
+    **options: int | None,
+) -> None:
+    """`evaluate --tasks`: print a line for each score."""
+    import os
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise PlatformError("--tasks needs lm-evaluation-harness: pip install 'flagscale_like[eval]'")
+    if tokenizer is None:
+        raise ConfigError("the model names no tokenizer: give --tokenizer FOLDER")
+    if all(task.endswith((".yaml", ".yml")) for task in tasks):  # a name asks for the hub's data, a file does not
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from flagscale_like.config import Parallel
+    from flagscale_like.data.tokenizer import Tokenizer
+    from flagscale_like.engine.engine import Engine
+    from flagscale_like.json_files import write_json
+    from flagscale_like.model.spec import ModelSpec
+    from flagscale_like.recipes.tasks import lines_of, score_tasks
+    from flagscale_like.runtime.parallel import parallel_context
+
+    with parallel_context(Parallel(), alone=True) as ctx:
+        spec = ModelSpec(arch=source.arch, precision=precision, lora=getattr(source, "lora", None))
+        model = Engine.build(spec, ctx, source=source).model
+        results = score_tasks(model, Tokenizer(tokenizer), tasks, **options)
+    if out is not None:
+        write_json(out, results)
+    for line in lines_of(results):
+        typer.echo(line)
+
+
 @app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))
 def generate(  # typer makes an option of every parameter
     checkpoint: Checkpoint,
@@ -88,12 +192,26 @@ def generate(  # typer makes an option of every parameter
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 64,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.", min=0.0)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Sampling temperature; 0 takes the most likely token. Default: the model's generation settings, or 0.",
+            min=0.0,
+        ),
+    ] = None,
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.", min=1e-6, max=1.0),
-    ] = 1.0,
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from so many of the most likely tokens; 0: from all.", min=0)
+    ] = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos",
+            help="Begin --prompt with the token that begins a text. Default: as the tokenizer does.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
     adapter: Adapter = None,
@@ -117,8 +235,12 @@ def generate(  # typer makes an option of every parameter
     words = Tokenizer(folder)
     chats = ChatTokenizer(folder) if chat is not None else None
     text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
-    ids = words.encode_batch([text])[0] or [words.eod]
-    stop = {words.eod, chats.end} if chats else {words.eod}
+    begin = [] if chats or add_bos is False else words.before_text
+    if add_bos and not begin:
+        begin = [words.bos] if words.bos is not None else []
+    ids = begin + words.encode_batch([text])[0] or [words.eod]
+    sampling = _sampling(folder, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+    stop = {words.eod, *sampling.stop, *([chats.end] if chats else [])}
     limit = source.arch.longest_sequence
     if limit and len(ids) + max_new_tokens > limit:
         raise ConfigError(
@@ -129,6 +251,33 @@ def generate(  # typer makes an option of every parameter
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
         model = Engine.build(spec, ctx, source=source).model
         new = generate(
-            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=stop,
+            seed=seed,
         )
     typer.echo((prompt or "") + words.continuation(ids, new))
+
+
+def _sampling(folder: Path, given: dict[str, float | None]) -> Sampling:
+    """The folder's generation settings, and what was given in their place. Says what nobody gave on the command line."""
+    from dataclasses import replace
+
+    from flagscale_like.checkpoint.companions import Sampling
+
+    found = Sampling.of(folder)
+    chosen = replace(found, **{name: value for name, value in given.items() if value is not None})
+    if found.temperature and given["temperature"] is None:
+        typer.echo(
+            f"sampling as generation_config.json says: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k "
+            f"{chosen.top_k}; --temperature 0 takes the likeliest tokens",
+            err=True,
+        )
+    if found.not_applied:
+        names = ", ".join(f"{name} {value}" for name, value in found.not_applied.items())
+        typer.echo(f"generation_config.json also asks for {names}: not applied", err=True)
+    return chosen

@@ -13,7 +13,7 @@ from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
-def plan(
+def plan(  # many parameters: the options of the command
     config_file: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[
@@ -43,7 +43,14 @@ def plan(
     from dataclasses import replace
 
     from flagscale_like.config import load_config
-    from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
+    from flagscale_like.planner.evidence import describe_evidence
+    from flagscale_like.planner.report import (
+        EMBEDDING_NOTE,
+        describe_memory,
+        describe_ranking,
+        describe_time,
+        updated_config,
+    )
     from flagscale_like.planner.search import Goal, rank_layouts
 
     config = load_config(config_file, overrides or (), model_of_source)
@@ -52,7 +59,8 @@ def plan(
         if network_gb_per_s <= 0:
             raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
-    goal = Goal.of(config, cuda=place.device.is_gpu)
+    cuda = place.device.is_gpu
+    goal = Goal.of(config, cuda=cuda)
     if imbalance is not None:
         if config.model.experts is None:
             raise ConfigError(f"--imbalance ({imbalance}) is of experts, and the model has none: leave it out")
@@ -61,8 +69,12 @@ def plan(
     best = ranking.plans[0]
     if config.lora is not None:
         typer.echo(config.describe_parameters())
+    if config.objective.head == "hidden":
+        typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    if cuda:
+        typer.echo(describe_evidence(best, goal, place))
     if write is not None:
         try:
             write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")

@@ -43,13 +43,15 @@ def train(
 ) -> None:
     """Start or resume the run that a YAML file describes. Starts the ranks, or runs as a rank of torchrun."""
     from flagscale_like.config import load_config
+    from flagscale_like.runtime.launched import current_launch
 
     config = load_config(config_file, overrides or (), model_of_source)
     if print_config:  # loads no torch
         typer.echo(config.to_yaml(), nl=False)
         return
+    if not dry_run and current_launch() is None:
+        typer.echo(f"{config_file} is read; loading torch and megatron-core")
     from flagscale_like.runtime.launch import default_processes, launch
-    from flagscale_like.runtime.launched import current_launch
 
     if (rank := current_launch()) is not None:
         if nproc_per_node is not None:
@@ -72,6 +74,7 @@ def train(
     if processes == 1 and max_restarts == 0:
         _train_here(config)
         return
+    typer.echo(f"starting {processes} ranks on this machine")
     arguments = ["train", str(config_file), *(overrides or ())]
     raise SystemExit(launch(processes, arguments, max_restarts=max_restarts))
 
@@ -88,7 +91,8 @@ def _train_here(config: RunConfig) -> None:
         _make_run_folder(config, ctx)
         with _held(config, ctx):
             # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
-            agree(ctx, lambda: prepare_once(config, workers=os.cpu_count() or 1) if ctx.is_main else None)
+            workers = os.cpu_count() or 1
+            agree(ctx, lambda: prepare_once(config, workers, typer.echo) if ctx.is_main else None)
             pretrain(prepare_once(config), ctx)
 
 

@@ -20,6 +20,7 @@ from flagscale_like.config.groups import (
 )
 from flagscale_like.config.health import (
     EffectiveRank,
+    ExpertLoads,
     Init,
     LayerNorms,
     Monitors,
@@ -30,21 +31,26 @@ from flagscale_like.config.health import (
 )
 from flagscale_like.config.load import load_config
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import DirectPreference, NextTokenLoss, RewardModel
+from flagscale_like.config.objectives import Contrastive, DirectPreference, NextTokenLoss, RewardModel
 from flagscale_like.config.run import RunConfig, check_layout
+from flagscale_like.config.trackers import Logging, Mlflow, Wandb
 
 __all__ = [
     "Chat",
     "Checkpoint",
     "ContextParallelKind",
+    "Contrastive",
     "Data",
     "DirectPreference",
     "EffectiveRank",
+    "ExpertLoads",
     "Init",
     "KernelChoice",
     "Kernels",
     "LayerNorms",
+    "Logging",
     "Lora",
+    "Mlflow",
     "Monitors",
     "MuP",
     "NextTokenLoss",
@@ -62,6 +68,7 @@ __all__ = [
     "Source",
     "Spike",
     "Train",
+    "Wandb",
     "check_layout",
     "load_config",
     "parts_of_row",

@@ -47,8 +47,8 @@ class EffectiveRank(Frozen):
 
     Attributes:
         interval: steps between measurements.
-        of: what is measured: `weights` are the four weight matrices of a layer, `gradients` the gradients of these matrices,
-            `activations` the residual stream after a layer.
+        of: what is measured: `weights` are the weight matrices of a layer's attention and dense FFN, `gradients` the
+            gradients of these matrices, `activations` the residual stream after a layer. Experts' matrices are left out.
         layers: number of layers to measure, evenly spaced, with the first and the last layer.
         exact_up_to: the rank is exact for matrices whose smaller side is at most this, and estimated by sketching for larger
             ones.
@@ -74,6 +74,18 @@ class EffectiveRank(Frozen):
     action: Action = "log"
 
 
+class ExpertLoads(Frozen):
+    """Measures how a mixture of experts spreads its tokens.
+
+    Attributes:
+        interval: steps between measurements, each over the steps since the one before.
+        dead: an expert that gets less than this share of an even load is an event.
+    """
+
+    interval: int = Field(default=10, gt=0)
+    dead: float = Field(default=0.01, ge=0, lt=1)
+
+
 class Monitors(Frozen):
     """The quantities that are monitored during training, and the reaction to an anomaly.
 
@@ -84,6 +96,7 @@ class Monitors(Frozen):
         grad_norm: spikes of the global gradient norm.
         layers: gradient norm and update-to-weight ratio of each layer.
         effective_rank: effective rank of weights, gradients and activations.
+        experts: load of the experts, in a model that has experts.
         max_consecutive_skips: number of consecutive skipped steps that is tolerated; one more triggers `on_max_skips`.
         on_max_skips: what happens after too many consecutive skipped steps.
         rewind_steps: a rewind loads the newest checkpoint that is at least this many steps old. Training continues from it
@@ -97,6 +110,7 @@ class Monitors(Frozen):
     grad_norm: Spike | None = Spike()
     layers: LayerNorms | None = None
     effective_rank: EffectiveRank | None = None
+    experts: ExpertLoads | None = ExpertLoads()
     max_consecutive_skips: int = Field(default=10, ge=0)
     on_max_skips: Literal["rewind", "stop"] = "stop"
     rewind_steps: int = Field(default=100, gt=0)

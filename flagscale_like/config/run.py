@@ -7,7 +7,7 @@ import math
 import yaml
 from pydantic import model_validator
 
-from flagscale_like.arch import Experts, Frozen, ModelArch
+from flagscale_like.arch import Experts, Frozen, ModelArch, groups_on
 from flagscale_like.config.groups import (
     Checkpoint,
     Data,
@@ -23,6 +23,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
 
 
@@ -40,6 +41,22 @@ def near_multiples(value: int, number: int) -> str:
     return " or ".join(str(n) for n in (below, below + number) if n > 0)
 
 
+def tp_misfit(model: ModelArch, tp: int) -> str | None:
+    """Why tensor parallelism over `tp` ranks cannot cut the model; None where it can."""
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(model, name) % tp:
+            return f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({tp})"
+    groups = model.num_query_groups
+    if groups % tp and tp % groups:
+        return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}), or divide it"
+    if model.qk_norm_over == "projection" and groups % tp:
+        return f"model.num_query_groups ({groups}) must be divisible by parallel.tp ({tp}) with qk_norm_over projection"
+    rows = (model.num_attention_heads + 2 * groups) * model.head_dim
+    if rows % tp:
+        return f"the {rows} rows of q, k and v must be divisible by parallel.tp ({tp})"
+    return None
+
+
 def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
     """Check that a layout divides the model, and that a sequence is not longer than its positions are made for.
 
@@ -47,13 +64,10 @@ def check_layout(model: ModelArch, par: Parallel, seq_length: int) -> None:
         ValueError: a number does not divide another, or the sequence is too long. The message names both numbers and the
             nearest valid ones.
     """
-    shared = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(model, name) % par.tp:
-            raise ValueError(
-                f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tp ({par.tp}): "
-                f"tp {near_divisors(par.tp, shared)} would do"
-            )
+    if misfit := tp_misfit(model, par.tp):
+        fitting = [tp for tp in range(1, model.num_attention_heads + 1) if not tp_misfit(model, tp)]
+        near = [tp for tp in fitting if tp < par.tp][-1:] + [tp for tp in fitting if tp > par.tp][:1]
+        raise ValueError(f"{misfit}: tp {' or '.join(map(str, near))} would do")
     _check_experts(model.experts, par)
     _check_sequence(model, par, seq_length)
     _check_stages(model.num_layers, par)
@@ -88,11 +102,16 @@ def _check_experts(experts: Experts | None, par: Parallel) -> None:
 
 
 def _check_sequence(model: ModelArch, par: Parallel, seq_length: int) -> None:
-    groups = model.num_query_groups // par.tp
+    groups = groups_on(model.num_query_groups, par.tp)
     if par.cp_kind == "a2a" and groups % par.cp:
         raise ValueError(
             f"model.num_query_groups / parallel.tp ({model.num_query_groups}/{par.tp}) must be divisible by parallel.cp "
             f"({par.cp}) with cp_kind a2a: cp {near_divisors(par.cp, groups)} would do, or cp_kind gather"
+        )
+    if model.attention == "bidirectional" and par.cp > 1 and par.cp_kind == "gather":
+        raise ValueError(
+            f"parallel.cp ({par.cp}) with cp_kind gather computes causal attention, and model.attention is bidirectional: "
+            "use cp_kind a2a, or cp 1"
         )
     chunks = parts_of_row(par.cp, par.cp_kind)
     factors = {
@@ -142,6 +161,7 @@ class RunConfig(Frozen):
         offload: activation offload to host memory.
         init: initialisation of the weights.
         lora: train low-rank adapters instead of the weights.
+        logging: experiment trackers.
     """
 
     run_dir: PathText
@@ -158,6 +178,7 @@ class RunConfig(Frozen):
     offload: Offload | None = None
     init: Init = Init()
     lora: Lora | None = None
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -184,8 +205,15 @@ class RunConfig(Frozen):
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_lora()
-        if self.objective.reads_pairs:
+        if self.model.attention == "bidirectional" and objective.head != "hidden":
+            raise ValueError(
+                f"model.attention bidirectional lets a token see those after it, which objective.kind {objective.kind} asks "
+                "for: use attention causal, or objective.kind contrastive"
+            )
+        if self.objective.reads == "pairs":
             self._check_pairs()
+        if self.objective.reads == "groups":
+            self._check_groups()
         self._check_schedule()
         return self
 
@@ -220,16 +248,39 @@ class RunConfig(Frozen):
                 f"rule with {kind}, or objective.reference none"
             )
 
+    def _check_groups(self) -> None:
+        kind, data = f"objective.kind {self.objective.kind}", self.data
+        if data.synthetic or data.prepare:
+            given = "data.synthetic" if data.synthetic else "data.prepare"
+            raise ValueError(f"{kind} reads groups, which {given} has not: make a source with `data groups`")
+        if self.init.salience:
+            raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
+        if max(self.objective.dimensions, default=0) > self.model.hidden_size:
+            raise ValueError(
+                f"objective.dimensions ({list(self.objective.dimensions)}) exceed model.hidden_size "
+                f"({self.model.hidden_size}), the size of a whole vector"
+            )
+        if len(data.sources) > 1 and self.objective.same_source and (data.selection or self.train.ramp_up):
+            given = "data.selection draws each row by itself" if data.selection else "train.ramp_up changes the batch"
+            raise ValueError(
+                f"{given}, and objective.same_source gives each batch one source: set objective.same_source to false, or "
+                "leave the other out"
+            )
+
     def _check_schedule(self) -> None:
         optimizer, steps = self.optimizer, self.train.steps
         if optimizer.warmup_steps >= steps:
             raise ValueError(
-                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps})"
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps ({steps}): add "
+                f"optimizer.warmup_steps={steps // 10}; or keep train.steps, and stop with train.exit_at_step={steps}"
             )
         if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
             raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
         if optimizer.schedule == "wsd" and optimizer.decay_steps > steps:
-            raise ValueError(f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps})")
+            raise ValueError(
+                f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps}): add "
+                f"optimizer.decay_steps={max(1, steps // 5)}; or keep train.steps, and stop with train.exit_at_step={steps}"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Compute the data-parallel degree on `world_size` ranks.
@@ -280,13 +331,17 @@ class RunConfig(Frozen):
     def flops_per_token(self, *, causal: bool = False) -> float:
         """Model FLOPs of one token's forward and backward; see ModelArch.flops_per_token()."""
         adapters = self.lora.parameters(self.model) if self.lora is not None else ()
-        return self.model.flops_per_token(self.train.seq_length, causal=causal, adapters=adapters)
+        options = {"adapters": adapters, "output_layer": self.objective.head == "language_model"}
+        return self.model.flops_per_token(self.train.seq_length, causal=causal, **options)
 
     def describe_parameters(self) -> str:
         """How many parameters the model has, and how many of them LoRA trains, in words."""
         count = self.model.parameter_count()
+        if self.objective.head == "hidden" and not self.model.tie_embeddings:
+            count -= self.model.vocab_size * self.model.hidden_size  # there is no output layer
         if self.lora is None:
-            return f"{count:,} parameters"
+            active = f", {self.model.active_parameter_count():,} of them for each token" if self.model.experts else ""
+            return f"{count:,} parameters{active}"
         own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
         return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
 

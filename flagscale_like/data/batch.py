@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Batch:
         documents: int32 [n + 1] on the host, the boundaries 0, ..., b * s of the n documents that fill the rows one after
             another. A row begins with a document. Attention does not cross a boundary, and positions restart at 0 in each
             document. None: each row is one document.
+        lengths: int64 [n] on the host, the tokens of each document without the padding at its end. None: none is padded.
         source: int64 [b] on the host, the index of each row's data source. None: the data has no sources.
         extras: further tensors that one objective needs, by name.
         cut: how the rows lie over context-parallel ranks, where they do; see `part_of`. s then counts this rank's tokens, and
@@ -37,6 +38,7 @@ class Batch:
     labels: Tensor
     loss_mask: Tensor
     documents: Tensor | None = None
+    lengths: Tensor | None = None
     source: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     cut: RowCut | None = None
@@ -50,16 +52,25 @@ class Batch:
             length *= self.cut.size
         return torch.arange(0, rows * length + 1, length, dtype=torch.int32)
 
+    def attended(self) -> Tensor:
+        """`bounds()` with the padding at a document's end as a document of its own, so that no token sees it."""
+        bounds = self.bounds()
+        if self.lengths is None:
+            return bounds
+        ends = (bounds[:-1] + self.lengths).to(torch.int32)
+        return torch.unique(torch.cat((bounds, ends)))
+
     @classmethod
     def of(cls, values: Mapping[str, Any], device: torch.device, source: Tensor | None = None) -> Batch:
         """Build a batch from named tensors and copy them to `device`; other names are ignored.
 
-        `documents` and `source` stay on the host.
+        `documents`, `lengths` and `source` stay on the host.
         """
-        names = {f.name for f in fields(cls)} - {"documents", "source", "extras", "cut"}
+        names = {"tokens", "labels", "loss_mask"}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if name in names}
         extras = {name: value.to(device, non_blocking=True) for name, value in values.get("extras", {}).items()}
-        return cls(**moved, documents=values.get("documents"), source=source, extras=extras)
+        host = {name: values[name] for name in ("documents", "lengths") if name in values}
+        return cls(**moved, **host, source=source, extras=extras)
 
     def part_of(self, cut: RowCut) -> Batch:
         """What one context-parallel rank gets of a batch of whole rows: its part of every row.
@@ -86,17 +97,20 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         rows: each with tokens, labels and loss_mask [s], and what else the dataset gives. A pack has `documents`, int32
-            [n + 1], the boundaries 0, ..., s of its documents; beside packs, a row without them is one document. `extras`
-            are tensors by name with an entry for each of something that a row holds any number of.
+            [n + 1], the boundaries 0, ..., s of its documents; beside packs, a row without them is one document. `lengths`,
+            int64 [n], are theirs without padding. `extras` are tensors by name with an entry for each of something that a
+            row holds any number of.
 
     Returns:
-        By name, the rows' values stacked; `documents` counted on over the rows, where any row is a pack; `extras` of all rows
-        one after another.
+        By name, the rows' values stacked; `documents` counted on over the rows, where any row is a pack; `lengths` and
+        `extras` of all rows one after another.
     """
-    special = ("documents", "extras")
+    special = ("documents", "lengths", "extras")
     batch = default_collate([{name: value for name, value in row.items() if name not in special} for row in rows])
     if "extras" in rows[0]:
         batch["extras"] = {name: torch.cat([row["extras"][name] for row in rows]) for name in rows[0]["extras"]}
+    if "lengths" in rows[0]:
+        batch["lengths"] = torch.cat([row["lengths"] for row in rows])
     if any("documents" in row for row in rows):
         length = len(rows[0]["tokens"])
         whole = torch.tensor([0, length], dtype=torch.int32)

@@ -9,6 +9,7 @@ reader sees a complete file or none.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ import xxhash
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,8 +31,11 @@ from torch.utils.data import Dataset
 from flagscale_like.config import RunConfig
 from flagscale_like.data.batch import CONVERSATIONS
 from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
+from flagscale_like.data.draws import draw
+from flagscale_like.data.group_source import GroupSource
+from flagscale_like.data.groups import groups_at
 from flagscale_like.data.order import OneSource, checked_position
-from flagscale_like.data.packing import ConversationSource
+from flagscale_like.data.packing import ConversationSource, PackedSource
 from flagscale_like.data.pairs import PairSource
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
@@ -95,20 +100,27 @@ class IndexCache:
 
 @dataclass
 class _Config(GPTDatasetConfig):
-    """megatron-core's configuration, extended by the cache of the sample index, by each source's `source_mark`, and by
-    whether each document has the same weight in the loss.
+    """megatron-core's configuration, extended by the cache of the sample index, by each source's `source_mark`, by whether
+    each document has the same weight in the loss, by the passages of a group, and by how many samples in a row are of one
+    source.
     """
 
     index_cache: IndexCache | None = None
     source_marks: dict[str, str] | None = None
     per_conversation: bool = False
+    passages: int = 1
+    run_length: int = 1
 
 
 class SourceDataset(OneSource, GPTDataset):
     """The samples of one source of text in one split. `packing.ConversationSource` is its counterpart for conversations."""
 
-    documents_in_one = 1
     packed = False  # a sample is one row of text, whatever documents it is cut from
+
+    @staticmethod
+    def units(prefix: str, dataset: IndexedDataset) -> int:
+        """How many parts a split can take of the source: documents."""
+        return len(dataset)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         mark = self.config.source_marks[self.dataset_path]
@@ -150,11 +162,13 @@ class SourceDataset(OneSource, GPTDataset):
         return rows * self.config.sequence_length
 
 
-AnySource = SourceDataset | ConversationSource
+AnySource = SourceDataset | PackedSource
 
 
 def source_class(prefix: str) -> type[AnySource]:
     """The class of the dataset that reads a prefix."""
+    if groups_at(prefix) is not None:
+        return GroupSource
     found = conversations_at(prefix)
     if found is None:
         return SourceDataset
@@ -197,6 +211,26 @@ class Blend(BlendedDataset):
         return int(self.dataset_index[position]), int(self.dataset_sample_index[position])
 
 
+class OneSourceBatches(Blend):
+    """Samples of several sources, of which each global batch is of one source. Over many batches each has its share."""
+
+    def _build_indices(self) -> tuple[np.ndarray, ...]:
+        length = self.config.run_length
+        marks = xxhash.xxh64_hexdigest("".join(self.config.source_marks.values()).encode())
+        key = f"{self.unique_description_hash}-{marks}-batches-of-{length}-{self.split.name}"
+        return self.config.index_cache.fetch(key, ("source", "sample"), self._batches)
+
+    def _batches(self) -> tuple[np.ndarray, np.ndarray]:
+        length = self.config.run_length
+        order = draw(self.weights, [0.0] * len(self.weights), [0] * len(self.weights))
+        batches = np.array(
+            list(itertools.islice(order, -(-self.size // length)))
+        )  # [batches, 2], source and its number
+        sources = np.repeat(batches[:, 0], length)[: self.size]
+        samples = (batches[:, 1:] * length + np.arange(length)).reshape(-1)[: self.size]
+        return sources.astype(np.int16), samples
+
+
 def is_packed(dataset: Dataset) -> bool:
     """Whether the rows of a run's dataset are packs of documents, or some of them are."""
     parts = getattr(dataset, "parts", None) or getattr(dataset, "datasets", [])
@@ -220,6 +254,8 @@ def build_split(
         DataError: the index cannot be built, written or read.
     """
     sources, number = config.data.sources, ("train", "valid", "test").index(split)
+    objective = config.objective
+    run_length = config.train.global_batch_size if objective.reads == "groups" and objective.same_source else 1
     total = sum(source.weight for source in sources)
     weights = [source.weight / total for source in sources]
     options = _Config(
@@ -236,7 +272,9 @@ def build_split(
         mid_level_dataset_surplus=SURPLUS,
         index_cache=cache,
         source_marks={source.path: source_mark(source.path) for source in sources},
-        per_conversation=config.objective.kind == "next_token" and config.objective.per == "conversation",
+        per_conversation=objective.kind == "next_token" and objective.per == "conversation",
+        passages=objective.passages if objective.reads == "groups" else 1,
+        run_length=run_length,
     )
     shares = [math.ceil(samples * weight) for weight in weights]
     try:
@@ -244,13 +282,14 @@ def build_split(
         for source, share in zip(sources, shares, strict=True):
             kind = source_class(source.path)
             documents = kind.build_low_level_dataset(source.path, options)
-            count = len(documents) // kind.documents_in_one
+            count = kind.units(source.path, documents)
             first, last = (round(edge * count) for edge in options.split_matrix[number])
-            wanted = math.ceil(share * (1 + SURPLUS)) if len(sources) > 1 else samples
+            wanted = math.ceil(share * (1 + SURPLUS)) + run_length if len(sources) > 1 else samples
             indices = np.arange(first, last, dtype=np.int32)
             parts.append(kind(documents, source.path, indices, wanted, Split(number), options))
         rows = parts if len({type(part) for part in parts}) == 1 else [_Rows(part) for part in parts]
-        return Blend(rows, weights, sum(shares), options) if len(sources) > 1 else parts[0]
+        blend = OneSourceBatches if run_length > 1 else Blend
+        return blend(rows, weights, sum(shares), options) if len(sources) > 1 else parts[0]
     except DataError:
         raise
     except OSError as error:
@@ -265,7 +304,7 @@ def build_split(
 
 def source_mark(prefix: str) -> str:
     """A hash of the first MiB of the .idx and of the sizes of .idx and .bin, 8 hexadecimal digits. Of conversations, also of
-    their .chat.json and the size of their weights.
+    their .chat.json and the size of their weights; of groups, of their .groups.json, counts and scores.
 
     It is part of the index's key: megatron-core's own key stays the same if another corpus is written to the same prefix.
     """
@@ -275,6 +314,10 @@ def source_mark(prefix: str) -> str:
     if found := conversations_at(prefix):
         head += Path(f"{prefix}.chat.json").read_bytes() + str(Path(mask_of(prefix) + ".bin").stat().st_size).encode()
         head += pair_values(prefix).tobytes() if found.pairs else b""
+    if groups_at(prefix):
+        head += b"".join(
+            Path(prefix + suffix).read_bytes() for suffix in (".groups.json", ".groups.npy", ".scores.npy")
+        )
     return xxhash.xxh64_hexdigest(head + f"{index.stat().st_size} {tokens.stat().st_size}".encode())[:8]
 
 

@@ -395,6 +395,22 @@ def weights_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, in
     return weights
 
 
+def copy_tokenizer_files(folder: str | Path, target: Path) -> None:
+    """Copy the files beside which a tokenizer's changed file is written.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(folder).iterdir()):
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".model", ".txt", ".py")
+            and not path.name.endswith(".index.json")
+        ):
+            (target / path.name).write_bytes(path.read_bytes())
+
+
 def copy_with_template(folder: str | Path, template: str, target: Path, *, replace: bool = False) -> None:
     """Write a copy of a tokenizer folder whose chat template is `template`, so that a model's export carries it.
 
@@ -411,10 +427,7 @@ def copy_with_template(folder: str | Path, template: str, target: Path, *, repla
     if target.exists() and not replace:
         raise DataError(f"{target}: is there with another chat template: remove it, or choose another prefix")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for path in sorted(Path(folder).iterdir()):
-            if path.is_file() and path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json"):
-                (target / path.name).write_bytes(path.read_bytes())
+        copy_tokenizer_files(folder, target)
         (target / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         chat, path = ChatTokenizer(target), target / GENERATION_FILE
         if chat.end not in (None, chat.tokenizer.eod):

@@ -5,6 +5,7 @@ megatron-core's own builder keeps two Python integers for each document, and its
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from flagscale_like.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
+BLOCK = 1 << 20  # documents that are checked at a time
 DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.float32): 7, np.dtype(np.uint16): 8}
 FIXED_BYTES = len(HEADER) + struct.calcsize("<BQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 7: "<f4", 8: "<u2"}  # megatron-core's DType
@@ -76,6 +78,47 @@ def read_lengths(prefix: str) -> np.ndarray:
             "`preprocess` again, or copy the file again"
         )
     return lengths
+
+
+def check_index(prefix: str) -> None:
+    """Check that every document that an .idx lists lies in its .bin: megatron-core reads where the index points.
+
+    Reads the whole index, in blocks; a second call for a file that has not changed reads nothing.
+
+    Raises:
+        DataError: as `read_lengths`; or a length, an offset or a boundary of documents is not valid.
+    """
+    read_lengths(prefix)
+    _check_columns(prefix, Path(prefix + ".idx").stat().st_mtime_ns, Path(prefix + ".bin").stat().st_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_columns(prefix: str, mtime_ns: int, bin_bytes: int) -> None:
+    """Compare each column of an .idx with the bytes of its .bin. The other arguments tell versions of a file apart."""
+    code, sequences, boundaries = _read_header(prefix)
+    itemsize, at, path = np.dtype(DTYPES[code]).itemsize, FIXED_BYTES, prefix + ".idx"
+    lengths = np.memmap(path, dtype="<i4", mode="r", offset=at, shape=(sequences,))
+    offsets = np.memmap(path, dtype="<i8", mode="r", offset=at + 4 * sequences, shape=(sequences,))
+    documents = np.memmap(path, dtype="<i8", mode="r", offset=at + 12 * sequences, shape=(boundaries,))
+    for first in range(0, sequences, BLOCK):
+        size = lengths[first : first + BLOCK].astype(np.int64) * itemsize
+        start = offsets[first : first + BLOCK]
+        if size.min() < 0 or start.min() < 0 or (start > bin_bytes - size).any() or (start % itemsize).any():
+            raise _bad_column(prefix, "places a document outside of the .bin")
+    last = 0
+    for first in range(0, boundaries, BLOCK):
+        part = documents[first : first + BLOCK]
+        if part[0] < last or (np.diff(part) < 0).any():
+            raise _bad_column(prefix, "lists documents that do not follow each other")
+        last = int(part[-1])
+    if documents[0] != 0 or last != sequences:
+        raise _bad_column(prefix, f"lists documents from {documents[0]} to {last}, of {sequences}")
+
+
+def _bad_column(prefix: str, problem: str) -> DataError:
+    return DataError(
+        f"data source {prefix}: the .idx {problem}: it is damaged; run `preprocess` again, or copy the file again"
+    )
 
 
 def read_tokens(prefix: str, lengths: np.ndarray, document: int) -> np.ndarray:

@@ -9,22 +9,24 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.conversations import Conversations, conversations_at, mask_of, places_of
+from flagscale_like.data.groups import Groups, GroupTable, groups_at
 from flagscale_like.data.index_file import read_lengths, read_tokens
-from flagscale_like.data.packing import best_fit_decreasing
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 
 BAR = 40
 EXCERPT_CHARACTERS = 300
+GROUP_CHARACTERS = 120  # of each text of a group
 
 
 def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int, colour: bool = False) -> Iterator[str | Text]:
     """Describe a .bin/.idx pair: documents, tokens, quartiles and histogram of document lengths, and sample documents.
 
     Yields lines. Of conversations they say how many tokens count, and how full rows of their length get; samples are whole,
-    and their tokens that count are marked.
+    and their tokens that count are marked. Of groups they say how many passages each has, and samples are whole groups.
 
     Args:
         prefix: the path without .bin or .idx.
@@ -41,18 +43,23 @@ def describe_index(prefix: Path, tokenizer: Path | None, *, samples: int, colour
     except FileNotFoundError as error:
         raise DataError(f"{error.filename}: is missing; `preprocess` writes it") from None
     edges = np.percentile(lengths, [0, 25, 50, 75, 99, 100])
-    chat = conversations_at(prefix)
-    noun = "conversation" if chat else "document"
+    chat, groups = conversations_at(prefix), groups_at(prefix)
+    noun = "conversation" if chat else "text" if groups else "document"
     yield (
         f"{prefix}: {len(lengths):,} {noun}s, {int(lengths.sum(dtype=np.int64)):,} tokens, "
         f"{Path(f'{prefix}.bin').stat().st_size / 1e6:,.1f} MB"
     )
     if chat:
         yield from _describe_chat(chat, lengths)
+    if groups:
+        yield from _describe_groups(groups, GroupTable(prefix))
     yield f"tokens a {noun}: " + ", ".join(f"{n} {int(e):,}" for n, e in zip(NAMES, edges, strict=True))
     yield from _histogram(lengths, noun)
     words = _tokenizer_of(prefix, tokenizer) if samples else None
     table = DocumentTable(prefix)
+    if groups:
+        yield from _sample_groups(prefix, GroupTable(prefix), words, samples)
+        return
     for document in np.unique(np.linspace(0, len(lengths) - 1, samples).astype(int)).tolist():
         ids = read_tokens(str(prefix), lengths, document)
         where = table.place(document)
@@ -78,6 +85,32 @@ def _describe_chat(chat: Conversations, lengths: np.ndarray) -> Iterator[str]:
             f"packed into rows of {chat.length:,}: {rows:,} rows, {full / rows:.1%} full; each {noun} in a row of its own: "
             f"{full / len(places):.1%}"
         )
+
+
+def _describe_groups(groups: Groups, table: GroupTable) -> Iterator[str]:
+    yield f"{groups.groups:,} groups, {groups.scored:,} with a teacher's scores; tokenizer {groups.tokenizer}"
+    for name, counts in zip(("positives", "negatives"), table.counts.T, strict=True):
+        edges = np.percentile(counts, [0, 25, 50, 75, 99, 100])
+        yield f"{name} a group: " + ", ".join(f"{n} {int(e):,}" for n, e in zip(NAMES, edges, strict=True))
+    for side, instruction in (("query", groups.query_instruction), ("passage", groups.passage_instruction)):
+        if instruction:
+            yield f"before each {side}, unless its line says otherwise: {instruction!r}"
+
+
+def _sample_groups(prefix: Path, table: GroupTable, words: Tokenizer | None, samples: int) -> Iterator[str]:
+    """The texts of some groups, evenly spaced in the data, each with its side and score."""
+    where = DocumentTable(prefix)
+    for group in np.unique(np.linspace(0, len(table) - 1, samples).astype(int)).tolist():
+        query, (positives, negatives) = int(table.queries[group]), table.counts[group].tolist()
+        line = where.place(query)
+        yield f"group {group}{f', {line[0]}:{line[1]}' if line else ''}:"
+        for place, document in enumerate(range(query, query + 1 + positives + negatives)):
+            side = "query" if not place else "pos" if place <= positives else "neg"
+            ids, score = read_tokens(str(prefix), table.lengths, document), float(table.scores[document])
+            text = (
+                excerpt(words.decode(ids.tolist(), special=True), GROUP_CHARACTERS) if words else f"{ids[:50].tolist()}"
+            )
+            yield f"  {side}{'' if np.isnan(score) else f' {score:g}'} ({len(ids):,} tokens) {text}"
 
 
 def marked(words: Tokenizer, ids: np.ndarray, weights: np.ndarray, *, colour: bool) -> Text:

@@ -6,8 +6,7 @@ its last token is only a label. What is left of a row is one more document, whos
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from flagscale_like.data.batch import CONVERSATIONS, Batch, collate
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.conversations import mask_of
 from flagscale_like.data.index_file import read_lengths
 from flagscale_like.data.order import OneSource
@@ -25,64 +25,27 @@ from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext
 
 
-def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
-    """Put items into as few bins as best fit finds, the longest first (Johnson et al. 1974).
+def pack_epochs(
+    places: Callable[[int], np.ndarray], room: int, *, rows: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pack items for as many epochs as `rows` rows need. Every epoch has each item once.
 
-    Each item goes to the bin that it fills best. Items of equal length go in the order in which they are given. The number
-    of bins depends on the lengths alone.
-
-    Args:
-        lengths: [n], each from 1 to `room`.
-        room: of a bin.
-
-    Returns:
-        The numbers of the items in each bin.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    sizes = np.asarray(lengths).tolist()
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # what is left in open bins, each number once, in order
-    open_bins: dict[int, list[int]] = {}
-    for item in order:
-        size = sizes[item]
-        at = bisect_left(rooms, size)
-        if at == len(rooms):
-            bins.append([])
-            left, number = room, len(bins) - 1
-        else:
-            left = rooms[at]
-            number = open_bins[left].pop()
-            if not open_bins[left]:
-                del open_bins[left]
-                rooms.pop(at)
-        bins[number].append(item)
-        left -= size
-        if left:
-            if left not in open_bins:
-                open_bins[left] = []
-                insort(rooms, left)
-            open_bins[left].append(number)
-    return bins
-
-
-def pack_epochs(places: np.ndarray, room: int, *, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack conversations for as many epochs as `rows` rows need. Every epoch has each conversation once.
-
-    Which of equally long conversations share a row, and the order of the rows, are drawn anew for each epoch from (seed,
-    epoch) alone.
+    Which of equally long items share a row, and the order of the rows, are drawn anew for each epoch from (seed, epoch)
+    alone.
 
     Args:
-        places: [n], of each conversation.
+        places: [n], of each item in an epoch, given the epoch's number.
         room: places of a row.
 
     Returns:
-        int32, the numbers of the conversations in the order of the rows; and int64 [rows + 1], where each row begins in it.
+        int32, the numbers of the items in the order of the rows; and int64 [rows + 1], where each row begins in it.
     """
     items, counts, epoch, made = [], [], 0, 0
     while made < rows:
+        sizes = places(epoch)
         draw = np.random.RandomState(np.array([seed, epoch], dtype=np.uint32))  # its numbers never change with numpy
-        shuffled = draw.permutation(len(places))
-        bins = best_fit_decreasing(places[shuffled], room)
+        shuffled = draw.permutation(len(sizes))
+        bins = best_fit_decreasing(sizes[shuffled], room)
         order = draw.permutation(len(bins)).tolist()
         items += [shuffled[bins[number]] for number in order]
         counts += [len(bins[number]) for number in order]
@@ -91,16 +54,32 @@ def pack_epochs(places: np.ndarray, room: int, *, rows: int, seed: int) -> tuple
     return np.concatenate(items).astype(np.int32), starts
 
 
-class ConversationSource(OneSource, MegatronDataset):
-    """The rows of one source of conversations in one split; see data.conversations. A row is a pack.
+class PackedSource(OneSource, MegatronDataset):
+    """The rows of one source in one split. A row is a pack of items: conversations, pairs or groups.
 
     Attributes:
-        members: int32, numbers of the conversations in the order of the rows, over whole epochs.
+        members: int32, numbers of the items in the order of the rows, over whole epochs.
         starts: int64 [rows + 1], where each row begins in `members`.
     """
 
     packed = True
-    documents_in_one = 1  # of the documents that stay together when the source is split
+    members: np.ndarray
+    starts: np.ndarray
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def members_of(self, row: int) -> list[int]:
+        """The numbers of a row's items, in order."""
+        return self.members[self.starts[row] : self.starts[row + 1]].tolist()
+
+
+class ConversationSource(PackedSource):
+    """The rows of one source of conversations in one split; see data.conversations. A row is a pack."""
 
     def __init__(
         self,
@@ -118,8 +97,9 @@ class ConversationSource(OneSource, MegatronDataset):
         self.members, self.starts = config.index_cache.fetch(key, ("conversation", "row"), self._pack)
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
-        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+    def units(prefix: str, dataset: IndexedDataset) -> int:
+        """How many parts a split can take of the source: conversations."""
+        return len(dataset)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -133,15 +113,10 @@ class ConversationSource(OneSource, MegatronDataset):
 
     def _pack(self) -> tuple[np.ndarray, np.ndarray]:
         config, places = self.config, self.places[self.indices]
-        members, starts = pack_epochs(places, config.sequence_length, rows=self.num_samples, seed=config.random_seed)
+        members, starts = pack_epochs(
+            lambda epoch: places, config.sequence_length, rows=self.num_samples, seed=config.random_seed
+        )
         return self.indices[members], starts
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def members_of(self, row: int) -> list[int]:
-        """The numbers of a row's conversations, in order."""
-        return self.members[self.starts[row] : self.starts[row + 1]].tolist()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         pairs = [(self.dataset.get(number), self.weights.get(number)) for number in self.members_of(index)]

@@ -1,6 +1,6 @@
 """Converts a corpus to megatron-core's .bin/.idx, and writes a table with the source file and line of each document.
 
-`preprocess` reads text, `preprocess_chat` conversations.
+`preprocess` reads text, `preprocess_chat` conversations, `preprocess_groups` groups of a query and its passages.
 
 The inputs are divided into shards. Worker processes read, clean and tokenize one shard at a time. A shard is complete when
 its report exists; after a kill, complete shards are kept and the others are made again. The shards are then joined in order,
@@ -31,21 +31,25 @@ from flagscale_like.data.conversations import Conversations, conversations_at
 from flagscale_like.data.dedup import PERMUTATIONS, digests_of, exact_duplicates, near_duplicates
 from flagscale_like.data.filters import Cleaning
 from flagscale_like.data.formats import format_of, printable
+from flagscale_like.data.group_shards import NEGATIVE, POSITIVE, QUERY, SCORED, GroupShardMaker
+from flagscale_like.data.groups import Groups, groups_at
 from flagscale_like.data.index_file import write_index
 from flagscale_like.data.pair_shards import PairShardMaker
 from flagscale_like.data.readers import BadLines, Piece, ReadOptions, TextUnit
 from flagscale_like.data.report import EXAMPLES, Report, format_place
 from flagscale_like.data.shards import (
     ChatOptions,
+    GroupOptions,
     Shard,
     ShardMaker,
     ShardOptions,
     SpecialTokens,
     fingerprint,
     plan_shards,
-    read_judgements,
+    read_numbers,
     read_row_lengths,
 )
+from flagscale_like.data.texts import copy_with_end
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import write_json
 
@@ -56,6 +60,7 @@ MAX_SHARD_BYTES, MIN_SHARD_BYTES = 64 << 20, 1 << 20
 TEXT_OUTPUTS = (".bin", ".documents.parquet", ".report.json", ".idx")  # .idx last: readers look for it first
 CHAT_OUTPUTS = (".bin", ".mask.bin", ".documents.parquet", ".report.json", ".mask.idx", ".chat.json", ".idx")
 PAIR_OUTPUTS = (".pairs.npy", *CHAT_OUTPUTS)
+GROUP_OUTPUTS = (".bin", ".scores.npy", ".groups.npy", ".documents.parquet", ".report.json", ".groups.json", ".idx")
 
 
 def preprocess(  # each parameter is one option of the command `preprocess`
@@ -72,6 +77,7 @@ def preprocess(  # each parameter is one option of the command `preprocess`
     shard_bytes: int | None = None,
     overwrite: bool = False,
     special_tokens: SpecialTokens = "text",
+    add_bos: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
     """Tokenize files into PREFIX.bin, .idx, .documents.parquet and .report.json. They appear when all shards are joined.
@@ -90,7 +96,7 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         cleaning: how documents are cleaned; None keeps every document unchanged.
         shard_bytes: input bytes of a shard; None chooses them by the size of the input and the number of workers.
         overwrite: replace the files of a prefix that is there.
-        special_tokens: see shards.ShardOptions.
+        special_tokens, add_bos: see shards.ShardOptions.
         progress: called with the number of input bytes of each shard when it is complete.
 
     Returns:
@@ -100,15 +106,14 @@ def preprocess(  # each parameter is one option of the command `preprocess`
         DataError: an input is bad, an output cannot be written, a worker was killed, PREFIX.shards holds shards of other
             options, no document is left, or the prefix holds conversations, or anything without `overwrite`.
     """
-    if conversations_at(prefix):
-        raise DataError(f"{prefix}: holds conversations of `data chat`: choose another prefix, or remove its files")
-    _check_free(prefix, overwrite=overwrite)
+    _check_free(prefix, "text", overwrite=overwrite)
     options = ShardOptions(
         str(tokenizer_folder),
         ReadOptions(key=key, unit=unit, max_document_bytes=max_document_bytes),
         cleaning or Cleaning(),
         bad_lines,
         special_tokens=special_tokens,
+        add_bos=add_bos,
     )
     return _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress)
 
@@ -142,10 +147,8 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
     Raises:
         DataError: as `preprocess`; a line has no conversation to train on; or the prefix is there and `overwrite` is false.
     """
-    _check_free(prefix, overwrite=overwrite)
-    for path in files:
-        if format_of(path).content not in ("json lines", "json array"):
-            raise DataError(f"{printable(path)}: conversations are read from JSON lines or a JSON array of records")
+    _check_free(prefix, "conversations", overwrite=overwrite)
+    _check_records(files, "conversations")
     options = ShardOptions(
         str(tokenizer_folder), ReadOptions(key=None, max_document_bytes=max_document_bytes), Cleaning(), bad_lines, chat
     )
@@ -157,12 +160,66 @@ def preprocess_chat(  # most parameters are one option of the command `data chat
     return report, own
 
 
-def _check_free(prefix: str | Path, *, overwrite: bool) -> None:
+def preprocess_groups(  # most parameters are one option of the command `data groups` each
+    files: Sequence[Path],
+    tokenizer_folder: str | Path,
+    prefix: str | Path,
+    groups: GroupOptions,
+    *,
+    end: bool = False,
+    workers: int = 1,
+    bad_lines: BadLines = "stop",
+    overwrite: bool = False,
+    max_document_bytes: int = 64 << 20,
+    shard_bytes: int | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> tuple[Report, Path]:
+    """Write the files of a source of groups; see data.groups. Everything else is as `preprocess` does it.
+
+    Args:
+        files: JSON lines or JSON arrays, also compressed.
+        groups: how lines become groups of texts.
+        end: put the end-of-text token behind each text. A copy of the tokenizer that does so is written to PREFIX-tokenizer.
+        overwrite: replace the files of a prefix that is there.
+
+    Returns:
+        The report, and the tokenizer folder that a run on these groups names.
+
+    Raises:
+        DataError: as `preprocess`; a line has no group; or the prefix is there and `overwrite` is false.
+    """
+    _check_free(prefix, "groups", overwrite=overwrite)
+    _check_records(files, "groups")
+    own = Path(tokenizer_folder)
+    if end:
+        own = Path(f"{prefix}-tokenizer")
+        copy_with_end(tokenizer_folder, own)
+    options = ShardOptions(
+        str(own), ReadOptions(key=None, max_document_bytes=max_document_bytes), Cleaning(), bad_lines, groups=groups
+    )
+    return _write(files, options, prefix, workers=workers, shard_bytes=shard_bytes, progress=progress), own
+
+
+def _check_records(files: Sequence[Path], noun: str) -> None:
+    for path in files:
+        if format_of(path).content not in ("json lines", "json array"):
+            raise DataError(f"{printable(path)}: {noun} are read from JSON lines or a JSON array of records")
+
+
+def _check_free(prefix: str | Path, noun: str, *, overwrite: bool) -> None:
+    """Check that a prefix can be written: nothing is there, or what is there may be replaced and is of the same kind."""
+    chat = conversations_at(prefix)
+    held = "groups" if groups_at(prefix) else "conversations" if chat else None
+    if held is not None and held != noun:
+        command = chat.command if chat else "data groups"
+        raise DataError(f"{prefix}: holds {held} of `{command}`: choose another prefix, or remove its files")
     if Path(f"{prefix}.idx").is_file() and not overwrite:
         raise DataError(f"{prefix}.idx: exists: choose another prefix, or replace it with --overwrite")
 
 
 def _maker_of(options: ShardOptions) -> ShardMaker:
+    if options.groups is not None:
+        return GroupShardMaker(options)
     if options.chat is None:
         return ShardMaker(options)
     return PairShardMaker(options) if options.chat.pairs else ChatShardMaker(options)
@@ -296,6 +353,12 @@ def _make(shard: Shard, pieces: Sequence[Piece]) -> None:
     _maker.make(shard, pieces)
 
 
+def _outputs_of(options: ShardOptions) -> tuple[str, ...]:
+    if options.groups is not None:
+        return GROUP_OUTPUTS
+    return TEXT_OUTPUTS if options.chat is None else PAIR_OUTPUTS if options.chat.pairs else CHAT_OUTPUTS
+
+
 def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: ShardMaker, prefix: Path) -> Report:
     """Write the outputs from complete shards, without the duplicates.
 
@@ -306,8 +369,7 @@ def _join(shards: Sequence[Shard], pieces: Sequence[Sequence[Piece]], maker: Sha
     import pyarrow.parquet as pq
 
     report, lengths = Report(), []
-    chat = maker.options.chat
-    outputs = TEXT_OUTPUTS if chat is None else PAIR_OUTPUTS if chat.pairs else CHAT_OUTPUTS
+    outputs = _outputs_of(maker.options)
     partial = {suffix: Path(f"{prefix}{suffix}.partial") for suffix in outputs}
     originals = _find_duplicates(shards, maker.options.cleaning, shards[0].rows.parent if shards else prefix)
     places = _DocumentPlaces(shards, pieces)
@@ -366,6 +428,9 @@ def _finish(
     if isinstance(maker, ChatShardMaker):
         _write_chat(partial, lengths, shards, maker, report)
         settings |= {"chat": asdict(maker.options_of_chat)}
+    elif isinstance(maker, GroupShardMaker):
+        _write_groups(partial, shards, maker, report)
+        settings |= {"groups": asdict(maker.options_of_groups)}
     else:
         settings |= {"cleaning": maker.options.cleaning.model_dump(mode="json")}
     report.write_readable(partial[".report.json"], **settings)
@@ -392,9 +457,32 @@ def _write_chat(
         partial[".chat.json"]
     )
     if chat.pairs:
-        values = np.concatenate([read_judgements(shard) for shard in shards])
+        values = np.concatenate([read_numbers(shard, maker.options.columns) for shard in shards])
         with open(partial[".pairs.npy"], "wb") as file:
             np.save(file, values[::2])  # the two answers of a pair have the same
+
+
+def _write_groups(partial: Mapping[str, Path], shards: Sequence[Shard], maker: GroupShardMaker, report: Report) -> None:
+    """Write what makes the prefix a source of groups."""
+    sides, scores = np.concatenate([read_numbers(shard, maker.options.columns) for shard in shards]).T
+    firsts = np.flatnonzero(sides == QUERY)
+    counts = [np.add.reduceat(sides == side, firsts, dtype=np.int32) for side in (POSITIVE, NEGATIVE)]
+    for suffix, values in ((".groups.npy", np.stack(counts, axis=1)), (".scores.npy", np.ascontiguousarray(scores))):
+        with open(partial[suffix], "wb") as file:
+            np.save(file, values)
+    options, words, affixes = maker.options_of_groups, maker.tokenizer, maker.texts.affixes
+    Groups(
+        tokenizer=str(words.folder),
+        vocab_size=words.vocab_size,
+        before=list(affixes.before),
+        after=list(affixes.after),
+        groups=len(firsts),
+        scored=report.counts[SCORED],
+        query_length=options.query_length,
+        passage_length=options.passage_length,
+        query_instruction=options.query_instruction,
+        passage_instruction=options.passage_instruction,
+    ).write(partial[".groups.json"])
 
 
 class _DocumentPlaces:

@@ -22,7 +22,9 @@ from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
 from flagscale_like.data.conversations import Conversations, check_conversations, conversations_at
-from flagscale_like.data.index_file import read_lengths
+from flagscale_like.data.groups import Groups, GroupTable, check_groups, groups_at
+from flagscale_like.data.index_file import check_index, read_lengths
+from flagscale_like.data.inputs import ProgressLines, Say, changes_of_inputs, record_inputs, silent, size_of
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
@@ -53,13 +55,14 @@ class SyntheticDataset(Dataset):
         return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(self.seq_length)}
 
 
-def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
+def prepare_once(config: RunConfig, workers: int = 1, say: Say = silent) -> RunConfig:
     """Train the tokenizer and write the .bin/.idx of `data.prepare` under RUN_DIR/data, unless they exist already.
 
     Call it in one process before the other processes read the files.
 
     Args:
         workers: number of tokenizing processes.
+        say: takes the lines about what is done, and about inputs that have changed since.
 
     Returns:
         The configuration with data.sources and data.tokenizer in place of data.prepare.
@@ -72,19 +75,48 @@ def prepare_once(config: RunConfig, workers: int = 1) -> RunConfig:
         return config
     folder = RunFolder(config.run_dir).data
     prefix, tokenizer = folder / ("chat" if prepare.chat else "text"), config.data.tokenizer
+    progress = begin_preparing(config, prefix, say)
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            texts = _texts(prepare, pairs=config.objective.reads_pairs)
+            say(f"preparing data: training a tokenizer of {prepare.tokenizer_vocab_size:,} entries")
+            texts = _texts(prepare, pairs=config.objective.reads == "pairs")
             train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
     if prepare.chat is not None:
-        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers)
+        tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers, progress)
     elif not Path(f"{prefix}.idx").is_file():
-        preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers)
+        made = preprocess(find_inputs(prepare.input), tokenizer, prefix, workers=workers, progress=progress)
+        say(f"prepared {made.documents:,} documents, {made.tokens:,} tokens")
     data = config.data.model_copy(
         update={"prepare": None, "tokenizer": tokenizer, "sources": [Source(path=str(prefix))]}
     )
     return config.model_copy(update={"data": data})
+
+
+def begin_preparing(config: RunConfig, prefix: Path, say: Say) -> ProgressLines:
+    """Say what is about to be prepared and record it, or what has changed since it was.
+
+    Returns:
+        What says how much is tokenized.
+    """
+    folder, patterns = prefix.parent, config.data.prepare.input
+    if say is silent:
+        return ProgressLines(0, say)
+    if Path(f"{prefix}.idx").is_file():
+        try:
+            changed = changes_of_inputs(folder, find_inputs(patterns))
+        except DataError as error:  # it is not needed any more
+            changed = str(error)
+        if changed:
+            say(
+                f"warning: data.prepare.input is not what {folder} was made of: {changed}. The run trains on what was "
+                "prepared; another run_dir prepares anew"
+            )
+        return ProgressLines(0, say)
+    files = find_inputs(patterns)
+    say(f"preparing data: {len(files):,} files, {size_of(files) / 1e6:,.1f} MB, to {folder}")
+    record_inputs(folder, files)
+    return ProgressLines(size_of(files), say)
 
 
 def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
@@ -101,7 +133,9 @@ def _texts(prepare: Prepare, *, pairs: bool) -> Iterator[str]:
             raise DataError(f"{line.source}:{line.line}: {error}") from None
 
 
-def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int) -> str:
+def _prepare_chat(  # many parameters: those of the preparation, and of its report
+    config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, workers: int, progress: ProgressLines
+) -> str:
     """Write the conversations of data.prepare, unless they are there, and return the tokenizer folder of the run."""
     template = read_template_file(Path(chat.template)) if chat.template else read_template(tokenizer)
     if template is None:
@@ -109,10 +143,12 @@ def _prepare_chat(config: RunConfig, chat: Chat, tokenizer: str, prefix: Path, w
     own = tokenizer if template == read_template(tokenizer) else f"{prefix}-tokenizer"
     found = conversations_at(prefix) if Path(f"{prefix}.idx").is_file() else None
     if found is None:
-        pairs = config.objective.reads_pairs
+        pairs = config.objective.reads == "pairs"
         options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
-        preprocess_chat(find_inputs(config.data.prepare.input), tokenizer, prefix, options, workers=workers)
-    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads_pairs):
+        files = find_inputs(config.data.prepare.input)
+        made, _ = preprocess_chat(files, tokenizer, prefix, options, workers=workers, progress=progress)
+        progress.say(f"prepared {made.documents:,} conversations, {made.tokens:,} tokens")
+    elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads == "pairs"):
         raise DataError(
             f"{prefix}: was written with another data.prepare.chat: remove {prefix.parent}, or choose another run_dir"
         )
@@ -138,42 +174,79 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
             f"tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, model.vocab_size is {config.model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
+    scored = 0
     for source in config.data.sources:
         for suffix in (".bin", ".idx"):
             if not Path(source.path + suffix).is_file():
                 raise DataError(
                     f"data source {source.path}: {source.path}{suffix} is missing; run `preprocess` first (of "
-                    "conversations, `data chat`; of pairs, `data pairs`)"
+                    "conversations, `data chat`; of pairs, `data pairs`; of groups, `data groups`)"
                 )
+        check_index(source.path)
         _check_ids(source.path, config.model.vocab_size)
         found = conversations_at(source.path)
         if found is not None:
             places, vocab_size = config.train.seq_length, config.model.vocab_size
             check_conversations(source.path, found, places=places, tokenizer=tokenizer.folder, vocab_size=vocab_size)
-        _check_kind(config, source.path, found)
+        groups = groups_at(source.path)
+        _check_kind(config, source.path, held_by(found, groups))
+        if groups is not None:
+            check_groups(
+                source.path,
+                groups,
+                passages=config.objective.passages,
+                places=config.train.seq_length,
+                tokenizer=tokenizer.folder,
+                vocab_size=config.model.vocab_size,
+            )
+            _check_split(config, source.path, GroupTable(source.path).group_lengths())
+            scored += groups.scored
+            continue
         _check_split(
             config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
+        )
+    if config.objective.reads == "groups" and config.objective.distill and not scored:
+        raise DataError(
+            f"objective.distill is {config.objective.distill}, and no group of data.sources has a teacher's scores: write "
+            "some with `data score`, or set objective.distill to 0"
         )
     return tokenizer
 
 
-def _check_kind(config: RunConfig, prefix: str, found: Conversations | None) -> None:
+def held_by(conversations: Conversations | None, groups: Groups | None) -> str:
+    """What a prefix holds: text, conversations, pairs or groups."""
+    if groups is not None:
+        return "groups"
+    if conversations is None:
+        return "text"
+    return "pairs" if conversations.pairs else "conversations"
+
+
+def _check_kind(config: RunConfig, prefix: str, held: str) -> None:
     """Check that a source holds what the objective reads.
+
+    Args:
+        held: see held_by().
 
     Raises:
         DataError: it holds something else.
     """
-    kind, pairs = config.objective.kind, found is not None and found.pairs
-    if config.objective.reads_pairs and not pairs:
-        held = "conversations" if found else "text"
+    kind, wanted = config.objective.kind, config.objective.reads
+    if wanted != "text" and held != wanted:
+        what = "pairs of answers" if wanted == "pairs" else "groups of a query and its passages"
         raise DataError(
-            f"data source {prefix}: holds {held}, objective.kind {kind} reads pairs of answers: make them with "
-            f"`data pairs IN --tokenizer {config.data.tokenizer} --out PREFIX`"
+            f"data source {prefix}: holds {held}, objective.kind {kind} reads {what}: make them with "
+            f"`data {wanted} IN --tokenizer {config.data.tokenizer} --out PREFIX`"
         )
-    if pairs and not config.objective.reads_pairs:
+    if wanted == "text" and held == "pairs":
         raise DataError(
             f"data source {prefix}: holds pairs, of which objective.kind {kind} would learn the rejected answers too: set "
             "objective.kind to dpo or reward, or make conversations of the chosen answers with `data chat`"
+        )
+    if wanted == "text" and held == "groups":
+        raise DataError(
+            f"data source {prefix}: holds groups of a query and its passages, objective.kind {kind} reads text: set "
+            "objective.kind to contrastive, or tokenize the passages with `preprocess`"
         )
 
 

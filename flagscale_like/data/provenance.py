@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import AnySource, Blend, IndexCache, build_split, index_folder, source_mark
@@ -28,6 +29,17 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import append_record, read_records
 from flagscale_like.run_folder import RunFolder
+
+STATE = "a checkpoint's state.json"
+LARGEST = 2**53  # of the numbers in a record: what JSON programs agree on
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is wrong with a record, as one line: of pydantic's list, the first."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"config.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Segment:
         consumed: samples consumed when the segment begins.
         train_samples: samples that the run planned; the order of the samples depends on it.
         world_size: number of ranks.
-        config: the run's configuration as a mapping.
+        config: the run's configuration.
         marks: `blend.source_mark` of each source; None if they were not recorded.
     """
 
@@ -51,12 +63,35 @@ class Segment:
     consumed: int
     train_samples: int
     world_size: int
-    config: dict[str, Any]
+    config: RunConfig
     marks: list[str] | None = None
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], where: Path | str) -> Segment:
+        """The segment that a record of samples.jsonl, or what a checkpoint says, describes.
+
+        Args:
+            where: names the record in the error.
+
+        Raises:
+            DataError: the record lacks something, or it is not valid.
+        """
+        try:
+            numbers = {name: int(record[name]) for name in ("step", "consumed", "train_samples", "world_size")}
+            if min(numbers.values()) < 0 or max(numbers.values()) > LARGEST or numbers["world_size"] < 1:
+                raise ValueError(f"numbers out of range: {numbers}")
+            config = RunConfig.model_validate(record["config"])
+            config.data_parallel_size(numbers["world_size"])
+            marks = record.get("marks")
+            if not (marks is None or (isinstance(marks, list) and len(marks) == len(config.data.sources))):
+                raise ValueError("marks is not a list with an entry for each source")
+            return cls(event=str(record["event"]), **numbers, config=config, marks=marks)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}: does not say which samples were read: {_in_one_line(error)}") from None
 
     def append_to(self, run_dir: Path) -> None:
         """Append this segment to RUN_DIR/samples.jsonl."""
-        append_record(RunFolder(run_dir).samples, vars(self))
+        append_record(RunFolder(run_dir).samples, vars(self) | {"config": self.config.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)
@@ -112,14 +147,13 @@ class Sample:
 
 
 def read_journal(run_dir: Path) -> list[Segment]:
-    """Read the segments of a run, in chronological order. A line that a kill truncated is skipped."""
-    segments = []
-    for record in read_records(RunFolder(run_dir).samples):
-        try:
-            segments.append(Segment(**record))
-        except TypeError:
-            continue
-    return segments
+    """Read the segments of a run, in chronological order. A line that a kill truncated is skipped.
+
+    Raises:
+        DataError: a record is not a segment.
+    """
+    path = RunFolder(run_dir).samples
+    return [Segment.read(record, f"{path}, record {n}") for n, record in enumerate(read_records(path), 1)]
 
 
 def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
@@ -133,17 +167,8 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
     Raises:
         DataError: a state lacks the step, the consumed samples, the planned samples, the layout or the configuration.
     """
-    found = []
-    for state in sorted(states, key=lambda state: int(state.get("step", 0))):
-        try:
-            layout = state["layout"]
-            world = math.prod(int(layout.get(name, 1)) for name in ("tp", "pp", "dp", "cp"))
-            place = (int(state["step"]), int(state["consumed_samples"]), int(state["train_samples"]))
-            found.append(Segment("start", *place, world, state["config"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"a checkpoint's state.json does not say which samples were read ({type(error).__name__}: {error})"
-            ) from None
+    found = [Segment.read(_record_of(state), STATE) for state in states]
+    found.sort(key=lambda segment: segment.step)
     if found:
         first = found[0]
         beginning = Segment("start", 0, 0, first.train_samples, first.world_size, first.config)
@@ -154,10 +179,23 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
     return found
 
 
+def _record_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a segment that begins at a checkpoint, from its state.json."""
+    layout = state.get("layout")
+    degrees = [layout.get(name, 1) for name in ("tp", "pp", "dp", "cp")] if isinstance(layout, dict) else []
+    return {
+        "event": "start",
+        "step": state.get("step"),
+        "consumed": state.get("consumed_samples"),
+        "train_samples": state.get("train_samples"),
+        "world_size": math.prod(degrees) if degrees and all(isinstance(n, int) for n in degrees) else None,
+        "config": state.get("config"),
+    }
+
+
 def _consumed_at(segment: Segment, step: int) -> int:
     """Samples consumed after `step`, if the run continues from the segment without a rewind."""
-    train = RunConfig.model_validate(segment.config).train
-    return train.consumed_after(segment.consumed, max(0, step - segment.step))
+    return segment.config.train.consumed_after(segment.consumed, max(0, step - segment.step))
 
 
 def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
@@ -174,7 +212,7 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
         if step <= segment.step:
             continue
         first = _consumed_at(segment, step - 1)
-        count = RunConfig.model_validate(segment.config).train.batch_size_at(first)
+        count = segment.config.train.batch_size_at(first)
         if following is not None and step > following.step:
             # The step ran before the rewind to `following`. Or the run was killed and resumed, and the step ran again on
             # the same samples: then the following segment gives its reading.
@@ -201,14 +239,22 @@ def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
 
     Args:
         states: the content of each checkpoint's state.json.
+
+    Raises:
+        DataError: a state is not one.
     """
+    read = [(Segment.read(_record_of(state), STATE), state) for state in states]
     found = []
-    for state in sorted(states, key=lambda state: int(state.get("consumed_samples", 0))):
-        config = RunConfig.model_validate(state["config"])
-        if config.data.selection is not None and "selection" in state:
-            mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
+    for segment, state in sorted(read, key=lambda pair: pair[0].consumed):
+        data, train = segment.config.data, segment.config.train
+        if data.selection is None or "selection" not in state:
+            continue
+        mixture = Mixture(data.selection, [source.weight for source in data.sources])
+        try:
             mixture.load(state["selection"])
-            found.append(mixture.draw_state(int(state["consumed_samples"]), config.train))
+            found.append(mixture.draw_state(segment.consumed, train))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DataError(f"{STATE}: has no state of data.selection: {_in_one_line(error)}") from None
     return found
 
 
@@ -221,7 +267,7 @@ def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> AnySource |
     Raises:
         DataError: a source or the tokenizer is missing, or a source was changed after the run read it.
     """
-    config = RunConfig.model_validate(segment.config)
+    config = segment.config
     if not config.data.sources:
         raise DataError("the run has no data sources: data.synthetic makes its samples from random numbers")
     for number, source in enumerate(config.data.sources):
@@ -287,7 +333,7 @@ class Provenance:
 
 def positions(reading: Reading) -> Iterator[tuple[int, int, int]]:
     """Yield (position, data-parallel rank, micro-batch of that rank) of each sample of a step, rank by rank."""
-    config = RunConfig.model_validate(reading.segment.config)
+    config = reading.segment.config
     dp = config.data_parallel_size(reading.segment.world_size)
     for dp_rank in range(dp):
         total = reading.first + reading.count
@@ -304,7 +350,7 @@ def dp_rank_of(segment: Segment, rank: int) -> int:
     """
     if not 0 <= rank < segment.world_size:
         raise DataError(f"rank {rank}: the run had {segment.world_size} ranks at this step")
-    config = RunConfig.model_validate(segment.config)
+    config = segment.config
     return rank // (config.parallel.tp * config.parallel.cp) % config.data_parallel_size(segment.world_size)
 
 
@@ -328,7 +374,7 @@ def write_losses(run_dir: Path, rank: int, reading: tuple[int, ...], losses: Seq
 
 def read_losses(run_dir: Path, reading: Reading) -> dict[int, float]:
     """Read the recorded losses of a step's samples, as a mapping from position to loss."""
-    of_segment = RunConfig.model_validate(reading.segment.config).train.micro_batch_size
+    of_segment = reading.segment.config.train.micro_batch_size
     found: dict[int, float] = {}
     mark = f'{{"step": {reading.step}, "first": {reading.first}, '
     for path in sorted(RunFolder(run_dir).sample_losses.glob("rank_*.jsonl")):

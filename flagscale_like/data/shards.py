@@ -1,6 +1,6 @@
 """Shards of a corpus: reads, cleans and tokenizes the inputs of one shard. The shard is complete when its report exists.
 
-`ShardMaker` makes them of text, `chat_shards.ChatShardMaker` of conversations.
+`ShardMaker` makes them of text, `chat_shards.ChatShardMaker` of conversations, `group_shards.GroupShardMaker` of groups.
 """
 
 from __future__ import annotations
@@ -55,6 +55,23 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class GroupOptions:
+    """How groups of a query and its passages become tokens.
+
+    Attributes:
+        query_length, passage_length: most tokens of a text, with what the tokenizer puts around it; None: no limit.
+        query_instruction, passage_instruction: put before each text, where its line has no instruction of its own.
+        min_negatives: leave out groups with fewer.
+    """
+
+    query_length: int | None = None
+    passage_length: int | None = None
+    query_instruction: str = ""
+    passage_instruction: str = ""
+    min_negatives: int = 0
+
+
+@dataclass(frozen=True)
 class ShardOptions:
     """The options that the content of a shard depends on, in addition to its pieces.
 
@@ -63,9 +80,11 @@ class ShardOptions:
         read: how files are read.
         cleaning: how documents are cleaned.
         bad_lines: `stop` raises an error at a line without a document; `skip` counts it.
-        chat: how lines become conversations. None: the documents are text.
+        chat: how lines become conversations.
+        groups: how lines become groups of a query and its passages. Neither: the documents are text.
         special_tokens: what the text of a special token, such as <|endoftext|>, becomes inside a document: ordinary text
             (`text`), that token (`ids`), or a bad line (`error`).
+        add_bos: begin each document with the token that begins a text.
     """
 
     tokenizer_folder: str
@@ -74,6 +93,15 @@ class ShardOptions:
     bad_lines: BadLines
     chat: ChatOptions | None = None
     special_tokens: SpecialTokens = "text"
+    add_bos: bool = False
+    groups: GroupOptions | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The numbers that the table of a shard holds beside each document; attributes of the documents."""
+        if self.groups is not None:
+            return ("side", "score")
+        return ("margin", "weight") if self.chat is not None and self.chat.pairs else ()
 
 
 def plan_shards(files: Sequence[Path], read: ReadOptions, shard_bytes: int) -> list[list[Piece]]:
@@ -145,6 +173,9 @@ class ShardMaker:
         self.tokenizer = Tokenizer(options.tokenizer_folder, special=options.special_tokens == "ids")
         self._forbidden = self.tokenizer.special_texts if options.special_tokens == "error" else ()
         self.dtype = token_dtype(self.tokenizer.vocab_size)
+        if options.add_bos and self.tokenizer.bos is None:
+            raise DataError(f"tokenizer {options.tokenizer_folder}: names no bos_token, which --add-bos writes")
+        self._begin = [self.tokenizer.bos] if options.add_bos else []
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
         """Write one shard and return its report.
@@ -201,7 +232,7 @@ class ShardMaker:
         for batch in _batches(self._documents(pieces, report, lines)):
             for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
                 if len(ids):
-                    yield document, np.append(ids, self.tokenizer.eod), None
+                    yield document, np.concatenate((self._begin, ids, [self.tokenizer.eod])).astype(np.int32), None
                 else:
                     report.empty += 1
 
@@ -269,8 +300,8 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _RowWriter:
-    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed; margin
-    and weight of answers.
+    """Writes a shard's table: source, line, tokens and characters of each document; digest and signature if needed; and the
+    numbers that ShardOptions.columns names.
     """
 
     ROWS = 4096
@@ -280,12 +311,12 @@ class _RowWriter:
         import pyarrow.parquet as pq
 
         self._pa, self._duplicates = pa, options.cleaning.duplicates
-        self._pairs = options.chat is not None and options.chat.pairs
+        self._columns = options.columns
         names = pa.dictionary(pa.int32(), pa.string())
         fields = [("source", names), ("line", pa.int64()), ("tokens", pa.int32()), ("characters", pa.int64())]
         fields += [("digest", pa.binary(16))] if self._duplicates != "keep" else []
         fields += [("signature", pa.binary())] if self._duplicates == "near" else []
-        fields += [("margin", pa.float32()), ("weight", pa.float32())] if self._pairs else []
+        fields += [(name, pa.float32()) for name in self._columns]
         self._schema = pa.schema(fields)
         self._file = open(path, "wb")  # noqa: SIM115
         self._writer = pq.ParquetWriter(self._file, self._schema)
@@ -295,7 +326,7 @@ class _RowWriter:
         row = [document.source, document.line, tokens, len(document.text)]
         row += [text_digest(document.text)] if self._duplicates != "keep" else []
         row += [minhash_signature(document.text)] if self._duplicates == "near" else []
-        row += [document.margin, document.weight] if self._pairs else []
+        row += [getattr(document, name) for name in self._columns]
         self._rows.append(tuple(row))
         if len(self._rows) >= self.ROWS:
             self._flush()
@@ -336,7 +367,9 @@ def fingerprint(options: ShardOptions, files: Sequence[Path]) -> dict[str, Any]:
         "cleaning": options.cleaning.model_dump(mode="json"),
         "bad_lines": options.bad_lines,
         "special_tokens": options.special_tokens,
+        **({"add_bos": True} if options.add_bos else {}),
         "chat": asdict(options.chat) if options.chat else None,
+        "groups": asdict(options.groups) if options.groups else None,
         "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
 
@@ -348,9 +381,9 @@ def read_row_lengths(shard: Shard) -> np.ndarray:
     return pq.read_table(shard.rows, columns=["tokens"]).column(0).to_numpy().astype(np.int32)
 
 
-def read_judgements(shard: Shard) -> np.ndarray:
-    """Read margin and weight of the pair that each document of a shard belongs to, float32 [documents, 2]."""
+def read_numbers(shard: Shard, columns: Sequence[str]) -> np.ndarray:
+    """Read the numbers beside each document of a shard, float32 [documents, columns]; see ShardOptions.columns."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(shard.rows, columns=["margin", "weight"])
+    table = pq.read_table(shard.rows, columns=list(columns))
     return np.stack([column.to_numpy() for column in table.columns], axis=1).astype(np.float32)

@@ -3,25 +3,188 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from flagscale_like.data.sentence_piece import MODEL_FILE, SentencePiece, is_sentence_piece, read_json_files
 from flagscale_like.data.word_memo import WordMemo
 from flagscale_like.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
 
-class Tokenizer:
-    """Encodes and decodes text.
+# The files that say what a tokenizer's special tokens are. The first that names one decides.
+CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-    The `tokenizers` library reads a folder that has a tokenizer.json, because it loads in milliseconds in every worker.
-    transformers.AutoTokenizer reads any other folder. Code in the folder is never run.
+
+class Backend(Protocol):
+    """What reads a folder's vocabulary.
+
+    Attributes:
+        size: the largest id plus 1, added tokens included. (Ids may have gaps.)
+        special_texts: the texts that are one special token each.
+    """
+
+    size: int
+    special_texts: tuple[str, ...]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens around it."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and [start, end) of each token in characters."""
+
+    def decode(self, ids: Sequence[int], *, special: bool) -> str:
+        """The text of ids, with special tokens where `special`."""
+
+    def text_of(self, number: int) -> str:
+        """One token as the vocabulary has it."""
+
+    def id_of(self, text: str) -> int | None:
+        """The id of a token."""
+
+    def own_id(self, name: str) -> int | None:
+        """The id that the vocabulary itself gives a special token such as eos_token, where no file names it."""
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with the special tokens that the tokenizer itself puts around it."""
+
+
+class FastBackend:
+    """A tokenizer.json, read by the `tokenizers` library, which loads it in milliseconds in every worker."""
+
+    def __init__(self, tokenizer: FastTokenizer, *, special: bool) -> None:
+        self.tokenizer = tokenizer
+        tokenizer.no_truncation()  # a tokenizer that was saved for fine-tuning may truncate texts
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = not special
+        self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_texts = tuple(token.content for token in added if token.special)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def decode(self, ids: Sequence[int], *, special: bool) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def text_of(self, number: int) -> str:
+        return self.tokenizer.id_to_token(number) or ""
+
+    def id_of(self, text: str) -> int | None:
+        return self.tokenizer.token_to_id(text)
+
+    def own_id(self, name: str) -> int | None:
+        return None
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
+
+
+class TransformersBackend:
+    """A folder of another form (vocab.json and merges.txt), read by transformers."""
+
+    def __init__(self, folder: Path, *, special: bool) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        self._options = {"add_special_tokens": False, "split_special_tokens": not special}
+        self.size = 1 + max(self.tokenizer.get_vocab().values())
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.special_texts = tuple(token.content for token in added if token.special)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), **self._options)["input_ids"]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self.tokenizer(
+            text, return_offsets_mapping=True, **self._options
+        )  # NotImplementedError without offsets
+        return found["input_ids"], found["offset_mapping"]
+
+    def decode(self, ids: Sequence[int], *, special: bool) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def text_of(self, number: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(number) or ""
+
+    def id_of(self, text: str) -> int | None:
+        return self.tokenizer.get_vocab().get(text)
+
+    def own_id(self, name: str) -> int | None:
+        return getattr(self.tokenizer, f"{name}_id", None)
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), **self._options | {"add_special_tokens": True})["input_ids"]
+
+
+def open_backend(folder: Path, *, special: bool) -> tuple[Backend, dict[str, str], Mapping[str, Any]]:
+    """Read a tokenizer folder.
+
+    Returns:
+        its vocabulary, the special tokens that its files name, by name, and tokenizer_config.json.
+
+    Raises:
+        DataError: the folder is not there, or holds no tokenizer that can be read.
+    """
+    if not folder.is_dir():  # transformers would ask a hub for a repository of this name
+        raise DataError(f"tokenizer {folder}: no such folder")
+    try:
+        files = read_json_files(folder, (CONFIG_FILE, SPECIAL_FILE, ADDED_FILE))
+        names = _special_names(files)
+        if (folder / "tokenizer.json").is_file():
+            backend = FastBackend(FastTokenizer.from_file(str(folder / "tokenizer.json")), special=special)
+        elif (folder / MODEL_FILE).is_file() and is_sentence_piece(folder / MODEL_FILE):
+            backend = SentencePiece(folder, special=special, names=names, files=files)
+        else:
+            backend = TransformersBackend(folder, special=special)
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"tokenizer {folder}: cannot be read: {reason}") from None
+    return backend, names, files[CONFIG_FILE]
+
+
+def _special_names(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    names = {}
+    for name in SPECIAL_TOKENS:
+        for file in (CONFIG_FILE, SPECIAL_FILE):
+            value = files[file].get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if value:
+                names.setdefault(name, str(value))
+    return names
+
+
+def _special_id(backend: Backend, names: Mapping[str, str], name: str) -> int | None:
+    return backend.id_of(names[name]) if name in names else backend.own_id(name)
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """The ids of a folder's bos, eos and pad, under the names of config.json (bos_token_id), as far as it has them.
+
+    Raises:
+        DataError: see open_backend().
+    """
+    backend, names, _ = open_backend(folder, special=True)
+    found = {f"{name}_id": _special_id(backend, names, name) for name in ("bos_token", "eos_token", "pad_token")}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+class Tokenizer:
+    """Encodes and decodes text. Code in the folder is never run.
+
+    A folder with a tokenizer.json is read by the `tokenizers` library, one with SentencePiece's tokenizer.model by the
+    `sentencepiece` library, and any other by transformers.AutoTokenizer.
 
     Args:
         folder: a Hugging Face tokenizer folder.
@@ -30,50 +193,37 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus 1, added tokens included. (Ids may have gaps.)
         eod: the id of the end-of-text token, which ends each document.
+        bos: the id of the token that begins a text; None where there is none.
 
     Raises:
         DataError: the folder holds no readable tokenizer, or the tokenizer has no end-of-text token.
     """
 
     def __init__(self, folder: str | Path, *, special: bool = True) -> None:
-        self.folder, self._special = Path(folder), special
-        if not self.folder.is_dir():
-            raise DataError(f"tokenizer {folder}: no such folder")
-        self._fast: FastTokenizer | None = None
+        self.folder = Path(folder)
+        self._backend, self._names, config = open_backend(self.folder, special=special)
         self._memo: WordMemo | None = None
         self._memo_tried = False
-        try:
-            if (self.folder / "tokenizer.json").is_file():
-                self._fast = FastTokenizer.from_file(str(self.folder / "tokenizer.json"))
-                self._fast.no_truncation()  # a tokenizer that was saved for fine-tuning may truncate texts
-                self._fast.no_padding()
-                self._fast.encode_special_tokens = not special
-                self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values())
-                eos = self._special_token("eos_token")
-                self.eod = self._fast.token_to_id(eos) if eos else None
-            else:
-                from transformers import AutoTokenizer
-
-                self._slow = AutoTokenizer.from_pretrained(
-                    str(self.folder), trust_remote_code=False, local_files_only=True
-                )
-                self.vocab_size, self.eod = 1 + max(self._slow.get_vocab().values()), self._slow.eos_token_id
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"tokenizer {folder}: cannot be read: {str(error).splitlines()[0]}") from None
-        if self.eod is None:
+        self.vocab_size = self._backend.size
+        self._add_bos = config.get("add_bos_token")
+        eod = _special_id(self._backend, self._names, "eos_token")
+        if eod is None:
             raise DataError(
                 f"tokenizer {folder}: tokenizer_config.json names no eos_token, the token that ends a document: add it"
             )
+        self.eod = eod
+        self.bos = _special_id(self._backend, self._names, "bos_token")
 
-    def _special_token(self, name: str) -> str | None:
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = self.folder / file
-            if path.is_file():
-                value = json.loads(path.read_text(encoding="utf-8")).get(name)
-                value = value.get("content") if isinstance(value, dict) else value
-                if value:
-                    return value
-        return None
+    @property
+    def before_text(self) -> list[int]:
+        """The special tokens with which a text begins by the tokenizer's own rule: none, or bos.
+
+        add_bos_token of tokenizer_config.json decides, or else the vocabulary.
+        """
+        if self._add_bos is not None:
+            return [self.bos] if self._add_bos and self.bos is not None else []
+        plain, whole = self.encode_batch(["a"])[0], self.encode_whole(["a"])[0]
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     @property
     def pad(self) -> int:
@@ -87,15 +237,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text to token ids, without adding special tokens."""
-        if self._fast is not None:
-            return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        found = self._slow(list(texts), add_special_tokens=False, split_special_tokens=not self._special)
-        return found["input_ids"]
+        return self._backend.encode(texts)
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text with the special tokens that the tokenizer puts around it."""
+        return self._backend.encode_whole(texts)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
-        if self._memo is None and self._fast is not None and not self._memo_tried:
-            self._memo, self._memo_tried = WordMemo.of(self._fast), True
+        if self._memo is None and isinstance(self._backend, FastBackend) and not self._memo_tried:
+            self._memo, self._memo_tried = WordMemo.of(self._backend.tokenizer), True
         found: list[np.ndarray | None] = [None] * len(texts)
         if self._memo is not None:
             found = [self._memo.encode(text) if self._memo.handles(text) else None for text in texts]
@@ -111,38 +262,32 @@ class Tokenizer:
         Raises:
             DataError: the tokenizer knows no offsets.
         """
-        fast = self._fast or getattr(self._slow, "backend_tokenizer", None)
-        if fast is None:
+        try:
+            ids, offsets = self._backend.encode_with_offsets(text)
+        except NotImplementedError:
             raise DataError(
                 f"tokenizer {self.folder}: has no tokenizer.json, and gives no offsets: save it with transformers as a fast "
                 "tokenizer"
-            )
-        found = fast.encode(text, add_special_tokens=False)
-        return np.array(found.ids, dtype=np.int32), found.offsets
+            ) from None
+        return np.array(ids, dtype=np.int32), offsets
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The special tokens that tokenizer_config.json names, such as bos_token, as a chat template gets them."""
-        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-        return {name: text for name in names if (text := self._special_token(name))}
+        """The special tokens that the folder names, such as bos_token, as a chat template gets them."""
+        return dict(self._names)
 
     @property
     def special_texts(self) -> tuple[str, ...]:
         """The texts that are one special token each."""
-        fast = self._fast or self._slow.backend_tokenizer
-        return tuple(token.content for token in fast.get_added_tokens_decoder().values() if token.special)
+        return self._backend.special_texts
 
     def decode_one(self, token: int) -> str:
         """The text of one token as the vocabulary has it; special tokens too."""
-        found = self._fast.id_to_token(token) if self._fast is not None else self._slow.convert_ids_to_tokens(token)
-        return found or ""
+        return self._backend.text_of(token)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Decode token ids to text. `special` keeps the special tokens."""
-        ids = list(ids)
-        if self._fast is not None:
-            return self._fast.decode(ids, skip_special_tokens=not special)
-        return self._slow.decode(ids, skip_special_tokens=not special)
+        return self._backend.decode(list(ids), special=special)
 
     def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
         """The text that `new` adds to the text of `ids`.

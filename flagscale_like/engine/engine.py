@@ -26,8 +26,9 @@ from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
 from flagscale_like.data.batch import Batch
+from flagscale_like.engine.gradient_cache import ForwardPass, GlobalBatch, SecondPass, VectorsOf
 from flagscale_like.engine.load import Left, base_record, load_optimizer, load_weights
-from flagscale_like.engine.objective import Objective
+from flagscale_like.engine.objective import BatchObjective, Objective, VectorObjective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
 from flagscale_like.errors import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.lora import adapters_off
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.random_state import random_states, set_random_states
 from flagscale_like.runtime.row_cut import RowCut
 
 
@@ -120,7 +122,10 @@ class Engine:
             def wanted(parameter: str) -> bool:
                 return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
 
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted)
+            unused = frozenset({OUTPUT_NAME} if spec.head == "hidden" else ())
+            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted, unused=unused)
+            if any(_prefix(name) + key in source.keys() for key in unused):
+                left.reasons.append(f"{OUTPUT_NAME}: an embedding model has no output layer")
             if new_head:
                 size = f"{spec.value_heads} x {spec.arch.hidden_size}"
                 left.reasons.append(
@@ -145,7 +150,7 @@ class Engine:
 
     # Passes
 
-    def forward_backward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+    def forward_backward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
         """Forward and backward over `count` micro-batches. No parameter changes.
 
         Afterwards the reduced gradients, divided by the objective's count over all ranks, lie with the optimizer's fp32
@@ -191,7 +196,7 @@ class Engine:
             router.load = load
 
     @torch.no_grad()
-    def forward(self, batches: Iterator[Batch], objective: Objective, count: int) -> Outputs:
+    def forward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
         """The same losses without a backward pass; call it inside `evaluation()`."""
         return self._run(batches, objective, count, forward_only=True)
 
@@ -220,7 +225,63 @@ class Engine:
         with adapters_off(self.models):
             yield
 
-    def _run(self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool) -> Outputs:
+    @torch.no_grad()
+    def vectors(self, batches: Iterator[Batch], objective: VectorObjective, count: int) -> Tensor | None:
+        """The vectors of `count` micro-batches in their order, fp32 [d, h]; call it inside `evaluation()`.
+
+        Returns:
+            On all ranks of the last pipeline stage, those of this data-parallel rank's micro-batches; None on the others.
+        """
+        reports = self._reports(batches, VectorsOf(objective), count, forward_only=True)
+        return torch.cat([report["samples"][VectorsOf.metric] for report in reports]) if reports else None
+
+    def _run(
+        self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int, *, forward_only: bool
+    ) -> Outputs:
+        if isinstance(objective, BatchObjective):
+            whole = GlobalBatch(objective, list(itertools.islice(batches, count)), self.ctx)
+            if forward_only:
+                batches, objective = iter(whole.batches), ForwardPass(whole)
+            else:
+                batches, objective = self._first_pass(whole)
+        losses = self._reports(batches, objective, count, forward_only=forward_only)
+        names = ("total", "count", *objective.sums)
+        if not losses or self.ctx.tp_rank != 0:
+            return Outputs(dict.fromkeys(names, 0.0))
+        sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
+        names = dict.fromkeys(name for one in losses for name in one["samples"])
+        samples = {n: torch.cat([one["samples"][n] for one in losses if n in one["samples"]]) for n in names}
+        if self.ctx.row_cut is not None:
+            samples = _whole_samples(samples, self.ctx.row_cut, objective)
+        return Outputs(sums, samples)
+
+    def _first_pass(self, whole: GlobalBatch) -> tuple[Iterator[Batch], SecondPass]:
+        """The first pass of gradient caching; returns what the second one reads and learns.
+
+        The first micro-batch needs none. Only the interleaved schedule, which wants a multiple of pp micro-batches, gets all.
+        """
+        batches, skipped = whole.batches, 0 if len(self.chunks) > 1 else 1
+        rest, before = batches[skipped:], random_states(self.ctx.platform)
+        known: list[Tensor] = []
+        if rest:
+            with torch.no_grad():
+                reports = self._reports(iter(rest), VectorsOf(whole.objective), len(rest), forward_only=True)
+            known = [report["samples"][VectorsOf.metric] for report in reports]
+            for router in self.routers:
+                router.forget_recompute()
+
+        def again() -> Iterator[Batch]:
+            for number, batch in enumerate(batches):
+                if number == skipped:  # the second pass draws the same masks as the first
+                    set_random_states(self.ctx.platform, before)
+                yield batch
+
+        return again(), SecondPass(whole, known)
+
+    def _reports(
+        self, batches: Iterator[Batch], objective: Objective, count: int, *, forward_only: bool
+    ) -> list[Mapping[str, Any]]:
+        """What `loss_function` reports of each micro-batch, on every rank of the last stage; empty on other stages."""
         cut = self.ctx.row_cut
         if cut is not None:
             _check_cut(objective, cut)
@@ -229,7 +290,7 @@ class Engine:
         several, (rows, length) = len(self.chunks) > 1, (self.spec.micro_batch_size, self.spec.seq_length)
         if objective.packed:
             rows, length = 1, rows * length
-        losses = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=functools.partial(_forward, objective, cut),
             data_iterator=list(iterators) if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
@@ -238,14 +299,6 @@ class Engine:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        names = ("total", "count", *objective.sums)
-        if not losses or self.ctx.tp_rank != 0:
-            return Outputs(dict.fromkeys(names, 0.0))
-        sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
-        samples = {name: torch.cat([one["samples"][name] for one in losses]) for name in losses[0]["samples"]}
-        if cut is not None:
-            samples = _whole_samples(samples, cut, objective)
-        return Outputs(sums, samples)
 
     # What it holds
 

@@ -54,6 +54,7 @@ def load_weights(
     strict: bool = True,
     prefix: str = "",
     wanted: Callable[[str], bool] | None = None,
+    unused: frozenset[str] = frozenset(),
 ) -> Left:
     """Fill the models' parameters on this layout, in the models' dtype. All ranks call it.
 
@@ -61,6 +62,7 @@ def load_weights(
         strict: every tensor of the model and of the source has its counterpart; otherwise what does not fit is left.
         prefix: of the model's keys in the source; see Engine.name.
         wanted: whether a parameter, by its name, is to come from the source; the others are left.
+        unused: names of parameters that the source may have and the model has not.
 
     Raises:
         CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written.
@@ -88,7 +90,7 @@ def load_weights(
     gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
     known = {key for _, keys in gathered for key in keys}
     problems = sorted({text for found, _ in gathered for text in found.values()})
-    extra = {key for key in source.keys() if key.startswith(prefix)} - known
+    extra = {key for key in source.keys() if key.startswith(prefix)} - known - {prefix + name for name in unused}
     problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))

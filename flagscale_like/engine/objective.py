@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -58,4 +58,62 @@ class Objective(Protocol):
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """The loss of what the model returned; called on the last pipeline stage."""
+        ...
+
+
+class VectorObjective(Protocol):
+    """What an engine is asked for vectors by. The attributes are those of Objective; `packed` and `cut` are as there."""
+
+    cut: Literal["tokens", "rows"] | None
+    packed: bool
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the model."""
+        ...
+
+    def row_counts(self, batch: Batch) -> Tensor:
+        """As Objective's."""
+        ...
+
+    def vectors(self, output: Tensor, batch: Batch) -> Tensor:
+        """Vectors of a micro-batch, fp32 [d, h], differentiable, of what the model returned."""
+        ...
+
+
+@runtime_checkable
+class BatchObjective(VectorObjective, Protocol):
+    """What an engine is trained on where the loss is of the vectors of the whole global batch; see engine.gradient_cache.
+
+    Attributes:
+        metric, sums: as Objective's.
+        shared: names of extras, [d, ...], that the loss reads of the documents of all data-parallel ranks, as it reads their
+            vectors. None: it reads those of its own rank alone.
+    """
+
+    metric: str
+    sums: tuple[str, ...]
+    shared: tuple[str, ...] | None
+
+    def check(self, documents: Sequence[int]) -> None:
+        """Refuse a batch from which nothing would be learned.
+
+        Args:
+            documents: of each data-parallel rank.
+
+        Raises:
+            ConfigError: the same on every rank.
+        """
+        ...
+
+    def batch_loss(
+        self, batches: Sequence[Batch], vectors: Tensor, extras: Mapping[str, Tensor], first: int, *, gradient: bool
+    ) -> tuple[Loss, Tensor | None]:
+        """The loss of this rank's part of the global batch, and its gradient by all vectors, [D, h], if it is asked for.
+
+        Args:
+            batches: this rank's micro-batches. The samples of the loss are of their rows.
+            vectors: fp32 [D, h], of the documents of all data-parallel ranks, or of this rank where `shared` is None.
+            extras: those of `shared`, of the same documents.
+            first: where this rank's documents begin.
+        """
         ...

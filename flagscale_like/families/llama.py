@@ -56,9 +56,9 @@ def _write_aquila(arch: ModelArch) -> dict[str, Any]:
 LLAMA = Family(
     name="llama",
     model_type="llama",
-    architectures=("LlamaForCausalLM",),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),  # the second in folders of the first Llama
     classifier="LlamaForSequenceClassification",
-    supports=frozenset({"rope", "query_groups", "tie_embeddings"}) | SCALINGS,
+    supports=frozenset({"rope", "query_groups", "tie_embeddings", "bidirectional attention"}) | SCALINGS,
     read=_read_llama,
     write=_write_llama,
 )
@@ -68,7 +68,8 @@ MISTRAL = Family(
     model_type="mistral",
     architectures=("MistralForCausalLM",),
     classifier="MistralForSequenceClassification",
-    supports=frozenset({"rope", "query_groups", "sliding_window", "tie_embeddings"}) | SCALINGS,
+    supports=frozenset({"rope", "query_groups", "sliding_window", "tie_embeddings", "bidirectional attention"})
+    | SCALINGS,
     read=_read_mistral,
     write=_write_mistral,
 )

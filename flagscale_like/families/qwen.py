@@ -58,7 +58,7 @@ def _write_qwen3(arch: ModelArch) -> dict[str, Any]:
     return {**_write(arch), "head_dim": arch.head_dim, "attention_bias": False}
 
 
-_COMMON = {"rope", "query_groups", "sliding_window", "tie_embeddings"} | SCALINGS
+_COMMON = {"rope", "query_groups", "sliding_window", "tie_embeddings", "bidirectional attention"} | SCALINGS
 
 QWEN2 = Family(
     name="qwen2",

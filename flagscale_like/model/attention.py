@@ -1,8 +1,8 @@
-"""Core attention: positions (RoPE, ALiBi, NLPE) and causal softmax(q kᵀ) v, on q, k, v as megatron-core hands them over.
+"""Core attention: positions (RoPE, ALiBi, NLPE) and softmax(q kᵀ) v, on q, k, v as megatron-core hands them over.
 
-A batch is rows of one document each, or a pack of documents whose bounds megatron-core hands over as packed_seq_params. What
-this attention does not compute (another mask, a bias) it refuses. With context parallelism, this rank has a part of every
-row; see model.context_parallel.
+It is causal, or bidirectional: then a query sees all keys of its document. A batch is rows of one document each, or a pack of
+documents whose bounds megatron-core hands over as packed_seq_params. What this attention does not compute (another mask, a
+bias) it refuses. With context parallelism, this rank has a part of every row; see model.context_parallel.
 
 The rotation happens here and not in megatron-core's rope_utils: q and k are rotated in one launch, from tables that are made
 once, and NLPE finds the unrotated q and k that it needs.
@@ -45,6 +45,10 @@ from flagscale_like.model.modules import backend_of
 from flagscale_like.model.packs import Pack
 from flagscale_like.runtime.row_cut import row_cut
 
+# The mask types that megatron-core may name for what is computed: of rows, and of packs.
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+BIDIRECTIONAL = (AttnMaskType.no_mask, AttnMaskType.padding)
+
 
 class RotaryTables:
     """RoPE's angles, made at first use and shared by the layers of a model chunk.
@@ -57,7 +61,8 @@ class RotaryTables:
     """
 
     def __init__(self, arch: ModelArch) -> None:
-        self._dim, self._base = arch.head_dim, arch.position.base
+        latent = arch.latent_attention  # rotates a part of a head's channels
+        self._dim, self._base = latent.qk_rope_head_dim if latent else arch.head_dim, arch.position.base
         self._options: dict[str, Any] = {}
         self._fixed_up_to: int | None = None  # tokens up to which one set of frequencies holds; None: any number
         scaling = arch.position.scaling
@@ -164,13 +169,13 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class CoreAttention(nn.Module):
-    """Causal grouped-query attention of this tensor-parallel rank's heads. Nothing of size [s, s] is made.
+    """Grouped-query attention of this tensor-parallel rank's heads, as model.attention says. Nothing of size [s, s] is made.
 
     Args:
         tables: RoPE's; None with ALiBi.
         cp_comm_type: parallel.cp_kind, as megatron-core hands it over; of no meaning over one context-parallel rank.
         config, layer_number: megatron-core gives them to every core attention; this one needs none of them.
-        attn_mask_type, attention_type, attention_dropout: refused, unless causal self-attention without dropout.
+        attn_mask_type, attention_type, attention_dropout: refused, unless of the model's self-attention, without dropout.
     """
 
     def __init__(  # many parameters: the signature is megatron-core's
@@ -189,9 +194,11 @@ class CoreAttention(nn.Module):
         attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
-        if attention_type != "self" or attn_mask_type is not AttnMaskType.causal or attention_dropout:
+        self.causal = arch.attention == "causal"
+        self.mask_types = CAUSAL if self.causal else BIDIRECTIONAL
+        if attention_type != "self" or attn_mask_type not in self.mask_types or attention_dropout:
             raise ValueError(
-                f"core attention is causal self-attention without dropout (asked for: {attention_type} attention, "
+                f"core attention is {arch.attention} self-attention without dropout (asked for: {attention_type} attention, "
                 f"{attn_mask_type.name}, dropout {attention_dropout})"
             )
         self.tables = tables
@@ -231,9 +238,13 @@ class CoreAttention(nn.Module):
         """
         if attention_mask is not None or attention_bias is not None:
             given = "attention_mask" if attention_mask is not None else "attention_bias"
-            raise ValueError(f"{given} is given: core attention is causal within each document and takes no other mask")
-        if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
-            raise ValueError(f"attn_mask_type is {attn_mask_type.name}: core attention computes causal attention only")
+            raise ValueError(
+                f"{given} is given: core attention is {self._kind} within each document and takes no other mask"
+            )
+        if attn_mask_type is not None and attn_mask_type not in self.mask_types:
+            raise ValueError(
+                f"attn_mask_type is {attn_mask_type.name}: core attention computes {self._kind} attention only"
+            )
         if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
             kind = packed_seq_params.qkv_format
             raise ValueError(f"packed_seq_params.qkv_format is {kind!r}: core attention takes packs as thd")
@@ -247,6 +258,10 @@ class CoreAttention(nn.Module):
         rows = pack.rows if pack is not None else 1
         query, key, value = tokens_for_heads((query, key, value), self.cut, rows)
         return heads_for_tokens(self._rows(query, key, value, pack), self.cut, rows)
+
+    @property
+    def _kind(self) -> str:
+        return "causal" if self.causal else "bidirectional"
 
     def _rows(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
         """Attention of whole rows."""
@@ -265,6 +280,7 @@ class CoreAttention(nn.Module):
             query,
             key,
             value,
+            causal=self.causal,
             softmax_scale=self.softmax_scale,
             alibi_slopes=self.slopes,
             window=self.window,

@@ -35,8 +35,8 @@ class ModelSpec:
         lora: adapters beside the model's matrices. They alone are trained, and a head that the model did not come with.
 
     Raises:
-        ConfigError: the layout does not divide the model, the sequence is longer than the model's positions, or the adapters
-            do not fit the model.
+        ConfigError: the layout does not divide the model, the sequence is longer than the model's positions, the adapters do
+            not fit the model, or the head does not fit its attention.
     """
 
     arch: ModelArch
@@ -60,6 +60,10 @@ class ModelSpec:
             check_layout(self.arch, self.parallel, self.seq_length)
             if self.lora is not None:
                 self.lora.check(self.arch)
+            if self.arch.attention == "bidirectional" and self.head != "hidden":
+                raise ValueError(
+                    "model.attention is bidirectional: the model makes vectors of texts, and predicts no token and no reward"
+                )
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

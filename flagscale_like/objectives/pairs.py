@@ -1,9 +1,9 @@
 """What objectives on pairs of answers share: which tokens are whose, and what is reported.
 
 A micro-batch is packs of whole pairs. Of its documents, 2 i is the chosen answer of pair i, and 2 i + 1 the rejected one,
-each after its prompt. Padding lies at the end of a row's last document, where no counted token sees it. `Batch.extras` has
+each after its prompt. Padding lies at the end of a row's last document, where no counted token sees it, and `Batch.lengths`
+leaves it out. `Batch.extras` has
 
-    lengths     int64 [2 p], the tokens of each document without padding
     weights     float [p], the factor on each pair's loss
     margins     float [p], by how much the chosen answer is better; 0 where the data does not say
     references  float [2 p], each answer's log-probability under the reference; only where the objective reads them

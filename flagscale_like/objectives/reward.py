@@ -55,8 +55,7 @@ def answer_rewards(output: Tensor, batch: Batch) -> Tensor:
     Args:
         output: fp32 [1, b * s, k], or [1, b * s] of one head.
     """
-    starts = batch.documents[:-1].to(output.device, non_blocking=True)
-    last = starts + batch.extras["lengths"] - 1
+    last = (batch.documents[:-1] + batch.lengths - 1).to(output.device, non_blocking=True)
     return output.float().view(batch.tokens.numel(), -1)[last]
 
 

@@ -27,6 +27,7 @@ class Shape:
         flash: attention without its [s, s] scores in memory.
         dropout: GPT's three dropouts a layer, each with a saved mask of one byte an element.
         window: keys a query sees; all before it where it is None.
+        causal: whether a query sees no key after it.
         norm_head: as in ModelArch.
         decoder: ModelArch's layers, whose blocks say what is computed and saved; () for a decoder that ModelArch does not
             describe.
@@ -45,6 +46,7 @@ class Shape:
     flash: bool = True
     dropout: bool = False
     window: int | None = None
+    causal: bool = True
     norm_head: bool = False
     decoder: tuple[Layer, ...] = ()
     adapters: tuple[Parameter, ...] = ()
@@ -147,6 +149,7 @@ def _shape_of(arch: ModelArch, tp: int, lora: Lora | None) -> Shape:
         ffn=arch.ffn_hidden_size,
         vocab=arch.padded_vocab_size(tp),
         window=arch.sliding_window,
+        causal=arch.attention == "causal",
         norm_head=arch.norm_head,
         decoder=arch.layers,
         adapters=lora.parameters(arch) if lora is not None else (),

@@ -358,7 +358,7 @@ def context_parallel_bytes(arch: ModelArch, layout: Layout, seq_length: int, dty
     """
     if layout.cp == 1:
         return 0.0
-    heads, groups = arch.num_attention_heads / layout.tp, arch.num_query_groups / layout.tp
+    heads, groups = arch.num_attention_heads / layout.tp, max(1, arch.num_query_groups / layout.tp)
     column = layout.rows(seq_length) * arch.head_dim * dtype_bytes
     if layout.cp_kind == "a2a":
         return 2 * column * (heads + 2 * groups)

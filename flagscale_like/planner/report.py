@@ -11,6 +11,11 @@ from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory
 from flagscale_like.planner.search import PARTS, Plan, Ranking
 
+EMBEDDING_NOTE = (
+    "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the first "
+    "pass of gradient caching, up to a quarter of the step, is not"
+)
+
 COLUMNS = (
     "#",
     "tp",

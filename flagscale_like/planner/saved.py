@@ -16,6 +16,7 @@ from flagscale_like.arch import (
     GatedFeedForward,
     GroupedQueryAttention,
     MixtureOfExperts,
+    MultiLatentAttention,
     Parameter,
     Role,
 )
@@ -142,6 +143,9 @@ def layer_saves(
 # Inputs that a matrix keeps for its own gradient alone, and the matrix.
 KEPT_FOR = {
     "input of the QKV product": "linear_qkv",
+    "input of the projections down": "linear_q_proj",
+    "input of the projection up to q": "linear_q_up_proj",
+    "input of the projection up to k and v": "linear_kv_up_proj",
     "input of the gate and up product": "linear_fc1",
     "input of the down product": "linear_fc2",
     "input of the experts' gate and up product": "linear_fc1",
@@ -184,13 +188,19 @@ def _adapter(a: Parameter, b: Parameter, batch: MicroBatch, lora: Lora, routed: 
     return kept
 
 
+def _qkv_output(block: GroupedQueryAttention, batch: MicroBatch) -> float:
+    """Bytes of what q, k and v are views of. Where ranks share a KV group, megatron-core gathers the rows of all ranks."""
+    shards = batch.tp if block.groups >= batch.tp else 1
+    return batch.rows * (block.heads + 2 * block.groups) * block.head_dim * batch.dtype_bytes / shards
+
+
 def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
     rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
-    n, g = block.heads / batch.tp, block.groups / batch.tp
+    n, g = block.heads / batch.tp, max(1, block.groups / batch.tp)
     alibi = block.position.kind == "alibi"
     saves = [Saved(name="input of the QKV product", bytes=batch.rows_sp * block.hidden_size * e)]
     if alibi or block.qk_norm:  # k is kept as the QKV product wrote it, and so v and q with it
-        saves.append(Saved(name="output of the QKV product", bytes=rows * (n + 2 * g) * d * e))
+        saves.append(Saved(name="output of the QKV product", bytes=_qkv_output(block, batch)))
     else:
         saves.append(Saved(name="v, copied", bytes=rows * g * d * e, in_core_attention=True))
     if not alibi or (n > g > 1):
@@ -202,13 +212,35 @@ def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) 
         if block.position.far == "compressed" or not block.qk_norm:
             saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
     if block.qk_norm:
-        saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+        norms = _norm(rows * (n + g), d, e, ops)
+        if block.qk_norm_over == "projection":  # 1/rms of a token's q and k, and not of each head's
+            norms += 4 * rows * (2 - n - g)
+            if g == 1 and batch.tp > 1:  # q and k of one group are views of the QKV product's output
+                norms = 4 * rows * 2
+        saves.append(Saved(name="norms of q and k", bytes=norms))
     if batch.exchanges:
         if block.qk_norm:
             saves.append(Saved(name="v, exchanged", bytes=rows * g * d * e, in_core_attention=True))
         saves.append(Saved(name="attention output before its exchange", bytes=rows * n * d * e, in_core_attention=True))
     saves.append(Saved(name="log-sum-exp of the scores, fp32", bytes=rows * n * 4, in_core_attention=True))
     saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * d * e))
+    return saves
+
+
+def _latent_attention(block: MultiLatentAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
+    rows, rows_sp, e, x = batch.rows, batch.rows_sp, batch.dtype_bytes, block.latent
+    n = block.heads / batch.tp
+    heads = rows * n * x.head_dim * e
+    saves = [Saved(name="input of the projections down", bytes=rows_sp * block.hidden_size * e)]
+    for name, rank in (("q", x.q_lora_rank), ("k and v", x.kv_lora_rank)):
+        if rank is not None:
+            saves.append(Saved(name=f"norm of the latent {name}", bytes=_norm(rows_sp, rank, e, ops)))
+            saves.append(Saved(name=f"input of the projection up to {name}", bytes=rows_sp * rank * e))
+    core = {"rotated q": heads, "rotated k": heads, "v, padded": heads, "log-sum-exp of the scores, fp32": rows * n * 4}
+    if x.v_head_dim < x.head_dim or batch.exchanges:
+        core["attention output, padded"] = heads
+    saves += [Saved(name=name, bytes=held, in_core_attention=True) for name, held in core.items()]
+    saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * x.v_head_dim * e))
     return saves
 
 
@@ -287,23 +319,30 @@ def _dispatcher(experts: Experts, batch: MicroBatch) -> list[Saved]:
 def _attention_checkpoint(block: GroupedQueryAttention, batch: MicroBatch) -> float:
     """Bytes that selective recompute keeps on top: the inputs of core attention, where nothing else keeps them."""
     rows, e, d = batch.rows, batch.dtype_bytes, block.head_dim
-    n, g = block.heads / batch.tp, block.groups / batch.tp
+    n, g = block.heads / batch.tp, max(1, block.groups / batch.tp)
     if block.qk_norm:
         return rows * (n + g) * d * e
     if block.position.kind == "alibi":
         return 0.0
-    views = rows * (n + 2 * g) * d * e  # of the QKV product's output
     # q's heads of several groups lie apart in the QKV product's output, so megatron-core hands over a copy of q.
-    return views + (rows * n * d * e if n > g > 1 else 0.0)
+    return _qkv_output(block, batch) + (rows * n * d * e if n > g > 1 else 0.0)
+
+
+def _latent_checkpoint(block: MultiLatentAttention, batch: MicroBatch) -> float:
+    """Likewise: q, k, and the product that v is a part of."""
+    x = block.latent
+    channels = 2 * x.head_dim + x.qk_nope_head_dim + x.v_head_dim
+    return batch.rows * block.heads / batch.tp * channels * batch.dtype_bytes
 
 
 # What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.
 BLOCK_SAVES = {
     GroupedQueryAttention: _attention,
+    MultiLatentAttention: _latent_attention,
     GatedFeedForward: _gated_feed_forward,
     MixtureOfExperts: _mixture_of_experts,
 }
-CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint}
+CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint, MultiLatentAttention: _latent_checkpoint}
 
 
 def _norm(rows: float, hidden: int, dtype_bytes: int, ops: Operators) -> float:

@@ -181,6 +181,7 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes:
 def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> Iterator[Layout]:
     """Every layout that divides the model, the batch and the cluster. tp stays inside a node."""
     arch, devices = goal.arch, cluster.devices
+    # Beyond the KV groups ranks compute the same keys and values; the search leaves such layouts out.
     sizes = [arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size]
     sizes += [arch.experts.shared_ffn_hidden_size] if arch.experts else []
     tps = [tp for tp in range(1, cluster.devices_per_node + 1) if not any(n % tp for n in sizes)]

@@ -206,6 +206,7 @@ def _layer_products(
         ]
     held = shape.decoder[layer].parameters(layer)
     matrices = [p for p in held if p.role.is_layer_matrix and not p.experts]
+    # What is whole on every rank has a part of the tokens with sp.
     return [(rows_sp if p.cut is None else rows, *p.shard_shape(t)) for p in matrices]
 
 
@@ -218,7 +219,7 @@ def _core_attention(
         shape.heads / layout.tp / layout.cp
     )  # over cp the tokens are cut in place of the heads, with equal parts of the work
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        keys = counted_keys(seq_length, shape.window)
+        keys = counted_keys(seq_length, shape.window) * (1 if shape.causal else 2)
         forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2
@@ -260,8 +261,11 @@ def layer_passes(
     hidden_behind = eff.overlap * grad_weight
     alone = collectives if layout.sp else 0.0
     exposed = alone + max(0.0, 2 * collectives - alone - hidden_behind)
+    shared = 0.0  # ranks that share a KV group gather the rows of q, k and v, and scatter their gradients
+    if shape.groups < t:
+        shared = ring_seconds(rows * (shape.heads + 2 * shape.groups) * shape.head_dim * 2, t, cluster, eff)
     gather, scatter = _context_parallel(shape, layout, seq_length, cluster, eff, core_forward, core_backward)
-    fwd, bwd = Pass(forward, 2 * collectives, gather), Pass(backward, exposed, scatter)
+    fwd, bwd = Pass(forward, 2 * collectives + shared, gather), Pass(backward, exposed + shared, scatter)
     for extra in (
         _expert_passes(shape, layout, rows_sp, cluster, eff, layer),
         _adapter_passes(shape, layout, rows, cluster, eff, layer),

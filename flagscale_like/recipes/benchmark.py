@@ -109,6 +109,7 @@ def benchmark_config(config: RunConfig, folder: str, steps: int, *, checkpoint: 
     values["data"] = {"synthetic": True}
     values["train"] |= {"steps": steps, "log_interval": 1, "eval_interval": 0, "ramp_up": None, "exit_at_step": None}
     values["optimizer"] |= {"warmup_steps": 0, "schedule": "constant", "decay_steps": None}
+    values["logging"] = {}
     values["checkpoint"] = {"interval": steps if checkpoint else 0, "keep": 1}
     return RunConfig.model_validate(values)
 
@@ -345,10 +346,11 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         value = p["tokens_per_s_per_device"]
         low, high = (p["tokens_per_step"] / p[key] / p["devices"] for key in ("step_high_s", "step_low_s"))
         axes.barh(place, value, xerr=[[value - low], [high - value]], color="tab:blue", capsize=3)
-        axes.text(value, place, f"  MFU {p['mfu']:.1%}", va="bottom", fontsize=8)
+        axes.text(max(value, high), place, f"  MFU {p['mfu']:.1%}", va="center", fontsize=8)
     axes.set_yticks(range(len(good)), [r["point"] or "as configured" for r in good], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("tokens/s/device (median; bars: second fastest to second slowest step)")
+    axes.set_xlim(0, 1.3 * axes.dataLim.x1)  # room for the words behind the longest bar
+    axes.set_xlabel("tokens/s/device: median,\nand second slowest to second fastest step")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

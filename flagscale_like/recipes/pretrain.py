@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.manifest import step_name
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.feed import Feed
+from flagscale_like.data.groups import notes_on_groups
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
@@ -28,7 +29,9 @@ from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.evaluation import Evaluation, evaluate
+from flagscale_like.training.expert_loads import ExpertMonitor
 from flagscale_like.training.guard import Guard, suspects
+from flagscale_like.training.live import LiveLine
 from flagscale_like.training.loop import evaluate as report_evaluation
 from flagscale_like.training.loop import run_steps
 from flagscale_like.training.metrics import Reporter
@@ -43,6 +46,7 @@ from flagscale_like.training.salience import calibrate
 from flagscale_like.training.source_selection import SourceSelection
 from flagscale_like.training.standard_parts import GarbageCollection, OffloadReport, Saves, StopSignal
 from flagscale_like.training.step_log import StepLog
+from flagscale_like.training.trackers import check_trackers, make_trackers
 from flagscale_like.training.trail import DataTrail
 
 # The engine of a run -> parts for it, the same on every rank.
@@ -61,6 +65,7 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
         DataError, CheckpointError, ConfigError: see the functions that load and build.
     """
     agree(ctx, lambda: check_sources(config))
+    check_trackers(config.logging)
     if config.checkpoint.export_hf:  # refuse now what could not be written after the last step
         find_family(config.model.family).config_with_head(config.model, getattr(config.objective, "heads", 0))
     begun = start(config, ctx)
@@ -79,7 +84,10 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
             run.watchdog.beat(run.progress.step, "exporting", slow=True)
             out = export_run(run)
             run.reporter.say(f"exported {out}: {config.train.precision} weights of step {run.progress.step}")
-        run.reporter.say(f"done: step {run.progress.step} of {config.train.steps}; everything is in {config.run_dir}")
+        step, steps = run.progress.step, config.train.steps
+        run.reporter.say(
+            f"done: step {step}{f' of {steps}' if step <= steps else ''}; everything is in {config.run_dir}"
+        )
     return run.progress
 
 
@@ -90,9 +98,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         begun.notes.append(calibrate(config, engine, progress.train_samples))
     offload = attach_offload(engine.models, config, ctx)
     ledger = [Ledger(folder.root, progress.step)] if ctx.is_main else []
-    reporter = closing.enter_context(
-        Reporter(folder, is_main=ctx.is_main, resumed_from=progress.step, consumed=progress.consumed)
-    )
+    reporter = closing.enter_context(Reporter(folder, progress, is_main=ctx.is_main))
     watchdog = closing.enter_context(make_watchdog(config, begun))
     data, valid_data = build_datasets(
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
@@ -110,10 +116,11 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     parts: list[Part | None] = [
         StopSignal(watchdog),
         StepProfiler(config.train.profile, folder, ctx) if config.train.profile else None,
-        StepMonitors(config.monitors, engine),
+        *monitors_of(config, engine),
         selection,
         DataTrail(config, ctx, progress, data, mixture) if config.data.sources else None,
         StepLog(config, ctx, clock, feed, objective),
+        LiveLine(config, reporter.console),
         reference,
         OffloadReport(offload) if offload else None,
         *(make_parts(engine) if make_parts else ()),
@@ -143,6 +150,14 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
     run.parts.load(begun.saved)
     run.evaluate = evaluator(run, valid_data, reference) if valid_data is not None else None
     return run
+
+
+def monitors_of(config: RunConfig, engine: Engine) -> list[Part]:
+    """What watches a run's steps."""
+    experts = (
+        [ExpertMonitor(config.monitors.experts, engine)] if config.model.experts and config.monitors.experts else []
+    )
+    return [StepMonitors(config.monitors, engine), *experts]
 
 
 def make_reference(
@@ -211,15 +226,19 @@ def make_watchdog(config: RunConfig, begun: Start) -> Watchdog:
 
 
 def announce(run: Run, notes: list[str]) -> None:
-    """Write config.yaml, and say what is trained, where, and from what it starts."""
+    """Write config.yaml, begin the trackers' runs, and say what is trained, where, and from what it starts."""
     config, ctx, par = run.config, run.ctx, run.config.parallel
     if ctx.is_main:
         RunFolder(config.run_dir).config.write_text(config.to_yaml(), encoding="utf-8")
+        run.reporter.trackers = make_trackers(config, run.reporter.say)
     run.reporter.say(
         f"{config.describe_parameters()} | tp {par.tp} pp {par.pp} vpp {par.vpp} dp {ctx.dp}"
+        f"{f' ep {par.ep}' if config.model.experts else ''}"
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
+    if config.objective.reads == "groups" and ctx.is_main:
+        notes = [*notes, *notes_on_groups([source.path for source in config.data.sources], config.objective.passages)]
     for note in notes:
         run.reporter.say(note)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 620, 236
-LEFT, RIGHT, TOP, BOTTOM = 62, 22, 34, 26
+LEFT, RIGHT, TOP, BOTTOM = 78, 22, 34, 28  # room for the larger letters of a narrow screen
 MAX_POINTS = 1200
 
 Point = tuple[float, float]
@@ -139,10 +139,8 @@ def chart(key: str, title: str, curves: Sequence[Curve], marks: Sequence[Mark], 
     out.append(f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
     names = {c.name: c.style for c in curves}  # several stretches were given up: one name
     if len(names) > 1:
-        at = WIDTH - RIGHT
-        for name, style in reversed(names.items()):
-            out.append(f'<text class="legend {style}" text-anchor="end" x="{at:.0f}" y="16">{name}</text>')
-            at -= 14 + 7 * len(name)
+        words = "".join(f'<tspan class="legend {style}" dx="12">{name}</tspan>' for name, style in names.items())
+        out.append(f'<text text-anchor="end" x="{WIDTH - RIGHT}" y="16">{words}</text>')
     return "\n".join([*out, "</svg>"])
 
 
@@ -189,11 +187,15 @@ def layout_drawing(chunks: Sequence[Sequence[Sequence[int]]], *, tp: int, dp: in
     return "\n".join([*out, "</svg>"])
 
 
+# A component of memory has the same colour in every report: the number of its CSS class.
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "offload buffers", "measured")
+
+
 def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
     """Draw one horizontal bar for each row, all on the same scale.
 
     Args:
-        rows: (label, parts); a part is (component, bytes).
+        rows: (label, parts); a part is (one of COMPONENTS, bytes).
     """
     most = max((sum(size for _, size in parts) for _, parts in rows), default=0.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, size in parts if size))
@@ -214,11 +216,13 @@ def memory_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
                 long = (width - left - 80) * size / most
                 title = f"<title>{html.escape(name)}: {readable(size)}</title>"
                 shape = f'x="{place:.1f}" y="{at}" width="{max(long - 1, 0.5):.1f}" height="22" rx="2"'
-                out.append(f'<rect class="part p{names.index(name)}" {shape}>{title}</rect>')
+                out.append(f'<rect class="part p{COMPONENTS.index(name)}" {shape}>{title}</rect>')
                 place += long
         out.append(f'<text x="{place + 8:.1f}" y="{at + 16}">{readable(sum(size for _, size in parts))}</text>')
-    for n, (name, place, at) in enumerate(keys):
-        out.append(f'<rect class="part p{n}" x="{place:.0f}" y="{at - 9}" width="10" height="10" rx="2"/>')
+    for name, place, at in keys:
+        out.append(
+            f'<rect class="part p{COMPONENTS.index(name)}" x="{place:.0f}" y="{at - 9}" width="10" height="10" rx="2"/>'
+        )
         out.append(f'<text class="small" x="{place + 14:.0f}" y="{at}">{html.escape(name)}</text>')
     return "\n".join([*out, "</svg>"])
 

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,36 @@ from rich.console import Console
 from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.parts import Event, close_all
+from flagscale_like.training.plan import Progress
+from flagscale_like.training.trackers import Sender
 
 
 class Reporter:
-    """Writes the same record to the log, to metrics.jsonl and to TensorBoard; on rank 0 only.
+    """Writes the same record to the log, to metrics.jsonl, to TensorBoard and to the trackers; on rank 0 only.
 
     Use it in a `with` block: its files are closed and the plot is drawn however the run ends.
 
+    Attributes:
+        trackers: they get every number, too.
+
     Args:
+        progress: where the run goes on from. Records of later steps, of an interrupted run, are dropped, and events that were
+            found in later samples. They do not go by the step: what made a run go back to an earlier step has to stay.
         is_main: whether this is rank 0; the others' reporters do nothing.
-        resumed_from: step that the run goes on from; later records of an interrupted run are dropped.
-        consumed: samples that it goes on from; events found in later ones are dropped. They do not go by the step: what made
-            a run go back to an earlier step has to stay.
     """
 
-    def __init__(self, folder: RunFolder, *, is_main: bool, resumed_from: int, consumed: int = 0) -> None:
+    def __init__(self, folder: RunFolder, progress: Progress, *, is_main: bool) -> None:
         self.folder = folder
         self.console = Console(highlight=False, soft_wrap=True) if is_main else None
         self._metrics = self._events = self._board = None
+        self.trackers: Sequence[Sender] = ()
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            keep_records(folder.metrics, "step", resumed_from)
-            keep_records(folder.events, "consumed-samples", consumed)
+            keep_records(folder.metrics, "step", progress.step)
+            keep_records(folder.events, "consumed-samples", progress.consumed)
             self._metrics, self._events = open_records(folder.metrics), open_records(folder.events)
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=resumed_from + 1)
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=progress.step + 1)
 
     def say(self, text: str) -> None:
         """One line of log, from rank 0."""
@@ -54,8 +59,10 @@ class Reporter:
             write_record(self._metrics, {"step": step, **values, "time": _now()})
         with dispensable(self.folder.tensorboard):
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.numbers(step, values)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
         """What a monitor found, to the log, to events.jsonl and to TensorBoard."""
@@ -66,6 +73,8 @@ class Reporter:
                 write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
             with dispensable(self.folder.tensorboard):
                 self._board.add_scalar(f"event/{event.kind}", event.value, step)
+            for tracker in self.trackers:
+                tracker.numbers(step, {f"event/{event.kind}": event.value})
 
     def __enter__(self) -> Reporter:
         return self
@@ -79,7 +88,8 @@ class Reporter:
                 folder.tensorboard: self._board.close,
                 folder.loss_plot: plot,
             }
-            close_all([functools.partial(_close, path, close) for path, close in closings.items()], error)
+            closers = [functools.partial(_close, path, close) for path, close in closings.items()]
+            close_all([*closers, *(functools.partial(tracker.close, error) for tracker in self.trackers)], error)
 
 
 def _close(path: Path, close: Callable[[], object]) -> None:

@@ -133,7 +133,7 @@ class EffectiveRankMonitor:
         self.matrices = {
             parameter.name: (parameter.layer, parameter.place_in_layer)
             for parameter in parameters(engine.spec.arch)
-            if parameter.role.is_layer_matrix and parameter.layer in self.layers
+            if parameter.role.is_layer_matrix and parameter.layer in self.layers and not parameter.experts
         }
         self.parameters: dict[tuple[int, str], nn.Parameter] = {
             self.matrices[name]: parameter

@@ -21,7 +21,7 @@ from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory, rank_memory
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.run_folder import RunFolder
-from flagscale_like.training.charts import Curve, Mark, chart, layout_drawing, memory_bars, thinned
+from flagscale_like.training.charts import COMPONENTS, Curve, Mark, chart, layout_drawing, memory_bars, thinned
 from flagscale_like.training.metrics import loss_curve, loss_name, read_metrics
 from flagscale_like.training.recovery import effective_time_ratio, read_ledger
 
@@ -42,6 +42,8 @@ CHARTS = (
     ("tokens-per-second", "tokens/s"),
     ("learning-rate", "learning rate"),
     ("grad-norm", "gradient norm"),
+    ("experts/largest-load", "tokens of the busiest expert, in even shares"),
+    ("experts/entropy", "entropy of the routers' scores, nats"),
 )
 
 
@@ -73,7 +75,8 @@ class Story:
     def charts(self) -> list[tuple[str, str]]:
         """Name in the records, and title, of every number that is drawn."""
         title = "loss, nats/token" if self.loss == "lm loss" else self.loss
-        return [(self.loss, title), *((name, title) for name, title in CHARTS if name in self.last)]
+        drawn = {name for record in self.kept[-100:] for name in record}
+        return [(self.loss, title), *((name, title) for name, title in CHARTS if name in drawn)]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -104,8 +107,8 @@ def read_story(run_dir: Path) -> Story:
     config = load_config(RunFolder(run_dir).config)
     records = read_metrics(run_dir)
     loss = loss_name(records)
-    kept: list[dict[str, Any]] = []
-    given_up, validation, happened = [], {}, []
+    kept, given_up, validation, happened = [], [], {}, []
+    measured = {r["step"]: r for r in records if "experts/entropy" in r}  # a part's own record of a step
     for record in records:
         step = record["step"]
         if f"{loss} validation" in record:
@@ -131,7 +134,7 @@ def read_story(run_dir: Path) -> Story:
             count = record["skipped-steps"] - before
             text = f"step {step}: {count} skipped steps since the previous record"
             happened.append(Mark(step=step, kind="skip", text=text))
-        kept.append(record)
+        kept.append(measured.get(step, {}) | record)
     if not kept:
         raise DataError(f"{run_dir}: no step is on record in metrics.jsonl yet: run the report after the first step")
     happened += [_alarm(event) for event in read_records(RunFolder(run_dir).events) if "step" in event]
@@ -304,9 +307,9 @@ def _chart(story: Story, name: str, title: str) -> str:
 
 
 def _memory(memory: Sequence[RankMemory], measured: float, *, on_cpu: bool) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "offload_buffers")
+    planned = COMPONENTS[:-1]
     rows = [
-        (f"planned, stage {stage}", [(name.replace("_", " "), getattr(m, name)) for name in parts])
+        (f"planned, stage {stage}", [(name, getattr(m, name.replace(" ", "_"))) for name in planned])
         for stage, m in enumerate(memory[:16])
     ]
     rows.append(("measured, rank 0", [("measured", measured)]))

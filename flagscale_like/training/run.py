@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from flagscale_like.checkpoint.adapters import AdaptedWeights
 from flagscale_like.checkpoint.companions import Origin, read_companions
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.store import CheckpointStore, layout_record
@@ -182,6 +183,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
+        notes += getattr(source.base if isinstance(source, AdaptedWeights) else source, "notes", ())
         begun.weights = base_record(source, ctx)
         notes += [f"not loaded: {reason}" for reason in engine.left]
     else:
@@ -189,7 +191,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         notes.append("starting from new weights")
     begun.origin = origin_of(reader or source)
     if ctx.is_main:
-        store.companions = read_companions(usage_folders(config, reader, source))
+        store.companions = read_companions(usage_folders(config, reader, source), begun.origin.auto_map)
     if config.checkpoint.interval:
         store.reserve(engine.fragments)
     return begun
@@ -220,7 +222,9 @@ def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_
         limit = f"train.steps is {config.train.steps}"
         if config.train.exit_at_step is not None:
             limit += f" and train.exit_at_step {config.train.exit_at_step}"
-        notes.append(f"nothing is left to train: {limit}, and step {progress.step} is done; raise it to go on")
+        notes.append(
+            f"complete, nothing is left to train: {limit}, and step {progress.step} is done; raise it to go on"
+        )
     if needed > progress.train_samples:
         notes.append(
             f"from here on the order of the samples is another one: the run now reads {needed}, not {progress.train_samples}"

@@ -89,7 +89,7 @@ class DataTrail(Part):
         if self.ctx.is_main:
             place = (progress.step, progress.consumed, progress.train_samples)
             marks = [source_mark(source.path) for source in self.config.data.sources]
-            segment = Segment(event, *place, self.ctx.world_size, self.config.model_dump(mode="json"), marks)
+            segment = Segment(event, *place, self.ctx.world_size, self.config, marks)
             segment.append_to(self.run_dir)
 
     def _note_draw(self) -> None:

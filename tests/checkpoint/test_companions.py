@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from flagscale_like.checkpoint.companions import Origin, companions_at, fingerprint, read_companions
+from flagscale_like.checkpoint.companions import Origin, Sampling, companions_at, fingerprint, read_companions
 from flagscale_like.checkpoint.manifest import read_manifest, verify_files
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.tokenizer import train_bpe
+from flagscale_like.errors import ConversionError
 from tests.commands import run_commands
 from tests.families import tiny
 from tests.harness import tiny_config, write_yaml
@@ -124,6 +125,21 @@ def test_a_checkpoint_without_a_tokenizer_says_where_it_was(tmp_path):
     ((found, hub),) = run_commands([export, [*export[:5], "hub", "--tokenizer", "gpt2"]], tmp_path)
     assert hub.error == "error: tokenizer gpt2: no such folder"  # and no repository of a hub
     assert "the run's tokenizer was at tok, and is not there: give --tokenizer FOLDER" in found.printed
+
+
+def test_settings_say_how_the_next_token_is_chosen(tmp_path):
+    def read(**settings):
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        return Sampling.of(tmp_path)
+
+    assert Sampling.of(tmp_path) == Sampling()
+    assert read(temperature=0.7, eos_token_id=5) == Sampling(stop=(5,))  # without do_sample, the likeliest token
+    given = read(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, eos_token_id=[5, 6])
+    assert given == Sampling(0.7, 0.8, 20, (5, 6), {"repetition_penalty": 1.05})
+    assert read(do_sample=True, num_beams=1) == Sampling(1.0, 1.0, 50)  # transformers' defaults
+    for wrong in ({"do_sample": True, "top_p": 2}, {"eos_token_id": "x"}, {"do_sample": True, "temperature": [1]}):
+        with pytest.raises(ConversionError, match=r"generation_config\.json: "):
+            read(**wrong)
 
 
 def test_generation_settings_of_other_ids_are_left(published, tmp_path):

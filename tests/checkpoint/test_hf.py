@@ -197,13 +197,6 @@ def test_an_index_that_lies_or_leaves_the_folder_is_refused(sharded):
         HfFolder(sharded)
 
 
-def test_a_folder_of_pickles_is_refused_and_not_read(tmp_path):
-    folder = tiny.make("llama", tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin is a pickle and is not read"):
-        HfFolder(folder)
-
-
 @contextmanager
 def files_up_to(size):
     """No file of this process may grow past `size` bytes: the kernel refuses the write."""
@@ -281,8 +274,8 @@ def test_the_command_line_imports_exports_verifies_and_says_what_is_wrong(tmp_pa
     assert "baichuan2, " in imported.stdout
     exported = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--dtype", "fp32")
     assert exported.returncode == 0, exported.stderr
-    assert "verified by importing the export again" in exported.stdout
-    assert "transformers has no model class for baichuan" in exported.stdout
+    assert "not verified against other code: transformers has no model class for baichuan" in exported.stdout
+    assert "logits from" in exported.stdout
     assert_same_tensors(source, out)
     shutil.rmtree(out)
     refused = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--as", "llama")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -10,8 +11,13 @@ from safetensors.torch import load_file
 
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export, import_folder
-from flagscale_like.checkpoint.quantize import Scheme, pack, quantize, quantize_folder
+from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.packed import pack, unpack
+from flagscale_like.checkpoint.quantize import quantize, quantize_folder
+from flagscale_like.data.index_file import write_index
 from flagscale_like.errors import ConversionError
+from flagscale_like.families.quantization import Scheme
+from tests.commands import run_commands
 from tests.families import tiny
 from tests.harness import cli
 
@@ -26,6 +32,7 @@ def test_packing_is_the_librarys(bits, columns):
     values = torch.randint(-half, half, (5, columns), dtype=torch.int8, generator=generator)
     assert torch.equal(pack(values, bits), pack_to_int32(values, bits))
     assert torch.equal(pack(values.T, bits).T, pack_to_int32(values, bits, packed_dim=0))
+    assert torch.equal(unpack(pack(values, bits), bits, columns), values)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), SCHEMES)
@@ -78,6 +85,61 @@ def test_transformers_loads_a_quantized_folder_and_computes_with_the_dequantized
         found, expected = small.eval()(tiny.ids()).logits, plain(tiny.ids()).logits
     assert (found - expected).abs().max() < 1e-4
     assert (found - exact).abs().max() > 1e-3  # it is not the folder it was made from
+    read = HfFolder(tmp_path / "small")  # and so does the native reader
+    for name, weight in weights.items():
+        assert torch.equal(read.hf_tensor(name), weight), name
+
+
+def test_a_quantized_folder_is_evaluated_imported_and_exported_as_the_numbers_it_stands_for(tmp_path):
+    source = tiny.make("qwen2", tmp_path, torch.bfloat16)
+    import_folder(source, tmp_path / "native")
+    export(CheckpointReader(tmp_path / "native"), tmp_path / "hf", max_file_bytes=40_000, dtype="stored")
+    quantize_folder(tmp_path / "hf", tmp_path / "small", Scheme(bits=4, group_size=16, symmetric=False))
+    ids = tiny.ids().flatten().numpy().astype(np.int32)
+    (tmp_path / "x.bin").write_bytes(ids.tobytes())
+    write_index(tmp_path / "x.idx", [np.array([len(ids)], np.int32)], np.dtype(np.int32))
+    lines = [
+        ["evaluate", "--hf", "small", "--data", "x", "--seq-length", "24"],
+        ["convert", "import", "--hf", "small", "--out", "imported"],
+        ["convert", "export", "--checkpoint", "imported", "--out", "plain"],
+        ["evaluate", "--hf", "plain", "--data", "x", "--seq-length", "24"],
+        ["convert", "quantize", "--hf", "small", "--out", "again", "--group-size", "16"],
+    ]
+    (outcomes,) = run_commands(lines, tmp_path)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0, 0, 0, 13], outcomes
+    assert "weights are INT4 in groups of 16; they are read as the numbers that they stand for" in outcomes[0].printed
+    assert outcomes[0].printed.splitlines()[-1] == outcomes[3].printed.splitlines()[-1]
+    assert "is quantized already" in outcomes[4].error
+    whole, plain = HfFolder(tmp_path / "small"), HfFolder(tmp_path / "plain")
+    assert all(torch.equal(whole.full(key), plain.full(key)) for key in whole.keys())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(dict(model.named_parameters())[name], plain.hf_tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c.update(quant_method="gptq"),
+            "quantization_config is of 'gptq' in a form that is not read; read are",
+        ),
+        (lambda c: c.update(format="float-quantized"), "of 'compressed-tensors' in a form that is not read"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="channel"), "in a form that is not read"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "in a form that is not read"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "weight_zero_point is missing"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=8), "weight_scale has shape"),
+        (lambda c: c["config_groups"].clear(), "in a form that is not read"),
+    ],
+)
+def test_other_quantizations_are_refused_with_those_that_are_read(change, message, tmp_path):
+    quantize_folder(tiny.make("llama", tmp_path), tmp_path / "small", Scheme(bits=4, group_size=16))
+    config = json.loads((tmp_path / "small/config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "small/config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=message) as error:
+        HfFolder(tmp_path / "small")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_folder_of_several_files_keeps_them_with_an_index_that_fits(tmp_path):
@@ -94,7 +156,9 @@ def test_a_folder_of_several_files_keeps_them_with_an_index_that_fits(tmp_path):
 
 def test_wrong_numbers_are_refused_with_both(tmp_path):
     source = tiny.make("llama", tmp_path)
-    with pytest.raises(ConversionError, match=r"down_proj\.weight has 80 columns, which group_size \(32\) must divide"):
+    with pytest.raises(
+        ConversionError, match=r"down_proj\.weight has 80 columns, .* \(32\) must divide: group size 16 would do"
+    ):
         quantize_folder(source, tmp_path / "small", Scheme(group_size=32))
     with pytest.raises(ConversionError, match=r"bits \(3\) must be 4 or 8"):
         Scheme(bits=3)
@@ -109,3 +173,4 @@ def test_the_command_line_quantizes(tmp_path):
     result = cli("convert", "quantize", *arguments, "--no-symmetric")
     assert result.returncode == 0, result.stderr
     assert "14 matrices in INT4" in result.stdout
+    assert "transformers loads it with compressed-tensors: pip install 'flagscale_like[quantized]'" in result.stdout

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from flagscale_like.data.batch import collate
+from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.blend import IndexCache, build_split, counts_of, is_packed, source_use
 from flagscale_like.data.conversations import mask_of
-from flagscale_like.data.packing import best_fit_decreasing, pack_epochs, pack_row
+from flagscale_like.data.packing import pack_epochs, pack_row
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.pretrain import check_sources, prepare_once
 from flagscale_like.data.provenance import Provenance
@@ -33,15 +34,15 @@ def test_best_fit_decreasing_fills_bins_and_needs_as_many_for_any_order():
 
 def test_epochs_have_each_conversation_once_and_follow_from_the_seed_alone():
     places = np.random.RandomState(1).randint(1, 60, size=100)
-    members, starts = pack_epochs(places, 64, rows=120, seed=5)
+    members, starts = pack_epochs(lambda epoch: places, 64, rows=120, seed=5)
     rows = len(best_fit_decreasing(places, 64))
     assert len(starts) - 1 == -(-120 // rows) * rows
     first, second = members[: starts[rows]], members[starts[rows] : starts[2 * rows]]
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
     assert first.tolist() != second.tolist()
-    fewer, _ = pack_epochs(places, 64, rows=1, seed=5)
+    fewer, _ = pack_epochs(lambda epoch: places, 64, rows=1, seed=5)
     assert fewer.tolist() == first.tolist()
-    assert pack_epochs(places, 64, rows=1, seed=6)[0].tolist() != first.tolist()
+    assert pack_epochs(lambda epoch: places, 64, rows=1, seed=6)[0].tolist() != first.tolist()
 
 
 def test_a_row_has_each_conversation_as_a_document_and_counts_nothing_of_the_rest():

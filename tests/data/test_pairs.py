@@ -142,7 +142,7 @@ def test_a_row_is_a_pack_of_whole_pairs_with_the_padding_in_its_last_document():
     assert row["labels"].tolist() == [2, 3, 9, 4, 9, 9, 9, 9]
     assert row["loss_mask"].tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
     assert row["documents"].tolist() == [0, 3, 8]
-    assert row["extras"]["lengths"].tolist() == [3, 2]
+    assert row["lengths"].tolist() == [3, 2]
     assert [row["extras"][name].tolist() for name in ("margins", "weights")] == [[0.5], [2.0]]
 
 

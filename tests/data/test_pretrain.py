@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from flagscale_like.data.inputs import ProgressLines
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches, prepare_once
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.errors import DataError
@@ -65,6 +66,41 @@ def test_raw_text_is_prepared_once_under_the_run_folder(tmp_path, corpus):
     assert Path(prepared.data.sources[0].path + ".idx") in made
     assert prepare_once(config) == prepared
     assert {p: p.stat().st_mtime_ns for p in made} == made
+
+
+def test_a_start_says_what_it_prepares_and_what_has_changed_since(tmp_path):
+    folder, said = tmp_path / "text", []
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_text(f"{name}: some words of a text\n" * 30)
+    data = {"prepare": {"input": [str(folder)], "tokenizer_vocab_size": 280}}
+    config = tiny_config(tmp_path / "run", model__vocab_size=384, data=data)
+    prepare_once(config, 1, said.append)
+    assert said[0].startswith("preparing data: 3 files, 0.0 MB, to ")
+    assert said[1] == "preparing data: training a tokenizer of 280 entries"
+    assert said[-1].startswith("prepared 3 documents, ")
+    said.clear()
+    prepare_once(config, 1, said.append)
+    assert said == []
+    (folder / "d.txt").write_text("a file that came later")
+    (folder / "a.txt").write_text("shorter")
+    (folder / "b.txt").unlink()
+    prepare_once(config, 1, said.append)
+    (line,) = said
+    assert f"1 new ({folder}/d.txt), 1 gone ({folder}/b.txt), 1 changed ({folder}/a.txt)" in line
+    for path in folder.iterdir():
+        path.unlink()
+    assert prepare_once(config, 1, said.append).data.sources
+    assert "matches no file" in said[-1]
+
+
+def test_progress_is_said_once_in_a_while(monkeypatch):
+    said, clock = [], [0.0]
+    monkeypatch.setattr("flagscale_like.data.inputs.time.monotonic", lambda: clock[0])
+    lines = ProgressLines(40_000_000, said.append)
+    for clock[0] in (1.0, 9.0, 11.0, 12.0, 25.0):
+        lines(5_000_000)
+    assert said == ["tokenized 15.0 of 40.0 MB", "tokenized 25.0 of 40.0 MB"]
 
 
 def break_source(corpus, target, how):

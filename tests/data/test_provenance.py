@@ -80,7 +80,7 @@ def test_a_source_that_was_made_anew_answers_for_no_step(tmp_path):
     data = {"sources": [{"path": str(tmp_path / "a")}], "tokenizer": str(tokenizer.folder)}
     config = tiny_config(tmp_path / "run", model__vocab_size=384, data=data)
     marks = [source_mark(str(tmp_path / "a"))]
-    read = Segment("start", 0, 0, 20, 1, config.model_dump(mode="json"), marks)
+    read = Segment("start", 0, 0, 20, 1, config, marks)
     assert len(open_order(read)) >= 20
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"beta {i} " * 5}) + "\n" for i in range(50)))
     preprocess([tmp_path / "a.jsonl"], tokenizer.folder, tmp_path / "a", overwrite=True)
@@ -93,7 +93,7 @@ RAMP = {"start": 4, "increment": 4, "samples": 24}  # 4 until 24 are consumed, t
 
 def segment(event, step, consumed, **changes):
     config = tiny_config("run", train__ramp_up=RAMP, data={"sources": [{"path": "x"}], "tokenizer": "t"}, **changes)
-    return Segment(event, step, consumed, 300, 2, config.model_dump(mode="json"))
+    return Segment(event, step, consumed, 300, 2, config)
 
 
 def read(segments, step):
@@ -146,7 +146,7 @@ def test_checkpoints_alone_suffice_also_after_going_back():
 
 def test_losses_come_back_by_position_and_rank_the_samples(blended, tmp_path):
     config, samples, _ = blended
-    whole = Segment("start", 0, 0, 300, 4, config.model_dump(mode="json"))
+    whole = Segment("start", 0, 0, 300, 4, config)
     (reading,) = readings_of([whole], 2)
     assert (reading.first, reading.count) == (8, 8)
     dp = 4
@@ -168,7 +168,7 @@ def test_losses_come_back_by_position_and_rank_the_samples(blended, tmp_path):
 
 def test_losses_are_placed_by_the_micro_batches_that_they_were_noted_of(tmp_path):
     config = tiny_config("run", data={"sources": [{"path": "x"}], "tokenizer": "t"})
-    (reading,) = readings_of([Segment("start", 0, 0, 300, 1, config.model_dump(mode="json"))], 1)
+    (reading,) = readings_of([Segment("start", 0, 0, 300, 1, config)], 1)
     assert config.train.micro_batch_size == 1
     for dp_rank in range(2):
         write_losses(tmp_path, dp_rank, (1, 0, dp_rank, 2, 2), [dp_rank + i / 4 for i in range(4)])
@@ -177,7 +177,7 @@ def test_losses_are_placed_by_the_micro_batches_that_they_were_noted_of(tmp_path
 
 def test_a_global_rank_reads_what_its_data_parallel_rank_reads():
     config = tiny_config("run", parallel={"tp": 2, "pp": 2}, data={"sources": [{"path": "x"}], "tokenizer": "t"})
-    whole = Segment("start", 0, 0, 300, 8, config.model_dump(mode="json"))
+    whole = Segment("start", 0, 0, 300, 8, config)
     assert [dp_rank_of(whole, rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
     with pytest.raises(DataError, match="rank 8: the run had 8 ranks"):
         dp_rank_of(whole, 8)

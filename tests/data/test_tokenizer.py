@@ -87,6 +87,18 @@ def test_a_source_of_a_larger_tokenizer_is_refused_before_the_model_sees_it(tmp_
         run_ranks(1, read_first, config)
 
 
+def test_documents_begin_with_bos_where_it_is_asked_for(tmp_path):
+    tokenizer = sentencepiece_like(tmp_path / "tok")
+    (tmp_path / "x.txt").write_text("hello world")
+    words = ["preprocess", str(tmp_path / "x.txt"), "--tokenizer", str(tokenizer.folder), "--out", str(tmp_path / "x")]
+    refused = invoke([*words, "--add-bos"])
+    assert "names no bos_token, which --add-bos writes" in refused.error
+    (tmp_path / "tok/tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<unk>"}))
+    assert invoke([*words, "--add-bos"]).exit_code == 0
+    ids = np.fromfile(tmp_path / "x.bin", dtype=np.uint16).tolist()
+    assert ids == [0, *tokenizer.encode_batch(["hello world"])[0], tokenizer.eod]
+
+
 def test_special_tokens_inside_a_text_are_text_unless_asked_for(tmp_path):
     tokenizer = train_bpe(["some text"], 300, tmp_path / "tok")
     text = "before <|endoftext|> after"

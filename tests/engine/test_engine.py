@@ -193,8 +193,8 @@ def test_the_reduction_adds_up_by_name_and_refuses_other_names():
 def test_a_spec_needs_no_run_and_refuses_what_its_layout_does_not_divide(tmp_path):
     config = tiny_config(tmp_path, model__max_position_embeddings=64)
     assert ModelSpec(arch=config.model).seq_length == 64
-    with pytest.raises(ConfigError, match=r"model.num_query_groups \(2\) must be divisible by parallel.tp \(4\)"):
-        ModelSpec(arch=config.model, parallel=config.parallel.model_copy(update={"tp": 4}))
+    with pytest.raises(ConfigError, match=r"model.num_attention_heads \(4\) must be divisible by parallel.tp \(8\)"):
+        ModelSpec(arch=config.model, parallel=config.parallel.model_copy(update={"tp": 8}))
     with pytest.raises(ConfigError, match="exceeds model.max_position_embeddings"):
         ModelSpec(arch=config.model, seq_length=65)
     assert issubclass(CheckpointError, ValueError)

@@ -203,8 +203,8 @@ def learn_pairs(config, kinds):
                 engine = Engine.build(
                     dataclasses.replace(ModelSpec.of(config), **numbers), ctx, optimizer=config.optimizer
                 )
-                extras = {"lengths": torch.tensor(LENGTHS), "weights": torch.ones(2), "margins": torch.zeros(2)}
-                pairs = dataclasses.replace(documents(2)[1], extras=extras)
+                extras = {"weights": torch.ones(2), "margins": torch.zeros(2)}
+                pairs = dataclasses.replace(documents(2)[1], lengths=torch.tensor(LENGTHS), extras=extras)
                 outputs = engine.forward_backward(iter([pairs]), objective, 1)
                 sums = NamedSum(ctx)({"square": outputs.grad_square, **outputs.sums})
                 samples = [s for s in ctx.gather({k: v.tolist() for k, v in outputs.samples.items()}) if s]

@@ -95,6 +95,19 @@ def test_a_killed_rank_under_torchrun_sh_goes_on_from_the_newest_good_checkpoint
     assert [step for step, *_ in faults.losses(config.run_dir)] == list(range(1, stopped + 1))
 
 
+def test_one_error_of_all_ranks_is_one_line_and_the_exit_code(tmp_path):
+    data = {"sources": [{"path": "x"}], "tokenizer": str(tmp_path / "nowhere")}
+    file = write_yaml(tiny_config(tmp_path / "run", data=data, parallel={"tp": 2}), tmp_path / "run.yaml")
+    settings = environment(NPROC_PER_NODE="2", MAX_RESTARTS="0", OMP_NUM_THREADS="1")
+    command = [REPOSITORY / "launch" / "torchrun.sh", file]
+    found = subprocess.run(command, cwd=REPOSITORY, env=settings, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 11
+    assert found.stderr.splitlines() == [
+        f"error: tokenizer {tmp_path}/nowhere: no such folder",
+        "error: rank 0 ended with exit code 11; its error is above",
+    ]
+
+
 def two_nodes(tmp_path, fake_ssh, hosts, **settings):
     """Start a run of two nodes with a rank each, kill the second's, stop the run; by ssh_hostfile.sh alone."""
     config = tiny_config(

@@ -56,7 +56,7 @@ def test_shellcheck_has_nothing_to_say(name):
 def test_one_node_meets_at_a_port_of_its_own():
     found = script("torchrun.sh", "--dry-run", "x.yaml", "train.steps=3", NPROC_PER_NODE="4", PYTHON="python3.11")
     words = shlex.split(found.stdout)
-    assert words[:3] == ["python3.11", "-m", "torch.distributed.run"]
+    assert words[:3] == ["python3.11", "-m", "flagscale_like.runtime.torchrun"]
     assert words[-5:] == ["-m", "flagscale_like", "train", "x.yaml", "train.steps=3"]
     options = dict(zip(words[3:-5:2], words[4:-5:2], strict=True))
     assert options == {

@@ -29,13 +29,13 @@ def batch(mask, *, weights=None, padding=0):
     bounds[-1] += padding
     tokens = torch.zeros(1, mask.numel() + padding, dtype=torch.int64)
     extras = {
-        "lengths": torch.full((len(mask),), LENGTH),
         "weights": torch.ones(PAIRS) if weights is None else torch.tensor(weights),
         "margins": INPUTS["margins"],
         "references": (documents(INPUTS["reference"]) * mask).sum(-1),
     }
     row = F.pad(mask.flatten(), (0, padding))[None]
-    return Batch(tokens=tokens, labels=tokens, loss_mask=row, documents=bounds, extras=extras)
+    lengths = torch.full((len(mask),), LENGTH)
+    return Batch(tokens=tokens, labels=tokens, loss_mask=row, documents=bounds, lengths=lengths, extras=extras)
 
 
 def evaluate(options, *, weights=None, padding=0):

@@ -37,6 +37,7 @@ LAYOUTS = {
     "pp4": (4, {"pp": 4}),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
 }
+LAYOUTS_OF_SHARED_GROUPS = {"tp4 sp": (4, {"tp": 4, "sp": True})}
 
 
 class Held:
@@ -100,7 +101,7 @@ def step_peak(config: RunConfig, prepare: Callable[[Engine], None] | None = None
 
 
 def check(name: str, config: RunConfig) -> None:
-    ranks = LAYOUTS[name][0]
+    ranks = (LAYOUTS | LAYOUTS_OF_SHARED_GROUPS)[name][0]
     layout = Layout.of(config, ranks)
     for stage, found in run_ranks(ranks, step_peak, config):
         planned = saved_activation_bytes(
@@ -112,6 +113,22 @@ def check(name: str, config: RunConfig) -> None:
             ops=operators_of(config.kernels, cuda=False),
         )
         assert planned == pytest.approx(found, rel=0.05), f"stage {stage}: planned {planned:,.0f}, held {found:,}"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "model"), [("none", {}), ("selective", {}), ("none", {"model__position": {"kind": "alibi"}})], ids=str
+)
+def test_activations_of_ranks_that_share_a_kv_group_are_planned_too(recompute, model, tmp_path):
+    layout = LAYOUTS_OF_SHARED_GROUPS["tp4 sp"][1]
+    config = tiny_config(
+        tmp_path,
+        parallel=layout,
+        train__seq_length=256,
+        train__global_batch_size=4,
+        train__recompute=recompute,
+        **model,
+    )
+    check("tp4 sp", config)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -247,6 +264,24 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
         tmp_path, train__precision="bf16", train__recompute=recompute, train__micro_batch_size=2, **FEATURES[feature]
     )
     check("one process", config)
+
+
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+ATTENTIONS = {
+    "latent": {"latent_attention": {**LATENT, "q_lora_rank": 32}, "num_query_groups": 4},
+    "latent, whole q, v as wide as k": {"latent_attention": {**LATENT, "v_head_dim": 24}, "num_query_groups": 4},
+    "norm over the projection": {"qk_norm": True, "qk_norm_over": "projection"},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["one process", "tp2", "tp2 sp"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_latent_attention_and_wide_norms_hold_what_is_planned(kind, name, recompute, tmp_path):
+    model = {"ffn_hidden_size": 32, "vocab_size": 120, **ATTENTIONS[kind]}
+    changes = {f"model__{key}": value for key, value in model.items()}
+    changes |= {"train__recompute": recompute, "train__precision": "bf16", "train__micro_batch_size": 2}
+    check(name, tiny_config(tmp_path, parallel=LAYOUTS[name][1], train__global_batch_size=8, **changes))
 
 
 def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.planner.published import BAICHUAN_7B, GPT3_H100, KORTHIKANTI_2022, NARAYANAN_2021
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.published import BAICHUAN_7B, GPT3_H100, KORTHIKANTI_2022, NARAYANAN_2021
 from flagscale_like.planner.throughput import AMPERE, PARTS_OF_STEP, Software, gemm_seconds, step_time
 
 ROWS = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]

@@ -111,7 +111,7 @@ def test_another_order_of_the_samples_is_said(outcomes):
 def test_a_finished_run_says_that_nothing_is_left(outcomes):
     assert outcomes["done"].exit_code == 0, outcomes["done"].error
     assert (
-        "nothing is left to train: train.steps is 6 and train.exit_at_step 2, and step 2 is done"
+        "complete, nothing is left to train: train.steps is 6 and train.exit_at_step 2, and step 2 is done"
         in outcomes["done"].printed
     )
 

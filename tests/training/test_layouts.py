@@ -62,6 +62,32 @@ def test_a_layout_goes_on_from_one_process_checkpoint_with_the_same_losses_and_g
     assert found[3:] == [pytest.approx(pair, rel=1e-5) for pair in expected[3:]]
 
 
+# More tensor-parallel ranks than KV groups, which several ranks then share.
+SHARED_GROUPS = {
+    "one group, tp4 sp": (4, {"tp": 4, "sp": True}, {"num_query_groups": 1, "qk_norm": True, "qkv_bias": True}),
+    "two groups, tp4": (4, {"tp": 4}, {"num_query_groups": 2}),
+    "alibi, tp2 sp cp2": (4, {"tp": 2, "sp": True, "cp": 2}, {"num_query_groups": 1, "position": {"kind": "alibi"}}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_GROUPS)
+def test_ranks_that_share_a_kv_group_train_as_one_process_does(name, tmp_path):
+    ranks, layout, model = SHARED_GROUPS[name]
+    changes = {f"model__{key}": value for key, value in model.items()}
+    one = tmp_path / "one"
+    run_ranks(1, train_run, tiny_config(one, **changes))
+    run_dir = fork_at_step_3(one, tmp_path / "run")
+    run_ranks(ranks, train_run, tiny_config(run_dir, parallel=layout, **changes))
+    assert losses(run_dir)[3:] == [pytest.approx(pair, rel=1e-5) for pair in losses(one)[3:]]
+    back = fork_at_step_3(run_dir, tmp_path / "back")  # and a checkpoint of such a layout loads in one process
+    shutil.copytree(run_dir / "checkpoints/step_00000006", back / "checkpoints/step_00000006")
+    run_ranks(1, train_run, tiny_config(back, train__steps=7, **changes))
+    again = fork_at_step_3(one, tmp_path / "again")
+    shutil.copytree(one / "checkpoints/step_00000006", again / "checkpoints/step_00000006")
+    run_ranks(1, train_run, tiny_config(again, train__steps=7, **changes))
+    assert losses(back)[-1] == pytest.approx(losses(again)[-1], rel=1e-5)
+
+
 def test_a_run_begun_on_cp2_is_that_of_one_process_and_goes_on_in_one_process(one_process, tmp_path):
     begun = tmp_path / "begun"
     run_ranks(2, train_run, tiny_config(begun, parallel={"cp": 2}))

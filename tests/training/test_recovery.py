@@ -85,10 +85,16 @@ def test_restarts_that_do_not_help_end_with_the_ranks_own_exit_code(tmp_path):
     yaml = write_yaml(tiny_config(tmp_path / "run", data=data), tmp_path / "run.yaml")
     result = cli("train", str(yaml), "--nproc-per-node", "1", "--max-restarts", "1")
     assert result.returncode == 11
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert [line.partition(": ")[2] for line in errors] == [
-        *[f"tokenizer {tmp_path}/nowhere: no such folder"] * 2,
-        "given up after 1 restarts (--max-restarts)",
+    cause, why = (
+        f"error: tokenizer {tmp_path}/nowhere: no such folder",
+        "rank 0 ended with exit code 11; its error is above",
+    )
+    assert [line for line in result.stderr.splitlines() if "error" in line] == [
+        cause,
+        f"restarting all ranks (1 of 1): {why}",
+        cause,
+        f"error: {why}",
+        "error: given up after 1 restarts (--max-restarts)",
     ]
 
 
@@ -146,6 +152,7 @@ def test_a_killed_rank_restarts_the_job_and_sigterm_to_the_launcher_saves_and_ex
     finally:
         launcher.kill()
     assert launcher.returncode == 0, err
+    assert "restarting all ranks (1 of 2): rank 1 was ended by SIGKILL, as the kernel does" in err
     (record,) = [r for r in read_metrics(Path(config.run_dir)) if "resilience/restarts" in r]
     resumed = faults.resumed_from(config.run_dir)
     assert resumed % 5 == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flagscale_like.cluster import parse_cluster
+from flagscale_like.cluster import EfficiencyKind, parse_cluster
 from flagscale_like.planner.layout import Layout, Recompute, Shape
 from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
 
@@ -49,9 +49,21 @@ class Row:
         flops = self.shape.model_flops(time.tokens, self.seq_length, recompute_layers=self.unit == "flops")
         return flops / time.seconds / time.devices / 1e12
 
+    @property
+    def mfu(self) -> float:
+        """The MFU that was published, whatever its unit: model FLOPs without recompute, of the device's dense peak."""
+        faster = self.figure / self.ours()
+        return self.plan().mfu * (1 / faster if self.unit == "seconds" else faster)
 
-# Its many parameters are the columns of the tables below, one call a row.
-def _gpt(
+    @property
+    def efficiency(self) -> EfficiencyKind:
+        return parse_cluster(self.cluster).device.efficiency
+
+    def describe(self) -> str:
+        return f"{self.name} on {self.cluster}, {self.layout.describe()}"
+
+
+def _gpt(  # many parameters: the columns of the tables below, one call a row
     name: str,
     layers: int,
     hidden: int,
@@ -174,3 +186,6 @@ GPT3_H100 = [
     )
     for gpus, mfu in ((96, 0.47), (4608, 0.42))
 ]
+
+# Those that the constants of throughput.py were chosen by: Ampere's by a fit (benchmarks/planner/fit.py), Hopper's by hand.
+FITTED: list[Row] = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]

@@ -1,0 +1,94 @@
+"""A wheel and an sdist hold all that a run outside the clone needs, and the image's steps are the README's."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.harness import REPOSITORY
+
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "flagscale_like", "kernels")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The wheel that is made from the sdist, without the network: (wheel, names in the sdist)."""
+    folder = tmp_path_factory.mktemp("packaging")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:  # a build writes beside its sources
+        path = REPOSITORY / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy2
+        copy(path, source / name, **({"ignore": shutil.ignore_patterns("__pycache__")} if path.is_dir() else {}))
+    sdist = "from setuptools.build_meta import build_sdist; print(build_sdist('..'))"
+    run([sys.executable, "-c", sdist], source)
+    (archive,) = folder.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+    run([*pip, "--wheel-dir", str(folder), str(archive)], folder)
+    (wheel,) = folder.glob("*.whl")
+    with tarfile.open(archive) as names:
+        return wheel, [name.partition("/")[2] for name in names.getnames()]
+
+
+def run(command, folder, **environment):
+    found = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def test_the_wheel_of_the_sdist_holds_every_file_of_both_packages(built):
+    wheel, in_sdist = built
+    kept = {
+        str(path.relative_to(root))
+        for root, package in ((REPOSITORY, "flagscale_like"), (REPOSITORY / "kernels", "flagscale_kernels"))
+        for path in (root / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert kept - names == set()
+    assert {name for name in names if ".dist-info/" not in name} == kept  # no tests, no benchmarks
+    assert {"README.md", "LICENSE", "setup.py", "pyproject.toml"} <= set(in_sdist)
+
+
+def test_a_run_starts_from_the_unpacked_wheel_in_an_empty_folder(built, tmp_path):
+    with zipfile.ZipFile(built[0]) as archive:
+        archive.extractall(tmp_path / "installed")
+    (tmp_path / "empty").mkdir()
+    here = {"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flagscale_like"]
+    run([*command, "init", "first"], tmp_path / "empty", **here)
+    folder = tmp_path / "empty" / "first"
+    said = run([*command, "train", "run.yaml", "train.steps=2", "optimizer.warmup_steps=0"], folder, **here)
+    assert "done: step 2 of 2" in said
+    assert (folder / "runs" / "first" / "checkpoints" / "step_00000002").is_dir()
+    run([*command, "report", "runs/first"], folder, **here)
+    assert (folder / "runs" / "first" / "report.html").is_file()
+    where = run([sys.executable, "-c", "import flagscale_like; print(flagscale_like.__file__)"], folder, **here)
+    assert Path(where.strip()).is_relative_to(tmp_path / "installed")
+
+
+def test_the_image_is_the_one_of_the_job_and_installs_as_the_readme_does():
+    text = (REPOSITORY / "launch" / "Dockerfile").read_text()
+    job = yaml.safe_load((REPOSITORY / "launch" / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    assert f"-t {container['image']} ." in text
+    assert f"WORKDIR {container['workingDir']}\n" in text
+    readme = (REPOSITORY / "README.md").read_text()
+    for command in ("pip install", "flagscale-like doctor"):
+        assert command in readme
+        assert re.search(rf"^(RUN|    &&) {command}", text, re.MULTILINE)
+    extras = set(re.search(r"\.\[([\w,]+)\]", text)[1].split(","))
+    assert extras <= set(re.findall(r'^        "(\w+)": \[', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
+    left_out = re.findall(r"-e '\^(\w+)=='", text)
+    pinned = [line.partition("==")[0] for line in (REPOSITORY / "constraints.txt").read_text().splitlines()]
+    assert set(left_out) == {"torch", "triton"} & set(pinned)
