@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+    """Print the plan of the configured layout, with expected times if the cluster is known.
 
     Args:
         ranks: world size.
@@ -28,10 +28,10 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         DataError: `local` is true and the data cannot be used.
     """
     from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.report import describe_memory, describe_time
+    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory, describe_time
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
-    par, train = config.parallel, config.train
+    par, train, model = config.parallel, config.train, config.model
     # What may be missing is looked for before anything is measured.
     lora = _describe_lora(config) if config.lora is not None else ""
     data = _describe_data(config, local=local) if not config.data.synthetic else ""
@@ -40,10 +40,16 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
-    _say_model(config, lora)
+    padded = model.parameter_count(model.padded_vocab_size(par.tp))
+    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
+    if x := model.experts:
+        active = model.active_parameter_count()
+        typer.echo(f"experts      {active:,} parameters for each token: {x.top_k} of {x.count} experts a layer")
+    if lora:
+        typer.echo(f"lora         {lora}")
     typer.echo(
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
-        f"{f', ep {par.ep}' if config.model.experts else ''}{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
+        f"{f', ep {par.ep}' if model.experts else ''}{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
     )
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
@@ -66,29 +72,9 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
                 f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
                 f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
             )
-    typer.echo("the configuration is valid")
-
-
-def _say_model(config: RunConfig, lora: str) -> None:
-    """Print what is trained.
-
-    Args:
-        lora: the adapters in a few words; empty without LoRA.
-    """
-    from flagscale_like.planner.report import EMBEDDING_NOTE
-
-    model, par = config.model, config.parallel
-    padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
-    if model.experts is not None:
-        active, experts = model.active_parameter_count(), model.experts
-        typer.echo(
-            f"experts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
-        )
-    if lora:
-        typer.echo(f"lora         {lora}")
     if config.objective.head == "hidden":
         typer.echo(f"note         {EMBEDDING_NOTE}")
+    typer.echo("the configuration is valid")
 
 
 def _describe_lora(config: RunConfig) -> str:
