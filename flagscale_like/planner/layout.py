@@ -95,8 +95,6 @@ class Shape:
     def layer_matrix_parameters(self) -> int:
         """Elements of a layer's weight matrices, of a decoder that ModelArch does not describe."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        if self.layer is not None:
-            attention = self.layer.attention.matrix_parameters
         return attention + self.hidden * self.ffn * (3 if self.gated else 2)
 
     @functools.cached_property

@@ -152,8 +152,8 @@ def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficienc
 def _layer_products(shape: Shape, layout: Layout, rows: float) -> list[tuple[float, float, float]]:
     t, h, d = layout.tp, shape.hidden, shape.head_dim
     attention = [(rows, (shape.heads + 2 * shape.groups) * d / t, h), (rows, h, shape.heads * d / t)]
-    if shape.layer is not None:
-        matrices = [p for p in shape.layer.attention.parameters(0) if p.role.is_layer_matrix]
+    if shape.decoder:  # whose layers have one kind of attention
+        matrices = [p for p in shape.decoder[0].attention.parameters(0) if p.role.is_layer_matrix]
         # What is whole on every rank has a part of the tokens with sp.
         attention = [(rows / t if p.cut is None and layout.sp else rows, *p.shard_shape(t)) for p in reversed(matrices)]
     return [
