@@ -55,9 +55,7 @@ def layer_rules(arch: ModelArch) -> list[tuple[Parameter, Rule]]:
     """
     table = parameters_by_name(arch)
     rules = find_family(arch.family).rules(arch)
-    return [
-        (table[rule.core], rule) for rule in rules if table[rule.core].role.is_layer_matrix and rule.expert is None
-    ]
+    return [(table[rule.core], rule) for rule in rules if table[rule.core].role.is_layer_matrix and rule.expert is None]
 
 
 class PeftFolder:
