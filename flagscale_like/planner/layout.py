@@ -11,6 +11,7 @@ from flagscale_like.arch import Layer, MixtureOfExperts, ModelArch, Parameter, R
 from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Layout.imbalance where nothing is given: an assumption for a balanced router, not a measurement.
 IMBALANCE = 1.2
@@ -95,8 +96,6 @@ class Shape:
     def layer_matrix_parameters(self) -> int:
         """Elements of a layer's weight matrices, of a decoder that ModelArch does not describe."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        if self.layer is not None:
-            attention = self.layer.attention.matrix_parameters
         return attention + self.hidden * self.ffn * (3 if self.gated else 2)
 
     @functools.cached_property
