@@ -152,7 +152,7 @@ def export(  # typer makes an option of every parameter
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
-    _verify_export(plan, out, adapted)
+    verify_export(plan, out, adapted)
 
 
 def _nothing(folder: Path) -> None:
@@ -198,7 +198,7 @@ def _sentence_transformers(
     return write
 
 
-def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) -> None:
+def verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) -> None:
     """Compare logits, and say how far they are apart; a folder that fails loses its name."""
     # Imported here, because a conversion without verification does not need megatron-core.
     from flagscale_like.config import Parallel
