@@ -7,6 +7,7 @@ families read this table, and ask for a parameter's `role` instead of matching i
 from flagscale_like.arch.base import Frozen, whole_number
 from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer, counted_keys, groups_on
 from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
+from flagscale_like.arch.latent_attention import LatentAttention, MultiLatentAttention
 from flagscale_like.arch.model import ModelArch, adapter_parameters, parameters, parameters_by_name
 from flagscale_like.arch.position import SCALING_FIELDS, Position, RopeScaling
 from flagscale_like.arch.table import (
@@ -29,9 +30,11 @@ __all__ = [
     "Frozen",
     "GatedFeedForward",
     "GroupedQueryAttention",
+    "LatentAttention",
     "Layer",
     "MixtureOfExperts",
     "ModelArch",
+    "MultiLatentAttention",
     "Parameter",
     "Position",
     "Role",

@@ -49,6 +49,7 @@ class GroupedQueryAttention(Block):
     head_dim: int
     qkv_bias: bool
     qk_norm: bool
+    qk_norm_over: str
     sliding_window: int | None
     position: Position
     causal: bool
@@ -63,8 +64,10 @@ class GroupedQueryAttention(Block):
         if self.qkv_bias:
             found.append(Parameter(at + "linear_qkv.bias", (rows,), Role.BIAS, 0, layer=layer))
         if self.qk_norm:
-            norms = ("q_layernorm.weight", "k_layernorm.weight")
-            found += [Parameter(at + norm, (d,), Role.HEAD_NORM, None, layer=layer) for norm in norms]
+            whole = self.qk_norm_over == "projection"
+            for norm, heads in (("q_layernorm", self.heads), ("k_layernorm", self.groups)):
+                shape, cut = ((heads * d,), 0) if whole else ((d,), None)
+                found.append(Parameter(f"{at}{norm}.weight", shape, Role.HEAD_NORM, cut, layer=layer))
         return tuple(found)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:

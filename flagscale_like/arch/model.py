@@ -9,14 +9,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from flagscale_like.arch.base import Frozen, whole_number
-from flagscale_like.arch.blocks import GatedFeedForward, GroupedQueryAttention, Layer
+from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer
 from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
+from flagscale_like.arch.latent_attention import LatentAttention, MultiLatentAttention
 from flagscale_like.arch.position import Position
 from flagscale_like.arch.table import EMBEDDING_NAME, OUTPUT_NAME, Parameter, Role, padded_rows
 
 
 class ModelArch(Frozen):
-    """A pre-norm decoder with RMSNorm, SwiGLU and grouped-query attention.
+    """A pre-norm decoder with RMSNorm, SwiGLU and grouped-query or latent attention.
 
     Attributes:
         num_layers: decoder layers.
@@ -35,7 +36,9 @@ class ModelArch(Frozen):
         num_query_groups: KV heads (grouped-query attention, Ainslie et al. 2023); 0 sets num_attention_heads.
         vocab_size: the tokenizer's size; weights are padded to a multiple of 128 * tp, and the padding is never predicted.
         qkv_bias: the q, k and v projections have a bias.
-        qk_norm: RMSNorm over each head's channels of q and k, before the rotation (Dehghani et al. 2023).
+        qk_norm: RMSNorm of q and k, before the rotation (Dehghani et al. 2023).
+        qk_norm_over: what that norm takes the mean over: each head's channels (`head`), or those of all heads together
+            (`projection`, as in OLMoE).
         norm_head: the output matrix is used with its rows scaled to length 1 (Yang et al. 2023, section 2.4).
         sliding_window: number of keys that a query attends to, with its own key (Jiang et al. 2023). Without it, a query
             attends to all keys up to its own.
@@ -44,6 +47,8 @@ class ModelArch(Frozen):
             init.scheme sets it.
         norm_init: initial value of the RMSNorm weights.
         experts: mixture of experts in the place of the FFNs.
+        latent_attention: multi-head latent attention in the place of grouped-query attention. head_dim then follows from it:
+            qk_nope_head_dim + qk_rope_head_dim.
         family: Hugging Face family that the model is exported as.
     """
 
@@ -61,12 +66,14 @@ class ModelArch(Frozen):
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
     norm_head: bool = False
     sliding_window: int | None = Field(default=None, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     output_init_std: float | None = Field(default=None, gt=0)
     norm_init: float = 1.0
     experts: Experts | None = None
+    latent_attention: LatentAttention | None = None
     family: str = "llama"
 
     @model_validator(mode="before")
@@ -75,6 +82,12 @@ class ModelArch(Frozen):
         if not isinstance(values, dict):
             return values
         heads, hidden = whole_number(values.get("num_attention_heads")), whole_number(values.get("hidden_size"))
+        latent = values.get("latent_attention")
+        if latent and not values.get("head_dim"):
+            parts = latent if isinstance(latent, dict) else latent.model_dump()
+            sizes = [whole_number(parts.get(name)) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+            if None not in sizes:
+                values = {**values, "head_dim": sum(sizes)}
         if heads is not None and heads > 0:
             values = dict(values)
             if not values.get("num_query_groups"):
@@ -111,7 +124,25 @@ class ModelArch(Frozen):
             )
         if self.norm_head and self.tie_embeddings:
             raise ValueError("norm_head needs tie_embeddings false: the embedding of the input is not normalised")
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            raise ValueError(f"qk_norm_over {self.qk_norm_over} needs qk_norm true")
+        if self.latent_attention:
+            self._check_latent_attention(self.latent_attention)
         return self
+
+    def _check_latent_attention(self, latent: LatentAttention) -> None:
+        on = [name for name in ("qkv_bias", "qk_norm", "sliding_window") if getattr(self, name)]
+        if self.num_query_groups != self.num_attention_heads:
+            on.append(f"num_query_groups ({self.num_query_groups}) below num_attention_heads")
+        if self.position.kind != "rope":
+            on.append(f"position.kind {self.position.kind}")
+        if on:
+            raise ValueError(f"latent_attention has no {', '.join(on)}: leave it out")
+        if self.head_dim != latent.head_dim:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) follows from latent_attention: qk_nope_head_dim + qk_rope_head_dim is "
+                f"{latent.head_dim}; leave head_dim out"
+            )
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -174,19 +205,31 @@ class ModelArch(Frozen):
         return total
 
 
-@functools.lru_cache(maxsize=256)
-def _layers(arch: ModelArch) -> tuple[Layer, ...]:
-    attention = GroupedQueryAttention(
+def _attention(arch: ModelArch) -> Block:
+    if arch.latent_attention is not None:
+        return MultiLatentAttention(
+            hidden_size=arch.hidden_size,
+            heads=arch.num_attention_heads,
+            latent=arch.latent_attention,
+            position=arch.position,
+        )
+    return GroupedQueryAttention(
         hidden_size=arch.hidden_size,
         heads=arch.num_attention_heads,
         groups=arch.num_query_groups,
         head_dim=arch.head_dim,
         qkv_bias=arch.qkv_bias,
         qk_norm=arch.qk_norm,
+        qk_norm_over=arch.qk_norm_over,
         sliding_window=arch.sliding_window,
         position=arch.position,
         causal=arch.attention == "causal",
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(arch: ModelArch) -> tuple[Layer, ...]:
+    attention = _attention(arch)
     layer = functools.partial(Layer, hidden_size=arch.hidden_size, attention=attention)
     dense = layer(feed_forward=GatedFeedForward(hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size))
     if arch.experts is None:

@@ -21,7 +21,7 @@ class Role(enum.Enum):
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
     NORM = "norm"
-    HEAD_NORM = "head_norm"  # of each head's q or k
+    HEAD_NORM = "head_norm"  # of q or k, or of the vectors that they are projections of
     BIAS = "bias"
     ROUTER = "router"  # a token's scores of the experts, and the gate of a shared FFN
     ROUTER_BIAS = "router_bias"  # added to the scores; each step counts tokens and sets it, and no gradient does

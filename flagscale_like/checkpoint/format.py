@@ -451,6 +451,16 @@ class Shapes(Protocol):
     def global_shape(self, key: str) -> tuple[int, ...]: ...
 
 
+def is_embedder(source: Shapes) -> bool:
+    """Whether a source of weights is an embedding model: it has no output layer, or its run did not train the one it has."""
+    if hasattr(source, "embedder"):  # a Hugging Face folder
+        return source.embedder
+    state = getattr(source, "state", None) or getattr(getattr(source, "adapters", None), "state", None) or {}
+    if state.get("embedder") or state.get("config", {}).get("objective", {}).get("kind") == "contrastive":
+        return True
+    return OUTPUT_NAME not in source.keys() and not source.arch.tie_embeddings
+
+
 def value_heads_of(source: Shapes, prefix: str = "") -> int:
     """Outputs of the value head of a model whose weights a source holds; 0 where it has none, as a language model.
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like import json_files
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import OUTPUT_NAME, ModelArch
 from flagscale_like.checkpoint.adapters import MergedWeights
 from flagscale_like.checkpoint.companions import (
     GENERATION,
@@ -39,18 +39,18 @@ from flagscale_like.checkpoint.format import (
     CheckpointReader,
     WrittenFile,
     finish_folder,
+    is_embedder,
     value_heads_of,
     write_fragments,
 )
-from flagscale_like.checkpoint.fragments import Fragment
-from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder
+from flagscale_like.checkpoint.hf_folder import INDEX, WEIGHTS, HfFolder, fragment_of
 from flagscale_like.checkpoint.manifest import COMPANIONS, STATE, fsync_folder, write_json
 from flagscale_like.checkpoint.tensor_file import TensorSpec, ahead, write_tensors
 from flagscale_like.data.tokenizer import special_ids
 from flagscale_like.errors import CheckpointError, ConversionError, DataError
 from flagscale_like.families import find_family
 from flagscale_like.families.family import Family
-from flagscale_like.families.weight_map import Rule
+from flagscale_like.families.weight_map import Exact, Rule
 from flagscale_like.runtime.precision import DTYPES, dtype_word
 
 if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs none of it
@@ -102,8 +102,8 @@ def written_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[Any]:
-    """[job(0), ..., job(count - 1)], by up to `workers` processes."""
+def in_processes(job: Callable[[int], Any], count: int, workers: int) -> list[Any]:
+    """[job(0), ..., job(count - 1)], by up to `workers` processes; the job is picklable."""
     if workers <= 1 or count <= 1:
         return [job(index) for index in range(count)]
     context = multiprocessing.get_context("forkserver")
@@ -125,9 +125,9 @@ class _ImportFile:
 
     def __call__(self, index: int) -> WrittenFile:
         folder, rules = HfFolder(self.source), self.groups[index]
-        fragments = [Fragment(r.core, r.shape, (0,) * len(r.shape), r.shape, 0, r.numel) for r in rules]
+        fragments = [fragment_of(rule, folder.global_shape(rule.core)) for rule in rules]
         specs = [TensorSpec(f"{i}.param", folder.dtype(rule.core), (rule.numel,)) for i, rule in enumerate(rules)]
-        tensors = (folder.full(rule.core).view(-1) for rule in rules)
+        tensors = (folder.part(rule).view(-1) for rule in rules)
         path = self.target / f"rank_{index:05d}.safetensors"
         return write_fragments(path, fragments, ahead(tensors), specs)
 
@@ -157,7 +157,7 @@ def import_folder(
         max_bytes=max_file_bytes,
     )
     with written_aside(out) as temporary:
-        written = _in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
+        written = in_processes(_ImportFile(folder.folder, temporary, groups), len(groups), workers)
         beside = write_companions(read_companions([folder.folder], origin.auto_map), temporary)
         state = {
             "step": 0,
@@ -165,6 +165,7 @@ def import_folder(
             "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
             "model": folder.arch.model_dump(mode="json"),
             "hugging_face": origin.record(),
+            **({"embedder": True} if folder.embedder else {}),
         }
         finish_folder(temporary, written, [write_json(temporary / STATE, state), *beside])
     return folder.arch
@@ -196,6 +197,7 @@ class ExportPlan:
         groups: the rules of each file.
         specs: the tensors of each file.
         value_heads: outputs of the value head; 0 for a language model.
+        embedder: whether it is an embedding model, which is written without an output layer.
     """
 
     source: ExportSource
@@ -206,6 +208,7 @@ class ExportPlan:
     groups: list[list[Rule]]
     specs: list[list[TensorSpec]]
     value_heads: int = 0
+    embedder: bool = False
 
     @property
     def family(self) -> Family:
@@ -239,8 +242,17 @@ class ExportFile:
             if plan.normalize_head and rule.core == "output_layer.weight":
                 full = F.normalize(reader.full(rule.core, dtype=torch.float32), dim=-1).to(own[0])
             else:
-                full = reader.full(rule.core, dtype=own[0])
+                full = _part(reader, rule, own[0])
             yield from rule.to_hf(full, plan.arch)
+
+
+def _part(reader: ExportSource, rule: Rule, dtype: torch.dtype) -> Tensor:
+    """What one rule is about: a whole tensor, or one expert's matrix, and no more is held."""
+    if rule.expert is None:
+        return reader.full(rule.core, dtype=dtype)
+    out = torch.empty(rule.shape, dtype=dtype)
+    reader.read("param", fragment_of(rule, reader.global_shape(rule.core)), out.view(-1))
+    return out
 
 
 def plan_export(
@@ -268,16 +280,20 @@ def plan_export(
     if not arch.max_position_embeddings:  # no limit was set: what was trained is what is known
         arch = arch.model_copy(update={"max_position_embeddings": trained_length(reader)})
     target = find_family(family or arch.family)
-    value_heads = value_heads_of(reader)
-    fold = arch.norm_head and "norm_head" not in target.supports and not value_heads
-    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold and not value_heads})
-    target.config_with_head(arch, value_heads)
-    rules = target.rules_with_head(arch, value_heads)
-    extra = set(reader.keys()) - {rule.core for rule in rules}
+    embedder = is_embedder(reader)
+    value_heads = 0 if embedder else value_heads_of(reader)
+    vocabulary = not value_heads and not embedder
+    fold = arch.norm_head and "norm_head" not in target.supports and vocabulary
+    arch = arch.model_copy(update={"norm_head": arch.norm_head and not fold and vocabulary})
+    target.config_with_head(arch, value_heads, embedder=embedder)
+    rules = target.rules_with_head(arch, value_heads, embedder=embedder)
+    extra = set(reader.keys()) - {rule.core for rule in rules} - ({OUTPUT_NAME} if embedder else set())
     if extra:
         raise CheckpointError(f"{reader.folder}: holds tensors that {target.name} does not have: {sorted(extra)[:3]}")
     for rule in rules:
         saved = reader.global_shape(rule.core)
+        if rule.expert is not None:
+            saved = saved[1:]
         rows_alike = saved[0] == rule.shape[0] or (
             rule.shape[0] == arch.padded_vocab_size() and saved[0] >= arch.vocab_size
         )
@@ -285,7 +301,7 @@ def plan_export(
             raise CheckpointError(f"{reader.folder}: {rule.core} has shape {saved}, {target.name} needs {rule.shape}")
 
     def dtype_of(rule: Rule) -> torch.dtype:
-        return reader.dtype(rule.core) if dtype == "stored" else DTYPES[dtype]
+        return reader.dtype(rule.core) if dtype == "stored" or isinstance(rule, Exact) else DTYPES[dtype]
 
     groups = split_rules(rules, lambda r: r.numel * dtype_of(r).itemsize, files=files, max_bytes=max_file_bytes)
     specs = [
@@ -296,7 +312,7 @@ def plan_export(
         ]
         for group in groups
     ]
-    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads)
+    return ExportPlan(reader, arch, target.name, DTYPES.get(dtype), fold, groups, specs, value_heads, embedder)
 
 
 def trained_length(reader: ExportSource) -> int:
@@ -322,11 +338,14 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
     ids = tokenizer_ids(tokenizer)
     same = origin.has_tokenizer(tokenizer)
     ids = (dict(origin.token_ids) or ids) if same else origin.token_ids | ids
-    dtypes = {spec.dtype for specs in plan.specs for spec in specs}
+    rules = [rule for group in plan.groups for rule in group for _ in rule.hf]
+    specs = [spec for specs in plan.specs for spec in specs]
+    dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}
     word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    config = plan.family.config_with_head(plan.arch, plan.value_heads) | copy_code(plan, folder, origin)
+    config = plan.family.config_with_head(plan.arch, plan.value_heads, embedder=plan.embedder)
+    config |= copy_code(plan, folder, origin)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
-    if not plan.value_heads:
+    if not plan.value_heads and not plan.embedder:
         json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
@@ -364,6 +383,7 @@ def export(
     tokenizer: Path | None = None,
     workers: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> ExportPlan:
     """Write a Hugging Face folder: safetensors with their index, config.json, generation_config.json, the tokenizer.
 
@@ -371,6 +391,7 @@ def export(
         workers: how many processes write; each writes one file at a time.
         family, dtype, max_file_bytes: see plan_export().
         tokenizer: folder of the tokenizer to copy, or None.
+        beside: writes further files into the folder before it gets its name.
 
     Raises:
         ConversionError: `out` exists or cannot be written; the family cannot compute the model.
@@ -378,8 +399,9 @@ def export(
     """
     plan = plan_export(reader, family=family, dtype=dtype, files=workers, max_file_bytes=max_file_bytes)
     with written_aside(out) as temporary:
-        _in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
+        in_processes(ExportFile(plan, temporary), len(plan.groups), workers)
         finish_export(plan, temporary, tokenizer=tokenizer, origin=reader.origin())
+        beside(temporary)
     return plan
 
 

@@ -5,28 +5,34 @@ Names, shapes and file sizes are compared with config.json before the first tens
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
-from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, overlaps
 from flagscale_like.checkpoint.packed import PackedWeight, with_packed
 from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import Settings
+from flagscale_like.families.family import STACKED_NAMES, Settings, without_prefix
 from flagscale_like.families.quantization import Scheme
+from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FORMS = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)  # in the order in which transformers looks for them
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+BARE_EMBEDDING = "embed_tokens.weight"  # in folders whose names do not begin with `model.`
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +48,9 @@ class HfFolder:
     Attributes:
         family, arch: from config.json.
         value_heads: outputs of a value head, from config.json; 0 for a language model.
+        embedder: whether the model has no output layer, as an embedding model.
         rules: the weight map's rule of every tensor of the model.
+        left_out: tensors of layers behind the decoder's, for multi-token prediction, which are not read.
         quantization: how its weights are quantized; None where they are not.
         notes: what to tell the user about the folder.
         reads_in_threads: see WeightSource.
@@ -60,8 +68,7 @@ class HfFolder:
         settings = Settings.read(self.folder)
         self.value_heads = self.family.value_heads(settings)
         self.quantization = Scheme.of(settings)
-        self.rules = self.family.rules_with_head(self.arch, self.value_heads)
-        self._by_core = {rule.core: rule for rule in self.rules}
+        self.embedder = self.family.is_embedder(settings)
         self.notes: list[str] = []
         self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
         if self.quantization is not None:
@@ -74,12 +81,35 @@ class HfFolder:
                 f"{self.folder}: its weights are INT{scheme.bits} in groups of {scheme.group_size}; they are read as the "
                 "numbers that they stand for"
             )
+        self.rules = self._named()
+        self._by_core: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            self._by_core.setdefault(rule.core, []).append(rule)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.left_out = self._behind_the_decoder(settings)
         self._check_tensors()
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[Rule, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
         """Another process opens the folder itself."""
         return HfFolder, (self.folder,)
+
+    def _behind_the_decoder(self, settings: Settings) -> list[str]:
+        """Tensors of layers that config.json counts as num_nextn_predict_layers, beside those of the decoder."""
+        more = settings.get("num_nextn_predict_layers", 0)
+        if not isinstance(more, int) or not more:
+            return []
+        first = self.arch.num_layers
+        numbers = {name: int(found.group(1)) for name in self._files if (found := _LAYER.match(name))}
+        behind = {name: number for name, number in numbers.items() if first <= number < first + more}
+        if behind:
+            layers = sorted(set(behind.values()))
+            names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+            self.notes.append(
+                f"{self.folder}: left out: {len(behind)} tensors of {names} behind the decoder's {first}, which are for "
+                "multi-token prediction"
+            )
+        return sorted(behind)
 
     def _open_files(self) -> dict[str, TensorFile | PickleFile]:
         """The file that holds each tensor, by the tensor's name. Of several forms, the one that transformers reads."""
@@ -115,6 +145,16 @@ class HfFolder:
                 raise ConversionError(f"{self.folder}: {form} says {name} holds {tensor}; it does not")
         return {tensor: files[name] for tensor, name in weight_map.items()}
 
+    def _named(self) -> list[Rule]:
+        """The rules with the names of the folder: with or without the prefix `model.`, whatever class config.json names; a
+        layer's experts one by one, or as one tensor.
+        """
+        stacked = self.arch.experts is not None and any(name.endswith(STACKED_NAMES) for name in self._files)
+        rules = self.family.rules_with_head(self.arch, self.value_heads, stacked=stacked)
+        if self.embedder:
+            rules = [rule for rule in rules if rule.core != OUTPUT_NAME]
+        return [without_prefix(rule) for rule in rules] if BARE_EMBEDDING in self._files else rules
+
     def _weight_map(self, index: str) -> dict[str, str]:
         """The name of the file that holds each tensor."""
         try:
@@ -145,7 +185,10 @@ class HfFolder:
                     f"{where}: {name} is {str(spec.dtype).removeprefix('torch.')}; supported: float32, bfloat16, float16. "
                     "Of a quantized model (FP8, INT8, INT4), import the folder that it was made from"
                 )
-        unknown = [n for n in self._files if n not in expected and not self.family.ignored.search(n)]
+        left_out = set(self.left_out)
+        unknown = [
+            n for n in self._files if n not in expected and n not in left_out and not self.family.ignored.search(n)
+        ]
         if self.arch.tie_embeddings and "lm_head.weight" in unknown:
             self._check_tied("lm_head.weight", "model.embed_tokens.weight")
             unknown.remove("lm_head.weight")
@@ -165,8 +208,6 @@ class HfFolder:
             if name.endswith(f".{first}"):
                 prefix = name.removesuffix(first)
                 return f"; the names begin with {prefix!r} (a wrapper's, of torch.compile or peft): save the model inside it"
-            if first == f"model.{name}":
-                return "; the names lack 'model.': this is the decoder alone, save the ...ForCausalLM"
         return ""
 
     def _check_tied(self, output: str, embedding: str) -> None:
@@ -182,7 +223,12 @@ class HfFolder:
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor with weights, under its Hugging Face name."""
-        return [f.specs[name] for name, f in self._files.items() if not self.family.ignored.search(name)]
+        left_out = set(self.left_out)
+        return [
+            f.specs[name]
+            for name, f in self._files.items()
+            if name not in left_out and not self.family.ignored.search(name)
+        ]
 
     def files(self) -> dict[str, list[TensorSpec]]:
         """The tensors of specs(), by the name of their file."""
@@ -193,11 +239,11 @@ class HfFolder:
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype that all Hugging Face tensors of a tensor convert to without loss."""
-        dtypes = [self._files[name].specs[name].dtype for name in self._by_core[key].hf]
-        wide = dtypes[0]
-        for dtype in dtypes[1:]:
-            wide = torch.promote_types(wide, dtype)
-        return wide
+        if key not in self._dtypes:
+            names = [name for rule in self._by_core[key] for name in rule.hf]
+            dtypes = {self._files[name].specs[name].dtype for name in names}
+            self._dtypes[key] = functools.reduce(torch.promote_types, dtypes)
+        return self._dtypes[key]
 
     def origin(self) -> Origin:
         """The bos, eos and pad ids of config.json, the folder's tokenizer, and the code that it has for transformers."""
@@ -224,15 +270,24 @@ class HfFolder:
         """
         if key not in self._by_core:
             raise ConversionError(f"{self.folder}: {self.family.name} has no {key}")
-        return self._by_core[key].shape
+        first, *others = self._by_core[key]
+        return first.shape if first.expert is None else (1 + len(others), *first.shape)
 
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor under megatron-core's name, in its own dtype or the one given."""
         assert kind == "param", kind
-        rule = self._by_core[key]
-        own = self.dtype(key)
-        tensors = tuple(self.hf_tensor(name).to(own) for name in rule.hf)
-        tensor = rule.to_core(tensors, self.arch)
+        first, *others = self._by_core[key]
+        if first.expert is None:
+            return self.part(first, dtype)
+        out = torch.empty(self.global_shape(key), dtype=dtype or self.dtype(key))
+        for rule in (first, *others):
+            out[rule.expert] = self.part(rule)
+        return out
+
+    def part(self, rule: Rule, dtype: torch.dtype | None = None) -> Tensor:
+        """What one rule is about: a whole tensor, or one expert's matrix."""
+        own = self.dtype(rule.core)
+        tensor = rule.to_core(tuple(self.hf_tensor(name).to(own) for name in rule.hf), self.arch)
         return tensor if dtype is None else tensor.to(dtype)
 
     def check(self, target: Fragment) -> None:
@@ -253,11 +308,25 @@ class HfFolder:
             ConversionError: the tensor's shape is not the model's.
         """
         self.check(target)
+        assert kind == "param", kind
         shape = self.global_shape(target.key)
-        if self._last is None or self._last[0] != target.key:  # gate and up are two fragments of one tensor
-            self._last = (target.key, self.full(target.key, kind))
-        full = self._last[1]
         if elements_within(target, shape) < target.numel:
             out.zero_()
-        whole = Fragment(target.key, shape, (0,) * len(shape), shape, 0, full.numel())
-        copy_overlap(whole, full.reshape(-1), target, out)
+        for rule in self._by_core[target.key]:
+            piece = fragment_of(rule, shape)
+            if next(overlaps(piece, target), None) is None:
+                continue
+            if self._last is None or self._last[0] is not rule:  # gate and up are two fragments of one tensor
+                self._last = (rule, self.part(rule))
+            copy_overlap(piece, self._last[1].reshape(-1), target, out)
+
+
+def fragment_of(rule: Rule, shape: tuple[int, ...]) -> Fragment:
+    """The elements that a rule is about.
+
+    Args:
+        shape: of megatron-core's whole tensor.
+    """
+    if rule.expert is None:
+        return Fragment(rule.core, shape, (0,) * len(shape), shape, 0, rule.numel)
+    return Fragment(rule.core, shape, (rule.expert, *(0,) * (len(shape) - 1)), (1, *shape[1:]), 0, rule.numel)

@@ -108,6 +108,11 @@ def quantize_folder(source: Path, out: Path, scheme: Scheme) -> Summary:
     folder = HfFolder(source)
     if folder.quantization is not None:
         raise ConversionError(f"{folder.folder}: is quantized already: quantize the folder that it was made from")
+    if folder.arch.experts is not None:
+        raise ConversionError(
+            f"{folder.folder}: has experts, which transformers holds stacked, and not as the linear modules that this format "
+            "is for: only dense models are quantized"
+        )
     _check_columns(folder, scheme)
     tally = _Tally()
     with written_aside(out) as temporary:

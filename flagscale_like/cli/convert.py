@@ -1,9 +1,9 @@
-"""`convert`: converts from and to Hugging Face folders, and quantizes to INT8 or INT4."""
+"""`convert`: converts from and to Hugging Face folders, upcycles to experts, and quantizes to INT8 or INT4."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.embed import MaxTokens, PassageInstruction, PoolingOption, QueryInstruction
 
 if TYPE_CHECKING:
-    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
+    from flagscale_like.checkpoint.format import CheckpointReader
     from flagscale_like.checkpoint.hf import ExportPlan
 
 convert_app = typer.Typer(
@@ -94,9 +96,20 @@ def export(  # typer makes an option of every parameter
     base: Annotated[
         Path | None, typer.Option(help="Of a LoRA run: where its base is now, if that folder has moved.")
     ] = None,
+    sentence_transformers: Annotated[
+        bool,
+        typer.Option("--sentence-transformers", help="Of an embedding model: also say how vectors are made."),
+    ] = False,
+    pooling: PoolingOption = None,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+    max_tokens: MaxTokens = None,
     force: Force = False,
 ) -> None:
-    """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits."""
+    """Convert a native checkpoint to a Hugging Face folder, and check that transformers computes the same logits.
+
+    An embedding model becomes a folder without an output layer, for transformers' AutoModel.
+    """
     from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
     from flagscale_like.checkpoint.hf import export
     from flagscale_like.errors import CheckpointError, ConfigError
@@ -121,14 +134,68 @@ def export(  # typer makes an option of every parameter
             raise ConfigError("--adapter writes for the base's own family: leave out --as")
         _export_adapter(adapted, out, dtype or "stored", tokenizer, verify=verify)
         return
-    dtype = dtype or "bf16"
-    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer, workers=workers)
+    dtype, notes = dtype or "bf16", []
+    beside = _nothing
+    if sentence_transformers:
+        given = {"query": query_instruction, "passage": passage_instruction}
+        beside = _sentence_transformers(reader, notes, pooling=pooling, instructions=given, max_tokens=max_tokens)
+    elif pooling or query_instruction or passage_instruction or max_tokens:
+        raise ConfigError(
+            "--pooling, --query-instruction, --passage-instruction and --max-tokens need --sentence-transformers"
+        )
+    options = {"family": as_family, "dtype": dtype, "tokenizer": tokenizer, "workers": workers, "beside": beside}
+    plan = export(reader, out, **options)
+    for note in notes:
+        typer.echo(note)
     merged = f", merged into {adapted.base.folder}" if adapted is not None else ""
     typer.echo(f"wrote {out} from {reader.folder}{merged} as {plan.family.name} in {dtype}")
     if not verify:
         typer.echo("not verified: --no-verify was given")
         return
     _verify_export(plan, out, adapted)
+
+
+def _nothing(folder: Path) -> None:
+    """Write no further files."""
+
+
+def _sentence_transformers(
+    reader: CheckpointReader | MergedWeights,
+    notes: list[str],
+    *,
+    pooling: str | None,
+    instructions: dict[str, str | None],
+    max_tokens: int | None,
+) -> Callable[[Path], None]:
+    """What writes the files of `export --sentence-transformers` into a folder, and says in `notes` what they hold."""
+    from flagscale_like.checkpoint.format import is_embedder
+    from flagscale_like.checkpoint.sentence_transformers import TextSettings, write_text_settings
+    from flagscale_like.errors import CheckpointError, ConfigError
+    from flagscale_like.recipes.embedder import MAX_PLACES, settings_of, with_options
+
+    if not is_embedder(reader):
+        raise CheckpointError(f"{reader.folder}: is no embedding model: leave out --sentence-transformers")
+    settings = with_options(settings_of(reader), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
+    if settings.pooling is None:
+        raise ConfigError(f"{reader.folder}: does not say how it pools: give --pooling last, mean or first")
+    limit = max(settings.lengths.values(), default=0) or min(reader.arch.longest_sequence or MAX_PLACES, MAX_PLACES)
+    unknown = [f"--{side}-instruction" for side in ("query", "passage") if side not in settings.instructions]
+    prompts = {
+        name: settings.instructions.get(side, "") for name, side in (("query", "query"), ("document", "passage"))
+    }
+    notes.append(
+        f"vectors: pooling {settings.pooling}, texts of at most {limit} tokens, prompts {prompts} (from {settings.origin})"
+    )
+    if unknown:
+        notes.append(f"note: nothing is known to go before texts; if something does, give {' and '.join(unknown)}")
+
+    def write(folder: Path) -> None:
+        found = write_text_settings(
+            folder, TextSettings(settings.pooling, prompts, limit), size=reader.arch.hidden_size
+        )
+        notes.extend([found] if found else [])
+
+    return write
 
 
 def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) -> None:
@@ -141,15 +208,16 @@ def _verify_export(plan: ExportPlan, out: Path, adapted: AdaptedWeights | None) 
     with parallel_context(Parallel(), alone=True) as ctx, _set_aside(out):
         difference = compare_logits(plan, out, ctx)
         change = change_by_merging(adapted, plan, out, ctx) if adapted is not None else None
+    what = "hidden states" if plan.embedder else "logits"
     if transformers_ships(plan.family.model_type):
-        typer.echo(f"verified: transformers' logits differ from the native model's by {difference:.1e} of the largest")
+        typer.echo(f"verified: transformers' {what} differ from the native model's by {difference:.1e} of the largest")
     else:
         typer.echo(
             f"not verified against other code: transformers has no model class for {plan.family.model_type}. The native "
             f"model computed the logits from {out} and from the checkpoint: they differ by {difference:.1e} of the largest"
         )
     if change is not None:
-        typer.echo(f"merging and rounding changed the logits by {change:.1e} of the largest")
+        typer.echo(f"merging and rounding changed the {what} by {change:.1e} of the largest")
 
 
 def _export_adapter(adapted: AdaptedWeights, out: Path, dtype: str, tokenizer: Path | None, *, verify: bool) -> None:
@@ -199,6 +267,66 @@ def _set_aside(out: Path) -> Iterator[None]:
         out.rename(failed)
         typer.echo(f"moved to {failed}", err=True)
         raise
+
+
+@convert_app.command(
+    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt-experts --experts 8 --top-k 2")
+)
+def upcycle(  # typer makes an option of every parameter
+    out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
+    experts: Annotated[int, typer.Option(help="Experts of a layer.", min=2)],
+    top_k: Annotated[int, typer.Option(help="Experts that a token goes to.", min=1)],
+    hf: Annotated[Path | None, typer.Option(help="The dense model: a Hugging Face folder.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The dense model: a run, its checkpoints folder or one checkpoint.")
+    ] = None,
+    split: Annotated[
+        int,
+        typer.Option(help="Cut each copy of the FFN into so many experts, each of that fraction of its width.", min=1),
+    ] = 1,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Make one more copy a shared FFN, which every token goes through.")
+    ] = False,
+    noise: Annotated[
+        float,
+        typer.Option(
+            help="Noise on each expert's matrices, in standard deviations of the matrix. 0: same logits.", min=0
+        ),
+    ] = 0.0,
+    dense_layers: Annotated[int, typer.Option(help="Number of first layers that stay dense.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
+) -> None:
+    """Make a mixture of experts of a dense model, each expert a copy of its FFN, as a native checkpoint to train from."""
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.upcycle import Upcycling, expressed_by, upcycle
+    from flagscale_like.errors import CheckpointError, ConfigError
+
+    if (hf is None) == (checkpoint is None):
+        raise ConfigError("give either --hf FOLDER or --checkpoint RUN: the dense model")
+    source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=None)
+    if isinstance(source, AdaptedWeights):
+        raise CheckpointError(
+            f"{source.folder}: holds LoRA adapters: merge them into their base first, with `convert export --merge`"
+        )
+    options = Upcycling(
+        experts=experts,
+        top_k=top_k,
+        split=split,
+        shared=shared,
+        noise=noise,
+        dense_layers=dense_layers,
+        seed=seed,
+    )
+    arch = upcycle(source, out, options, workers=workers)
+    typer.echo(
+        f"wrote {out} from {source.folder}: {experts} experts a layer, {top_k} a token, {arch.parameter_count():,} "
+        f"parameters, {arch.active_parameter_count():,} a token"
+    )
+    computes = "its logits are the dense model's" if not noise else f"noise of {noise:g} changes its logits"
+    exports = expressed_by(arch)
+    how = f"it exports as {exports}" if exports else "no Hugging Face family has such a model: it cannot be exported"
+    typer.echo(f"{computes}; {how}")
 
 
 @convert_app.command(epilog=example("flagscale-like convert quantize --hf hf --out hf-int4 --bits 4 --group-size 64"))

@@ -10,13 +10,14 @@ from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flagscale_like.arch import ModelArch
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
     from flagscale_like.planner.search import Goal, Plan
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+    """Print the plan of the configured layout, with expected times if the cluster is known.
 
     Args:
         ranks: world size.
@@ -28,7 +29,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         ConfigError: a rank needs more memory than the device has.
         DataError: `local` is true and the data cannot be used.
     """
-    from flagscale_like.planner.report import describe_memory
+    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
@@ -40,13 +41,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
-    padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
-    if model.experts is not None:
-        active, experts = model.active_parameter_count(), model.experts
-        typer.echo(
-            f"experts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
-        )
+    typer.echo(_describe_model(model, par.tp))
     if lora:
         typer.echo(f"lora         {lora}")
     typer.echo(
@@ -64,6 +59,8 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
     _print_time(plan, goal, cluster)
+    if config.objective.head == "hidden":
+        typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
 
 
@@ -87,6 +84,18 @@ def _print_time(plan: Plan, goal: Goal, cluster: ClusterSpec | None) -> None:
             f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
             f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
         )
+
+
+def _describe_model(model: ModelArch, tp: int) -> str:
+    """Its parameters, and of a mixture of experts those that a token meets."""
+    count, padded = model.parameter_count(), model.parameter_count(model.padded_vocab_size(tp))
+    text = f"model        {count:,} parameters ({padded:,} with the padded vocabulary)"
+    if model.experts is not None:
+        active, experts = model.active_parameter_count(), model.experts
+        text += (
+            f"\nexperts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
+        )
+    return text
 
 
 def _describe_lora(config: RunConfig) -> str:

@@ -56,7 +56,7 @@ def start_ranks(checkpoint: Path | None, hf: Path | None, parallel: Parallel, np
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

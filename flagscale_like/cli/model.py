@@ -101,7 +101,7 @@ def evaluate(  # typer makes an option of every parameter
         options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
         _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
         return
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

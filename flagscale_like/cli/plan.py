@@ -13,7 +13,7 @@ from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
-def plan(
+def plan(  # many parameters: the options of the command
     config_file: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[
@@ -27,6 +27,13 @@ def plan(
     max_vpp: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of model chunks on a stage; 1: no interleaving.")
     ] = None,
+    imbalance: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Tokens that come to the expert-parallel rank with the most, relative to the mean. 1.2 without the option.",
+        ),
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Try activation offload for layouts that do not fit the memory.")
     ] = False,
@@ -37,7 +44,13 @@ def plan(
 
     from flagscale_like.config import load_config
     from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.report import describe_memory, describe_ranking, describe_time, updated_config
+    from flagscale_like.planner.report import (
+        EMBEDDING_NOTE,
+        describe_memory,
+        describe_ranking,
+        describe_time,
+        updated_config,
+    )
     from flagscale_like.planner.search import Goal, rank_layouts
 
     config = load_config(config_file, overrides or (), model_of_source)
@@ -46,15 +59,16 @@ def plan(
         place = replace(place, network_gb_per_s=network_gb_per_s)
     cuda = place.device.is_gpu
     goal = Goal.of(config, cuda=cuda)
+    if imbalance is not None:
+        if config.model.experts is None:
+            raise ConfigError(f"--imbalance ({imbalance}) is of experts, and the model has none: leave it out")
+        goal = replace(goal, imbalance=imbalance)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     if config.lora is not None:
         typer.echo(config.describe_parameters())
     if config.objective.head == "hidden":
-        typer.echo(
-            "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the "
-            "first pass of gradient caching, up to a third of the step, is not"
-        )
+        typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if cuda:

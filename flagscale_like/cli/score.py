@@ -46,7 +46,7 @@ def score(  # typer makes an option of every parameter
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
     parallel = Parallel(tp=tp, pp=pp)
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

@@ -67,7 +67,7 @@ def train(
             )
         _train_here(config)
         return
-    processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+    processes = nproc_per_node or default_processes(config.parallel.smallest_world)
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:

@@ -25,7 +25,7 @@ def load_config(
         path: the YAML file.
         overrides: strings `key.path=value`; the value is YAML.
         read_model: reads the group `model` from the checkpoint or Hugging Face folder that the other values name; None if
-            they name neither. Keys of `model` and `model.position` in the YAML file override the ones it returns.
+            they name neither. Keys of `model` and of its groups in the YAML file override the ones it returns.
 
     Raises:
         ConfigError: the file cannot be read, is not a mapping, or has invalid values. The message has one line for each
@@ -53,7 +53,7 @@ def load_config(
     found = read_model(values) if read_model else None
     if found is not None and isinstance(values.get("model") or {}, dict):
         # a group of comments alone is read as null
-        values["model"] = _merged(found, values.get("model") or {}, groups=("position",))
+        values["model"] = _merged(found, values.get("model") or {}, groups=("position", "experts", "latent_attention"))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

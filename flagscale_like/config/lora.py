@@ -78,12 +78,20 @@ class Lora(Frozen):
             ValueError: it has no such matrix (the message names the nearest), or one that is smaller than the rank.
         """
         matrices: dict[str, tuple[int, ...]] = {}
+        whole = set()
         for parameter in parameters(arch):
-            if parameter.role.is_layer_matrix:
+            if parameter.role.is_layer_matrix and parameter.cut is None and not parameter.experts:
+                whole.add(parameter.module)
+            elif parameter.role.is_layer_matrix:
                 matrices[parameter.module] = min(
                     matrices.get(parameter.module, parameter.shape), parameter.shape, key=lambda shape: min(shape[-2:])
                 )
         for target in self.targets:
+            if target in whole:
+                raise ValueError(
+                    f"lora.targets: {target} has no adapters, because tensor parallelism does not cut it; the matrices with "
+                    f"adapters are {', '.join(matrices)}"
+                )
             if target not in matrices:
                 close = difflib.get_close_matches(target, matrices, n=1, cutoff=0.4)
                 near = ELSEWHERE.get(target) or next(iter(close), None)

@@ -91,20 +91,17 @@ class PairSource(ConversationSource):
         return [(n, 0, int(lengths[n])) for pair in self.members_of(index) for n in (2 * pair, 2 * pair + 1)]
 
 
-def pack_pairs(
-    answers: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray, length: int, *, pad: int
-) -> dict[str, Tensor]:
-    """Put the answers of whole pairs into one row.
+def pack_answers(answers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad: int) -> dict[str, Tensor]:
+    """Put answers into one row, each after its prompt.
 
     Args:
-        answers: token ids [n] and their weights [n], of each: chosen, rejected, chosen, ...
-        values: margin and weight of each pair, float32 [p, 2].
+        answers: token ids [n] and their weights [n], of each.
         length: places of the row.
         pad: the id at places that no answer takes. They belong to the last document.
 
     Returns:
-        tokens and labels int64 [length]; loss_mask float32 [length], 1 where the label counts; documents int32 [2 p + 1];
-        lengths int64 [2 p]; extras as objectives.pairs describes them.
+        tokens and labels int64 [length]; loss_mask float32 [length], 1 where the label counts; documents int32 [d + 1];
+        lengths int64 [d].
     """
     tokens = np.full(length, pad, dtype=np.int64)
     labels, mask, ends = tokens.copy(), np.zeros(length, dtype=np.float32), np.cumsum([len(ids) for ids, _ in answers])
@@ -119,8 +116,21 @@ def pack_pairs(
         "loss_mask": torch.from_numpy(mask),
         "documents": torch.from_numpy(bounds),
         "lengths": torch.tensor([len(ids) for ids, _ in answers]),
-        "extras": {
-            "margins": torch.from_numpy(values[:, 0].copy()),
-            "weights": torch.from_numpy(values[:, 1].copy()),
-        },
     }
+
+
+def pack_pairs(
+    answers: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray, length: int, *, pad: int
+) -> dict[str, Tensor]:
+    """Put the answers of whole pairs into one row.
+
+    Args:
+        answers: of each pair the chosen one and the rejected one; see pack_answers().
+        values: margin and weight of each pair, float32 [p, 2].
+        length, pad: see pack_answers().
+
+    Returns:
+        What pack_answers() returns, and extras as objectives.pairs describes them.
+    """
+    extras = {"margins": torch.from_numpy(values[:, 0].copy()), "weights": torch.from_numpy(values[:, 1].copy())}
+    return pack_answers(answers, length, pad=pad) | {"extras": extras}

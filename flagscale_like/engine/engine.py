@@ -351,7 +351,7 @@ class Engine:
     def state_bytes(self) -> int:
         """Bytes of this rank's weights, gradients and optimizer states, once the moments exist."""
         ensure_moments(self.optimizer)
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         total = sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)
         total += sum(p.nbytes for model in self.models for p in model.parameters() if not p.requires_grad)
         for shard in (shard for shard in self.owned if shard.trained):

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from flagscale_like.arch import ModelArch, is_adapter
 from flagscale_like.checkpoint.adapters import AdaptedWeights
-from flagscale_like.checkpoint.format import Shapes, value_heads_of
+from flagscale_like.checkpoint.format import Shapes, is_embedder, value_heads_of
 from flagscale_like.checkpoint.hf import ExportPlan
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.peft_folder import PeftFolder
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
-from flagscale_like.model.build import LanguageModel
-from flagscale_like.model.spec import ModelSpec
+from flagscale_like.families.weight_map import Exact
+from flagscale_like.model.build import LanguageModel, named_shards
+from flagscale_like.model.spec import Head, ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 
 
@@ -33,8 +34,8 @@ def transformers_ships(model_type: str) -> bool:
 def compare_logits(plan: ExportPlan, folder: Path, ctx: ParallelContext, *, tolerance: float = 1e-4) -> float:
     """Run the native model and transformers' on the same random tokens, both in fp32 from weights rounded alike.
 
-    Of a reward model the scores are compared. A family that transformers does not ship is compared with the native model read
-    back from the folder.
+    Of a reward model the scores are compared, of an embedding model the hidden states. A family that transformers does not
+    ship is compared with the native model read back from the folder.
 
     Returns:
         The largest difference of a logit, over the largest logit.
@@ -48,8 +49,10 @@ def compare_logits(plan: ExportPlan, folder: Path, ctx: ParallelContext, *, tole
         model.output_layer.weight.data = F.normalize(model.output_layer.weight.data, dim=-1)
         model.output_layer.normalize = False
     if plan.dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(plan.dtype).float()
+        exact = {rule.core for group in plan.groups for rule in group if isinstance(rule, Exact)}
+        for name, parameter in named_shards(model).items():
+            if name not in exact:
+                parameter.data = parameter.data.to(plan.dtype).float()
     ids = _random_tokens(model.arch, ctx)
     ours = _logits(model, ids)
     del model
@@ -63,7 +66,7 @@ def change_by_merging(adapted: AdaptedWeights, plan: ExportPlan, folder: Path, c
     In 16 bits most of it is the rounding of the merged weights.
     """
     ids = _random_tokens(adapted.arch, ctx)
-    ours = _logits_with_adapters(adapted, ids, ctx)
+    ours = _logits_with_adapters(adapted, ids, ctx, head=spec_of(adapted).head)
     return _difference(ours, _logits_of_folder(folder, plan.family.model_type, ids, ctx))
 
 
@@ -108,23 +111,32 @@ def _random_tokens(arch: ModelArch, ctx: ParallelContext, tokens: int = 64) -> T
 
 
 def spec_of(source: Shapes) -> ModelSpec:
-    """The model that a source's weights are of: a language model, or one with a value head."""
+    """The model that a source's weights are of: a language model, an embedding model, or one with a value head."""
+    if is_embedder(source):
+        return ModelSpec(arch=source.arch, head="hidden")
     heads = value_heads_of(source)
     return ModelSpec(arch=source.arch, head="value" if heads else "language_model", value_heads=heads or 1)
 
 
 def _logits(model: LanguageModel, ids: Tensor) -> Tensor:
-    """Logits, or the scores of a value head, of each token."""
+    """Logits, the scores of a value head, or the hidden states, of each token."""
+    if model.spec.head == "hidden":
+        return model(ids, None, None).float()
     if model.spec.head == "value":
         return model(ids, None, None).view(*ids.shape, -1)
     return model(ids, None, None)[..., : model.arch.vocab_size].float()
 
 
 def _logits_with_adapters(
-    adapted: AdaptedWeights, ids: Tensor, ctx: ParallelContext, dtype: torch.dtype = torch.float32
+    adapted: AdaptedWeights,
+    ids: Tensor,
+    ctx: ParallelContext,
+    dtype: torch.dtype = torch.float32,
+    *,
+    head: Head = "language_model",
 ) -> Tensor:
     """Of the base and its adapters, these rounded to `dtype`."""
-    spec = ModelSpec(arch=adapted.arch, lora=adapted.lora)
+    spec = ModelSpec(arch=adapted.arch, head=head, lora=adapted.lora)
     model = Engine.build(spec, ctx, source=adapted).model.eval()
     for name, parameter in model.named_parameters():
         if is_adapter(name):
@@ -151,6 +163,8 @@ def _logits_of_folder(folder: Path, model_type: str, ids: Tensor, ctx: ParallelC
         source = HfFolder(folder)
         return _logits(Engine.build(spec_of(source), ctx, source=source).model.eval(), ids)
     model = _transformers_model(folder).to(ctx.platform.device).eval()
+    if HfFolder(folder).embedder:
+        return model(ids).last_hidden_state.float()
     if hasattr(model, "score"):  # transformers gives a sequence's last score; here, every token's
         return model.score(model.base_model(ids).last_hidden_state).float()
     return model(ids).logits.float()
@@ -162,12 +176,14 @@ def _transformers_model(folder: Path) -> nn.Module:
     Raises:
         ConversionError: transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        kind = AutoModelForSequenceClassification if HfFolder(folder).value_heads else AutoModelForCausalLM
+        ours = HfFolder(folder)
+        kind = AutoModelForSequenceClassification if ours.value_heads else AutoModelForCausalLM
+        kind = AutoModel if ours.embedder else kind
         return kind.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-from flagscale_like.arch import Parameter
+from flagscale_like.arch import Parameter, Role
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS, Shard
 from flagscale_like.model.build import LanguageModel, named_shards
@@ -54,8 +54,8 @@ class Piece:
 def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "") -> dict[nn.Parameter, list[Piece]]:
     """Every parameter of a chunk as pieces: one, or two for a gated MLP's [gate; up] matrix.
 
-    megatron-core's state dicts take adapters and stacked experts for whole on every rank; their pieces come from the table of
-    parameters.
+    megatron-core's state dicts take adapters, stacked experts and norms of q and k for whole on every rank; their pieces come
+    from the table of parameters.
 
     Args:
         prefix: of the pieces' keys; see Engine.name.
@@ -73,8 +73,9 @@ def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "
             pieces[entry.data] = [_piece(entry, 0, prefix)]
     table = chunk.spec.table
     for name, parameter in named_shards(chunk).items():
-        if name in table and (table[name].role.is_adapter or table[name].experts):
-            pieces[parameter] = _pieces_of(table[name], ctx, prefix)
+        entry = table.get(name)
+        if entry is not None and (entry.role.is_adapter or entry.experts or entry.role is Role.HEAD_NORM):
+            pieces[parameter] = _pieces_of(entry, ctx, prefix)
     return pieces
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from flagscale_like.arch import ModelArch
 from flagscale_like.errors import ConversionError
 from flagscale_like.families.baichuan import BAICHUAN, BAICHUAN2
+from flagscale_like.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from flagscale_like.families.family import Family, Settings
 from flagscale_like.families.llama import AQUILA, LLAMA, MISTRAL
+from flagscale_like.families.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from flagscale_like.families.plug_ins import plug_ins
 from flagscale_like.families.qwen import QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, AQUILA, BAICHUAN, BAICHUAN2, QWEN2, QWEN3)
-}
+DENSE = (LLAMA, MISTRAL, AQUILA, BAICHUAN, BAICHUAN2, QWEN2, QWEN3)
+MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*DENSE, *MIXTURES)}
 
 
 @functools.cache
@@ -58,7 +60,7 @@ def read_config(folder: Path) -> tuple[Family, ModelArch]:
         known = ", ".join(sorted({f.model_type for f in families().values()}))
         raise settings.fail(f"model_type {model_type!r} is not known; known: {known}")
     family = next((f for f in found if f.matches(settings)), found[0])
-    known_classes = {name for f in found for name in (*f.architectures, f.classifier) if name}
+    known_classes = {name for f in found for name in (*f.architectures, f.classifier, f.encoder) if name}
     if classes and not set(classes) & known_classes:
         raise settings.fail(f"architectures is {classes!r}, known for {model_type}: {', '.join(sorted(known_classes))}")
     return family, family.read(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,35 @@ from flagscale_like.arch import (
     EMBEDDING_NAME,
     OUTPUT_NAME,
     SCALING_FIELDS,
+    Experts,
     GatedFeedForward,
     GroupedQueryAttention,
+    MixtureOfExperts,
     ModelArch,
+    MultiLatentAttention,
     Position,
     RopeScaling,
     parameters,
 )
 from flagscale_like.errors import ConversionError
 from flagscale_like.families.quantization import Scheme
-from flagscale_like.families.weight_map import QKV, Direct, GatedMLP, PaddedVocab, Rule, Shape
+from flagscale_like.families.weight_map import QKV, Direct, Exact, GatedMLP, PaddedVocab, RotaryLast, Rule, Shape
 from flagscale_like.json_files import BAD_JSON
 
 # The rules of one layer's q, k and v, from megatron-core's prefix, Hugging Face's prefix, and megatron-core's shapes by name.
 QKVRules = Callable[[str, str, Mapping[str, Shape]], list[Rule]]
+
+
+# What not every family with experts has.
+EXPERT_FEATURES: dict[str, Callable[[Experts], bool]] = {
+    "shared experts": lambda experts: experts.shared_ffn_hidden_size > 0,
+    "a gate of the shared experts": lambda experts: experts.shared_gate,
+    "sigmoid scores": lambda experts: experts.score == "sigmoid",
+    "a bias of the router": lambda experts: experts.bias,
+    "groups of experts": lambda experts: experts.groups > 1,
+    "scaled weights of experts": lambda experts: experts.scale != 1.0,
+    "dense layers": lambda experts: bool(experts.dense_layers),
+}
 
 
 def features(arch: ModelArch) -> set[str]:
@@ -36,9 +51,14 @@ def features(arch: ModelArch) -> set[str]:
 
     Returns:
         names of ModelArch's fields that are on, the kind of the position and of its scaling, and `query_groups` where there
-        are fewer KV heads than query heads.
+        are fewer KV heads than query heads; and those of EXPERT_FEATURES.
     """
-    used = {name for name in ("qkv_bias", "qk_norm", "norm_head", "tie_embeddings") if getattr(arch, name)}
+    used = {name for name in ("qkv_bias", "norm_head", "tie_embeddings", "latent_attention") if getattr(arch, name)}
+    if arch.qk_norm:
+        used.add("qk_norm" if arch.qk_norm_over == "head" else "qk_norm over the projection")
+    if arch.experts is not None:
+        used.add("experts")
+        used |= {name for name, is_on in EXPERT_FEATURES.items() if is_on(arch.experts)}
     used.add(arch.position.kind)
     if arch.position.scaling is not None:
         used.add(f"{arch.position.scaling.kind} RoPE scaling")
@@ -51,8 +71,28 @@ def features(arch: ModelArch) -> set[str]:
     return used
 
 
+PREFIX = "model."  # of all names but the output layer's in transformers' models with an output layer
 # Fields that no config.json has: how weights were drawn, and what the family is called here.
 NOT_EXPRESSED = ("family", "init_std", "output_init_std", "norm_init")
+# Those of ModelArch.experts: how the load is evened out in training.
+EXPERTS_NOT_EXPRESSED = ("balance", "coefficient", "bias_rate", "z_loss")
+
+
+def expressed(arch: ModelArch) -> dict[str, Any]:
+    """What a config.json says of a model: ModelArch's fields that change what it computes.
+
+    Returns:
+        values by the name of the field, those of a group under `group.name`.
+    """
+    values = arch.model_dump(exclude={*NOT_EXPRESSED, "experts"})
+    if arch.experts is not None:
+        own = arch.experts.model_dump(exclude=set(EXPERTS_NOT_EXPRESSED))
+        values |= {f"experts.{name}": value for name, value in own.items()}
+        if not arch.experts.dense_layers:
+            del values["ffn_hidden_size"]  # of dense layers, of which there are none
+    return values
+
+
 # The features of a family whose code takes RoPE's parameters from transformers.
 SCALINGS = frozenset(f"{kind} RoPE scaling" for kind in SCALING_FIELDS)
 
@@ -95,8 +135,8 @@ class Settings:
         value = self.values.get(key)
         return default if value is None else value
 
-    def number(self, key: str, kind: type = int, default: Any = None) -> Any:
-        """A positive number.
+    def number(self, key: str, kind: type = int, default: Any = None, *, zero: bool = False) -> Any:
+        """A positive number, or with `zero` one that may be 0.
 
         Raises:
             ConversionError: missing without a default, or something else.
@@ -105,8 +145,9 @@ class Settings:
         if value is None:
             raise self.fail(f"has no {key}")
         wanted = (int, float) if kind is float else int
-        if isinstance(value, bool) or not isinstance(value, wanted) or value <= 0:
-            raise self.fail(f"{key} is {value!r}, must be a positive {'number' if kind is float else 'integer'}")
+        if isinstance(value, bool) or not isinstance(value, wanted) or value < 0 or (value == 0 and not zero):
+            least = "a positive" if not zero else "0 or a positive"
+            raise self.fail(f"{key} is {value!r}, must be {least} {'number' if kind is float else 'integer'}")
         return kind(value)
 
     def names(self, key: str) -> list[str]:
@@ -130,8 +171,11 @@ class Settings:
         if value is not None and value not in allowed:
             raise self.fail(f"{key} is {value!r}, supported: {', '.join(map(repr, allowed))}")
 
-    def rope(self) -> Position:
+    def rope(self, base: float = 10000.0) -> Position:
         """RoPE from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaces both since transformers 5.
+
+        Args:
+            base: where neither gives rope_theta.
 
         Raises:
             ConversionError: a scaling that the native model does not compute.
@@ -142,7 +186,7 @@ class Settings:
             if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
                 raise self.fail(f"{key} is {found!r}, supported: one set of numbers for all layers")
             parameters |= found
-        base = parameters.get("rope_theta") or self.number("rope_theta", float, 10000.0)
+        base = parameters.get("rope_theta") or self.number("rope_theta", float, base)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         if partial != 1.0:
@@ -276,12 +320,49 @@ def rope_config(arch: ModelArch, *, type_key: str = "rope_type") -> dict[str, An
     }
 
 
-def decoder_rules(arch: ModelArch, qkv: QKVRules) -> list[Rule]:
-    """The rules of a pre-norm decoder with Llama's tensor names, in the order of the layers.
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What a family calls the parts of a mixture of experts, under `model.layers.N.`.
 
-    Args:
-        qkv: the rules of one layer's QKV projection.
+    Attributes:
+        block: the module that holds them.
+        router: the router's weight, in that module.
+        gate_up_down: an expert's three matrices, in `experts.N` of that module.
+        shared: the shared FFN, in that module.
+        shared_gate: the weight of its gate, in that module.
+        bias: the router's bias, in that module.
     """
+
+    block: str = "mlp"
+    router: str = "gate"
+    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
+    bias: str = "gate.e_score_correction_bias"
+
+
+# As transformers 5 holds the models in memory, and writes them with save_original_format=False: each layer's experts are one
+# tensor, in the order and orientation of ours.
+STACKED_NAMES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """How the tensors of a family's layers are called, beside Llama's names.
+
+    Attributes:
+        qkv: the rules of one layer's QKV projection.
+        experts: of a mixture of experts; None in families without.
+        stacked: the experts of a layer are one tensor; see STACKED_NAMES.
+    """
+
+    qkv: QKVRules
+    experts: ExpertNames | None = None
+    stacked: bool = False
+
+
+def decoder_rules(arch: ModelArch, names: Names) -> list[Rule]:
+    """The rules of a pre-norm decoder with Llama's tensor names, in the order of the layers."""
     shapes = {parameter.name: parameter.padded_shape() for parameter in parameters(arch)}
 
     def rule(kind: type[Direct], core: str, *hf: str) -> Rule:
@@ -290,11 +371,12 @@ def decoder_rules(arch: ModelArch, qkv: QKVRules) -> list[Rule]:
     rules = [rule(PaddedVocab, EMBEDDING_NAME, "model.embed_tokens.weight")]
     for i, layer in enumerate(arch.layers):
         core, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
+        attention, feed_forward = layer.attention, layer.feed_forward
         rules += [
             rule(Direct, core + "input_layernorm.weight", hf + "input_layernorm.weight"),
-            *ATTENTION_RULES[type(layer.attention)](core, hf, shapes, qkv),
+            *ATTENTION_RULES[type(attention)](attention, core, hf, shapes, names),
             rule(Direct, core + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight"),
-            *FEED_FORWARD_RULES[type(layer.feed_forward)](core, hf, shapes),
+            *FEED_FORWARD_RULES[type(feed_forward)](feed_forward, core, hf, shapes, names),
         ]
     rules.append(rule(Direct, "decoder.final_layernorm.weight", "model.norm.weight"))
     if not arch.tie_embeddings:
@@ -302,27 +384,91 @@ def decoder_rules(arch: ModelArch, qkv: QKVRules) -> list[Rule]:
     return rules
 
 
-def attention_rules(core: str, hf: str, shapes: Mapping[str, Shape], qkv: QKVRules) -> list[Rule]:
+def attention_rules(
+    block: GroupedQueryAttention, core: str, hf: str, shapes: Mapping[str, Shape], names: Names
+) -> list[Rule]:
     """The QKV projection as the family stores it, and the output projection."""
     out = core + "self_attention.linear_proj.weight"
     return [
-        *qkv(core + "self_attention.", hf + "self_attn.", shapes),
+        *names.qkv(core + "self_attention.", hf + "self_attn.", shapes),
         Direct(out, shapes[out], (hf + "self_attn.o_proj.weight",)),
     ]
 
 
-def gated_feed_forward_rules(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
+def latent_attention_rules(
+    block: MultiLatentAttention, core: str, hf: str, shapes: Mapping[str, Shape], names: Names
+) -> list[Rule]:
+    """DeepSeek's projections down to the latent vectors and up to the heads."""
+    core, hf, latent = core + "self_attention.", hf + "self_attn.", block.latent
+    own = {
+        "linear_q_proj": "q_proj",
+        "linear_q_down_proj": "q_a_proj",
+        "q_layernorm": "q_a_layernorm",
+        "linear_q_up_proj": "q_b_proj",
+        "linear_kv_down_proj": "kv_a_proj_with_mqa",
+        "kv_layernorm": "kv_a_layernorm",
+        "linear_kv_up_proj": "kv_b_proj",
+        "linear_proj": "o_proj",
+    }
+    rotary = {"linear_q_proj": (block.heads, 0), "linear_q_up_proj": (block.heads, 0)}
+    rotary["linear_kv_down_proj"] = (1, latent.kv_lora_rank)
+    rules: list[Rule] = []
+    for ours, theirs in own.items():
+        name, found = f"{core}{ours}.weight", (f"{hf}{theirs}.weight",)
+        if name not in shapes:
+            continue
+        if ours in rotary:
+            heads, before = rotary[ours]
+            size = latent.qk_rope_head_dim
+            rules.append(RotaryLast(name, shapes[name], found, heads=heads, rotary=size, latent=before))
+        else:
+            rules.append(Direct(name, shapes[name], found))
+    return rules
+
+
+def gated_feed_forward_rules(
+    block: GatedFeedForward, core: str, hf: str, shapes: Mapping[str, Shape], names: Names
+) -> list[Rule]:
     """Gate, up and down."""
-    gate_up, down = core + "mlp.linear_fc1.weight", core + "mlp.linear_fc2.weight"
+    return _gated(core + "mlp.", hf + "mlp.", shapes)
+
+
+def _gated(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
+    gate_up, down = core + "linear_fc1.weight", core + "linear_fc2.weight"
     return [
-        GatedMLP(gate_up, shapes[gate_up], (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight")),
-        Direct(down, shapes[down], (hf + "mlp.down_proj.weight",)),
+        GatedMLP(gate_up, shapes[gate_up], (hf + "gate_proj.weight", hf + "up_proj.weight")),
+        Direct(down, shapes[down], (hf + "down_proj.weight",)),
     ]
 
 
+def expert_rules(block: MixtureOfExperts, core: str, hf: str, shapes: Mapping[str, Shape], names: Names) -> list[Rule]:
+    """The router, each expert's gate, up and down, and the shared FFN."""
+    own = names.experts
+    assert own is not None, "the family has no experts"
+    core, at = core + "mlp.", f"{hf}{'mlp' if names.stacked else own.block}."
+    router, bias = core + "router.weight", core + "router.expert_bias"
+    rules: list[Rule] = [Direct(router, shapes[router], (f"{at}{own.router}.weight",))]
+    if bias in shapes:
+        rules.append(Exact(bias, shapes[bias], (at + own.bias,)))
+    gate_up, down = core + "experts.linear_fc1.weight", core + "experts.linear_fc2.weight"
+    if names.stacked:
+        stacked = zip((gate_up, down), STACKED_NAMES, strict=True)
+        rules += [Direct(name, shapes[name], (hf + theirs,)) for name, theirs in stacked]
+    else:
+        every = [[f"{at}experts.{i}.{name}.weight" for name in own.gate_up_down] for i in range(block.experts.count)]
+        rules += [GatedMLP(gate_up, shapes[gate_up][1:], (g, u), i) for i, (g, u, _) in enumerate(every)]
+        rules += [Direct(down, shapes[down][1:], (d,), i) for i, (_, _, d) in enumerate(every)]
+    gate = core + "shared_experts.gate_weight"
+    if gate in shapes:
+        rules.append(Direct(gate, shapes[gate], (f"{at}{own.shared_gate}.weight",)))
+    if block.experts.shared_ffn_hidden_size:
+        rules += _gated(core + "shared_experts.", f"{at}{own.shared}.", shapes)
+    return rules
+
+
 # The rules of each class of block in flagscale_like.arch.
-ATTENTION_RULES = {GroupedQueryAttention: attention_rules}
-FEED_FORWARD_RULES = {GatedFeedForward: gated_feed_forward_rules}
+ATTENTION_RULES = {GroupedQueryAttention: attention_rules, MultiLatentAttention: latent_attention_rules}
+FEED_FORWARD_RULES = {GatedFeedForward: gated_feed_forward_rules, MixtureOfExperts: expert_rules}
 
 
 def split_qkv(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
@@ -337,6 +483,11 @@ def split_qkv(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:
         if name in shapes:
             rules.append(Direct(name, shapes[name], (f"{hf}{x}_norm.weight",)))
     return rules
+
+
+def without_prefix(rule: Rule) -> Rule:
+    """A rule for the names of transformers' models without an output layer, which do not begin with `model.`."""
+    return replace(rule, hf=tuple(name.removeprefix(PREFIX) for name in rule.hf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +506,7 @@ class Family:
         read: config.json -> ModelArch.
         write: ModelArch -> config.json, without `architectures` and `model_type`.
         qkv: the rules of its QKV projection.
+        experts: what it calls the parts of a mixture of experts; None where it has none.
         ignored: names of tensors in Hugging Face folders that are no weights.
     """
 
@@ -368,27 +520,60 @@ class Family:
     matches: Callable[[Settings], bool] = lambda _: True
     classifier: str | None = None
     qkv: QKVRules = split_qkv
+    experts: ExpertNames | None = None
     ignored: re.Pattern[str] = field(default=re.compile(r"\.rotary_emb\.inv_freq$"))
 
-    def rules(self, arch: ModelArch) -> list[Rule]:
-        """The rules of all tensors of the model, in the order of the layers."""
-        return decoder_rules(arch, self.qkv)
+    def rules(self, arch: ModelArch, *, stacked: bool = False) -> list[Rule]:
+        """The rules of all tensors of the model, in the order of the layers.
 
-    def rules_with_head(self, arch: ModelArch, value_heads: int) -> list[Rule]:
-        """rules() of a model whose value head has so many outputs; of a language model, with 0."""
-        rules = self.rules(arch)
+        Args:
+            stacked: of a folder in which each layer's experts are one tensor; see STACKED_NAMES. No export is written so.
+        """
+        return decoder_rules(arch, Names(qkv=self.qkv, experts=self.experts, stacked=stacked))
+
+    @property
+    def encoder(self) -> str | None:
+        """Class name of transformers' model without an output layer, as which embedding models are written.
+
+        None: transformers ships none.
+        """
+        name, suffix = self.architectures[0], "ForCausalLM"
+        return name.removesuffix(suffix) + "Model" if self.classifier and name.endswith(suffix) else None
+
+    def rules_with_head(
+        self, arch: ModelArch, value_heads: int, *, embedder: bool = False, stacked: bool = False
+    ) -> list[Rule]:
+        """rules() of a model whose value head has so many outputs; of a language model, with 0.
+
+        Args:
+            embedder: an embedding model, which has no output layer. Its names are those of transformers' class `encoder`.
+            stacked: see rules().
+        """
+        rules = self.rules(arch, stacked=stacked) if stacked else self.rules(arch)
+        if embedder:
+            return [without_prefix(rule) for rule in rules if rule.core != OUTPUT_NAME]
         if not value_heads:
             return rules
         head = Direct(OUTPUT_NAME, (value_heads, arch.hidden_size), ("score.weight",))
         return [*(rule for rule in rules if rule.core != OUTPUT_NAME), head]
 
-    def config_with_head(self, arch: ModelArch, value_heads: int) -> dict[str, Any]:
+    def config_with_head(self, arch: ModelArch, value_heads: int, *, embedder: bool = False) -> dict[str, Any]:
         """hf_config() of a model whose value head has so many outputs; of a language model, with 0.
 
+        Args:
+            embedder: an embedding model, which has no output layer.
+
         Raises:
-            ConversionError: see hf_config(), or there is no class for models with a value head.
+            ConversionError: see hf_config(), or there is no class for models with a value head or without an output layer.
         """
         config = self.hf_config(arch)
+        if embedder and self.encoder is None:
+            raise ConversionError(
+                f"an embedding model cannot be written as {self.name}: transformers has no such class without an output "
+                "layer; choose another family with --as or model.family"
+            )
+        if embedder:
+            return config | {"architectures": [self.encoder]}
         if not value_heads:
             return config
         if self.classifier is None:
@@ -399,6 +584,10 @@ class Family:
         labels = [f"reward {number}" for number in range(value_heads)]
         named = {"id2label": {str(i): label for i, label in enumerate(labels)}}
         return config | {"architectures": [self.classifier], **named, "label2id": {v: i for i, v in enumerate(labels)}}
+
+    def is_embedder(self, settings: Settings) -> bool:
+        """Whether a Hugging Face folder's model has no output layer."""
+        return self.encoder is not None and self.encoder in settings.names("architectures")
 
     def value_heads(self, settings: Settings) -> int:
         """Outputs of the value head of a Hugging Face folder's model; 0 for a language model."""
@@ -434,11 +623,10 @@ class Family:
         Raises:
             ConversionError: a field of the architecture that config.json does not express.
         """
-        own, found = (a.model_dump() for a in (arch, self.read(Settings(values, f"config.json of {self.name}"))))
-        free = {*NOT_EXPRESSED, *(() if arch.max_position_embeddings else ("max_position_embeddings",))}
-        lost = [
-            f"model.{key} {own[key]!r} as {found[key]!r}" for key in own if key not in free and own[key] != found[key]
-        ]
+        own, found = map(expressed, (arch, self.read(Settings(values, f"config.json of {self.name}"))))
+        if not arch.max_position_embeddings:
+            del own["max_position_embeddings"]
+        lost = [f"model.{key} {own[key]!r} as {found.get(key)!r}" for key in own if own[key] != found.get(key)]
         if lost:
             raise ConversionError(
                 f"{self.name} cannot express the model: its config.json would be read with {', '.join(lost)}; choose another "

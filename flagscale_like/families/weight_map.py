@@ -21,11 +21,14 @@ class Direct:
         core: megatron-core's name, layers counted over the whole model.
         shape: megatron-core's shape, the vocabulary padded for tp 1.
         hf: names of the Hugging Face tensors that hold the same weights.
+        expert: of matrices that megatron-core's tensor stacks over experts, the number of the one that this rule is about;
+            `shape` is then this matrix's. A conversion so holds one expert's matrices at a time. None for a whole tensor.
     """
 
     core: str
     shape: Shape
     hf: tuple[str, ...]
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -45,6 +48,11 @@ class Direct:
 
 
 Rule = Direct
+
+
+@dataclass(frozen=True)
+class Exact(Direct):
+    """A tensor that an export writes in its own dtype, whatever that of the weights is."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +104,39 @@ class GatedMLP(Direct):
 
     def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
         return torch.cat(tensors)
+
+
+@dataclass(frozen=True)
+class RotaryLast(Direct):
+    """Rows [latent; of each head the channels without a position; those that rotate, in pairs of neighbours] <-> ours.
+
+    DeepSeek rotates channels 2i and 2i + 1 of a head's last ones together. Ours are a head's first ones, and channel i
+    rotates with channel i + rotary / 2. Both q and k are rearranged alike, so that their products are the same.
+
+    Attributes:
+        heads: of the matrix; the part of k that all heads share is one head.
+        rotary: channels of a head that rotate.
+        latent: rows before the heads, which stay where they are.
+    """
+
+    heads: int = 1
+    rotary: int = 0
+    latent: int = 0
+
+    def to_hf(self, tensor: Tensor, arch: ModelArch) -> tuple[Tensor, ...]:
+        """[latent + n (r + d), in]; see Direct."""
+        latent, by_head = self._split(tensor)
+        rotary, rest = by_head[:, : self.rotary], by_head[:, self.rotary :]
+        pairs = rotary.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return (torch.cat((latent, torch.cat((rest, pairs), dim=1).flatten(0, 1))),)
+
+    def to_core(self, tensors: tuple[Tensor, ...], arch: ModelArch) -> Tensor:
+        latent, by_head = self._split(tensors[0])
+        plain = by_head.shape[1] - self.rotary
+        rest, pairs = by_head[:, :plain], by_head[:, plain:]
+        rotary = pairs.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return torch.cat((latent, torch.cat((rotary, rest), dim=1).flatten(0, 1)))
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows before the heads, and the others as [heads, channels, in]."""
+        return tensor[: self.latent], tensor[self.latent :].unflatten(0, (self.heads, -1))

@@ -61,7 +61,8 @@ class RotaryTables:
     """
 
     def __init__(self, arch: ModelArch) -> None:
-        self._dim, self._base = arch.head_dim, arch.position.base
+        latent = arch.latent_attention  # rotates a part of a head's channels
+        self._dim, self._base = latent.qk_rope_head_dim if latent else arch.head_dim, arch.position.base
         self._options: dict[str, Any] = {}
         self._fixed_up_to: int | None = None  # tokens up to which one set of frequencies holds; None: any number
         scaling = arch.position.scaling

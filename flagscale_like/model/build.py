@@ -62,7 +62,8 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         use_te_activation_func=True,  # megatron-core's name for "take activation_func from the layer spec"
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        # It adds up the gradients of norms that all tensor-parallel ranks hold; see model.modules.ProjectionNorm.
+        qk_layernorm=arch.qk_norm and arch.qk_norm_over == "head",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

@@ -20,16 +20,29 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention, Layer, MixtureOfExperts, ModelArch
+from flagscale_like.arch import (
+    GatedFeedForward,
+    GroupedQueryAttention,
+    Layer,
+    MixtureOfExperts,
+    ModelArch,
+    MultiLatentAttention,
+)
 from flagscale_like.config import Kernels
 from flagscale_like.model.attention import CoreAttention, RotaryTables
 from flagscale_like.model.experts import ExpertLayer, GroupedExperts, Router
-from flagscale_like.model.modules import RMSNorm, SwiGLU, backend_of
+from flagscale_like.model.latent_attention import LatentCoreAttention, LatentSelfAttention
+from flagscale_like.model.modules import ProjectionNorm, RMSNorm, SwiGLU, backend_of
 
 
 def attention_spec(block: GroupedQueryAttention, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
     """Grouped-query attention. The layers that are built from one spec share the tables of RoPE."""
-    qk_norm = norm_spec(kernels) if block.qk_norm else IdentityOp
+    q_norm = k_norm = norm_spec(kernels) if block.qk_norm else IdentityOp
+    if block.qk_norm and block.qk_norm_over == "projection":
+        q_norm, k_norm = (
+            ModuleSpec(module=ProjectionNorm, params={"heads": heads, "backend": backend_of(kernels.rms_norm)})
+            for heads in (block.heads, block.groups)
+        )
     tables = None if block.position.kind == "alibi" else RotaryTables(arch)
     return ModuleSpec(
         module=SelfAttention,
@@ -38,9 +51,22 @@ def attention_spec(block: GroupedQueryAttention, arch: ModelArch, kernels: Kerne
             linear_qkv=ColumnParallelLinear,
             core_attention=functools.partial(CoreAttention, arch=arch, kernels=kernels, tables=tables),
             linear_proj=RowParallelLinear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
         ),
+    )
+
+
+def latent_attention_spec(block: MultiLatentAttention, arch: ModelArch, kernels: Kernels) -> ModuleSpec:
+    """Multi-head latent attention."""
+    options = {"arch": arch, "kernels": kernels, "tables": RotaryTables(arch)}
+    return ModuleSpec(
+        module=LatentSelfAttention,
+        params={
+            "block": block,
+            "norm": functools.partial(RMSNorm, backend=backend_of(kernels.rms_norm)),
+            "core_attention": functools.partial(LatentCoreAttention, block=block, **options),
+        },
     )
 
 
@@ -74,7 +100,7 @@ def experts_spec(block: MixtureOfExperts, kernels: Kernels, rows: int) -> Module
 
 
 # The modules of each class of block in flagscale_like.arch.
-ATTENTION_SPECS = {GroupedQueryAttention: attention_spec}
+ATTENTION_SPECS = {GroupedQueryAttention: attention_spec, MultiLatentAttention: latent_attention_spec}
 FEED_FORWARD_SPECS = {GatedFeedForward: feed_forward_spec, MixtureOfExperts: experts_spec}
 
 

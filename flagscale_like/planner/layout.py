@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from flagscale_like.arch import Layer, ModelArch, Parameter, counted_keys
+from flagscale_like.arch import Layer, MixtureOfExperts, ModelArch, Parameter, Role, active, counted_keys
 from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Layout.imbalance where nothing is given: an assumption for a balanced router, not a measurement.
+IMBALANCE = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,9 @@ class Shape:
         window: keys a query sees; all before it where it is None.
         causal: whether a query sees no key after it.
         norm_head: as in ModelArch.
-        layer: ModelArch's layer, whose blocks say what is saved; None for a decoder that ModelArch does not describe.
-        adapters: of one layer: LoRA's parameters, which are then all that is trained.
+        decoder: ModelArch's layers, whose blocks say what is computed and saved; () for a decoder that ModelArch does not
+            describe.
+        adapters: LoRA's parameters, which are then all that is trained.
         lora: their options; None without LoRA.
     """
 
@@ -42,28 +48,14 @@ class Shape:
     window: int | None = None
     causal: bool = True
     norm_head: bool = False
-    layer: Layer | None = None
+    decoder: tuple[Layer, ...] = ()
     adapters: tuple[Parameter, ...] = ()
     lora: Lora | None = None
 
     @classmethod
     def of(cls, arch: ModelArch, tp: int = 1, lora: Lora | None = None) -> Shape:
-        """The shape of a model whose layers are alike, its vocabulary padded for `tp`."""
-        return cls(
-            layers=arch.num_layers,
-            hidden=arch.hidden_size,
-            heads=arch.num_attention_heads,
-            groups=arch.num_query_groups,
-            head_dim=arch.head_dim,
-            ffn=arch.ffn_hidden_size,
-            vocab=arch.padded_vocab_size(tp),
-            window=arch.sliding_window,
-            causal=arch.attention == "causal",
-            norm_head=arch.norm_head,
-            layer=arch.layers[0],
-            adapters=tuple(p for p in lora.parameters(arch) if p.layer == 0) if lora is not None else (),
-            lora=lora,
-        )
+        """The shape of a model, its vocabulary padded for `tp`."""
+        return _shape_of(arch, tp, lora)
 
     @classmethod
     def gpt(cls, *, layers: int, hidden: int, heads: int, vocab: int = 51200) -> Shape:
@@ -81,16 +73,50 @@ class Shape:
             dropout=True,
         )
 
+    @functools.cached_property
+    def alike(self) -> tuple[int, ...]:
+        """Of each layer, the number of the first one that is like it."""
+        first: dict[Layer, int] = {}
+        return tuple(first.setdefault(layer, i) for i, layer in enumerate(self.decoder)) or (0,) * self.layers
+
+    @functools.cached_property
+    def kinds(self) -> dict[int, int]:
+        """How many layers there are of each kind, by the number of its first one."""
+        return dict(Counter(self.alike))
+
+    def adapters_of(self, layer: int) -> tuple[Parameter, ...]:
+        """LoRA's parameters of one layer."""
+        return self._adapters.get(layer, ())
+
+    @functools.cached_property
+    def _adapters(self) -> dict[int, tuple[Parameter, ...]]:
+        return {i: tuple(p for p in self.adapters if p.layer == i) for i in self.kinds}
+
     @property
     def layer_matrix_parameters(self) -> int:
-        """Elements of a layer's weight matrices."""
+        """Elements of a layer's weight matrices, of a decoder that ModelArch does not describe."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         return attention + self.hidden * self.ffn * (3 if self.gated else 2)
 
-    @property
+    @functools.cached_property
+    def top_k(self) -> int:
+        """Experts that a token goes to; 1 without experts."""
+        blocks = [layer.feed_forward for layer in self.decoder]
+        return next((block.experts.top_k for block in blocks if isinstance(block, MixtureOfExperts)), 1)
+
+    @functools.cached_property
     def matrix_parameters(self) -> int:
-        """Elements of all weight matrices, the output layer's once and the embedding's not."""
-        return self.layers * self.layer_matrix_parameters + self.hidden * self.vocab
+        """Elements of the matrices that a token is multiplied with, the output layer's once and the embedding's not."""
+        return self._layer_matrices(routers=True) + self.hidden * self.vocab
+
+    def _layer_matrices(self, *, routers: bool) -> int:
+        if not self.decoder:
+            return self.layers * self.layer_matrix_parameters
+        found = 0
+        for i, count in self.kinds.items():
+            held = [p for p in self.decoder[i].parameters(i) if p.role.is_layer_matrix or p.role is Role.ROUTER]
+            found += count * active([p for p in held if routers or p.role is not Role.ROUTER], self.top_k)
+        return found
 
     def model_flops(self, tokens: int, seq_length: int, *, recompute_layers: bool = False) -> float:
         """FLOPs of a step, attention counted in full (Narayanan et al. 2021, eq. 3).
@@ -98,13 +124,37 @@ class Shape:
         Args:
             recompute_layers: count the layers' second forward pass, as that paper does ("hardware FLOPs").
         """
-        keys = counted_keys(seq_length, self.window)
-        layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
+        if self.decoder:
+            passes = {i: self.decoder[i].flops_per_token(seq_length, causal=False) / 2 for i in self.kinds}
+            layers = sum(count * passes[i] for i, count in self.kinds.items())
+        else:
+            keys = counted_keys(seq_length, self.window)
+            layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
         flops = (8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab
         if self.adapters:  # no gradient of the matrices is computed
-            own = self.layers * sum(parameter.numel for parameter in self.adapters if len(parameter.shape) == 2)
-            flops += (8.0 if recompute_layers else 6.0) * own - 2.0 * self.matrix_parameters
+            own = active([p for p in self.adapters if p.role is not Role.ADAPTER_MAGNITUDE], self.top_k)
+            frozen = self._layer_matrices(routers=False) + self.hidden * self.vocab
+            flops += (8.0 if recompute_layers else 6.0) * own - 2.0 * frozen
         return tokens * flops
+
+
+@functools.lru_cache(maxsize=256)
+def _shape_of(arch: ModelArch, tp: int, lora: Lora | None) -> Shape:
+    return Shape(
+        layers=arch.num_layers,
+        hidden=arch.hidden_size,
+        heads=arch.num_attention_heads,
+        groups=arch.num_query_groups,
+        head_dim=arch.head_dim,
+        ffn=arch.ffn_hidden_size,
+        vocab=arch.padded_vocab_size(tp),
+        window=arch.sliding_window,
+        causal=arch.attention == "causal",
+        norm_head=arch.norm_head,
+        decoder=arch.layers,
+        adapters=lora.parameters(arch) if lora is not None else (),
+        lora=lora,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +163,9 @@ class Layout:
 
     Attributes:
         cp, cp_kind: context-parallel ranks, and how attention brings their parts of a row together; see config.Parallel.
+        ep: expert-parallel ranks, which are taken from those of tp, cp and dp.
+        imbalance: tokens that come to the expert-parallel rank with the most, relative to the mean. Its activations have to
+            fit, and the others wait for it. 1 is an even load; no rank can get more than ep. Without meaning where ep is 1.
         num_microbatches: micro-batches a data-parallel rank runs a step.
         offload: share of its activations that each stage moves to host memory; () moves none.
         first_stage_layers, last_stage_layers: layers of these stages where they differ from the others'.
@@ -124,6 +177,7 @@ class Layout:
     dp: int = 1
     cp: int = 1
     cp_kind: ContextParallelKind = "gather"
+    ep: int = 1
     sp: bool = False
     micro_batch_size: int = 1
     num_microbatches: int = 1
@@ -131,6 +185,7 @@ class Layout:
     offload: tuple[float, ...] = ()
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    imbalance: float = IMBALANCE
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> Layout:
@@ -148,6 +203,7 @@ class Layout:
             dp=dp,
             cp=par.cp,
             cp_kind=par.cp_kind,
+            ep=par.ep,
             sp=par.sp,
             micro_batch_size=train.micro_batch_size,
             num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
@@ -164,6 +220,21 @@ class Layout:
     def replicas(self) -> int:
         """Ranks that hold the same weights, and own a part of their gradients and optimizer states each."""
         return self.cp * self.dp
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same of experts, which are not cut over tp."""
+        return self.tp * self.cp * self.dp // self.ep
+
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether copies of an expert lie on other ranks than those of the dense parameters."""
+        return self.tp > 1 or self.ep > 1
+
+    @property
+    def fullest(self) -> float:
+        """Tokens of the expert-parallel rank with the most, relative to the mean."""
+        return min(self.imbalance, self.ep)
 
     def rows(self, seq_length: int) -> float:
         """Tokens of a micro-batch that a rank has, before sequence parallelism."""
@@ -214,6 +285,7 @@ class Layout:
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
         parts += [f"cp {self.cp}{' a2a' if self.cp_kind == 'a2a' else ''}"] if self.cp > 1 else []
+        parts += [f"ep {self.ep}"] if self.ep > 1 else []
         parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []

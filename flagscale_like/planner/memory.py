@@ -1,8 +1,9 @@
 """Bytes a rank needs, by component.
 
 Weights, gradients and optimizer states are exact: they repeat how megatron-core lays parameters out in its buffers and how
-its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over data- and context-parallel ranks. Activations
-come from the table in saved.py (Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
+its distributed optimizer (ZeRO-1, Rajbhandari et al. 2020) splits them over the ranks that hold the same weights: the data-
+and context-parallel ones, and of experts those that expert parallelism leaves. Activations come from the table in saved.py
+(Korthikanti et al. 2022). Short-lived tensors and the allocator's losses are estimates.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
-from flagscale_like.arch import ModelArch, Parameter, parameters
+from flagscale_like.arch import ModelArch, Parameter, Role, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.config import Lora
-from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
-from flagscale_like.planner.saved import FUSED, Operators, embedding_saves, head_saves, layer_bytes, logits_for_a_moment
+from flagscale_like.planner.layout import DTYPE_BYTES, IMBALANCE, Layout, Shape
+from flagscale_like.planner.saved import (
+    FUSED,
+    Operators,
+    embedding_saves,
+    head_saves,
+    layer_bytes,
+    logits_for_a_moment,
+    working_bytes,
+)
 
 # CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of all but weights, gradients and
 # optimizer states.
@@ -95,27 +104,34 @@ def chunk_adapters(arch: ModelArch, lora: Lora, layout: Layout, stage: int, chun
     return [parameter for parameter in lora.parameters(arch) if parameter.layer in layers]
 
 
-def shard_numel(parameter: Parameter, tp: int) -> int:
-    """Elements on one of `tp` tensor-parallel ranks."""
-    return math.prod(parameter.shard_shape(tp))
+def shard_numel(parameter: Parameter, layout: Layout) -> int:
+    """Elements on one rank."""
+    return math.prod(parameter.shard_shape(layout.tp, layout.ep))
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where megatron-core puts a chunk's parameters: (start, end) of each, bucket bounds, and the padded length."""
+    """Where megatron-core puts a chunk's parameters: (start, end) of each, bucket bounds, and the padded length.
+
+    Attributes:
+        replicas: ranks that hold the same parameters, and update a part of each bucket.
+        experts: whether it holds the experts that are reduced by themselves.
+    """
 
     spans: tuple[tuple[int, int], ...]
     buckets: tuple[tuple[int, int], ...]
+    replicas: int
+    experts: bool = False
 
     @property
     def numel(self) -> int:
         return self.buckets[-1][1] if self.buckets else 0
 
-    def owned(self, replicas: int, rank: int) -> tuple[int, int]:
+    def owned(self, rank: int) -> tuple[int, int]:
         """Elements and parameters of which one of the replicas updates a part: its share of every bucket."""
         elements = parameters = 0
         for begin, end in self.buckets:
-            size = (end - begin) // replicas
+            size = (end - begin) // self.replicas
             low, high = begin + rank * size, begin + (rank + 1) * size
             for start, stop in self.spans:
                 inside = min(stop, high) - max(start, low)
@@ -158,61 +174,102 @@ def buffer_of(
         position = close(end) if full or index in alone else end
     if filled:
         close(end)
-    return Buffer(tuple(spans), tuple(buckets))
+    return Buffer(tuple(spans), tuple(buckets), replicas)
 
 
 def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> list[Buffer]:
     """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only.
 
-    With LoRA the adapters alone are in buffers.
+    With LoRA the adapters alone are in buffers. Experts have a buffer of their own, unless their copies lie where the dense
+    parameters' do (see model.experts.mark_expert).
     """
     buffers = []
     for chunk in range(layout.vpp):
-        bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         held = chunk_parameters(arch, layout, stage, chunk)
         if lora is not None:
             held = chunk_adapters(arch, lora, layout, stage, chunk)
+        held = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS]
+        apart = [bool(parameter.experts) and layout.cuts_experts for parameter in held]
         shared = arch.tie_embeddings and layout.pp > 1  # a tied embedding on two stages has a bucket to itself
-        buffers.append(
-            buffer_of(
-                [shard_numel(parameter, layout.tp) for parameter in held],
-                layout.replicas,
-                bucket_numel=max(40_000_000, 1_000_000 * layout.replicas) if bucketed else None,
-                alone={i for i, parameter in enumerate(held) if shared and parameter.role.is_vocabulary},
+        bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
+        for experts in sorted(set(apart)):
+            own = [parameter for parameter, is_apart in zip(held, apart, strict=True) if is_apart == experts]
+            buffer = buffer_of(
+                [shard_numel(parameter, layout) for parameter in own],
+                layout.expert_replicas if experts else layout.replicas,
+                bucket_numel=max(40_000_000, 1_000_000 * layout.dp) if bucketed else None,
+                alone={i for i, parameter in enumerate(own) if shared and parameter.role.is_vocabulary},
             )
-        )
+            buffers.append(replace(buffer, experts=experts))
     return buffers
+
+
+def states_layout(layout: Layout) -> Layout:
+    """A layout without what states do not depend on, so that they are computed once for many layouts."""
+    fixed = {"sp": False, "micro_batch_size": 1, "num_microbatches": 1, "recompute": "none", "offload": ()}
+    return replace(layout, imbalance=IMBALANCE, **fixed)
 
 
 @functools.lru_cache(maxsize=4096)
 def state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, *, precision: str, dp_rank: int = 0, lora: Lora | None = None
+    arch: ModelArch, layout: Layout, stage: int, *, precision: str, rank: int = 0, lora: Lora | None = None
 ) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
 
     Args:
-        dp_rank: the rank among the layout's replicas, which differs from the data-parallel rank where cp is above 1.
+        rank: of the stage's ranks, which are numbered tp fastest, then cp and dp.
     """
-    weights = gradients = optimizer = 0
-    if lora is not None:
-        held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk)]
-        weights = sum(shard_numel(parameter, layout.tp) for parameter in held) * DTYPE_BYTES[precision]
+    gradients = optimizer = 0
+    weights = sum(_frozen_bytes(arch, layout, stage, chunk, precision, lora) for chunk in range(layout.vpp))
     for buffer in stage_buffers(arch, layout, stage, lora):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
-        elements, parameters = buffer.owned(layout.replicas, dp_rank)
+        # Experts lie over neighbours: the ranks of a copy of them are ep ranks that follow one another.
+        elements, parameters = buffer.owned(rank // (layout.ep if buffer.experts else layout.tp))
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
+
+
+@functools.lru_cache(maxsize=4096)
+def trained_elements(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> tuple[int, int]:
+    """Elements of one rank's gradient buffers: of dense parameters, and of experts that are reduced by themselves."""
+    buffers = stage_buffers(arch, layout, stage, lora)
+    dense, experts = (sum(buffer.numel for buffer in buffers if buffer.experts == own) for own in (False, True))
+    return dense, experts
+
+
+def _frozen_bytes(arch: ModelArch, layout: Layout, stage: int, chunk: int, precision: str, lora: Lora | None) -> int:
+    """Bytes of a chunk's weights that no gradient changes: the routers' biases, in fp32, and with LoRA all of the base."""
+    held = chunk_parameters(arch, layout, stage, chunk)
+    biases = [parameter for parameter in held if parameter.role is Role.ROUTER_BIAS]
+    base = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS] if lora is not None else []
+    base_bytes = sum(shard_numel(parameter, layout) for parameter in base) * DTYPE_BYTES[precision]
+    return base_bytes + 4 * sum(parameter.numel for parameter in biases)
+
+
+def layers_on(shape: Shape, layout: Layout, stage: int) -> set[int]:
+    """The kinds of the layers of a stage; see Shape.alike."""
+    return {shape.alike[i] for chunk in layout.chunk_layers(shape.layers, stage) for i in chunk}
+
+
+def largest_layer(shape: Shape, layout: Layout, stage: int, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
+    """Bytes that the layer of a stage that saves the most saves."""
+    kinds = layers_on(shape, layout, stage)
+    return max((layer_bytes(shape, layout, seq_length, dtype_bytes, ops, kind) for kind in kinds), default=0.0)
 
 
 def microbatch_bytes(
     arch: ModelArch | Shape, layout: Layout, stage: int, seq_length: int, precision: str, ops: Operators
 ) -> tuple[float, float]:
-    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last)."""
+    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last).
+
+    Of chunks with unlike layers it is the one that saves the most.
+    """
     shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp, ops.lora)
     e = DTYPE_BYTES[precision]
-    layers = len(layout.chunk_layers(shape.layers, stage)[0])
-    chunk = layers * layer_bytes(shape, layout, seq_length, e, ops)
+    saved = {kind: layer_bytes(shape, layout, seq_length, e, ops, kind) for kind in layers_on(shape, layout, stage)}
+    chunks = layout.chunk_layers(shape.layers, stage)
+    chunk = max(sum(saved[shape.alike[i]] for i in layers) for layers in chunks)
     head = sum(s.bytes for s in head_saves(shape, layout, seq_length, e, ops)) if stage == layout.pp - 1 else 0.0
     return chunk, head
 
@@ -234,10 +291,10 @@ def saved_activation_bytes(
         bytes_ += first * sum(s.bytes for s in embedding_saves(layout, seq_length))
     again = 0.0
     if layout.recompute != "none":
-        again = layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
+        again = largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
         if layout.recompute == "selective" or ops.rms_norm == "fused":
             # What is kept is not saved twice; under full recompute that is the layer's input, where its norm saves it.
-            again -= layer_bytes(shape, layout, seq_length, e, ops)
+            again -= largest_layer(shape, layout, stage, seq_length, e, ops)
     return bytes_ + max(head, again)
 
 
@@ -249,21 +306,20 @@ def rank_memory(
     seq_length: int,
     precision: str,
     ops: Operators = FUSED,
-    dp_rank: int = 0,
+    rank: int = 0,
     overhead: bool = True,
 ) -> RankMemory:
     """All components of one rank.
 
     Args:
+        rank: see state_bytes().
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
-    cut = replace(layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=())
-    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, dp_rank=dp_rank, lora=ops.lora)
+    cut = states_layout(layout)
+    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
-    rows = layout.rows(seq_length)
-    rows_sp = rows / layout.tp if layout.sp else rows
-    layer = layer_bytes(shape, layout, seq_length, e, ops)
+    rows_sp = layout.rows(seq_length) / (layout.tp if layout.sp else 1)
     in_flight = layout.chunks_in_flight(stage)
     saved = in_flight * chunk
     # A received stage input lives until its backward pass; a norm that saves its input has it counted already.
@@ -271,13 +327,15 @@ def rank_memory(
         saved += in_flight * rows_sp * shape.hidden * e
     share = layout.offload_share(stage)
     moved = share * in_flight * chunk
+    layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
-    largest = max(shard_numel(p, layout.tp) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
-    working = rows * 3 * shape.ffn / layout.tp * e + 3 * rows * shape.hidden * e + largest * e
+    largest = max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
+    kinds = layers_on(shape, layout, stage)
+    working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)
     if layout.recompute == "full":
-        working += layer_bytes(shape, replace(layout, recompute="none"), seq_length, e, ops)
+        working += largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
     dynamic = saved - moved + on_the_way + logits + working
     return RankMemory(
         weights=weights,
@@ -323,9 +381,9 @@ def needed_offload(
             shares.append(0.0)
             continue
         chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
-        layers = max(1, len(layout.chunk_layers(arch.num_layers, stage)[0]))
-        in_flight = layout.chunks_in_flight(stage)
-        frees = (in_flight * chunk - LAYERS_ON_THE_WAY * chunk / layers) * (1 + FRAGMENTATION)
+        shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
+        layer = largest_layer(shape, layout, stage, seq_length, e, ops)
+        frees = (layout.chunks_in_flight(stage) * chunk - LAYERS_ON_THE_WAY * layer) * (1 + FRAGMENTATION)
         if frees <= 0 or over > frees:
             return None
         shares.append(over / frees)

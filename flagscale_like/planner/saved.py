@@ -11,7 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flagscale_like.arch import GatedFeedForward, GroupedQueryAttention
+from flagscale_like.arch import (
+    Experts,
+    GatedFeedForward,
+    GroupedQueryAttention,
+    MixtureOfExperts,
+    MultiLatentAttention,
+    Parameter,
+    Role,
+)
 from flagscale_like.config import Kernels, Lora
 from flagscale_like.planner.layout import Layout, Shape
 
@@ -73,14 +81,20 @@ class MicroBatch:
         rows: tokens.
         rows_sp: tokens that this rank's norms and residuals see: a part of them under sequence parallelism.
         tp: ranks that heads and FFN channels are cut over.
+        sequences: rows of the micro-batch.
         exchanges: core attention works on exchanged copies of q, k and v (cp_kind a2a).
+        ep: ranks that experts are cut over.
+        fullest: tokens that come to the rank with the most, relative to the mean.
         dtype_bytes: of an activation.
     """
 
     rows: float
     rows_sp: float
+    sequences: int
     tp: int
     exchanges: bool
+    ep: int
+    fullest: float
     dtype_bytes: int
 
     @classmethod
@@ -88,15 +102,34 @@ class MicroBatch:
         rows = layout.rows(seq_length)
         rows_sp = rows / layout.tp if layout.sp else rows
         exchanges = layout.cp > 1 and layout.cp_kind == "a2a"
-        return cls(rows=rows, rows_sp=rows_sp, tp=layout.tp, exchanges=exchanges, dtype_bytes=dtype_bytes)
+        return cls(
+            rows=rows,
+            rows_sp=rows_sp,
+            sequences=layout.micro_batch_size,
+            tp=layout.tp,
+            exchanges=exchanges,
+            ep=layout.ep,
+            fullest=layout.fullest,
+            dtype_bytes=dtype_bytes,
+        )
+
+    def routed(self, top_k: int) -> float:
+        """Tokens that come to the experts of the rank with the most, once for each expert that they go to."""
+        return self.rows_sp * top_k * self.fullest
 
 
-def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:
-    """All that one layer keeps without recompute."""
-    if shape.layer is None:
+def layer_saves(
+    shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators, layer: int = 0
+) -> list[Saved]:
+    """All that one layer keeps without recompute.
+
+    Args:
+        layer: its number.
+    """
+    if not shape.decoder:
         return _gpt_layer(shape, layout, seq_length, dtype_bytes)
     batch = MicroBatch.of(layout, seq_length, dtype_bytes)
-    attention, feed_forward = shape.layer.attention, shape.layer.feed_forward
+    attention, feed_forward = shape.decoder[layer].attention, shape.decoder[layer].feed_forward
     norm = _norm(batch.rows_sp, shape.hidden, dtype_bytes, ops)
     saves = [
         Saved(name="attention norm", bytes=norm),
@@ -104,40 +137,55 @@ def layer_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int,
         Saved(name="MLP norm", bytes=norm),
         *BLOCK_SAVES[type(feed_forward)](feed_forward, batch, ops),
     ]
-    return saves if ops.lora is None else _with_adapters(saves, shape, batch, ops.lora)
+    return saves if ops.lora is None else _with_adapters(saves, shape, layer, batch, ops.lora)
 
 
-# Inputs that a matrix keeps for its own gradient alone, by the matrix.
+# Inputs that a matrix keeps for its own gradient alone, and the matrix.
 KEPT_FOR = {
-    "linear_qkv": "input of the QKV product",
-    "linear_fc1": "input of the gate and up product",
-    "linear_fc2": "input of the down product",
+    "input of the QKV product": "linear_qkv",
+    "input of the projections down": "linear_q_proj",
+    "input of the projection up to q": "linear_q_up_proj",
+    "input of the projection up to k and v": "linear_kv_up_proj",
+    "input of the gate and up product": "linear_fc1",
+    "input of the down product": "linear_fc2",
+    "input of the experts' gate and up product": "linear_fc1",
+    "input of the experts' down product": "linear_fc2",
 }
 
 
-def _with_adapters(saves: list[Saved], shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
+def _with_adapters(saves: list[Saved], shape: Shape, layer: int, batch: MicroBatch, lora: Lora) -> list[Saved]:
     """What a layer keeps with LoRA: the inputs of the matrices with an adapter, which A needs, and what the adapters keep."""
-    unused = {name for matrix, name in KEPT_FOR.items() if matrix not in lora.targets or lora.dropout}
+    unused = {name for name, matrix in KEPT_FOR.items() if matrix not in lora.targets or lora.dropout}
     found = [save for save in saves if save.name not in unused]
-    e, rows, rows_sp = batch.dtype_bytes, batch.rows, batch.rows_sp
-    for b in (parameter for parameter in shape.adapters if parameter.name.endswith(".b")):
-        # Of a matrix that is cut by rows, A x is whole on every rank; else a part of the sequence with SP.
-        found.append(Saved(name=f"A x beside {b.name}", bytes=(rows if b.cut == 0 else rows_sp) * b.shape[1] * e))
-    return found + [save for matrix in lora.targets for save in _adapter_extras(matrix, shape, batch, lora)]
+    adapters = shape.adapters_of(layer)
+    of_a = {parameter.place_in_layer: parameter for parameter in adapters if parameter.role is Role.ADAPTER_A}
+    for b in (parameter for parameter in adapters if parameter.role is Role.ADAPTER_B):
+        found += _adapter(of_a[b.place_in_layer], b, batch, lora, batch.routed(shape.top_k))
+    return found
 
 
-def _adapter_extras(matrix: str, shape: Shape, batch: MicroBatch, lora: Lora) -> list[Saved]:
-    """What dropout and DoRA keep beside one matrix."""
-    a, b = (next(p for p in shape.adapters if p.name.endswith(f"{matrix}.lora.{letter}")) for letter in "ab")
-    by_rows, e = b.cut == 0, batch.dtype_bytes
-    inputs = batch.rows_sp * a.shape[1] if by_rows else batch.rows * a.shape[1] / batch.tp
-    outputs = batch.rows * b.shape[0] / batch.tp if by_rows else batch.rows_sp * b.shape[0]
-    extras = []
+def _adapter(a: Parameter, b: Parameter, batch: MicroBatch, lora: Lora, routed: float) -> list[Saved]:
+    """What the adapter of one matrix keeps: A x, and with dropout and DoRA what they need.
+
+    Args:
+        routed: tokens that come to this rank's experts.
+    """
+    e, matrix = batch.dtype_bytes, b.place_in_layer.removesuffix(".lora")
+    out, inner = b.shape[-2], a.shape[-1]
+    if b.experts:
+        inputs, outputs, low = routed * inner, routed * out, routed
+    elif b.cut == 0:  # the matrix is cut by rows: A x is whole on every rank
+        inputs, outputs, low = batch.rows_sp * inner, batch.rows * out / batch.tp, batch.rows
+    else:
+        inputs, outputs, low = batch.rows * inner / batch.tp, batch.rows_sp * out, batch.rows_sp
+    kept = [Saved(name=f"A x beside {matrix}", bytes=low * b.shape[-1] * e)]
     if lora.dropout:
-        extras.append(Saved(name=f"input of A of {matrix} after dropout, and the mask", bytes=inputs * (e + 1)))
+        kept.append(Saved(name=f"input of A of {matrix} after dropout, and the mask", bytes=inputs * (e + 1)))
     if lora.dora:
-        extras.append(Saved(name=f"output of {matrix} before its length", bytes=outputs * e))
-    return extras
+        kept.append(Saved(name=f"output of {matrix} before its length", bytes=outputs * e))
+        if b.experts:
+            kept.append(Saved(name=f"rows' lengths beside {matrix}, and whose", bytes=outputs * e + routed * 8))
+    return kept
 
 
 def _qkv_output(block: GroupedQueryAttention, batch: MicroBatch) -> float:
@@ -164,7 +212,12 @@ def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) 
         if block.position.far == "compressed" or not block.qk_norm:
             saves.append(Saved(name="second k, rotated or copied", bytes=rows * g * d * e, in_core_attention=True))
     if block.qk_norm:
-        saves.append(Saved(name="norms of q and k", bytes=_norm(rows * (n + g), d, e, ops)))
+        norms = _norm(rows * (n + g), d, e, ops)
+        if block.qk_norm_over == "projection":  # 1/rms of a token's q and k, and not of each head's
+            norms += 4 * rows * (2 - n - g)
+            if g == 1 and batch.tp > 1:  # q and k of one group are views of the QKV product's output
+                norms = 4 * rows * 2
+        saves.append(Saved(name="norms of q and k", bytes=norms))
     if batch.exchanges:
         if block.qk_norm:
             saves.append(Saved(name="v, exchanged", bytes=rows * g * d * e, in_core_attention=True))
@@ -174,16 +227,93 @@ def _attention(block: GroupedQueryAttention, batch: MicroBatch, ops: Operators) 
     return saves
 
 
+def _latent_attention(block: MultiLatentAttention, batch: MicroBatch, ops: Operators) -> list[Saved]:
+    rows, rows_sp, e, x = batch.rows, batch.rows_sp, batch.dtype_bytes, block.latent
+    n = block.heads / batch.tp
+    heads = rows * n * x.head_dim * e
+    saves = [Saved(name="input of the projections down", bytes=rows_sp * block.hidden_size * e)]
+    for name, rank in (("q", x.q_lora_rank), ("k and v", x.kv_lora_rank)):
+        if rank is not None:
+            saves.append(Saved(name=f"norm of the latent {name}", bytes=_norm(rows_sp, rank, e, ops)))
+            saves.append(Saved(name=f"input of the projection up to {name}", bytes=rows_sp * rank * e))
+    core = {"rotated q": heads, "rotated k": heads, "v, padded": heads, "log-sum-exp of the scores, fp32": rows * n * 4}
+    if x.v_head_dim < x.head_dim or batch.exchanges:
+        core["attention output, padded"] = heads
+    saves += [Saved(name=name, bytes=held, in_core_attention=True) for name, held in core.items()]
+    saves.append(Saved(name="attention output, input of the projection", bytes=rows * n * x.v_head_dim * e))
+    return saves
+
+
 def _gated_feed_forward(block: GatedFeedForward, batch: MicroBatch, ops: Operators) -> list[Saved]:
-    rows, e, f = batch.rows, batch.dtype_bytes, block.ffn_hidden_size / batch.tp
+    return [
+        Saved(name="input of the gate and up product", bytes=batch.rows_sp * block.hidden_size * batch.dtype_bytes),
+        *_swiglu(batch.rows, block.ffn_hidden_size / batch.tp, batch.dtype_bytes, ops),
+    ]
+
+
+def _swiglu(rows: float, ffn: float, dtype_bytes: int, ops: Operators, whose: str = "") -> list[Saved]:
+    element = rows * ffn * dtype_bytes
     saves = [
-        Saved(name="input of the gate and up product", bytes=batch.rows_sp * block.hidden_size * e),
-        Saved(name="gate and up", bytes=rows * 2 * f * e),
-        Saved(name="input of the down product", bytes=rows * f * e),
+        Saved(name=f"{whose}gate and up", bytes=2 * element),
+        Saved(name=f"input of the {whose}down product", bytes=element),
     ]
     if ops.swiglu == "torch":
-        saves.append(Saved(name="silu(gate)", bytes=rows * f * e))
+        saves.append(Saved(name=f"{whose}silu(gate)", bytes=element))
     return saves
+
+
+def _mixture_of_experts(block: MixtureOfExperts, batch: MicroBatch, ops: Operators) -> list[Saved]:
+    x, h, e = block.experts, block.hidden_size, batch.dtype_bytes
+    routed = batch.routed(x.top_k)
+    saves = [
+        Saved(name="input of the router and of the shared FFN", bytes=batch.rows_sp * h * e),
+        *_router(x, batch),
+        *_dispatcher(x, batch),
+        Saved(name="input of the experts' gate and up product", bytes=routed * h * e),
+        *_swiglu(routed, x.ffn_hidden_size, e, ops, "experts' "),
+        Saved(name="weights of the tokens that came, fp32", bytes=routed * 4),
+    ]
+    if x.shared_ffn_hidden_size:
+        saves += _swiglu(batch.rows, x.shared_ffn_hidden_size / batch.tp, e, ops)
+    if x.shared_gate:
+        saves.append(Saved(name="output of the shared FFN, and its gate", bytes=batch.rows_sp * (h + 1) * e))
+    return saves
+
+
+def _router(experts: Experts, batch: MicroBatch) -> list[Saved]:
+    """Logits and scores are fp32, and indices int64."""
+    t, k = batch.rows_sp, experts.top_k
+    scores = t * experts.count * 4  # of all experts
+    indices = t * k * 8
+    saves = [Saved(name="experts of each token", bytes=indices)]
+    if experts.score == "sigmoid":
+        # Of the chosen ones, and their sum, by which they are divided.
+        saves.append(Saved(name="scores", bytes=scores + (t * (k + 1) * 4 if experts.normalize else 0)))
+    else:
+        saves.append(Saved(name="scores", bytes=t * k * 4 if experts.normalize else scores))
+    if experts.groups > 1:
+        best = 1 if experts.group_score == "max" else 2
+        bytes_ = t * experts.groups * (best * 8 + 1) + t * experts.top_groups * 8
+        saves.append(Saved(name="best of each group, and the groups chosen", bytes=bytes_))
+    rows = t * batch.sequences * 4  # which row a token is of
+    if experts.balances:
+        bytes_ = scores + indices + (t * 4 if experts.score == "sigmoid" else 0)
+        bytes_ += t * 4 if experts.balance == "batch" else rows
+        saves.append(Saved(name="scores and choice of the auxiliary loss", bytes=bytes_))
+    if experts.z_loss:
+        own = 0 if experts.balances and experts.balance == "sequence" else rows
+        saves.append(Saved(name="logits, and their log-sum-exp", bytes=scores + t * 4 + own))
+    return saves
+
+
+def _dispatcher(experts: Experts, batch: MicroBatch) -> list[Saved]:
+    """What putting tokens in the order of the experts keeps: LocalDispatcher, or megatron-core's all-to-all dispatcher."""
+    t, chosen = batch.rows_sp, batch.rows_sp * experts.top_k
+    weights = Saved(name="weights of each token's experts, fp32", bytes=t * experts.count * 4)
+    if batch.ep == 1:
+        # Order, inverse and tokens of the choices, and the experts of each token in their order.
+        return [weights, Saved(name="permutation", bytes=4 * chosen * 8)]
+    return [weights, Saved(name="permutation and map of the choices", bytes=chosen * 8 + t * experts.count)]
 
 
 def _attention_checkpoint(block: GroupedQueryAttention, batch: MicroBatch) -> float:
@@ -198,9 +328,21 @@ def _attention_checkpoint(block: GroupedQueryAttention, batch: MicroBatch) -> fl
     return _qkv_output(block, batch) + (rows * n * d * e if n > g > 1 else 0.0)
 
 
+def _latent_checkpoint(block: MultiLatentAttention, batch: MicroBatch) -> float:
+    """Likewise: q, k, and the product that v is a part of."""
+    x = block.latent
+    channels = 2 * x.head_dim + x.qk_nope_head_dim + x.v_head_dim
+    return batch.rows * block.heads / batch.tp * channels * batch.dtype_bytes
+
+
 # What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.
-BLOCK_SAVES = {GroupedQueryAttention: _attention, GatedFeedForward: _gated_feed_forward}
-CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint}
+BLOCK_SAVES = {
+    GroupedQueryAttention: _attention,
+    MultiLatentAttention: _latent_attention,
+    GatedFeedForward: _gated_feed_forward,
+    MixtureOfExperts: _mixture_of_experts,
+}
+CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint, MultiLatentAttention: _latent_checkpoint}
 
 
 def _norm(rows: float, hidden: int, dtype_bytes: int, ops: Operators) -> float:
@@ -234,19 +376,46 @@ def _gpt_layer(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int) 
     ]
 
 
-def layer_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
-    """Bytes that one layer keeps for one micro-batch on one rank, after its recompute choice."""
+def layer_bytes(
+    shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators, layer: int = 0
+) -> float:
+    """Bytes that one layer keeps for one micro-batch on one rank, after its recompute choice.
+
+    Args:
+        layer: its number.
+    """
     rows = layout.rows(seq_length)
     if layout.recompute == "full":  # only its input
         return (rows / layout.tp if layout.sp else rows) * shape.hidden * dtype_bytes
-    saves = layer_saves(shape, layout, seq_length, dtype_bytes, ops)
+    saves = layer_saves(shape, layout, seq_length, dtype_bytes, ops, layer)
     if layout.recompute == "none":
         return sum(s.bytes for s in saves)
     kept = sum(s.bytes for s in saves if not s.in_core_attention)
-    if shape.layer is None:
+    if not shape.decoder:
         return kept
-    attention = shape.layer.attention
+    attention = shape.decoder[layer].attention
     return kept + CHECKPOINT_BYTES[type(attention)](attention, MicroBatch.of(layout, seq_length, dtype_bytes))
+
+
+def working_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, layer: int) -> float:
+    """Bytes of the activation gradients, and of what is on its way between ranks, while one layer runs; an estimate.
+
+    Of a feed-forward part the gradients of gate, up and their product, and three tensors of the residual stream. Of experts
+    these for the tokens that came; of their input and output the gradients, and with expert parallelism copies as they were
+    sent and as they came.
+
+    Args:
+        layer: its number.
+    """
+    batch = MicroBatch.of(layout, seq_length, dtype_bytes)
+    residual, ffn = 3 * batch.rows * shape.hidden, shape.ffn
+    block = shape.decoder[layer].feed_forward if shape.decoder else None
+    experts = 0.0
+    if isinstance(block, MixtureOfExperts):
+        x, ffn = block.experts, block.experts.shared_ffn_hidden_size
+        copies = 2 if layout.ep == 1 else 4
+        experts = batch.routed(x.top_k) * (3 * x.ffn_hidden_size + copies * shape.hidden)
+    return (max(3 * batch.rows * ffn / batch.tp, experts) + residual) * dtype_bytes
 
 
 def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> list[Saved]:

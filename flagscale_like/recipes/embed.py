@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,72 +12,43 @@ import numpy as np
 from flagscale_like.data.formats import format_of
 from flagscale_like.data.readers import read_documents
 from flagscale_like.errors import DataError
-from flagscale_like.json_files import BAD_JSON, write_json
 from flagscale_like.recipes.embedder import BLOCK, Embedder, Side, Text, shortened
+from flagscale_like.recipes.progress import Progress
 from flagscale_like.runtime.parallel import agree
 
 
 class VectorFile:
-    """A .npy file that is written block by block, under another name until it is whole.
+    """A .npy file that is written block by block; see Progress.
 
     Args:
-        path: of the file.
         shape: [rows, numbers of a vector].
-        made_from: everything that the vectors depend on, as JSON types. A file that was begun with something else is refused.
-        overwrite: replace a file that is there.
 
     Attributes:
         done: rows that an interrupted call has written.
-
-    Raises:
-        DataError: the file is there and `overwrite` is false; or it was begun with something else.
     """
 
     def __init__(
         self, path: Path, shape: tuple[int, int], dtype: np.dtype, made_from: dict[str, Any], *, overwrite: bool
     ) -> None:
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.progress, self.made_from, self.done = path.with_name(path.name + ".progress.json"), made_from, 0
-        if path.is_file() and not overwrite:
-            raise DataError(f"{path}: exists: choose another file, or replace it with --overwrite")
-        if self.progress.is_file() and self.partial.is_file():
-            self.done = self._read_progress()
-            self.rows = np.load(self.partial, mmap_mode="r+")
+        self._progress, self.done = Progress(path, made_from, overwrite=overwrite), 0
+        if self._progress.found is not None:
+            self.done = self._progress.found["rows"]
+            self._rows = np.load(self._progress.partial, mmap_mode="r+")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.rows = np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
-            self._write_progress()
-
-    def _read_progress(self) -> int:
-        try:
-            found = json.loads(self.progress.read_text(encoding="utf-8"))
-            done = int(found.pop("done"))
-        except (*BAD_JSON, KeyError, TypeError):
-            raise DataError(f"{self.progress}: cannot be read: remove it and {self.partial} to start again") from None
-        wanted = json.loads(json.dumps(self.made_from))
-        different = [name for name in wanted if found.get(name) != wanted[name]]
-        if different:
-            raise DataError(
-                f"{self.partial}: was begun by a call that differs in {', '.join(different)}: repeat that command, or remove "
-                f"it and {self.progress.name} to start again"
-            )
-        return done
-
-    def _write_progress(self) -> None:
-        write_json(self.progress, {**self.made_from, "done": self.done})
+            self._rows = np.lib.format.open_memmap(self._progress.partial, mode="w+", dtype=dtype, shape=shape)
+            self._progress.note(rows=0)
 
     def add(self, vectors: np.ndarray) -> None:
         """Write the next rows; they are on disk when it returns."""
-        self.rows[self.done : self.done + len(vectors)] = vectors
-        self.rows.flush()
+        self._rows[self.done : self.done + len(vectors)] = vectors
+        self._rows.flush()
         self.done += len(vectors)
-        self._write_progress()
+        self._progress.note(rows=self.done)
 
     def close(self) -> None:
         """Give the whole file its name."""
-        del self.rows
-        os.replace(self.partial, self.path)
-        self.progress.unlink()
+        del self._rows
+        self._progress.finish()
 
 
 def read_texts(path: Path, key: str) -> Iterator[str]:

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
+from flagscale_like.checkpoint.sentence_transformers import is_sentence_transformers, read_text_settings
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.data.batch import Batch, collate
-from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.group_source import pack_texts
 from flagscale_like.data.groups import groups_at
 from flagscale_like.data.texts import TextEncoder
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError, ConversionError, DataError
-from flagscale_like.json_files import BAD_JSON
+from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.embedding import Pooling, TextVectors
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.row_plan import RowPlan
 
 Side = Literal["query", "passage"]
 
 BLOCK = 1024  # texts that are encoded, packed and gathered at a time
 MAX_PLACES = 512  # of a row, where nobody says more and no text is longer
 
-# sentence-transformers' names of a pooling, in 1_Pooling/config.json.
-POOLING_MODES: dict[str, Pooling] = {
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-}
-POOLING_NAMES: dict[str, Pooling] = {"lasttoken": "last", "mean": "mean", "cls": "first"}
-PROMPTS: dict[str, Side] = {"query": "query", "document": "passage", "passage": "passage"}
+# The side of a prompt of sentence-transformers, by its name.
+SIDES: dict[str, Side] = {"query": "query", "document": "passage", "passage": "passage"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,8 @@ def settings_of(source: WeightSource) -> EmbedderSettings:
     Raises:
         ConversionError: a sentence-transformers folder does something that this system does not.
     """
-    if (source.folder / "modules.json").is_file():
-        return _sentence_transformers(source.folder)
+    if is_sentence_transformers(source.folder):
+        return _of_folder(source.folder)
     state = getattr(source, "state", None) or getattr(getattr(source, "adapters", None), "state", None) or {}
     objective = state.get("config", {}).get("objective", {})
     if objective.get("kind") != "contrastive":
@@ -91,36 +84,11 @@ def settings_of(source: WeightSource) -> EmbedderSettings:
     return EmbedderSettings(objective.get("pooling", "last"), instructions, lengths, f"the run of {source.folder}")
 
 
-def _sentence_transformers(folder: Path) -> EmbedderSettings:
-    modules = _read(folder / "modules.json")
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ConversionError(
-            f"{folder / 'modules.json'}: has {', '.join(kinds)}: supported: Transformer, Pooling, Normalize"
-        )
-    pooling = _read(folder / modules[1]["path"] / "config.json")
-    modes = [mode for name, mode in POOLING_MODES.items() if pooling.get(name)]
-    if not modes and pooling.get("pooling_mode") in POOLING_NAMES:
-        modes = [POOLING_NAMES[pooling["pooling_mode"]]]
-    others = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
-    if len(modes) != 1 or set(others) - set(POOLING_MODES):
-        raise ConversionError(
-            f"{folder}: pools by {others or pooling.get('pooling_mode')}: supported: last, mean or first"
-        )
-    path = folder / "config_sentence_transformers.json"
-    prompts = (_read(path).get("prompts") or {}) if path.is_file() else {}
-    instructions = {PROMPTS[name]: text for name, text in prompts.items() if name in PROMPTS}
-    path = folder / modules[0].get("path", "") / "sentence_bert_config.json"
-    limit = _read(path).get("max_seq_length") if path.is_file() else None
-    lengths = {"query": int(limit), "passage": int(limit)} if limit else {}
-    return EmbedderSettings(modes[0], instructions, lengths, str(folder))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, *BAD_JSON) as error:
-        raise ConversionError(f"{path}: cannot be read: {error}") from None
+def _of_folder(folder: Path) -> EmbedderSettings:
+    found = read_text_settings(folder)
+    instructions = {SIDES[name]: text for name, text in found.prompts.items() if name in SIDES}
+    lengths = dict.fromkeys(("query", "passage"), found.max_tokens) if found.max_tokens else {}
+    return EmbedderSettings(found.pooling, instructions, lengths, str(folder))
 
 
 class Embedder:
@@ -196,31 +164,22 @@ class Embedder:
         whole = [(default if one.instruction is None else one.instruction) + one.text.strip() for one in texts]
         found = self.texts.encode(whole, self.limit(side))
         self.cut += sum(one.cut for one in found)
-        rows = best_fit_decreasing([len(one.ids) for one in found], self.spec.seq_length)
-        step, size = self.spec.parallel.pp if self.spec.parallel.vpp > 1 else 1, self.spec.micro_batch_size
-        count = -(-len(rows) // (size * self.ctx.dp * step)) * step
-
-        def numbers(dp_rank: int) -> list[int]:
-            """The rows of a data-parallel rank; they start again after the last, to fill the last micro-batches."""
-            firsts = ((turn * self.ctx.dp + dp_rank) * size for turn in range(count))
-            return [number % len(rows) for first in firsts for number in range(first, first + size)]
+        plan = RowPlan.of([len(one.ids) for one in found], self.spec, self.ctx)
 
         def batches() -> Iterator[Batch]:
-            own = numbers(self.ctx.dp_rank)
-            for start in range(0, len(own), size):
-                packs = [[found[n].ids for n in rows[number]] for number in own[start : start + size]]
-                made = [pack_texts(pack, self.spec.seq_length, pad=0) for pack in packs]
+            for packs in plan.micro_batches(self.ctx.dp_rank):
+                made = [pack_texts([found[n].ids for n in pack], self.spec.seq_length, pad=0) for pack in packs]
                 yield Batch.of(collate(made), self.ctx.platform.device)
 
         with self.engine.evaluation():
-            vectors = self.engine.vectors(batches(), self.objective, count)
+            vectors = self.engine.vectors(batches(), self.objective, plan.count)
         gives = vectors is not None and self.ctx.tp_rank == 0 and self.ctx.cp_rank == 0
         gathered = self.ctx.gather_to_main((self.ctx.dp_rank, vectors.cpu().numpy()) if gives else None)
         if not self.ctx.is_main:
             return None
         result = np.empty((len(texts), self.size), dtype=np.float32)
         for dp_rank, own in (entry for entry in gathered if entry is not None):
-            result[[n for number in numbers(dp_rank) for n in rows[number]]] = own
+            result[plan.order(dp_rank)] = own
         return result
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flagscale_like.data.batch import Batch, collate
-from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.pairs import PairRows
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
+from flagscale_like.training.row_plan import RowPlan
 
 ROUND = 16  # micro-batches between two signs of life
 
@@ -29,24 +29,17 @@ def answer_values(
         On rank 0, float32 [2 pairs, ...], chosen and rejected in turn; None on the others.
     """
     ctx, spec = engine.ctx, engine.spec
-    rows, size = best_fit_decreasing(pairs.sizes, spec.seq_length), spec.micro_batch_size
-    step = spec.parallel.pp if spec.parallel.vpp > 1 else 1  # the interleaved schedule wants a multiple of it
-    count = -(-len(rows) // (size * ctx.dp * step)) * step
-
-    def numbers(dp_rank: int) -> list[list[int]]:
-        """Of the rows of a rank's micro-batches; they start again after the last, to fill the last micro-batches."""
-        firsts = ((turn * ctx.dp + dp_rank) * size for turn in range(count))
-        return [[number % len(rows) for number in range(first, first + size)] for first in firsts]
+    plan, step = RowPlan.of(pairs.sizes, spec, ctx), spec.parallel.pp if spec.parallel.vpp > 1 else 1
 
     def batches() -> Iterator[Batch]:
-        for micro_batch in numbers(ctx.dp_rank):
-            yield Batch.of(collate([pairs.row(rows[number]) for number in micro_batch]), ctx.platform.device)
+        for micro_batch in plan.micro_batches(ctx.dp_rank):
+            yield Batch.of(collate([pairs.row(row) for row in micro_batch]), ctx.platform.device)
 
     found, feed = [], batches()
     with engine.evaluation():
-        for start in range(0, count, ROUND * step):
+        for start in range(0, plan.count, ROUND * step):
             beat()
-            samples = engine.forward(feed, objective, min(ROUND * step, count - start)).samples
+            samples = engine.forward(feed, objective, min(ROUND * step, plan.count - start)).samples
             found += [samples[objective.metric].float().cpu().numpy()] if samples else []
     gathered = ctx.gather_to_main((ctx.dp_rank, np.concatenate(found) if found else None))
     if not ctx.is_main:
@@ -55,6 +48,5 @@ def answer_values(
     for dp_rank, own in gathered:
         if own is not None:
             values = np.full((len(pairs.sizes), 2, *own.shape[1:]), np.nan, np.float32) if values is None else values
-            order = [pair for micro_batch in numbers(dp_rank) for number in micro_batch for pair in rows[number]]
-            values[order] = own.reshape(-1, 2, *own.shape[1:])
+            values[plan.order(dp_rank)] = own.reshape(-1, 2, *own.shape[1:])
     return values.reshape(-1, *values.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, Base, holds_adapters, identify, lora_of, open_base
 from flagscale_like.checkpoint.companions import Origin
@@ -13,6 +14,7 @@ from flagscale_like.checkpoint.store import WeightSource, verify
 from flagscale_like.config import Checkpoint, Lora, RunConfig
 from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import CheckpointError, ConfigError
+from flagscale_like.families.family import EXPERTS_NOT_EXPRESSED
 from flagscale_like.runtime.parallel import ParallelContext
 
 # Options of the adapters that decide what a checkpoint's adapters compute. The others may change on resume.
@@ -131,7 +133,9 @@ def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> l
         CheckpointError: a field of the model differs.
     """
     free = {"family", "init_std", "output_init_std", "norm_init", "max_position_embeddings"}
+    _check_experts(config, source)
     saved, wanted = source.arch.model_dump(mode="json"), config.model.model_dump(mode="json")
+    training = _take_training_options(saved, wanted)
     before, after = saved["position"], wanted["position"]
     if not resuming:
         free |= {"attention", *(() if "alibi" in (before["kind"], after["kind"]) else ("position",))}
@@ -144,8 +148,41 @@ def check_model(config: RunConfig, source: WeightSource, *, resuming: bool) -> l
         raise CheckpointError(f"{source.folder}: is of another model: {'; '.join(different)}")
     attention = saved["attention"], wanted["attention"]
     changes = [("attention", *attention), *((f"position.{key}", before[key], value) for key, value in after.items())]
+    changes += [] if resuming else training  # a run that goes on names what its configuration changes
     return [
         f"model.{key} is {value!r} from here on; the weights were trained with {trained!r}"
         for key, trained, value in changes
         if trained != value
+    ]
+
+
+def _check_experts(config: RunConfig, source: WeightSource) -> None:
+    """Refuse a dense model's weights for a mixture of experts, and the other way round, with what to do.
+
+    Raises:
+        CheckpointError: one has experts and the other has not.
+    """
+    saved, wanted = source.arch.experts, config.model.experts
+    if saved is None and wanted is not None:
+        raise CheckpointError(
+            f"{source.folder}: is of a dense model, and model.experts asks for experts: make them with `flagscale-like "
+            f"convert upcycle --experts {wanted.count} --top-k {wanted.top_k}`, or leave model.experts out"
+        )
+    if saved is not None and wanted is None:
+        raise CheckpointError(
+            f"{source.folder}: is of a mixture of {saved.count} experts, and the configuration of a dense model: leave out "
+            "the group model, or give the checkpoint's model.experts"
+        )
+
+
+def _take_training_options(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Take out of both what of model.experts is no part of the model: how training evens out the load.
+
+    Returns:
+        of each: its key in the group model, the saved value, and the configured one.
+    """
+    if not (saved.get("experts") and wanted.get("experts")):
+        return []
+    return [
+        (f"experts.{name}", saved["experts"].pop(name), wanted["experts"].pop(name)) for name in EXPERTS_NOT_EXPRESSED
     ]

@@ -25,7 +25,7 @@ from flagscale_like.config import Parallel
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
-from flagscale_like.families.family import features
+from flagscale_like.families.family import EXPERT_FEATURES, features
 from flagscale_like.json_files import read_records
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.next_token import NextToken
@@ -173,9 +173,15 @@ def test_the_family_page_has_every_feature_and_every_rule():
     page = text_of("add-a-family.md")
     shape = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 9}
     every = {"qkv_bias": True, "qk_norm": True, "norm_head": True, "sliding_window": 4, "num_query_groups": 2}
-    names = features(ModelArch(**shape, **every)) | {"alibi", "tie_embeddings"}
+    latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    others = (
+        {"qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": True},
+        {"latent_attention": latent, "experts": {"count": 4, "top_k": 2, "ffn_hidden_size": 8}},
+    )
+    names = set(EXPERT_FEATURES) | {"alibi"}
+    names |= set().union(*(features(ModelArch(**shape, **more)) for more in (every, *others)))
     (listed,) = re.findall(r"in the words\nof `features` .*?: (.*?)\. An", page, flags=re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", listed)) == names
+    assert set(re.findall(r"`([\w ]+)`", " ".join(listed.split()))) == names
     rules = vars(importlib.import_module("flagscale_like.families.weight_map")).values()
     known = {rule.__name__ for rule in rules if isinstance(rule, type) and issubclass(rule, families.family.Rule)}
     assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)) == known

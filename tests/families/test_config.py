@@ -47,6 +47,28 @@ LLAMA3 = {
     },
 }
 BAICHUAN = ("baichuan", "BaichuanForCausalLM")
+DEEPSEEK_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+DEEPSEEK = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+    "rope_scaling": DEEPSEEK_YARN,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "moe_layer_freq": 1,
+    "ep_size": 1,
+}
+V2 = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "n_shared_experts": 2}
 
 # Published models: config.json as their folders have it, family, parameters, what they use.
 PUBLISHED = {
@@ -128,6 +150,103 @@ PUBLISHED = {
         8_190_735_360,
         {"rope", "query_groups", "qk_norm"},
     ),
+    "Mixtral-8x7B": (
+        config(
+            *("mixtral", "MixtralForCausalLM", 32, 4096, 32, 8, 14336, 32000),
+            **{"max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None},
+            **{"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+        ),
+        "mixtral",
+        46_702_792_704,
+        {"rope", "query_groups", "experts"},
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        config(
+            *("qwen2_moe", "Qwen2MoeForCausalLM", 24, 2048, 16, 16, 5632, 151936),
+            **{"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60},
+            **{"num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1, **LENGTH},
+            **{"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21},
+        ),
+        "qwen2_moe",
+        14_315_784_192,
+        {"rope", "qkv_bias", "experts", "shared experts", "a gate of the shared experts"},
+    ),
+    "Qwen3-30B-A3B": (
+        config(
+            *("qwen3_moe", "Qwen3MoeForCausalLM", 48, 2048, 32, 4, 6144, 151936),
+            **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128},
+            **{"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], **LENGTH},
+        ),
+        "qwen3_moe",
+        30_532_122_624,
+        {"rope", "query_groups", "qk_norm", "experts"},
+    ),
+    "Qwen3-235B-A22B": (
+        config(
+            *("qwen3_moe", "Qwen3MoeForCausalLM", 94, 4096, 64, 4, 12288, 151936),
+            **{"moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128},
+            **{"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], **LENGTH},
+        ),
+        "qwen3_moe",
+        235_093_634_560,
+        {"rope", "query_groups", "qk_norm", "experts"},
+    ),
+    "OLMoE-1B-7B": (
+        config(
+            *("olmoe", "OlmoeForCausalLM", 16, 2048, 16, 16, 1024, 50304),
+            **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, **LENGTH},
+        ),
+        "olmoe",
+        6_919_161_856,
+        {"rope", "qk_norm over the projection", "experts"},
+    ),
+    "DeepSeek-V2-Lite": (
+        config(
+            *("deepseek_v2", "DeepseekV2ForCausalLM", 27, 2048, 16, 16, 10944, 102400),
+            **{**DEEPSEEK, **V2, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        )
+        | {"q_lora_rank": None},
+        "deepseek_v2",
+        15_706_484_224,
+        {"rope", "yarn RoPE scaling", "latent_attention", "experts", "shared experts", "dense layers"},
+    ),
+    "DeepSeek-V2": (
+        config(
+            *("deepseek_v2", "DeepseekV2ForCausalLM", 60, 5120, 128, 128, 12288, 102400),
+            **{**DEEPSEEK, **V2, "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_experts_per_tok": 6},
+            **{"n_group": 8, "topk_group": 3, "first_k_dense_replace": 1, "q_lora_rank": 1536},
+            **{"routed_scaling_factor": 16.0},
+        )
+        | {"topk_method": "group_limited_greedy"},
+        "deepseek_v2",
+        235_741_434_880,
+        {"rope", "yarn RoPE scaling", "latent_attention", "experts", "shared experts", "dense layers"}
+        | {"groups of experts", "scaled weights of experts"},
+    ),
+    "DeepSeek-V3": (
+        config(
+            *("deepseek_v3", "DeepseekV3ForCausalLM", 61, 7168, 128, 128, 18432, 129280),
+            **{**DEEPSEEK, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8},
+            **{"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "q_lora_rank": 1536, "n_shared_experts": 1},
+            **{"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
+            **{"routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
+        ),
+        "deepseek_v3",
+        671_026_419_200,
+        {"rope", "yarn RoPE scaling", "latent_attention", "experts", "shared experts", "dense layers"}
+        | {"groups of experts", "scaled weights of experts", "sigmoid scores", "a bias of the router"},
+    ),
+}
+# Parameters that a token meets, in billions, as published.
+ACTIVE = {
+    "Mixtral-8x7B": 12.9,
+    "Qwen1.5-MoE-A2.7B": 2.7,
+    "Qwen3-30B-A3B": 3.3,
+    "Qwen3-235B-A22B": 22,
+    "OLMoE-1B-7B": 1.3,
+    "DeepSeek-V2": 21,
+    "DeepSeek-V3": 37,
 }
 
 
@@ -142,6 +261,12 @@ def test_a_published_config_gives_the_published_parameter_count(name, tmp_path):
     found, arch = read_config(write(tmp_path, values))
     assert (found.name, features(arch)) == (family, used)
     assert arch.parameter_count() == parameters
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_published_mixture_of_experts_has_the_published_active_parameters(name, tmp_path):
+    _, arch = read_config(write(tmp_path, PUBLISHED[name][0]))
+    assert arch.active_parameter_count() / 1e9 == pytest.approx(ACTIVE[name], rel=0.03)
 
 
 def count_built(archs):
@@ -173,7 +298,7 @@ def test_a_config_written_from_what_was_read_reads_the_same(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("Llama-2-7B", {"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: aquila, baichuan, llama"),
+        ("Llama-2-7B", {"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: aquila, baichuan, deep"),
         ("Llama-2-7B", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         ("Llama-2-7B", {"hidden_size": None}, "has no hidden_size"),
         ("Llama-2-7B", {"num_hidden_layers": -1}, "num_hidden_layers is -1, must be a positive integer"),

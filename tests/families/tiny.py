@@ -44,6 +44,64 @@ SHIPPED = {
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
+FOUR = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_key_value_heads": 2, "num_experts": 4}
+LATENT = {
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "rope_parameters": YARN,
+}
+# Families with a mixture of experts, likewise.
+MIXTURES = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": 7}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**FOUR, "shared_expert_intermediate_size": 32}),
+    "qwen2_moe-step": (
+        "Qwen2MoeConfig",
+        {
+            **FOUR,
+            "shared_expert_intermediate_size": 32,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**FOUR, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "olmoe": ("OlmoeConfig", {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "n_shared_experts": 2}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **LATENT,
+            "q_lora_rank": 28,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {**LATENT, "q_lora_rank": 28, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+}
+
 PLAIN = {**SHAPE, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
 ALIBI = {key: value for key, value in PLAIN.items() if key != "max_position_embeddings"} | {"model_max_length": 64}
 CUSTOM = {
@@ -75,7 +133,9 @@ CUSTOM = {
         "norm_head": True,
     },
 }
+SHIPPED |= MIXTURES
 ALL = [*SHIPPED, *CUSTOM]
+DENSE = [name for name in ALL if name not in MIXTURES]
 
 
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -92,6 +152,9 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(out)
     return out
 

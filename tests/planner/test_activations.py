@@ -1,11 +1,17 @@
 """The planner's activation bytes against what saved_tensors_hooks hold in a real step, on every pipeline stage."""
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import mean
+
 import pytest
 import torch
 
 from flagscale_kernels.linear_cross_entropy import default_chunk_tokens, fused_linear_cross_entropy
 from flagscale_like.arch import ModelArch
 from flagscale_like.config import Kernels, RunConfig
+from flagscale_like.engine.engine import Engine
 from flagscale_like.model.offload import return_weight_gradients
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import saved_activation_bytes
@@ -64,10 +70,16 @@ class Meter:
         return held.tensor if isinstance(held, Held) else held
 
 
-def step_peak(config: RunConfig) -> tuple[int, int]:
-    """(stage, peak bytes held) of one training step."""
+def step_peak(config: RunConfig, prepare: Callable[[Engine], None] | None = None) -> tuple[int, int]:
+    """(stage, peak bytes held) of one training step.
+
+    Args:
+        prepare: changes the engine before it.
+    """
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
+        if prepare is not None:
+            prepare(engine)
         if ctx.replicas > 1:
             for model in engine.models:
                 return_weight_gradients(model)
@@ -167,6 +179,73 @@ def test_context_parallel_activations_are_planned(tmp_path):
         assert planned == pytest.approx(found, rel=0.05), f"{name}: planned {planned:,.0f}, held {found:,}"
 
 
+EXPERTS = {"count": 8, "top_k": 2, "ffn_hidden_size": 48}
+GATED = {**EXPERTS, "shared_ffn_hidden_size": 40, "shared_gate": True, "balance": "sequence", "z_loss": 1e-3}
+SIGMOID = {**EXPERTS, "score": "sigmoid", "bias_rate": 0.01, "dense_layers": 1}
+SP = {"tp": 2, "sp": True}
+# name -> (ranks, experts, layout, changes)
+EXPERT_CASES = {
+    "balance of a batch, dense first layers": (1, {**EXPERTS, "dense_layers": 2}, {}, {}),
+    "scores of all experts": (1, {**EXPERTS, "normalize": False, "balance": "none", "z_loss": 1e-3}, {}, {}),
+    "shared and gated": (1, GATED, {}, {}),
+    "sigmoid": (1, SIGMOID, {}, {"train__recompute": "selective"}),
+    "groups": (1, {**SIGMOID, "groups": 2, "top_groups": 1, "group_score": "max"}, {}, {}),
+    "full recompute, torch kernels": (1, SIGMOID, {}, {"train__recompute": "full", "train__precision": "fp32"}),
+    "ep2": (2, {**SIGMOID, "groups": 4, "top_groups": 2}, {"ep": 2}, {}),
+    "ep2, shared and gated": (2, GATED, {"ep": 2}, {}),
+    "ep2, full recompute": (2, EXPERTS, {"ep": 2}, {"train__recompute": "full"}),
+    "tp2 sp": (2, GATED, SP, {}),
+    "tp2 sp, ep2": (2, {**EXPERTS, "shared_ffn_hidden_size": 40}, {**SP, "ep": 2}, {}),
+    "ep4": (4, EXPERTS, {"ep": 4}, {}),
+    "tp2 sp, ep4": (4, SIGMOID, {**SP, "ep": 4}, {}),
+    "cp2 x ep2": (4, EXPERTS, {"cp": 2, "ep": 2}, {}),
+    "pp2 x ep2": (4, {**EXPERTS, "dense_layers": 2}, {"pp": 2, "ep": 2}, {}),
+}
+
+
+def all_step_peaks(configs: list[RunConfig]) -> list[tuple[int, int]]:
+    return [step_peak(config) for config in configs]
+
+
+def expert_config(tmp_path, experts: dict, parallel: dict, changes: dict) -> RunConfig:
+    fixed = {"train__precision": "bf16", "train__micro_batch_size": 2, "train__global_batch_size": 16}
+    return tiny_config(tmp_path, parallel=parallel, model__experts=experts, **{**fixed, **changes})
+
+
+def planned_bytes(config: RunConfig, ranks: int, stage: int, imbalance: float) -> float:
+    layout = replace(Layout.of(config, ranks), imbalance=imbalance)
+    numbers = {"seq_length": config.train.seq_length, "precision": config.train.precision}
+    return saved_activation_bytes(config.model, layout, stage, ops=operators_of(config.kernels, cuda=False), **numbers)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_activations_of_experts_are_planned(ranks, tmp_path):
+    """All tokens go somewhere: the mean over expert-parallel ranks is that of an even load."""
+    cases = {name: case[1:] for name, case in EXPERT_CASES.items() if case[0] == ranks}
+    configs = [expert_config(tmp_path, *case) for case in cases.values()]
+    found = run_ranks(ranks, all_step_peaks, configs)
+    for number, (name, config) in enumerate(zip(cases, configs, strict=True)):
+        peaks = sorted(results[number] for results in found)
+        for stage, group in itertools.groupby(peaks, key=lambda peak: peak[0]):
+            held, planned = mean(peak for _, peak in group), planned_bytes(config, ranks, stage, 1.0)
+            assert planned == pytest.approx(held, rel=0.05), f"{name}, stage {stage}: {planned:,.0f}, held {held:,.0f}"
+
+
+def collapse(engine: Engine) -> None:
+    """Every token goes to the first two experts."""
+    for router in engine.routers:
+        router.expert_bias.data[:2] += 10.0
+
+
+def test_the_rank_with_the_most_tokens_is_planned_with_its_imbalance(tmp_path):
+    config = expert_config(tmp_path, {**SIGMOID, "dense_layers": []}, {"ep": 2}, {})
+    most, least = (peak for _, peak in run_ranks(2, step_peak, config, collapse))
+    assert planned_bytes(config, 2, 0, 2.0) == pytest.approx(most, rel=0.05)
+    assert planned_bytes(config, 2, 0, 0.0) == pytest.approx(least, rel=0.05)
+    assert most > 1.5 * least
+    assert planned_bytes(config, 2, 0, 9.0) == planned_bytes(config, 2, 0, 2.0)  # no rank can get more than all
+
+
 FEATURES = {
     "qk_norm": {"model__qk_norm": True},
     "alibi": {"model__position": {"kind": "alibi"}, "model__num_query_groups": 4},
@@ -185,6 +264,24 @@ def test_what_families_add_is_planned(feature, recompute, tmp_path):
         tmp_path, train__precision="bf16", train__recompute=recompute, train__micro_batch_size=2, **FEATURES[feature]
     )
     check("one process", config)
+
+
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+ATTENTIONS = {
+    "latent": {"latent_attention": {**LATENT, "q_lora_rank": 32}, "num_query_groups": 4},
+    "latent, whole q, v as wide as k": {"latent_attention": {**LATENT, "v_head_dim": 24}, "num_query_groups": 4},
+    "norm over the projection": {"qk_norm": True, "qk_norm_over": "projection"},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["one process", "tp2", "tp2 sp"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_latent_attention_and_wide_norms_hold_what_is_planned(kind, name, recompute, tmp_path):
+    model = {"ffn_hidden_size": 32, "vocab_size": 120, **ATTENTIONS[kind]}
+    changes = {f"model__{key}": value for key, value in model.items()}
+    changes |= {"train__recompute": recompute, "train__precision": "bf16", "train__micro_batch_size": 2}
+    check(name, tiny_config(tmp_path, parallel=LAYOUTS[name][1], train__global_batch_size=8, **changes))
 
 
 def test_a_step_of_16k_tokens_holds_what_is_planned(tmp_path):

@@ -26,15 +26,20 @@ CASES = {
 
 
 def measured(config):
-    """(stage, dp rank, bytes of weights, gradients and optimizer states, peak of the activations)."""
+    """(stage, rank in the stage, bytes of weights, gradients and optimizer states, peak of the activations)."""
     peak = step_peak(config)
     with parallel_context(config.parallel) as ctx:
         engine = build_engine(config, ctx)
-        buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+        buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
         frozen = sum(p.nbytes for model in engine.models for p in model.parameters() if not p.requires_grad)
         weights = frozen + sum(buffer.param_data.nbytes for buffer in buffers)
-        return ctx.pp_rank, ctx.dp_rank, (weights, gradients, engine.state_bytes() - weights - gradients), peak[1]
+        return (
+            ctx.pp_rank,
+            ctx.rank % (ctx.world_size // config.parallel.pp),
+            (weights, gradients, engine.state_bytes() - weights - gradients),
+            peak[1],
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,8 +47,8 @@ def test_planned_bytes_are_those_of_the_built_model(name, tmp_path):
     ranks, changes = CASES[name]
     config = tiny_config(tmp_path, train__precision="bf16", train__micro_batch_size=2, **{"lora": LORA, **changes})
     layout, goal = Layout.of(config, ranks), Goal.of(config, cuda=False)
-    for stage, dp_rank, states, peak in run_ranks(ranks, measured, config):
-        assert states == state_bytes(config.model, layout, stage, precision="bf16", dp_rank=dp_rank, lora=config.lora)
+    for stage, rank, states, peak in run_ranks(ranks, measured, config):
+        assert states == state_bytes(config.model, layout, stage, precision="bf16", rank=rank, lora=config.lora)
         planned = saved_activation_bytes(config.model, layout, stage, seq_length=32, precision="bf16", ops=goal.ops)
         assert planned == pytest.approx(peak, rel=0.05), f"stage {stage}"
 

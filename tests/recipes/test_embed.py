@@ -36,6 +36,10 @@ def vectors_on(folder, pooling, layout, micro_batch_size=1):
         return found, embedder.cut
 
 
+def vectors_by_pooling(folder):
+    return {pooling: vectors_on(folder, pooling, {}) for pooling in POOLINGS}
+
+
 def vectors_of_transformers(folder, pooling):
     words, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
@@ -48,9 +52,9 @@ def vectors_of_transformers(folder, pooling):
 
 
 def test_vectors_are_those_of_transformers_on_every_layout(llama):
+    (every,) = run_ranks(1, vectors_by_pooling, llama)
     for pooling in POOLINGS:
-        expected = vectors_of_transformers(llama, pooling)
-        ((found, cut),) = run_ranks(1, vectors_on, llama, pooling, {})
+        expected, (found, cut) = vectors_of_transformers(llama, pooling), every[pooling]
         np.testing.assert_allclose(found, expected, atol=2e-6)
         assert cut == sum(len(ids) > 12 for ids in AutoTokenizer.from_pretrained(llama)(WHOLE)["input_ids"])
         if pooling == "mean":

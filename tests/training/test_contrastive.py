@@ -12,9 +12,10 @@ from flagscale_like.data.preprocess import preprocess_groups
 from flagscale_like.data.shards import GroupOptions
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
+from tests.commands import invoke
 from tests.data.chats import make_tokenizer
 from tests.data.groups import write_groups
-from tests.harness import run_ranks, tiny_config
+from tests.harness import run_ranks, tiny_config, write_yaml
 from tests.training.test_preferences import train_all
 
 LAYOUTS = {
@@ -157,3 +158,14 @@ def test_accuracy_rises_and_what_teaches_nothing_is_refused(folder, tmp_path):
 def test_options_that_mean_nothing_are_refused(options, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         group_config(tmp_path, folder, options=options)
+
+
+def test_a_plan_says_what_it_counts_of_an_embedding_model(folder, tmp_path):
+    path = write_yaml(group_config(tmp_path / "run", folder), tmp_path / "run.yaml")
+    lines = [
+        ["plan", str(path), "--cluster", "1x2xA100-40"],
+        ["train", str(path), "--dry-run", "--cluster", "1x1xA100-40"],
+    ]
+    for outcome in (invoke(line) for line in lines):
+        assert outcome.exit_code == 0, outcome.error
+        assert "the first pass of gradient caching, up to a quarter of the step, is not" in outcome.printed
