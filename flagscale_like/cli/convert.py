@@ -270,7 +270,7 @@ def _set_aside(out: Path) -> Iterator[None]:
 
 
 @convert_app.command(
-    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt --experts 8 --top-k 2")
+    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt-experts --experts 8 --top-k 2")
 )
 def upcycle(  # typer makes an option of every parameter
     out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
