@@ -171,14 +171,14 @@ def _sentence_transformers(
     from flagscale_like.checkpoint.format import is_embedder
     from flagscale_like.checkpoint.sentence_transformers import TextSettings, write_text_settings
     from flagscale_like.errors import CheckpointError, ConfigError
-    from flagscale_like.recipes.embedder import MAX_PLACES, settings_of, with_options
+    from flagscale_like.recipes.embedder import settings_of, with_options
 
     if not is_embedder(reader):
         raise CheckpointError(f"{reader.folder}: is no embedding model: leave out --sentence-transformers")
     settings = with_options(settings_of(reader), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
     if settings.pooling is None:
         raise ConfigError(f"{reader.folder}: does not say how it pools: give --pooling last, mean or first")
-    limit = max(settings.lengths.values(), default=0) or min(reader.arch.longest_sequence or MAX_PLACES, MAX_PLACES)
+    limit = min(settings.longest, reader.arch.longest_sequence or settings.longest)
     unknown = [f"--{side}-instruction" for side in ("query", "passage") if side not in settings.instructions]
     prompts = {
         name: settings.instructions.get(side, "") for name, side in (("query", "query"), ("document", "passage"))
