@@ -49,10 +49,13 @@ def is_peft_folder(path: Path) -> bool:
 
 
 def layer_rules(arch: ModelArch) -> list[tuple[Parameter, Rule]]:
-    """Every layer matrix that an adapter may stand beside, with the family's rule for it."""
+    """Every layer matrix that an adapter in peft's format may stand beside, with the family's rule for it.
+
+    Those of experts are not among them: transformers holds them stacked, and peft has another format for those.
+    """
     table = parameters_by_name(arch)
     rules = find_family(arch.family).rules(arch)
-    return [(table[rule.core], rule) for rule in rules if table[rule.core].role.is_layer_matrix]
+    return [(table[rule.core], rule) for rule in rules if table[rule.core].role.is_layer_matrix and rule.expert is None]
 
 
 class PeftFolder:
@@ -299,6 +302,11 @@ def export_adapter(
             if length is not None:
                 found[f"{stem}.{MAGNITUDE}"] = length.contiguous()
         left -= {at + "a", at + "b", at + "magnitude"}
+    if of_experts := sorted(name for name in left if ".experts." in name):
+        raise CheckpointError(
+            f"{adapters.folder}: holds {of_experts[0]}: adapters of experts have no place in peft's format: merge them into "
+            "the base with `convert export --merge`, or train without linear_fc1 and linear_fc2 in lora.targets"
+        )
     if left:
         raise CheckpointError(f"{adapters.folder}: holds {sorted(left)[0]}, which is no part of an adapter")
     names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in found})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+    """Print the plan of the configured layout, with expected times if the cluster is known.
 
     Args:
         ranks: world size.

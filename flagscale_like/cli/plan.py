@@ -21,7 +21,7 @@ def plan(  # typer makes an option of every parameter
         typer.Option(help="NODESxDEVICESxNAME, for example 64x8xH100. The NAME `this` measures this machine's device."),
     ] = "1x8xH100",
     network_gb_per_s: Annotated[
-        float | None, typer.Option(help="Network bandwidth of one device in one direction, GB/s.")
+        float | None, typer.Option(help="Network bandwidth of one device in one direction, GB/s.", min=0.001)
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to list.")] = 10,
     max_vpp: Annotated[
@@ -56,8 +56,6 @@ def plan(  # typer makes an option of every parameter
     config = load_config(config_file, overrides or (), model_of_source)
     place = find_cluster(cluster, config, 1)
     if network_gb_per_s is not None:
-        if network_gb_per_s <= 0:
-            raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
     cuda = place.device.is_gpu
     goal = Goal.of(config, cuda=cuda)

@@ -167,3 +167,15 @@ def test_a_family_with_experts_is_not_written_as_one_without_and_the_other_way_r
     with pytest.raises(ConversionError, match="a model without experts cannot be written as mixtral"):
         FAMILIES["mixtral"].hf_config(ModelArch(**shape))
     FAMILIES["mixtral"].hf_config(mixture)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_a_reward_model_goes_in_and_out(name, tmp_path):
+    class_name, changes = tiny.MIXTURES[name]
+    config = getattr(transformers, class_name)(**tiny.SHAPE, **changes, num_labels=2)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "folder")
+    import_folder(tmp_path / "folder", tmp_path / "native")
+    export(CheckpointReader(tmp_path / "native"), tmp_path / "again", dtype="stored")
+    assert same(tmp_path / "folder", tmp_path / "again")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert loaded.score.weight.shape == (2, 48)

@@ -99,6 +99,12 @@ def test_a_projection_that_every_rank_has_whole_gets_no_adapter():
         Lora(rank=4, targets=("linear_kv_down_proj",)).check(arch)
 
 
+def test_mup_has_no_rule_for_latent_widths(tmp_path):
+    model = {"model__latent_attention": LATENT, "model__num_query_groups": 4}
+    with pytest.raises(ValidationError, match=r"init\.mup has no rule for model\.latent_attention"):
+        tiny_config(tmp_path, init__mup={"base_hidden_size": 32}, **model)
+
+
 def test_flops_are_six_a_parameter_and_token_and_attention_on_top():
     arch = ModelArch(**SHAPE, latent_attention={**LATENT, "q_lora_rank": 24}, experts=Experts(**EXPERTS))
     s, n, d, v = 128, 4, 20, 16
