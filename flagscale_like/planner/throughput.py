@@ -172,7 +172,7 @@ def _move(bytes_: float, device: DeviceSpec, eff: Efficiency) -> float:
 
 def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficiency, *, stride: int = 1) -> float:
     """One all-gather or reduce-scatter of `bytes_` (the whole tensor) over a ring; an all-reduce is two."""
-    if ranks == 1:
+    if ranks == 1 or not bytes_:
         return 0.0
     inside = ranks * stride <= cluster.devices_per_node
     rate = cluster.link_gb_per_s(ranks, stride) * 1e9 * (eff.link if inside else eff.network)
