@@ -55,6 +55,9 @@ setup(
             "gguf>=0.17",
             "compressed-tensors>=0.15",
             "peft>=0.17",
+            "sentence-transformers>=5.2,<7",
+            "pytrec_eval-terrier>=0.5.7",
+            "faiss-cpu>=1.9",
             "lm-eval>=0.4.12,<0.5",
             "mkdocs-material>=9.5,<10",
             "wandb>=0.22",
@@ -63,6 +66,7 @@ setup(
         "wandb": ["wandb>=0.22"],
         "mlflow": ["mlflow-skinny>=3"],
         "gpu": ["nvidia-ml-py>=12"],
+        "rag": ["faiss-cpu>=1.9"],
         "eval": ["lm-eval>=0.4.12,<0.5"],
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from flagscale_like import cli as command_line
+from flagscale_like.cli import app
 from flagscale_like.errors import DivergedError
 from tests.commands import invoke, run_commands
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
@@ -180,3 +182,25 @@ def test_an_error_of_the_system_that_is_no_full_disk_keeps_its_traceback(monkeyp
     monkeypatch.setattr(command_line, "app", Path("/no/such/file").read_text)
     with pytest.raises(FileNotFoundError):
         command_line.main()
+
+
+def commands_of(group, path=()):
+    """(words, function) of every command."""
+    for command in group.registered_commands:
+        yield (*path, command.name or command.callback.__name__), command.callback
+    for inner in group.registered_groups:
+        yield from commands_of(inner.typer_instance, (*path, inner.name or inner.typer_instance.info.name))
+
+
+def test_every_number_on_the_command_line_has_its_bounds_in_its_type():
+    """So that typer refuses what no code expects: `--train-tokenizer -3` was an OverflowError's traceback."""
+    checked, without = 0, []
+    for words, function in commands_of(app):
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            option = next((m for m in getattr(hint, "__metadata__", ()) if hasattr(m, "min")), None)
+            kinds = get_args(hint.__origin__) or (hint.__origin__,) if option else ()
+            if {int, float} & set(kinds):
+                checked += 1
+                without += [f"{' '.join(words)} {name}"] if option.min is None else []
+    assert without == []
+    assert checked > 40

@@ -208,8 +208,6 @@ class HfFolder:
             if name.endswith(f".{first}"):
                 prefix = name.removesuffix(first)
                 return f"; the names begin with {prefix!r} (a wrapper's, of torch.compile or peft): save the model inside it"
-            if first == f"model.{name}":
-                return "; the names lack 'model.': this is the decoder alone, save the ...ForCausalLM"
         return ""
 
     def _check_tied(self, output: str, embedding: str) -> None:

@@ -61,7 +61,7 @@ Force = Annotated[
     bool, typer.Option("--force", help="Take weights that are not the ones the adapters were trained on.")
 ]
 Processes = Annotated[
-    int | None, typer.Option(help="Number of processes that read files. Default: the number of CPUs.")
+    int | None, typer.Option(help="Number of processes that read files. Default: the number of CPUs.", min=1)
 ]
 
 

@@ -62,7 +62,7 @@ def bench(  # typer makes an option of every parameter
         changed = [*(overrides or ()), *point]
         try:
             config = load_config(config_file, changed, model_of_source)
-            processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+            processes = nproc_per_node or default_processes(config.parallel.smallest_world)
             config.data_parallel_size(processes)
             if compare and processes > 1:
                 raise ConfigError(f"--compare runs in one process, this layout has {processes}")

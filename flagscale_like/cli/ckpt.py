@@ -39,7 +39,9 @@ def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its chec
         try:
             size = sum(record.size_bytes for record in read_manifest(folder)) / 1e6
             state = read_state(folder)
-            layout = " ".join(f"{name}{degree}" for name, degree in state.get("layout", {}).items())
+            degrees = state.get("layout")
+            known = isinstance(degrees, dict)
+            layout = " ".join(f"{name}{degree}" for name, degree in degrees.items()) if known else "unknown"
             where = f"{folder}{' (latest)' if folder == latest else ''}"
             holds = "adapters" if state.get("lora") else "model"
             table.add_row(

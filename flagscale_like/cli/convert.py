@@ -333,8 +333,8 @@ def upcycle(  # typer makes an option of every parameter
 def quantize(
     hf: Annotated[Path, typer.Option(help="Hugging Face folder to quantize.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Number of weights of a row that share a scale.")] = 128,
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.", min=4, max=8)] = 4,
+    group_size: Annotated[int, typer.Option(help="Number of weights of a row that share a scale.", min=1)] = 128,
     symmetric: Annotated[
         bool, typer.Option(help="Store only a scale for each group; --no-symmetric also stores a zero point.")
     ] = True,

@@ -376,7 +376,7 @@ def inspect(
 def locate(
     run: Annotated[Path, typer.Option(help="A run folder, or one checkpoint of it.")],
     step: Annotated[int, typer.Option(min=1, help="The training step.")],
-    rank: Annotated[int | None, typer.Option(help="Show only the samples that this rank read.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Show only the samples that this rank read.", min=0)] = None,
     attempt: Annotated[
         int | None,
         typer.Option(min=1, help="If the step ran several times because of rewinds: which time. Default: the last."),

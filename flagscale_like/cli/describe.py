@@ -10,12 +10,13 @@ from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flagscale_like.arch import ModelArch
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
-    """Print the plan of the configured layout. Expected times are printed if the cluster is known.
+    """Print the plan of the configured layout, with expected times if the cluster is known.
 
     Args:
         ranks: world size.
@@ -40,13 +41,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     goal = Goal.of(config, cuda=cuda)
     layout = configured_layout(config, ranks, goal, cluster.device.hbm_bytes if cluster and cuda else None)
     tokens = train.total_samples() * train.seq_length
-    padded = model.parameter_count(model.padded_vocab_size(par.tp))
-    typer.echo(f"model        {model.parameter_count():,} parameters ({padded:,} with the padded vocabulary)")
-    if model.experts is not None:
-        active, experts = model.active_parameter_count(), model.experts
-        typer.echo(
-            f"experts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
-        )
+    typer.echo(_describe_model(model, par.tp))
     if lora:
         typer.echo(f"lora         {lora}")
     typer.echo(
@@ -77,6 +72,18 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     if config.objective.head == "hidden":
         typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
+
+
+def _describe_model(model: ModelArch, tp: int) -> str:
+    """Its parameters, and of a mixture of experts those that a token meets."""
+    count, padded = model.parameter_count(), model.parameter_count(model.padded_vocab_size(tp))
+    text = f"model        {count:,} parameters ({padded:,} with the padded vocabulary)"
+    if model.experts is not None:
+        active, experts = model.active_parameter_count(), model.experts
+        text += (
+            f"\nexperts      {active:,} parameters for each token: {experts.top_k} of {experts.count} experts a layer"
+        )
+    return text
 
 
 def _describe_lora(config: RunConfig) -> str:

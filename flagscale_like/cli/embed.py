@@ -44,7 +44,9 @@ Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Data t
 MicroBatchSize = Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)]
 TensorParallel = Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)]
 PipelineParallel = Annotated[int, typer.Option(help="Pipeline stages.", min=1)]
-RanksToStart = Annotated[int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")]
+RanksToStart = Annotated[
+    int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.", min=1)
+]
 
 
 def start_ranks(checkpoint: Path | None, hf: Path | None, parallel: Parallel, nproc_per_node: int | None) -> None:
@@ -54,7 +56,7 @@ def start_ranks(checkpoint: Path | None, hf: Path | None, parallel: Parallel, np
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

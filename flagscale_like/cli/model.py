@@ -64,7 +64,7 @@ def evaluate(  # typer makes an option of every parameter
     pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
     cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.")
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.", min=1)
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -101,7 +101,7 @@ def evaluate(  # typer makes an option of every parameter
         options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
         _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
         return
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
@@ -212,7 +212,7 @@ def generate(  # typer makes an option of every parameter
             help="Begin --prompt with the token that begins a text. Default: as the tokenizer does.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
     adapter: Adapter = None,
     force: Force = False,

@@ -13,7 +13,7 @@ from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
-def plan(
+def plan(  # many parameters: the options of the command
     config_file: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[
@@ -21,11 +21,18 @@ def plan(
         typer.Option(help="NODESxDEVICESxNAME, for example 64x8xH100. The NAME `this` measures this machine's device."),
     ] = "1x8xH100",
     network_gb_per_s: Annotated[
-        float | None, typer.Option(help="Network bandwidth of one device in one direction, GB/s.")
+        float | None, typer.Option(help="Network bandwidth of one device in one direction, GB/s.", min=0.001)
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to list.")] = 10,
     max_vpp: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of model chunks on a stage; 1: no interleaving.")
+    ] = None,
+    imbalance: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Tokens that come to the expert-parallel rank with the most, relative to the mean. 1.2 without the option.",
+        ),
     ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Try activation offload for layouts that do not fit the memory.")
@@ -49,11 +56,13 @@ def plan(
     config = load_config(config_file, overrides or (), model_of_source)
     place = find_cluster(cluster, config, 1)
     if network_gb_per_s is not None:
-        if network_gb_per_s <= 0:
-            raise ConfigError(f"--network-gb-per-s ({network_gb_per_s}) must be above 0")
         place = replace(place, network_gb_per_s=network_gb_per_s)
     cuda = place.device.is_gpu
     goal = Goal.of(config, cuda=cuda)
+    if imbalance is not None:
+        if config.model.experts is None:
+            raise ConfigError(f"--imbalance ({imbalance}) is of experts, and the model has none: leave it out")
+        goal = replace(goal, imbalance=imbalance)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
     best = ranking.plans[0]
     if config.lora is not None:

@@ -32,7 +32,7 @@ def score(  # typer makes an option of every parameter
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.")
+        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.", min=1)
     ] = None,
 ) -> None:
     """Score pairs: rewards of a reward model, or a language model's log-probabilities. Prints how often the chosen one wins.
@@ -46,7 +46,7 @@ def score(  # typer makes an option of every parameter
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
     parallel = Parallel(tp=tp, pp=pp)
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.model_parallel_size)
+    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

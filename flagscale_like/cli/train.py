@@ -30,13 +30,15 @@ def train(
     ] = None,
     max_restarts: Annotated[
         int,
-        typer.Option(help="How often all ranks are restarted after a failure. They resume from the last checkpoint."),
+        typer.Option(
+            help="How often all ranks are restarted after a failure. They resume from the last checkpoint.", min=0
+        ),
     ] = 0,
     print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Check the configuration and the data, print the plan, and exit.")
     ] = False,
-    world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.", min=1)] = None,
     cluster: Annotated[
         str | None, typer.Option(help="With --dry-run: cluster to plan for, for example 64x8xH100.")
     ] = None,
@@ -65,7 +67,7 @@ def train(
             )
         _train_here(config)
         return
-    processes = nproc_per_node or default_processes(config.parallel.model_parallel_size)
+    processes = nproc_per_node or default_processes(config.parallel.smallest_world)
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:

@@ -71,8 +71,20 @@ class Parallel(Frozen):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that hold one copy of the model, but for experts."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that have this layout; any multiple of them has, too."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep)
+
+    @property
+    def divisor(self) -> str:
+        """smallest_world in words."""
+        if self.ep == 1:
+            return f"tp*pp*cp ({self.tp}*{self.pp}*{self.cp})"
+        return f"pp times the least common multiple of tp*cp and ep ({self.pp}, {self.tp}*{self.cp}, {self.ep})"
 
     @model_validator(mode="after")
     def _check(self) -> Parallel:

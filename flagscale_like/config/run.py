@@ -294,15 +294,10 @@ class RunConfig(Frozen):
             ConfigError: the world size, the batch sizes or the ramp-up do not fit the layout.
         """
         par, train = self.parallel, self.train
-        if world_size % par.model_parallel_size:
+        if world_size % par.smallest_world:
             raise ConfigError(
-                f"world size ({world_size}) must be divisible by tp*pp*cp ({par.tp}*{par.pp}*{par.cp}): "
-                f"start {near_multiples(world_size, par.model_parallel_size)} processes, or change parallel.*"
-            )
-        if (world_size // par.pp) % par.ep:
-            raise ConfigError(
-                f"world size / pp ({world_size}/{par.pp}) must be divisible by parallel.ep ({par.ep}): ep "
-                f"{near_divisors(par.ep, world_size // par.pp)} would do"
+                f"world size ({world_size}) must be divisible by {par.divisor}: "
+                f"start {near_multiples(world_size, par.smallest_world)} processes, or change parallel.*"
             )
         dp = world_size // par.model_parallel_size
         per_pass = train.micro_batch_size * dp

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -42,6 +42,7 @@ from flagscale_like.errors import DataError
 from flagscale_like.run_folder import RunFolder
 
 SplitName = Literal["train", "valid", "test"]
+MOST_EPOCHS = 1_000_000
 SURPLUS = 0.005  # extra share of samples built for each source, because the blend rounds each source's count up
 
 # These modules log a warning whenever megatron-core does not write the index itself. IndexCache writes it.
@@ -242,6 +243,23 @@ def index_folder(config: RunConfig) -> Path:
     return Path(config.data.cache_dir or RunFolder(config.run_dir).index)
 
 
+def _check_epochs(prefix: str, documents: Any, tokens: int) -> None:
+    """Refuse an order that megatron-core would build for hours: it goes through its epochs one by one.
+
+    Args:
+        tokens: that the order has in all.
+
+    Raises:
+        DataError: it would read the source more than MOST_EPOCHS times.
+    """
+    own = int(documents.sequence_lengths.sum(dtype=np.int64))
+    if tokens > MOST_EPOCHS * own:
+        raise DataError(
+            f"data source {prefix}: {tokens:,} planned tokens read its {own:,} tokens {tokens // max(own, 1):,} times: set "
+            "a smaller train.steps, or give more text"
+        )
+
+
 def build_split(
     config: RunConfig, tokenizer: Tokenizer, split: SplitName, samples: int, cache: IndexCache
 ) -> AnySource | Blend:
@@ -285,6 +303,7 @@ def build_split(
             count = kind.units(source.path, documents)
             first, last = (round(edge * count) for edge in options.split_matrix[number])
             wanted = math.ceil(share * (1 + SURPLUS)) + run_length if len(sources) > 1 else samples
+            _check_epochs(source.path, documents, wanted * config.train.seq_length)
             indices = np.arange(first, last, dtype=np.int32)
             parts.append(kind(documents, source.path, indices, wanted, Split(number), options))
         rows = parts if len({type(part) for part in parts}) == 1 else [_Rows(part) for part in parts]

@@ -18,7 +18,7 @@ from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import BAD_JSON, write_json
 
-PROBE = "a"
+CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,12 @@ class TextEncoder:
         affixes: what it puts around a text.
 
     Raises:
-        DataError: the folder holds no readable tokenizer, or it changes a text with what it puts around it.
+        DataError: the folder holds no readable tokenizer.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.tokenizer = Tokenizer(folder)
-        self.affixes = self._affixes()
-
-    def _affixes(self) -> Affixes:
-        inner = self.tokenizer.encode_batch([PROBE])[0]
-        whole = self.tokenizer.encode_whole([PROBE])[0]
-        for start in range(len(whole) - len(inner) + 1):
-            if whole[start : start + len(inner)] == inner:
-                return Affixes(tuple(whole[:start]), tuple(whole[start + len(inner) :]))
-        raise DataError(
-            f"tokenizer {self.tokenizer.folder}: encodes {PROBE!r} as {inner}, and with special tokens as {whole}, which "
-            "does not contain it: its post-processor must put fixed ids around a text"
-        )
+        self.affixes = Affixes(tuple(self.tokenizer.before_text), tuple(self.tokenizer.after_text))
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Encode each text as it is.
@@ -125,11 +114,31 @@ def copy_with_end(folder: str | Path, target: Path) -> None:
     try:
         copy_tokenizer_files(folder, target)
         write_json(target / path.name, values)
+        config = json.loads((target / CONFIG).read_text(encoding="utf-8")) if (target / CONFIG).is_file() else {}
+        if "add_eos_token" in config:  # of Llama's tokenizers it decides, not the post-processor
+            write_json(target / CONFIG, {**config, "add_eos_token": True})
     except OSError as error:
         raise DataError(f"{error.filename or target}: cannot be written: {error.strerror or error}") from None
-    if TextEncoder(target).affixes != Affixes(affixes.before, (words.eod,)):
+    _check_end(target, Affixes(affixes.before, (words.eod,)))
+
+
+def _check_end(folder: Path, wanted: Affixes) -> None:
+    """Check that a tokenizer puts the same around a text here and in transformers.
+
+    Raises:
+        DataError: it does not.
+    """
+    from transformers import AutoTokenizer
+
+    found = TextEncoder(folder)
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)("a")[
+        "input_ids"
+    ]
+    ours = found.encode(["a"])[0].ids.tolist()
+    if found.affixes != wanted or theirs != ours:
         raise DataError(
-            f"tokenizer {target}: does not put its end token behind a text: its post-processor is not known"
+            f"tokenizer {folder}: gives {ours} for 'a', transformers {theirs}: its post-processor is not known, and cannot "
+            "be made to end a text: leave out --end"
         )
 
 

@@ -205,7 +205,7 @@ class Tokenizer:
         self._memo: WordMemo | None = None
         self._memo_tried = False
         self.vocab_size = self._backend.size
-        self._add_bos = config.get("add_bos_token")
+        self._add_bos, self._add_eos = config.get("add_bos_token"), config.get("add_eos_token")
         eod = _special_id(self._backend, self._names, "eos_token")
         if eod is None:
             raise DataError(
@@ -222,8 +222,23 @@ class Tokenizer:
         """
         if self._add_bos is not None:
             return [self.bos] if self._add_bos and self.bos is not None else []
+        return self._around_a_text()[0]
+
+    @property
+    def after_text(self) -> list[int]:
+        """The special tokens with which a text ends by the tokenizer's own rule: none, or eos.
+
+        add_eos_token of tokenizer_config.json decides, or else the vocabulary.
+        """
+        if self._add_eos is not None:
+            return [self.eod] if self._add_eos else []
+        return self._around_a_text()[1]
+
+    def _around_a_text(self) -> tuple[list[int], list[int]]:
+        """What the vocabulary itself puts before and after a text."""
         plain, whole = self.encode_batch(["a"])[0], self.encode_whole(["a"])[0]
-        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return next(((whole[:i], whole[i + len(plain) :]) for i in starts), ([], []))
 
     @property
     def pad(self) -> int:

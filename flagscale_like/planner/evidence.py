@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from flagscale_like.arch import MixtureOfExperts
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.published import AQUILA2_34B, FITTED, Row
@@ -74,6 +75,7 @@ def outside_of(rows: Sequence[Row], plan: Plan, shape: Shape, seq_length: int) -
     kinds = {
         "context parallelism": layout.cp > 1,
         "offload": bool(layout.offload),
+        "experts": any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in shape.decoder),
         "LoRA": bool(shape.adapters),
         f"recompute {layout.recompute}": all(row.layout.recompute != layout.recompute for row in rows),
     }

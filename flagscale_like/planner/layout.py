@@ -11,6 +11,7 @@ from flagscale_like.arch import Layer, MixtureOfExperts, ModelArch, Parameter, R
 from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Layout.imbalance where nothing is given: an assumption for a balanced router, not a measurement.
 IMBALANCE = 1.2

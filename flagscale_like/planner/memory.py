@@ -204,6 +204,12 @@ def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None
     return buffers
 
 
+def states_layout(layout: Layout) -> Layout:
+    """A layout without what states do not depend on, so that they are computed once for many layouts."""
+    fixed = {"sp": False, "micro_batch_size": 1, "num_microbatches": 1, "recompute": "none", "offload": ()}
+    return replace(layout, imbalance=IMBALANCE, **fixed)
+
+
 @functools.lru_cache(maxsize=4096)
 def state_bytes(
     arch: ModelArch, layout: Layout, stage: int, *, precision: str, rank: int = 0, lora: Lora | None = None
@@ -222,6 +228,14 @@ def state_bytes(
         elements, parameters = buffer.owned(rank // (layout.ep if buffer.experts else layout.tp))
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
+
+
+@functools.lru_cache(maxsize=4096)
+def trained_elements(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> tuple[int, int]:
+    """Elements of one rank's gradient buffers: of dense parameters, and of experts that are reduced by themselves."""
+    buffers = stage_buffers(arch, layout, stage, lora)
+    dense, experts = (sum(buffer.numel for buffer in buffers if buffer.experts == own) for own in (False, True))
+    return dense, experts
 
 
 def _frozen_bytes(arch: ModelArch, layout: Layout, stage: int, chunk: int, precision: str, lora: Lora | None) -> int:
@@ -302,9 +316,7 @@ def rank_memory(
         overhead: count context, communication buffers and fragmentation: a CUDA device's, not a CPU process's.
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
-    cut = replace(
-        layout, sp=False, micro_batch_size=1, num_microbatches=1, recompute="none", offload=(), imbalance=IMBALANCE
-    )
+    cut = states_layout(layout)
     weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
     chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows_sp = layout.rows(seq_length) / (layout.tp if layout.sp else 1)

@@ -22,6 +22,7 @@ COLUMNS = (
     "pp",
     "vpp",
     "cp",
+    "ep",
     "dp",
     "sp",
     "mbs",
@@ -57,7 +58,8 @@ def distinct(plans: Sequence[Plan]) -> list[Plan]:
     """Of each group of plans that differ only in vpp, sp, recompute or cp_kind, the first one, in the given order."""
     seen, kept = set(), []
     for plan in plans:
-        key = (plan.layout.tp, plan.layout.pp, plan.layout.cp, plan.layout.micro_batch_size)
+        layout = plan.layout
+        key = (layout.tp, layout.pp, layout.cp, layout.ep, layout.micro_batch_size)
         if key not in seen:
             seen.add(key)
             kept.append(plan)
@@ -77,6 +79,7 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
                 str(layout.pp),
                 str(layout.vpp),
                 f"{layout.cp}{' a2a' if layout.cp_kind == 'a2a' else ''}" if layout.cp > 1 else "",
+                str(layout.ep) if layout.ep > 1 else "",
                 str(layout.dp),
                 "yes" if layout.sp else "",
                 str(layout.micro_batch_size),
@@ -97,7 +100,8 @@ def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str
     """The table of the `top` fastest distinct layouts, and the closest that do not fit."""
     plans = [*distinct(ranking.plans)[:top], *ranking.misfits]
     rows = [COLUMNS, *ranking_rows(ranking, plans)]
-    columns = [i for i, name in enumerate(COLUMNS) if name != "cp" or any(plan.layout.cp > 1 for plan in plans)]
+    used = {name: any(getattr(plan.layout, name) > 1 for plan in plans) for name in ("cp", "ep")}
+    columns = [i for i, name in enumerate(COLUMNS) if used.get(name, True)]
     right = [i for i, column in enumerate(columns) if COLUMNS[column] not in ("sp", "recompute", "why")]
     found = (
         f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
@@ -142,6 +146,7 @@ def updated_config(config: RunConfig, layout: Layout) -> RunConfig:
             "sp": layout.sp,
             "cp": layout.cp,
             "cp_kind": layout.cp_kind,
+            "ep": layout.ep,
             "first_stage_layers": layout.first_stage_layers,
             "last_stage_layers": layout.last_stage_layers,
         }

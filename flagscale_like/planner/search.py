@@ -10,10 +10,18 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import GIB, ClusterSpec, with_devices
 from flagscale_like.config import ContextParallelKind, RunConfig, parts_of_row
 from flagscale_like.errors import ConfigError
-from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.memory import RankMemory, microbatch_bytes, needed_offload, rank_memory, waiting_share
+from flagscale_like.planner.layout import IMBALANCE, RECOMPUTE, Layout, Shape
+from flagscale_like.planner.memory import (
+    RankMemory,
+    microbatch_bytes,
+    needed_offload,
+    rank_memory,
+    states_layout,
+    trained_elements,
+    waiting_share,
+)
 from flagscale_like.planner.saved import FUSED_ON_GPU, Operators, operators_of
-from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
+from flagscale_like.planner.throughput import Efficiency, Held, Software, StepTime, step_time
 
 # Context parallelism is for long rows: the search cuts none into parts of fewer tokens than this.
 MIN_TOKENS_OF_A_PART = 4096
@@ -25,6 +33,7 @@ PARTS = {
     "recompute": "recomputing activations",
     "tp": "tensor-parallel traffic",
     "cp": "context-parallel traffic",
+    "ep": "expert-parallel traffic",
     "bubble": "pipeline bubble",
     "p2p": "traffic between stages",
     "dp": "data-parallel traffic",
@@ -35,13 +44,18 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What is trained: all that no layout changes."""
+    """What is trained: all that no layout changes.
+
+    Attributes:
+        imbalance: that is expected of the experts' load; see Layout.
+    """
 
     arch: ModelArch
     seq_length: int
     global_batch_size: int
     precision: str = "bf16"
     ops: Operators = FUSED_ON_GPU
+    imbalance: float = IMBALANCE
 
     @classmethod
     def of(cls, config: RunConfig, *, cuda: bool) -> Goal:
@@ -123,12 +137,14 @@ def evaluate(
             * microbatch_bytes(arch, layout, stage, goal.seq_length, goal.precision, goal.ops)[0]
             for stage in range(layout.pp)
         )
+    cut = states_layout(layout)
+    elements = [trained_elements(arch, cut, stage, goal.ops.lora) for stage in range(layout.pp)]
     time = step_time(
         Shape.of(arch, layout.tp, goal.ops.lora),
         layout,
         cluster,
         seq_length=goal.seq_length,
-        parameters_per_rank=max(m.gradients for m in memory) / 4,
+        held=Held(*max(elements, key=sum)),
         offloaded_bytes=moved,
         eff=eff,
         software=Software(logits_twice=goal.ops.linear_cross_entropy),
@@ -142,7 +158,7 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes:
     Args:
         hbm_bytes: device memory that `offload: {share: auto}` is to fit; None, of a CPU, keeps one micro-batch's activations.
     """
-    layout = Layout.of(config, world_size)
+    layout = replace(Layout.of(config, world_size), imbalance=goal.imbalance)
     if config.offload is None:
         return layout
     share = config.offload.share
@@ -165,12 +181,10 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes:
 def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> Iterator[Layout]:
     """Every layout that divides the model, the batch and the cluster. tp stays inside a node."""
     arch, devices = goal.arch, cluster.devices
-    tps = [
-        tp
-        for tp in range(1, cluster.devices_per_node + 1)
-        # Beyond the KV groups ranks compute the same keys and values; the search leaves such layouts out.
-        if not any(n % tp for n in (arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size))
-    ]
+    # Beyond the KV groups ranks compute the same keys and values; the search leaves such layouts out.
+    sizes = [arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size]
+    sizes += [arch.experts.shared_ffn_hidden_size] if arch.experts else []
+    tps = [tp for tp in range(1, cluster.devices_per_node + 1) if not any(n % tp for n in sizes)]
     pps = [pp for pp in range(1, arch.num_layers + 1) if arch.num_layers % pp == 0]
     for tp, pp, (cp, kind) in itertools.product(tps, pps, _context_parallel(goal, devices)):
         if devices % (tp * pp * cp) or (kind == "a2a" and arch.num_query_groups // tp % cp):
@@ -183,21 +197,31 @@ def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> 
             for vpp in range(1, min(max_vpp or arch.num_layers, arch.num_layers // pp) + 1):
                 if vpp > 1 and (pp == 1 or m % pp or arch.num_layers % (pp * vpp)):
                     continue
-                for sp, recompute in itertools.product((False, True), ("none", "selective", "full")):
-                    if sp and (tp == 1 or goal.seq_length % (tp * parts_of_row(cp, kind))):
-                        continue
-                    yield Layout(
-                        tp=tp,
-                        pp=pp,
-                        vpp=vpp,
-                        dp=dp,
-                        cp=cp,
-                        cp_kind=kind,
-                        sp=sp,
-                        micro_batch_size=micro,
-                        num_microbatches=m,
-                        recompute=recompute,
-                    )
+                fixed = Layout(
+                    tp=tp,
+                    pp=pp,
+                    vpp=vpp,
+                    dp=dp,
+                    cp=cp,
+                    cp_kind=kind,
+                    micro_batch_size=micro,
+                    num_microbatches=m,
+                    imbalance=goal.imbalance,
+                )
+                yield from _variants(goal, fixed)
+
+
+def _variants(goal: Goal, layout: Layout) -> Iterator[Layout]:
+    """A layout with each ep, with and without sequence parallelism, and with each recompute choice."""
+    experts, tp = goal.arch.experts, layout.tp
+    ranks = layout.world_size // layout.pp
+    eps = [ep for ep in range(1, experts.count + 1) if not (experts.count % ep or ranks % ep)] if experts else [1]
+    for sp, recompute, ep in itertools.product((False, True), RECOMPUTE, eps):
+        if sp and (tp == 1 or goal.seq_length % (tp * parts_of_row(layout.cp, layout.cp_kind))):
+            continue
+        if experts and tp > 1 and not sp:
+            continue
+        yield replace(layout, sp=sp, recompute=recompute, ep=ep)
 
 
 def _context_parallel(goal: Goal, devices: int) -> list[tuple[int, ContextParallelKind]]:

@@ -7,9 +7,11 @@ compute does not hide (Narayanan et al. 2021, sections 2 and 3). docs/planner.md
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flagscale_like.arch import Role, counted_keys
+from flagscale_like.arch import Layer, MixtureOfExperts, Parameter, Role, counted_keys
 from flagscale_like.cluster import ClusterSpec, DeviceSpec, EfficiencyKind
 from flagscale_like.planner.layout import Layout, Shape
 
@@ -51,6 +53,14 @@ UNKNOWN = replace(AMPERE, gemm=1.0)
 MEASURED = Efficiency(gemm=1.0, gemm_k=32.0, gemm_mn=2e4, attention=0.4, link=1.0, network=1.0, overlap=0.0)
 
 
+# fp32 products without tensor cores, of the bf16 peak: 19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100.
+FP32_PRODUCTS = 1 / 16
+# Rows of a grouped product's tile. Of each expert the last one is half empty on average.
+TILE_ROWS = 128
+# fp32 numbers that the router and the dispatcher read and write for each token and expert, one pass: scores, choice, weights,
+# maps and the auxiliary loss.
+ROUTER_TRAFFIC = 20
+
 EFFICIENCIES: dict[EfficiencyKind, Efficiency] = {
     "ampere": AMPERE,
     "hopper": HOPPER,
@@ -59,7 +69,7 @@ EFFICIENCIES: dict[EfficiencyKind, Efficiency] = {
 }
 
 
-PARTS_OF_STEP = ("compute", "recompute", "tp", "cp", "bubble", "p2p", "dp", "optimizer", "offload")
+PARTS_OF_STEP = ("compute", "recompute", "tp", "cp", "ep", "bubble", "p2p", "dp", "optimizer", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,7 @@ class StepTime:
         recompute: the part of the forward pass that is run again.
         tp: tensor-parallel collectives that are not hidden.
         cp: context-parallel collectives that are not hidden.
+        ep: tokens sent to their experts, and back; nothing is hidden.
         bubble: idle time of the pipeline.
         p2p: activations sent between stages, not hidden.
         dp: gradient reduction and parameter gather, not hidden.
@@ -83,6 +94,7 @@ class StepTime:
     recompute: float
     tp: float
     cp: float
+    ep: float
     bubble: float
     p2p: float
     dp: float
@@ -112,28 +124,46 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of a forward or backward pass: compute, and the tensor- and context-parallel traffic that it does not hide."""
+    """Seconds of a forward or backward pass: compute, and the tensor-, context- and expert-parallel traffic that it does not
+    hide.
+    """
 
     compute: float = 0.0
     tp: float = 0.0
     cp: float = 0.0
+    ep: float = 0.0
 
     def __add__(self, other: Pass) -> Pass:
-        return Pass(self.compute + other.compute, self.tp + other.tp, self.cp + other.cp)
+        return Pass(self.compute + other.compute, self.tp + other.tp, self.cp + other.cp, self.ep + other.ep)
 
     def __mul__(self, factor: float) -> Pass:
-        return Pass(self.compute * factor, self.tp * factor, self.cp * factor)
+        return Pass(self.compute * factor, self.tp * factor, self.cp * factor, self.ep * factor)
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.tp + self.cp
+        return self.compute + self.tp + self.cp + self.ep
 
 
-def gemm_seconds(m: float, n: float, k: float, device: DeviceSpec, eff: Efficiency, dtype_bytes: int = 2) -> float:
-    """One [m, k] x [k, n] product: compute or memory bound."""
-    reached = eff.gemm * k / (k + eff.gemm_k) * (m * n) / (m * n + eff.gemm_mn)
-    traffic = (m * k + k * n + m * n) * dtype_bytes
-    return max(2.0 * m * n * k / (device.bf16_flops * reached), _move(traffic, device, eff))
+def gemm_seconds(  # many parameters: the sides of the product are three of them
+    m: float,
+    n: float,
+    k: float,
+    device: DeviceSpec,
+    eff: Efficiency,
+    *,
+    dtype_bytes: int = 2,
+    groups: float = 1,
+    rate: float = 1.0,
+) -> float:
+    """One [m, k] x [k, n] product: compute or memory bound.
+
+    Args:
+        groups: as many of them at once, in one kernel.
+        rate: of the peak that the data type has.
+    """
+    reached = rate * eff.gemm * k / (k + eff.gemm_k) * (groups * m * n) / (groups * m * n + eff.gemm_mn)
+    traffic = groups * (m * k + k * n + m * n) * dtype_bytes
+    return max(2.0 * groups * m * n * k / (device.bf16_flops * reached), _move(traffic, device, eff))
 
 
 def _move(bytes_: float, device: DeviceSpec, eff: Efficiency) -> float:
@@ -149,18 +179,35 @@ def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficienc
     return bytes_ * (ranks - 1) / ranks / rate + (ranks - 1) * eff.latency_s
 
 
-def _layer_products(shape: Shape, layout: Layout, rows: float) -> list[tuple[float, float, float]]:
+def all_to_all_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficiency) -> float:
+    """One exchange in which each of `ranks` neighbours sends, and gets, `bytes_`, an equal part for each rank.
+
+    What goes to other nodes takes the network, beside what stays inside the node.
+    """
+    if ranks == 1:
+        return 0.0
+    near = min(ranks, cluster.devices_per_node)
+    inside = bytes_ * (near - 1) / ranks / (cluster.device.link_gb_per_s * 1e9 * eff.link)
+    outside = bytes_ * (ranks - near) / ranks / (cluster.network_gb_per_s * 1e9 * eff.network)
+    return max(inside, outside) + (ranks - 1) * eff.latency_s
+
+
+def _layer_products(
+    shape: Shape, layout: Layout, rows: float, rows_sp: float, layer: int
+) -> list[tuple[float, float, float]]:
+    """(m, n, k) of a layer's products, without those of a router and of experts."""
     t, h, d = layout.tp, shape.hidden, shape.head_dim
-    attention = [(rows, (shape.heads + 2 * shape.groups) * d / t, h), (rows, h, shape.heads * d / t)]
-    if shape.decoder:  # whose layers have one kind of attention
-        matrices = [p for p in shape.decoder[0].attention.parameters(0) if p.role.is_layer_matrix]
-        # What is whole on every rank has a part of the tokens with sp.
-        attention = [(rows / t if p.cut is None and layout.sp else rows, *p.shard_shape(t)) for p in reversed(matrices)]
-    return [
-        *attention,
-        (rows, (2 if shape.gated else 1) * shape.ffn / t, h),
-        (rows, h, shape.ffn / t),
-    ]
+    if not shape.decoder:
+        return [
+            (rows, (shape.heads + 2 * shape.groups) * d / t, h),
+            (rows, h, shape.heads * d / t),
+            (rows, (2 if shape.gated else 1) * shape.ffn / t, h),
+            (rows, h, shape.ffn / t),
+        ]
+    held = shape.decoder[layer].parameters(layer)
+    matrices = [p for p in held if p.role.is_layer_matrix and not p.experts]
+    # What is whole on every rank has a part of the tokens with sp.
+    return [(rows_sp if p.cut is None else rows, *p.shard_shape(t)) for p in matrices]
 
 
 def _core_attention(
@@ -182,42 +229,87 @@ def _core_attention(
 
 
 def layer_passes(
-    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency, layer: int = 0
 ) -> tuple[Pass, Pass, Pass]:
-    """Forward pass, backward pass, and the part that recompute repeats, of one layer on one micro-batch."""
+    """Forward pass, backward pass, and the part that recompute repeats, of one layer on one micro-batch.
+
+    Args:
+        layer: its number.
+    """
     device, t = cluster.device, layout.tp
     rows = layout.rows(seq_length)
     rows_sp = rows / t if layout.sp else rows
-    products = _layer_products(shape, layout, rows)
+    products = _layer_products(shape, layout, rows, rows_sp, layer)
     matmul = sum(gemm_seconds(m, n, k, device, eff) for m, n, k in products)
     grad_weight = 0.0 if shape.adapters else sum(gemm_seconds(n, k, m, device, eff) for m, n, k in products)
     grad_input = sum(gemm_seconds(m, k, n, device, eff) for m, n, k in products)
     core_forward, core_backward = _core_attention(shape, layout, seq_length, device, eff)
+    block = shape.decoder[layer].feed_forward if shape.decoder else None
+    ffn = block.experts.shared_ffn_hidden_size if isinstance(block, MixtureOfExperts) else shape.ffn
     # Elementwise traffic, 2 bytes an element. Rows of h: two norms (read, write) and two residual sums (two reads, a write;
     # with dropout a mask). Shards: rotation or bias of q, k, v; activation.
     per_row = (2 * 2 + 2 * (3.5 if shape.dropout else 3)) * rows_sp * shape.hidden
     per_shard = 2 * rows * (shape.heads + 2 * shape.groups) * shape.head_dim / t
-    per_shard += (3 if shape.gated else 2) * rows * shape.ffn / t
+    per_shard += (3 if shape.gated else 2) * rows * ffn / t
     elementwise = _move(2 * (per_row + per_shard), device, eff)
     forward = matmul + core_forward + elementwise + eff.layer_overhead_s
     backward = grad_weight + grad_input + core_backward + 1.6 * elementwise + eff.layer_overhead_s
-    # Two all-reduces a pass, or as many all-gathers and reduce-scatters with sequence parallelism. The one of the input's
-    # gradient runs beside the weight's product; with sp so does the second gather of the input.
-    collective = ring_seconds(rows * shape.hidden * 2, t, cluster, eff)
+    # An all-reduce a pass of each half of a layer that is cut, or an all-gather and a reduce-scatter with sequence
+    # parallelism. The one of the input's gradient runs beside the weight's product; with sp so does the second gather of the
+    # input.
+    collectives = ring_seconds(rows * shape.hidden * 2, t, cluster, eff) * (2 if ffn else 1)
     hidden_behind = eff.overlap * grad_weight
-    if layout.sp:
-        exposed = 2 * collective + max(0.0, 2 * collective - hidden_behind)
-    else:
-        exposed = max(0.0, 4 * collective - hidden_behind)
+    alone = collectives if layout.sp else 0.0
+    exposed = alone + max(0.0, 2 * collectives - alone - hidden_behind)
     shared = 0.0  # ranks that share a KV group gather the rows of q, k and v, and scatter their gradients
     if shape.groups < t:
         shared = ring_seconds(rows * (shape.heads + 2 * shape.groups) * shape.head_dim * 2, t, cluster, eff)
     gather, scatter = _context_parallel(shape, layout, seq_length, cluster, eff, core_forward, core_backward)
-    fwd, bwd = Pass(forward, 4 * collective + shared, gather), Pass(backward, exposed + shared, scatter)
-    adapters = _adapter_passes(shape, layout, rows, cluster, eff)
-    fwd, bwd = fwd + adapters[0], bwd + adapters[1]
+    fwd, bwd = Pass(forward, 2 * collectives + shared, gather), Pass(backward, exposed + shared, scatter)
+    for extra in (
+        _expert_passes(shape, layout, rows_sp, cluster, eff, layer),
+        _adapter_passes(shape, layout, rows, cluster, eff, layer),
+    ):
+        fwd, bwd = fwd + extra[0], bwd + extra[1]
     again = {"none": Pass(), "selective": Pass(core_forward, 0.0, gather), "full": fwd}[layout.recompute]
     return fwd, bwd, again
+
+
+def _expert_passes(
+    shape: Shape, layout: Layout, tokens: float, cluster: ClusterSpec, eff: Efficiency, layer: int
+) -> tuple[Pass, Pass]:
+    """Forward and backward of a layer's router and experts on the rank that the most tokens come to; nothing where it has
+    none.
+
+    Args:
+        tokens: of this rank.
+    """
+    block = shape.decoder[layer].feed_forward if shape.decoder else None
+    if not isinstance(block, MixtureOfExperts):
+        return Pass(), Pass()
+    device, x, h, f = cluster.device, block.experts, shape.hidden, block.experts.ffn_hidden_size
+    sent = tokens * x.top_k
+    came, local = sent * layout.fullest, x.count / layout.ep
+    each = came / local + TILE_ROWS / 2
+    sides = ((2 * f, h), (h, f))
+    forward = sum(gemm_seconds(each, n, k, device, eff, groups=local) for n, k in sides)
+    grads = sum(gemm_seconds(each, k, n, device, eff, groups=local) for n, k in sides)
+    if not shape.adapters:
+        grads += sum(gemm_seconds(n, k, each, device, eff, groups=local) for n, k in sides)
+    # The router's product is of fp32, and so are its input's copy and the numbers of each token and expert.
+    router = gemm_seconds(tokens, x.count, h, device, eff, dtype_bytes=4, rate=FP32_PRODUCTS)
+    router += _move(tokens * (6 * h + ROUTER_TRAFFIC * 4 * x.count), device, eff)
+    # Elements: spread over the experts (read, write), collected (read, write, read; the sums are written); with expert
+    # parallelism put in the order of this rank's experts, and back.
+    permuted = (5 * sent + tokens) * h + (4 * came * h if layout.ep > 1 and local > 1 else 0.0)
+    if x.shared_ffn_hidden_size:
+        permuted += 3 * tokens * h  # the sum with its output
+    exchange = 2 * all_to_all_seconds(came * h * 2, layout.ep, cluster, eff)
+    elementwise = [_move(2 * (permuted + count * came * f), device, eff) for count in (3, 5)]
+    return (
+        Pass(forward + router + elementwise[0] + eff.layer_overhead_s, ep=exchange),
+        Pass(grads + 2 * router + elementwise[1] + eff.layer_overhead_s, ep=exchange),
+    )
 
 
 def _context_parallel(  # many parameters: the layer's, and what its attention hides
@@ -256,7 +348,7 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
 
 
 def _adapter_passes(
-    shape: Shape, layout: Layout, rows: float, cluster: ClusterSpec, eff: Efficiency
+    shape: Shape, layout: Layout, rows: float, cluster: ClusterSpec, eff: Efficiency, layer: int
 ) -> tuple[Pass, Pass]:
     """Forward and backward of a layer's LoRA adapters: two products each, and the gradients of both sides.
 
@@ -264,16 +356,19 @@ def _adapter_passes(
     """
     device, t = cluster.device, layout.tp
     forward = backward = traffic = 0.0
-    for parameter in shape.adapters_of(0):
-        if len(parameter.shape) != 2:
+    for parameter in shape.adapters_of(layer):
+        if parameter.role is Role.ADAPTER_MAGNITUDE:
             continue
-        n, k = parameter.shard_shape(t)
-        flops = 2.0 * rows * n * k / (device.bf16_flops * eff.gemm)
-        product = max(flops, _move(2 * (rows * k + n * k + rows * n), device, eff))
+        *stacked, n, k = parameter.shard_shape(t, layout.ep)
+        tokens = rows / (t if layout.sp else 1) * shape.top_k * layout.fullest if stacked else rows
+        flops = 2.0 * tokens * n * k / (device.bf16_flops * eff.gemm)
+        weights = n * k * (stacked[0] if stacked else 1)
+        product = max(flops, _move(2 * (tokens * k + weights + tokens * n), device, eff))
         forward, backward = forward + product, backward + 2 * product
         if parameter.role is Role.ADAPTER_B:
-            forward += _move(2 * rows * n, device, eff)  # the sum with the matrix's output reads that, too
-            traffic += ring_seconds(rows * k * 2, t, cluster, eff)
+            forward += _move(2 * tokens * n, device, eff)  # the sum with the matrix's output reads that, too
+            if not stacked:
+                traffic += ring_seconds(rows * k * 2, t, cluster, eff)
     return Pass(forward, traffic), Pass(backward, traffic)
 
 
@@ -309,13 +404,55 @@ class Software:
     logits_twice: bool = False
 
 
+@dataclass(frozen=True)
+class Held:
+    """Trained parameters of one rank.
+
+    Attributes:
+        dense: of which there are Layout.replicas copies.
+        experts: of which there are Layout.expert_replicas.
+    """
+
+    dense: float
+    experts: float = 0.0
+
+    @classmethod
+    def of(cls, shape: Shape, layout: Layout) -> Held:
+        """Those of the largest stage: its layers' and the output layer's share."""
+        vocabulary = shape.hidden * shape.vocab / layout.tp
+        if not shape.decoder:
+            return cls(max(layout.stage_layers(shape.layers)) * shape.layer_matrix_parameters / layout.tp + vocabulary)
+        of_kind = {kind: cls.of_layer(shape.decoder[kind], kind, layout) for kind in shape.kinds}
+        stages = []
+        for stage in range(layout.pp):
+            layers = [of_kind[kind] for kind in stage_kinds(shape, layout, stage).elements()]
+            stages.append(cls(sum(one.dense for one in layers) + vocabulary, sum(one.experts for one in layers)))
+        return max(stages, key=lambda held: held.dense + held.experts)
+
+    @classmethod
+    def of_layer(cls, layer: Layer, number: int, layout: Layout) -> Held:
+        """Those of one layer."""
+
+        def share(parameter: Parameter) -> float:
+            return parameter.numel / (1 if parameter.cut is None else layout.tp)
+
+        held = layer.parameters(number)
+        experts = sum(parameter.numel / layout.ep for parameter in held if parameter.experts)
+        return cls(sum(share(parameter) for parameter in held if not parameter.experts), experts)
+
+
+def stage_kinds(shape: Shape, layout: Layout, stage: int) -> Counter[int]:
+    """How many layers of each kind a stage has; see Shape.alike."""
+    return Counter(shape.alike[i] for chunk in layout.chunk_layers(shape.layers, stage) for i in chunk)
+
+
 def step_time(
     shape: Shape,
     layout: Layout,
     cluster: ClusterSpec,
     *,
     seq_length: int,
-    parameters_per_rank: float | None = None,
+    held: Held | None = None,
     offloaded_bytes: tuple[float, ...] = (),
     eff: Efficiency | None = None,
     software: Software = Software(),
@@ -323,45 +460,57 @@ def step_time(
     """Time of one optimizer step.
 
     Args:
-        parameters_per_rank: of the largest stage; the layers' and the output layer's share where it is left out.
+        held: parameters of the largest stage; Held.of() where they are left out.
         offloaded_bytes: that each stage copies out, and back, for a micro-batch.
         eff: the device's own where it is left out.
     """
     eff = eff or EFFICIENCIES[cluster.device.efficiency]
     device, m, pp, vpp = cluster.device, layout.num_microbatches, layout.pp, layout.vpp
-    forward, backward, again = layer_passes(shape, layout, seq_length, cluster, eff)
     head = head_pass(shape, layout, seq_length, cluster, eff, logits_twice=software.logits_twice)
-    layers = layout.stage_layers(shape.layers) if vpp == 1 else [shape.layers // pp] * pp
-    stages = [(forward + backward + again) * count for count in layers]
+    forward, backward, again = _stage_passes(shape, layout, seq_length, cluster, eff)
+    stages = [sum(passes, Pass()) for passes in zip(forward, backward, again, strict=True)]
     stages[-1] = stages[-1] + head
     slowest = max(range(pp), key=lambda stage: stages[stage].seconds)
-    busy = stages[slowest]
-    if parameters_per_rank is None:
-        heaviest = max(layers) * shape.layer_matrix_parameters + shape.hidden * shape.vocab
-        parameters_per_rank = heaviest / layout.tp
+    busy, repeated = stages[slowest], again[slowest]
+    held = held or Held.of(shape, layout)
     # Where it overlaps, behind one micro-batch's passes: only the last one accumulates complete gradients.
-    hides = (backward.compute * max(layers), forward.compute * max(layers)) if software.overlap_dp else None
+    passes = (backward, forward) if software.overlap_dp else ()
+    hides = [max(one.compute for one in stages_of) for stages_of in passes]
     offload = 0.0
     if offloaded_bytes:
         copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
         offload = m * max(max(0.0, copy - stage.seconds) for copy, stage in zip(copies, stages, strict=True))
     tokens = layout.dp * m * layout.micro_batch_size * seq_length
+    # AdamW over its part of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
+    owned = held.dense / layout.replicas + held.experts / layout.expert_replicas
     return StepTime(
-        compute=m * (busy.compute - again.compute * layers[slowest]),
-        recompute=m * again.seconds * layers[slowest],
-        tp=m * (busy.tp - again.tp * layers[slowest]),
-        cp=m * (busy.cp - again.cp * layers[slowest]),
+        compute=m * (busy.compute - repeated.compute),
+        recompute=m * repeated.seconds,
+        tp=m * (busy.tp - repeated.tp),
+        cp=m * (busy.cp - repeated.cp),
+        ep=m * (busy.ep - repeated.ep),
         bubble=(pp - 1) / vpp * sum(stage.seconds for stage in stages) / pp,
         p2p=_point_to_point(shape, layout, seq_length, cluster, eff, split=layout.sp or software.scatter_gather),
-        dp=_data_parallel(parameters_per_rank, layout, cluster, eff, hides),
-        # AdamW over its part of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
-        optimizer=_move(parameters_per_rank / layout.replicas * 30 + parameters_per_rank * 4, device, eff),
+        dp=_data_parallel(held, layout, cluster, eff, hides),
+        optimizer=_move(owned * 30 + (held.dense + held.experts) * 4, device, eff),
         offload=offload,
         model_flops=shape.model_flops(tokens, seq_length),
         tokens=tokens,
         devices=layout.world_size,
         peak_flops=device.bf16_flops,
     )
+
+
+def _stage_passes(
+    shape: Shape, layout: Layout, seq_length: int, cluster: ClusterSpec, eff: Efficiency
+) -> list[list[Pass]]:
+    """Forward passes, backward passes, and what recompute repeats, of one micro-batch: of the layers of each stage."""
+    of_kind = {kind: layer_passes(shape, layout, seq_length, cluster, eff, kind) for kind in shape.kinds}
+    counts = [stage_kinds(shape, layout, stage) for stage in range(layout.pp)]
+    return [
+        [sum((of_kind[kind][which] * count for kind, count in stage.items()), Pass()) for stage in counts]
+        for which in range(3)
+    ]
 
 
 def _point_to_point(
@@ -383,17 +532,17 @@ def _point_to_point(
     return (m + pp - 1) * 2 * one if vpp == 1 else m * vpp * 2 * one * (1 - eff.overlap)
 
 
-def _data_parallel(
-    parameters: float, layout: Layout, cluster: ClusterSpec, eff: Efficiency, hides: tuple[float, float] | None
-) -> float:
+def _data_parallel(held: Held, layout: Layout, cluster: ClusterSpec, eff: Efficiency, hides: Sequence[float]) -> float:
     """Seconds of a step for the fp32 gradients' reduction and the 16-bit parameters' gather that nothing hides.
 
     Args:
-        hides: seconds of compute that each of the two runs beside; None where they run alone.
+        hides: seconds of compute that each of the two runs beside; () where they run alone.
     """
-    reduce = ring_seconds(parameters * 4, layout.replicas, cluster, eff, stride=layout.tp)
-    gather = ring_seconds(parameters * 2, layout.replicas, cluster, eff, stride=layout.tp)
-    if hides is None:
-        return reduce + gather
-    traffic = zip((reduce, gather), hides, strict=True)
-    return sum(max(seconds * 0.1, seconds - eff.overlap * compute) for seconds, compute in traffic)
+    traffic = [
+        ring_seconds(held.dense * bytes_, layout.replicas, cluster, eff, stride=layout.tp)
+        + ring_seconds(held.experts * bytes_, layout.expert_replicas, cluster, eff, stride=layout.ep)
+        for bytes_ in (4, 2)
+    ]
+    if not hides:
+        return sum(traffic)
+    return sum(max(s * 0.1, s - eff.overlap * compute) for s, compute in zip(traffic, hides, strict=True))

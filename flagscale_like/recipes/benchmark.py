@@ -103,7 +103,16 @@ def measure(
 
 
 def benchmark_config(config: RunConfig, folder: str, steps: int, *, checkpoint: bool) -> RunConfig:
-    """The same run, on synthetic tokens, with a record of every step, and nothing beside training."""
+    """The same run, on synthetic tokens, with a record of every step, and nothing beside training.
+
+    Raises:
+        ConfigError: the objective does not learn tokens.
+    """
+    if config.objective.reads != "text":
+        raise ConfigError(
+            f"bench trains on synthetic tokens, and objective.kind {config.objective.kind} reads {config.objective.reads}: "
+            "leave the group objective out"
+        )
     values = config.model_dump(mode="json")
     values["run_dir"] = folder
     values["data"] = {"synthetic": True}

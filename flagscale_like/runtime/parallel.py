@@ -233,10 +233,10 @@ def parallel_context(
     """
     launch = None if alone else current_launch()
     world = launch.world_size if launch else 1
-    if world % layout.model_parallel_size:
+    if world % layout.smallest_world:
         raise ConfigError(
-            f"world size ({world}) must be divisible by tp*pp*cp ({layout.tp}*{layout.pp}*{layout.cp}): "
-            f"start a multiple of {layout.model_parallel_size} processes, or change parallel.*"
+            f"world size ({world}) must be divisible by {layout.divisor}: start a multiple of {layout.smallest_world} "
+            "processes, or change parallel.*"
         )
     platform = get_platform()
     device_shim.bind_missing_names()

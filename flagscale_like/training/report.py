@@ -88,7 +88,7 @@ class Story:
         """The number of ranks of the last step. If the configured layout has changed since and does not fit that number, the
         number of ranks of one copy of the model.
         """
-        ranks, copy = int(self.last["world-size"]), self.config.parallel.model_parallel_size
+        ranks, copy = int(self.last["world-size"]), self.config.parallel.smallest_world
         return copy if ranks % copy else ranks
 
 

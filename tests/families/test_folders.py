@@ -52,13 +52,12 @@ def test_a_missing_window_of_mistral_is_transformers_default_and_null_is_none(tm
     [
         (lambda n, t: [(f"_orig_mod.{n}", t)], "the names begin with '_orig_mod.'"),
         (lambda n, t: [(f"base_model.model.{n}", t)], "the names begin with 'base_model.model.'"),
-        (lambda n, t: [(n.removeprefix("model."), t)], "the names lack 'model.': this is the decoder alone"),
         (
             lambda n, t: [(n, t.to(torch.float8_e4m3fn)), (f"{n}_scale_inv", t[:1])] if "proj" in n else [(n, t)],
             "is float8_e4m3fn; supported: float32, bfloat16, float16. Of a quantized model",
         ),
     ],
-    ids=["torch.compile", "peft", "decoder alone", "FP8"],
+    ids=["torch.compile", "peft", "FP8"],
 )
 def test_names_and_types_that_others_write_are_refused_with_what_they_are(change, part, llama, tmp_path):
     folder = renamed(llama, tmp_path / "x", change)
@@ -66,6 +65,15 @@ def test_names_and_types_that_others_write_are_refused_with_what_they_are(change
         HfFolder(folder)
     assert part in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_names_without_their_prefix_are_read(llama, tmp_path):
+    """As transformers writes a decoder that it saved by itself."""
+    bare = HfFolder(renamed(llama, tmp_path / "x", lambda n, t: [(n.removeprefix("model."), t)]))
+    whole = HfFolder(llama)
+    assert bare.keys() == whole.keys()
+    for key in whole.keys():
+        assert torch.equal(bare.full(key), whole.full(key)), key
 
 
 def shapes(count, seed):

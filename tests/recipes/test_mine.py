@@ -78,8 +78,11 @@ def test_the_commands_say_what_they_left_out_and_score_with_the_reward_of_llm_em
     ]
     mined, again, wrong, done = run_commands(lines, ranks=2)[0]
     assert mined.exit_code == 0, mined.error
-    assert "16 queries with negatives of ranks 0 to 3 of 32 passages" in mined.printed
-    assert "left out: 16 negatives of the records, 16 records' scores, which were of other negatives" in mined.printed
+    assert "16 queries with negatives of ranks 0 to 3 of 24 passages" in mined.printed
+    assert (
+        "left out: 8 passages of the corpus that repeat another, 16 negatives of the records, 16 records'"
+        in mined.printed
+    )
     assert "queries have fewer than 5 negatives" in mined.printed
     assert "mined.jsonl: exists: choose another file" in again.error
     assert "--range '7-3': give two ranks, such as 10-210" in wrong.error

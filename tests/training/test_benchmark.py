@@ -8,7 +8,7 @@ import yaml
 
 from flagscale_like.config import load_config
 from flagscale_like.errors import ConfigError
-from flagscale_like.recipes.benchmark import measure, sweep_points
+from flagscale_like.recipes.benchmark import benchmark_config, measure, sweep_points
 from flagscale_like.runtime.parallel import parallel_context
 from tests import faults
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
@@ -73,6 +73,14 @@ def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
             sweep_points([wrong])
     assert sweep_points(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
     assert sweep_points([]) == [()]
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("dpo", "pairs"), ("contrastive", "groups")])
+def test_an_objective_that_learns_no_tokens_is_refused(kind, reads, tmp_path):
+    data = {"sources": [{"path": "x"}], "tokenizer": "t"}
+    config = tiny_config(tmp_path, data=data, objective={"kind": kind})
+    with pytest.raises(ConfigError, match=f"objective.kind {kind} reads {reads}: leave the group objective out"):
+        benchmark_config(config, "folder", 2, checkpoint=False)
 
 
 def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):
