@@ -71,7 +71,7 @@ def train(
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:
-        describe(config, ranks, dp, cluster, local=ranks == processes)
+        describe(config, ranks, dp, cluster, local=ranks == processes and cluster is None)
         return
     if processes == 1 and max_restarts == 0:
         _train_here(config)
@@ -86,6 +86,7 @@ def _train_here(config: RunConfig) -> None:
     from flagscale_like.recipes.pretrain import pretrain
     from flagscale_like.runtime.launched import current_launch
     from flagscale_like.runtime.parallel import agree, parallel_context
+    from flagscale_like.training.plan import last_step
 
     rank = current_launch()
     config.data_parallel_size(rank.world_size if rank else 1)
@@ -95,7 +96,37 @@ def _train_here(config: RunConfig) -> None:
             # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
             workers = os.cpu_count() or 1
             agree(ctx, lambda: prepare_once(config, workers, typer.echo) if ctx.is_main else None)
-            pretrain(prepare_once(config), ctx)
+            progress = pretrain(prepare_once(config), ctx)
+        is_main = ctx.is_main
+    if config.checkpoint.export_hf and is_main and progress.step >= last_step(config):
+        _verify_export(config, progress.step)
+
+
+def _verify_export(config: RunConfig, step: int) -> None:
+    """Compare the logits of RUN_DIR/hf with the native model's, where there is memory for both. The ranks have parted."""
+    import psutil
+    import torch
+
+    from flagscale_like.checkpoint.hf import plan_export
+    from flagscale_like.cli.convert import verify_export
+    from flagscale_like.recipes.pretrain import export_source
+    from flagscale_like.runtime.platforms import get_platform
+
+    _, source = export_source(config, step)
+    needed = 3 * 4 * config.model.parameter_count()  # the native model and transformers', fp32, and one that is loaded
+    platform = get_platform()
+    free = psutil.virtual_memory().available
+    free = free if platform.device.type == "cpu" else min(free, platform.total_memory_bytes())
+    way_out = "`convert export` verifies on a machine that has it"
+    if needed > free:
+        typer.echo(
+            f"not verified: the check needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} are free; {way_out}"
+        )
+        return
+    try:
+        verify_export(plan_export(source, dtype=config.train.precision), RunFolder(config.run_dir).hf, None)
+    except (MemoryError, torch.OutOfMemoryError):
+        typer.echo(f"not verified: memory for the check ran out; {way_out}")
 
 
 @contextmanager

@@ -243,20 +243,23 @@ def announce(run: Run, notes: list[str]) -> None:
         run.reporter.say(note)
 
 
+def export_source(config: RunConfig, step: int) -> tuple[CheckpointReader, CheckpointReader | MergedWeights]:
+    """The checkpoint of a step, and the weights that are exported of it: LoRA adapters are merged into their base."""
+    reader = CheckpointReader(RunFolder(config.run_dir).checkpoints / step_name(step))
+    if config.lora is None:
+        return reader, reader
+    base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
+    return reader, MergedWeights(AdaptedWeights(base, reader))
+
+
 def export_run(run: Run) -> Path:
     """Write RUN_DIR/hf from the checkpoint of the last step; the ranks share the files. All ranks call it.
-
-    LoRA adapters are merged into their base.
 
     Raises:
         ConversionError: on every rank, where any rank could not write.
     """
     data, out = run.config.data, RunFolder(run.config.run_dir).hf
-    reader = CheckpointReader(run.store.root / step_name(run.progress.step))
-    source: CheckpointReader | MergedWeights = reader
-    if run.config.lora is not None:
-        base = open_base(reader, None, way_out="export the run with `convert export --base FOLDER`")
-        source = MergedWeights(AdaptedWeights(base, reader))
+    reader, source = export_source(run.config, run.progress.step)
     tokenizer = companions_at(reader.folder) or (Path(data.tokenizer) if data.tokenizer else None)
     export_on_ranks(source, out, run.ctx, dtype=run.config.train.precision, tokenizer=tokenizer)
     return out

@@ -204,7 +204,6 @@ def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
     [
         (["--cluster", "1x8xH1000"], "device 'H1000' is not known, did you mean H100?"),
         (["--cluster", "eight"], "write it as NODESxDEVICESxNAME"),
-        (["--cluster", "1x4xH100", "--network-gb-per-s", "-1"], "must be above 0"),
     ],
 )
 def test_bad_clusters_are_one_line_and_exit_10(arguments, message, tmp_path):

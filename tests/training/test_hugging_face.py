@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import import_folder
 from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.cli.train import _verify_export
 from flagscale_like.config import Parallel
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.stream import read_stream
@@ -21,7 +23,7 @@ from flagscale_like.recipes.evaluate import evaluate_stream
 from flagscale_like.runtime.parallel import parallel_context
 from tests.commands import run_commands
 from tests.families import tiny
-from tests.harness import cli, run_ranks, tiny_config
+from tests.harness import cli, run_ranks, tiny_config, write_yaml
 from tests.training.test_layouts import losses, train_run
 
 TEXT = "The loss of a model does not depend on how many processes compute it. " * 12
@@ -59,6 +61,19 @@ def test_training_from_a_folder_is_the_same_on_every_layout_and_exports_what_it_
         key = "decoder.layers.1.mlp.linear_fc1.weight"
         assert not torch.equal(exported.full(key), HfFolder(folder).full(key))  # it was trained
     assert not list(tmp_path.glob("*/.tmp-hf-*"))
+
+
+def test_a_run_on_several_ranks_verifies_its_export_and_says_where_it_cannot(tmp_path, monkeypatch, capsys):
+    folder = tiny.make("qwen3", tmp_path)
+    config = from_folder(folder, tmp_path / "run", {"tp": 2}, checkpoint__export_hf=True)
+    path = write_yaml(config, tmp_path / "run.yaml")
+    ((trained,), (other,)) = run_commands([["train", str(path)]], tmp_path, ranks=2)
+    assert (trained.exit_code, other.exit_code) == (0, 0), trained.error
+    assert "verified: transformers' logits differ from the native model's by" in trained.printed
+    assert "verified" not in other.printed
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    _verify_export(config, 2)
+    assert "not verified: the check needs 0.0 GiB of memory, 0.0 are free" in capsys.readouterr().out
 
 
 def test_an_imported_checkpoint_starts_the_same_run_as_the_folder(tmp_path):
