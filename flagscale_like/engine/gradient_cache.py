@@ -58,6 +58,7 @@ class GlobalBatch:
         objective.check(self.counts)
 
     def _exchange(self, own: int) -> list[int]:
+        """The counts of all data-parallel ranks. The host waits for them, before the passes of the step begin."""
         if self.ctx.dp == 1:
             return [own]
         counts = torch.zeros(self.ctx.dp, dtype=torch.int64)

@@ -55,8 +55,8 @@ class ContrastiveLoss(TextVectors):
         """Refuse a batch whose queries have no negative: its loss is 0, and so is its gradient."""
         options, size = self.options, self.documents_in_one
         assert not any(count % size for count in documents), f"{documents} documents are no groups of {size}"
-        queries = sum(documents) if options.negatives == "cross" else min(documents)
-        if queries == size and options.passages == 1:
+        compared = sum(documents) if options.negatives == "cross" else min(documents)  # with each other
+        if compared == size and options.passages == 1:
             raise ConfigError(
                 "a batch of one query without hard negatives has the loss 0, and nothing is learned: raise "
                 "train.global_batch_size, or give objective.passages 2 or more"
