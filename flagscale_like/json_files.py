@@ -14,6 +14,8 @@ from typing import IO, Any
 
 # json.loads raises RecursionError on nesting that only an attacker writes.
 BAD_JSON = (ValueError, RecursionError)
+# What reading values raises that are not those which the program wrote: int(inf) is an OverflowError.
+BAD_VALUES = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 # A disk that takes no more is no bug of ours, wherever it is met.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

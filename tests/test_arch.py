@@ -11,8 +11,10 @@ from flagscale_like.arch import ModelArch, Role, RopeScaling, parameters, parame
 from flagscale_like.config import Parallel, load_config
 from flagscale_like.families import read_config
 from flagscale_like.model.build import build_chunks, named_shards
+from flagscale_like.model.experts import is_expert
 from flagscale_like.model.initialise import initialize_weights
 from flagscale_like.model.spec import ModelSpec
+from flagscale_like.planner.published import MIXTRAL_8X7B, QWEN3_30B_A3B
 from flagscale_like.runtime.parallel import parallel_context
 from tests.families.test_config import PUBLISHED, write
 from tests.harness import REPOSITORY, run_ranks, tiny_config
@@ -48,6 +50,26 @@ def test_the_parameter_formula_equals_the_built_model(model, tmp_path):
     config = tiny_config(tmp_path, model=model)
     (built,) = run_ranks(1, count_built, config)
     assert built == config.model.parameter_count(config.model.padded_vocab_size())
+
+
+def counts_of_experts(config) -> tuple[int, int]:
+    """All parameters, and those of stacked experts, of a model on the meta device, counted by torch."""
+    with parallel_context(config.parallel) as ctx:
+        (model,) = build_chunks(ModelSpec.of(config), ctx, meta=True)
+        stacked = sum(p.numel() for p in model.parameters() if is_expert(p))
+        return sum(p.numel() for p in model.parameters()), stacked
+
+
+def test_counts_of_mixtral_and_qwen3_are_the_built_models_and_the_published(tmp_path):
+    """46.7 B, 12.9 B for each token; 30.5 B, 3.35 B, which its card rounds down."""
+    for arch, total, active in ((MIXTRAL_8X7B, 46.7, 12.9), (QWEN3_30B_A3B, 30.5, 3.4)):
+        config = tiny_config(tmp_path, model=arch.model_dump())
+        ((built, stacked),) = run_ranks(1, counts_of_experts, config)
+        count, experts = arch.parameter_count(), arch.experts
+        padding = arch.parameter_count(arch.padded_vocab_size()) - count
+        assert built == count + padding
+        assert built - stacked + stacked * experts.top_k // experts.count == arch.active_parameter_count() + padding
+        assert (round(count / 1e9, 1), round(arch.active_parameter_count() / 1e9, 1)) == (total, active)
 
 
 def test_the_published_count_of_baichuan_7b_is_met():

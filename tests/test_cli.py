@@ -70,6 +70,8 @@ def test_a_rank_loads_megatron_core_without_the_compiler():
     (modules,) = run_ranks(1, loaded_modules)
     assert "megatron.core.transformer.attention" in modules
     assert "torch._inductor.compile_fx" not in modules
+    assert "megatron.core.timers" in modules
+    assert "wandb" not in modules  # which it loads where it is installed; see runtime/before_megatron.py
 
 
 @pytest.mark.parametrize(

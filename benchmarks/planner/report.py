@@ -20,6 +20,7 @@ from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.published import (
     AQUILA2_34B,
     BAICHUAN_7B,
+    EXPERTS_H100,
     GPT3_H100,
     KORTHIKANTI_2022,
     NARAYANAN_2021,
@@ -95,6 +96,27 @@ def throughput_table(rows: Sequence[Row], unit: str, digits: int) -> str:
     return markdown(("model", "layout", "cluster", f"published, {unit}", "planned", "difference"), lines)
 
 
+def experts_table() -> str:
+    """Mixtures of experts on H100, TFLOP/s of Mixtral and tokens/s of the others."""
+    lines = []
+    for row in EXPERTS_H100:
+        time, unit = row.plan(), "TFLOP/s" if row.unit == "model flops" else "tokens/s"
+        lines.append(
+            (
+                row.name,
+                row.precision,
+                row.layout.describe(),
+                row.cluster,
+                f"{row.figure:,.0f} {unit}",
+                f"{row.ours():,.0f}",
+                f"{row.ours() / row.figure - 1:+.0%}",
+                f"{time.ep / time.seconds:.0%}",
+            )
+        )
+    header = ("model", "precision", "layout", "cluster", "published, a GPU", "planned", "difference", "ep, of the step")
+    return markdown(header, lines)
+
+
 def aquila_table(size: str, cluster: str, batch: int, published: tuple[int, int, int], max_vpp: int | None) -> str:
     """The five fastest layouts, one a (tp, pp, micro-batch), and the published one with its place."""
     goal = Goal(arch=AQUILA2[size], seq_length=4096, global_batch_size=batch)
@@ -142,6 +164,7 @@ def tables() -> str:
             + "\n\n"
             + throughput_table([AQUILA2_34B], "tokens/s/GPU", 0),
             "### GPT-3 175B on H100 (Megatron-LM's README)\n\n" + throughput_table(GPT3_H100, "MFU %", 1),
+            "### Mixtures of experts on H100, not fitted\n\n" + experts_table(),
             "### Aquila2-34B on 512 A100-40, batch 1024, without interleaving\n\n"
             + aquila_table("34B", "64x8xA100-40", 1024, (4, 4, 1), 1),
             "### The same with interleaving\n\n" + aquila_table("34B", "64x8xA100-40", 1024, (4, 4, 1), None),

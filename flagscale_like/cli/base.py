@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +46,9 @@ def options(
     ] = False,
 ) -> None:
     """3D-parallel pretraining and fine-tuning of language models, from a laptop CPU to a GPU cluster."""
+    # A name or a text that the terminal has no letters for is printed all the same. (stderr does so by itself.)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="X.yaml")]

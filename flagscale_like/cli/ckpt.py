@@ -44,9 +44,8 @@ def ckpt_list(run: Annotated[Path, typer.Argument(help="A run folder or its chec
             layout = " ".join(f"{name}{degree}" for name, degree in degrees.items()) if known else "unknown"
             where = f"{folder}{' (latest)' if folder == latest else ''}"
             holds = "adapters" if state.get("lora") else "model"
-            table.add_row(
-                str(state.get("step")), holds, layout, f"{size:,.1f}", str(state.get("consumed_samples")), where
-            )
+            step, samples = str(state.get("step")), str(state.get("consumed_samples"))
+            table.add_row(step, holds, layout, f"{size:,.1f}", samples, where)
         except CheckpointError as error:
             table.add_row(folder.name.removeprefix("step_"), "damaged", "", "", "", str(error))
     for folder in sorted(root.glob(f"{TEMPORARY}*")):

@@ -171,14 +171,14 @@ def _sentence_transformers(
     from flagscale_like.checkpoint.format import is_embedder
     from flagscale_like.checkpoint.sentence_transformers import TextSettings, write_text_settings
     from flagscale_like.errors import CheckpointError, ConfigError
-    from flagscale_like.recipes.embedder import MAX_PLACES, settings_of, with_options
+    from flagscale_like.recipes.embedder import settings_of, with_options
 
     if not is_embedder(reader):
         raise CheckpointError(f"{reader.folder}: is no embedding model: leave out --sentence-transformers")
     settings = with_options(settings_of(reader), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
     if settings.pooling is None:
         raise ConfigError(f"{reader.folder}: does not say how it pools: give --pooling last, mean or first")
-    limit = max(settings.lengths.values(), default=0) or min(reader.arch.longest_sequence or MAX_PLACES, MAX_PLACES)
+    limit = min(settings.longest, reader.arch.longest_sequence or settings.longest)
     unknown = [f"--{side}-instruction" for side in ("query", "passage") if side not in settings.instructions]
     prompts = {
         name: settings.instructions.get(side, "") for name, side in (("query", "query"), ("document", "passage"))
@@ -270,7 +270,7 @@ def _set_aside(out: Path) -> Iterator[None]:
 
 
 @convert_app.command(
-    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt --experts 8 --top-k 2")
+    epilog=example("flagscale-like convert upcycle --hf Llama-3.2-1B --out ckpt-experts --experts 8 --top-k 2")
 )
 def upcycle(  # typer makes an option of every parameter
     out: Annotated[Path, typer.Option(help="Native checkpoint to write; must not exist.")],
@@ -294,7 +294,7 @@ def upcycle(  # typer makes an option of every parameter
         ),
     ] = 0.0,
     dense_layers: Annotated[int, typer.Option(help="Number of first layers that stay dense.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.", min=0, max=2**63 - 1)] = 0,
     workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
 ) -> None:
     """Make a mixture of experts of a dense model, each expert a copy of its FFN, as a native checkpoint to train from."""

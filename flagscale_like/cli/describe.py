@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flagscale_like.arch import ModelArch
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
+    from flagscale_like.planner.search import Goal, Plan
 
 
 def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *, local: bool) -> None:
@@ -28,8 +29,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         ConfigError: a rank needs more memory than the device has.
         DataError: `local` is true and the data cannot be used.
     """
-    from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory, describe_time
+    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
@@ -58,20 +58,32 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         typer.echo(f"data         {data}")
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
-    if cluster is None:
-        typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected tokens/s")
-    else:
-        typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
-        if cuda:
-            typer.echo(describe_evidence(plan, goal, cluster))
-        if plan.peak_bytes > cluster.device.hbm_bytes:
-            raise ConfigError(
-                f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
-                f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
-            )
+    _print_time(plan, goal, cluster)
     if config.objective.head == "hidden":
         typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
+
+
+def _print_time(plan: Plan, goal: Goal, cluster: ClusterSpec | None) -> None:
+    """Print the expected time of a step, where the cluster is known.
+
+    Raises:
+        ConfigError: a rank needs more memory than the cluster's device has.
+    """
+    from flagscale_like.planner.evidence import describe_evidence
+    from flagscale_like.planner.report import describe_time
+
+    if cluster is None:
+        typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected tokens/s")
+        return
+    typer.echo(f"time         on {cluster.describe()}: {describe_time(plan)}")
+    if cluster.device.is_gpu:
+        typer.echo(describe_evidence(plan, goal, cluster))
+    if plan.peak_bytes > cluster.device.hbm_bytes:
+        raise ConfigError(
+            f"a rank needs {plan.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
+            f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
+        )
 
 
 def _describe_model(model: ModelArch, tp: int) -> str:

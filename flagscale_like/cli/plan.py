@@ -13,7 +13,7 @@ from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
-def plan(  # many parameters: the options of the command
+def plan(  # typer makes an option of every parameter
     config_file: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[

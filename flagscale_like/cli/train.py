@@ -71,7 +71,7 @@ def train(
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:
-        describe(config, ranks, dp, cluster, local=ranks == processes)
+        describe(config, ranks, dp, cluster, local=ranks == processes and cluster is None)
         return
     if processes == 1 and max_restarts == 0:
         _train_here(config)

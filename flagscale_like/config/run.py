@@ -265,7 +265,7 @@ class RunConfig(Frozen):
                 f"objective.dimensions ({list(self.objective.dimensions)}) exceed model.hidden_size "
                 f"({self.model.hidden_size}), the size of a whole vector"
             )
-        if len(data.sources) > 1 and self.objective.same_source and (data.selection or self.train.ramp_up):
+        if self.one_source_batches and (data.selection or self.train.ramp_up):
             given = "data.selection draws each row by itself" if data.selection else "train.ramp_up changes the batch"
             raise ValueError(
                 f"{given}, and objective.same_source gives each batch one source: set objective.same_source to false, or "
@@ -344,6 +344,11 @@ class RunConfig(Frozen):
             return f"{count:,} parameters{active}"
         own = sum(parameter.numel for parameter in self.lora.parameters(self.model))
         return f"trained parameters {own:,} of {count + own:,} ({own / (count + own):.2%}, LoRA)"
+
+    @property
+    def one_source_batches(self) -> bool:
+        """Whether each global batch is of one of several sources; see Contrastive.same_source."""
+        return self.objective.reads == "groups" and self.objective.same_source and len(self.data.sources) > 1
 
     def planned_samples(self) -> int:
         """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""

@@ -273,7 +273,7 @@ def build_split(
     """
     sources, number = config.data.sources, ("train", "valid", "test").index(split)
     objective = config.objective
-    run_length = config.train.global_batch_size if objective.reads == "groups" and objective.same_source else 1
+    run_length = config.train.global_batch_size if config.one_source_batches else 1
     total = sum(source.weight for source in sources)
     weights = [source.weight / total for source in sources]
     options = _Config(

@@ -27,7 +27,7 @@ from flagscale_like.data.selection import Mixture
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
-from flagscale_like.json_files import append_record, read_records
+from flagscale_like.json_files import BAD_VALUES, append_record, read_records
 from flagscale_like.run_folder import RunFolder
 
 STATE = "a checkpoint's state.json"
@@ -86,7 +86,7 @@ class Segment:
             if not (marks is None or (isinstance(marks, list) and len(marks) == len(config.data.sources))):
                 raise ValueError("marks is not a list with an entry for each source")
             return cls(event=str(record["event"]), **numbers, config=config, marks=marks)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except BAD_VALUES as error:
             raise DataError(f"{where}: does not say which samples were read: {_in_one_line(error)}") from None
 
     def append_to(self, run_dir: Path) -> None:
@@ -253,7 +253,7 @@ def draws_of_states(states: Iterable[dict[str, Any]]) -> list[DrawState]:
         try:
             mixture.load(state["selection"])
             found.append(mixture.draw_state(segment.consumed, train))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except BAD_VALUES as error:
             raise DataError(f"{STATE}: has no state of data.selection: {_in_one_line(error)}") from None
     return found
 

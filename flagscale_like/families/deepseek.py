@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (V2-Lite) and DeepSeek-V3 (R1, Moonlight): multi-head latent attention, and experts beside shared ones.
+"""DeepSeek-V2 (V2-Lite) and DeepSeek-V3 (R1): multi-head latent attention, and experts beside shared ones.
 
 V2 scores experts by softmax, V3 by sigmoid with a bias that training sets. The layers for multi-token prediction, which V3's
 folders hold behind the decoder's, are left out.
@@ -17,6 +17,11 @@ EPSILON = 1e-6  # of the norms of the latent vectors in transformers, whatever r
 
 def _latent(settings: Settings) -> dict[str, Any]:
     settings.require("attention_bias", False)
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = settings.get(key, {})
+        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+        if kind not in (None, "default", "yarn") and scaling.get("mscale_all_dim"):
+            raise settings.fail(f"{key} of type {kind!r} has mscale_all_dim, supported: with type yarn")
     if settings.number("rms_norm_eps", float, EPSILON) != EPSILON:
         raise settings.fail(
             f"rms_norm_eps is {settings.get('rms_norm_eps')!r}, supported: {EPSILON}, which transformers gives the norms of "

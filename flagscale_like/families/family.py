@@ -169,7 +169,7 @@ class Settings:
         """
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise self.fail(f"{key} is {value!r}, supported: {', '.join(map(repr, allowed))}")
+            raise self.fail(f"{key} is {value!r}, supported: {', '.join(map(repr, allowed)) or 'null'}")
 
     def rope(self, base: float = 10000.0) -> Position:
         """RoPE from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaces both since transformers 5.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from flagscale_like.arch import MixtureOfExperts
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.published import AQUILA2_34B, FITTED, Row
+from flagscale_like.planner.published import AQUILA2_34B, EXPERTS_H100, FITTED, Row
 from flagscale_like.planner.search import Goal, Plan
 
 # What rows are compared by: the name, and the number of a model, its layout and its sequences.
@@ -33,7 +32,7 @@ def describe_evidence(plan: Plan, goal: Goal, cluster: ClusterSpec) -> str:
     if not fitted:
         return f"evidence: none; no step time is published that the constants of {cluster.device.name} were chosen by"
     shape = Shape.of(goal.arch, plan.layout.tp, goal.ops.lora)
-    known = [row for row in (*FITTED, AQUILA2_34B) if row.efficiency == kind]
+    known = [row for row in (*FITTED, AQUILA2_34B, *EXPERTS_H100) if row.efficiency == kind]
     nearest = min(known, key=lambda row: distance(row, shape, plan.layout, goal.seq_length))
     lines = [
         f"evidence: the nearest of {len(known)} published rows is {nearest.describe()}: MFU {nearest.mfu:.1%}, planned "
@@ -48,14 +47,15 @@ def describe_evidence(plan: Plan, goal: Goal, cluster: ClusterSpec) -> str:
 
 
 def distance(row: Row, shape: Shape, layout: Layout, seq_length: int) -> float:
-    """How far a row is from a plan: the doublings of each number, and 4 more for attention of another kind, 2 for another
-    recompute.
+    """How far a row is from a plan: the doublings of each number, and 4 more for attention of another kind and for experts
+    in one of the two, 2 for another recompute.
     """
     doublings = (
         math.log2(number(shape, layout, seq_length) / number(row.shape, row.layout, row.seq_length))
         for number in NUMBERS.values()
     )
-    other = 4 * (row.shape.flash != shape.flash) + 2 * (row.layout.recompute != layout.recompute)
+    other = 4 * (row.shape.flash != shape.flash) + 4 * (row.shape.has_experts != shape.has_experts)
+    other += 2 * (row.layout.recompute != layout.recompute)
     return sum(map(abs, doublings)) + other
 
 
@@ -75,7 +75,7 @@ def outside_of(rows: Sequence[Row], plan: Plan, shape: Shape, seq_length: int) -
     kinds = {
         "context parallelism": layout.cp > 1,
         "offload": bool(layout.offload),
-        "experts": any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in shape.decoder),
+        "experts": shape.has_experts,
         "LoRA": bool(shape.adapters),
         f"recompute {layout.recompute}": all(row.layout.recompute != layout.recompute for row in rows),
     }

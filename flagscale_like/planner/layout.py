@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from flagscale_like.arch import Layer, MixtureOfExperts, ModelArch, Parameter, Role, active, counted_keys
+from flagscale_like.arch import Experts, Layer, MixtureOfExperts, ModelArch, Parameter, Role, active, counted_keys
 from flagscale_like.config import ContextParallelKind, Lora, RunConfig
 
 Recompute = Literal["none", "selective", "full"]
@@ -99,10 +99,19 @@ class Shape:
         return attention + self.hidden * self.ffn * (3 if self.gated else 2)
 
     @functools.cached_property
+    def experts(self) -> Experts | None:
+        """Those of the layers that have some."""
+        blocks = [layer.feed_forward for layer in self.decoder]
+        return next((block.experts for block in blocks if isinstance(block, MixtureOfExperts)), None)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.experts is not None
+
+    @property
     def top_k(self) -> int:
         """Experts that a token goes to; 1 without experts."""
-        blocks = [layer.feed_forward for layer in self.decoder]
-        return next((block.experts.top_k for block in blocks if isinstance(block, MixtureOfExperts)), 1)
+        return self.experts.top_k if self.experts else 1
 
     @functools.cached_property
     def matrix_parameters(self) -> int:
@@ -241,14 +250,12 @@ class Layout:
         return seq_length * self.micro_batch_size / self.cp
 
     def chunk_layers(self, num_layers: int, stage: int) -> list[list[int]]:
-        """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core assigns them."""
-        if self.vpp > 1:
-            each = num_layers // (self.pp * self.vpp)
-            starts = [(chunk * self.pp + stage) * each for chunk in range(self.vpp)]
-            return [list(range(start, start + each)) for start in starts]
-        counts = self.stage_layers(num_layers)
-        start = sum(counts[:stage])
-        return [list(range(start, start + counts[stage]))]
+        """The layers (counted from 0 over the model) of each chunk that a stage holds, as megatron-core assigns them.
+
+        With vpp, a first or a last stage of fewer layers has them missing where the embedding, or the head, is.
+        """
+        counts = tuple(self.stage_layers(num_layers))
+        return _chunk_layers(counts, self.vpp)[stage]
 
     def stage_layers(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage."""
@@ -290,3 +297,22 @@ class Layout:
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"offload {max(self.offload):.0%}"] if self.offload and max(self.offload) > 0 else []
         return " ".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunk_layers(counts: tuple[int, ...], vpp: int) -> list[list[list[int]]]:
+    """The layers of each chunk of each stage.
+
+    Args:
+        counts: layers of each stage.
+    """
+    last, each = len(counts) - 1, -(-max(counts) // vpp)
+    found: list[list[list[int]]] = [[] for _ in counts]
+    start = 0
+    for chunk in range(vpp):
+        for stage, count in enumerate(counts):
+            holds_end = chunk == (vpp - 1 if stage == last else 0)
+            size = each - (vpp * each - count if holds_end else 0)
+            found[stage].append(list(range(start, start + size)))
+            start += size
+    return found

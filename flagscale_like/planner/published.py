@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flagscale_like.arch import Experts, LatentAttention, ModelArch
 from flagscale_like.cluster import EfficiencyKind, parse_cluster
 from flagscale_like.planner.layout import Layout, Recompute, Shape
 from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
@@ -11,11 +12,12 @@ from flagscale_like.planner.throughput import Efficiency, Software, StepTime, st
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One published row: a GPT model, its layout, and what was measured.
+    """One published row: a model, its layout, and what was measured.
 
     Attributes:
         figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`), seconds a step,
             tokens/s a device, or MFU.
+        precision: of the matrix products, as the source writes it. The planner's are bf16's whatever it is.
         today: data-parallel traffic overlaps compute, and stages send whole activations. The older rows have neither.
     """
 
@@ -26,6 +28,7 @@ class Row:
     figure: float
     unit: str
     seq_length: int = 2048
+    precision: str = "bf16"
     today: bool = False
 
     def plan(self, eff: Efficiency | None = None) -> StepTime:
@@ -185,6 +188,138 @@ GPT3_H100 = [
         today=True,
     )
     for gpus, mfu in ((96, 0.47), (4608, 0.42))
+]
+
+_QWEN3 = {"vocab_size": 151936, "num_query_groups": 4, "head_dim": 128, "qk_norm": True}
+MIXTRAL_8X7B = ModelArch(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_query_groups=8,
+    ffn_hidden_size=14336,
+    vocab_size=32000,
+    experts=Experts(count=8, top_k=2, ffn_hidden_size=14336),
+)
+QWEN3_30B_A3B = ModelArch(
+    num_layers=48,
+    hidden_size=2048,
+    num_attention_heads=32,
+    ffn_hidden_size=6144,
+    experts=Experts(count=128, top_k=8, ffn_hidden_size=768),
+    **_QWEN3,
+)
+QWEN3_235B_A22B = ModelArch(
+    num_layers=94,
+    hidden_size=4096,
+    num_attention_heads=64,
+    ffn_hidden_size=12288,
+    experts=Experts(count=128, top_k=8, ffn_hidden_size=1536),
+    **_QWEN3,
+)
+# Without its layer for multi-token prediction.
+DEEPSEEK_V3 = ModelArch(
+    num_layers=61,
+    hidden_size=7168,
+    num_attention_heads=128,
+    ffn_hidden_size=18432,
+    vocab_size=129280,
+    latent_attention=LatentAttention(
+        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+    ),
+    experts=Experts(
+        count=256,
+        top_k=8,
+        ffn_hidden_size=2048,
+        shared_ffn_hidden_size=2048,
+        score="sigmoid",
+        scale=2.5,
+        groups=8,
+        top_groups=4,
+        balance="sequence",
+        bias_rate=0.001,
+        dense_layers=3,
+    ),
+)
+
+
+def _experts(  # many parameters: the columns of the table below, one call a row
+    name: str,
+    arch: ModelArch,
+    gpus: int,
+    batch: int,
+    micro: int,
+    tp: int,
+    pp: int,
+    vpp: int,
+    ep: int,
+    figure: float,
+    *,
+    precision: str = "FP8",
+    unit: str = "tokens/s",
+    ends: tuple[int, int] | None = None,
+) -> Row:
+    """One row on H100, 4,096 tokens a sequence, the load even.
+
+    Args:
+        ends: layers of the first and of the last stage, where they are fewer: the embedding and the head count as layers.
+    """
+    dp = gpus // (tp * pp)
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        dp=dp,
+        ep=ep,
+        sp=tp > 1,
+        micro_batch_size=micro,
+        num_microbatches=batch // (micro * dp),
+        first_stage_layers=ends[0] if ends else None,
+        last_stage_layers=ends[1] if ends else None,
+        imbalance=1.0,
+    )
+    return Row(
+        name=name,
+        shape=Shape.of(arch, tp),
+        layout=layout,
+        cluster=f"{gpus // 8}x8xH100",
+        figure=figure,
+        unit=unit,
+        seq_length=4096,
+        precision=precision,
+        today=True,
+    )
+
+
+# Megatron-LM, megatron/core/transformer/moe/README.md: "468 TFLOPS for Mixtral 8X7B bf16 training" with Megatron-Core 0.9.
+# Layout and cluster are the "reference best parallel mapping" of 0.8 there, which has no figure of its own.
+# NVIDIA's Megatron Bridge, docs/performance-summary-archive.md, DGX-H100, by the release of the NeMo container: the load is
+# forced to be even. DeepSeek-V3 has multi-token prediction there (1,297 tokens/s are 338 TFLOP/s, 4 % more FLOPs a token than
+# without it), DeepEP, and an all-to-all that runs beside compute (Megatron-MoE-ModelZoo, best_practice/DeepSeekV3/readme.md).
+# Megatron-MoE-ModelZoo, best_practice/Qwen3/readme.md: seconds a step, norms and activations recomputed.
+# No constant was chosen by these rows.
+EXPERTS_H100 = [
+    _experts(
+        *("Mixtral 8x7B (Megatron-Core 0.9)", MIXTRAL_8X7B, 64, 256, 1, 1, 4, 8, 8, 468),
+        precision="bf16",
+        unit="model flops",
+    ),
+    _experts("Qwen3-30B-A3B (Bridge, 25.11)", QWEN3_30B_A3B, 16, 512, 2, 1, 2, 24, 8, 5275),
+    _experts("Qwen3-30B-A3B (Bridge, 26.02)", QWEN3_30B_A3B, 16, 1024, 1, 1, 2, 12, 8, 5113),
+    _experts("Qwen3-235B-A22B (Bridge, 25.11)", QWEN3_235B_A22B, 256, 2048, 1, 2, 8, 4, 32, 1575, ends=(11, 11)),
+    _experts("Qwen3-235B-A22B (Bridge, 26.02)", QWEN3_235B_A22B, 256, 8192, 1, 2, 8, 4, 32, 1633, ends=(11, 11)),
+    _experts(
+        *("Qwen3-235B-A22B (ModelZoo, all-to-all)", QWEN3_235B_A22B, 256, 2048, 1, 2, 32, 3, 8),
+        2048 * 4096 / 256 / 24.2,
+        precision="bf16",
+        ends=(2, 2),
+    ),
+    _experts(
+        *("Qwen3-235B-A22B (ModelZoo, DeepEP)", QWEN3_235B_A22B, 256, 2048, 1, 2, 8, 4, 32),
+        2048 * 4096 / 256 / 19.7,
+        precision="bf16",
+        ends=(11, 11),
+    ),
+    _experts("DeepSeek-V3 (Bridge, 25.09)", DEEPSEEK_V3, 1024, 8192, 1, 2, 8, 4, 64, 1297, ends=(7, 6)),
 ]
 
 # Those that the constants of throughput.py were chosen by: Ampere's by a fit (benchmarks/planner/fit.py), Hopper's by hand.

@@ -17,7 +17,7 @@ from flagscale_like.data.group_source import pack_texts
 from flagscale_like.data.groups import groups_at
 from flagscale_like.data.texts import TextEncoder
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.errors import CheckpointError, ConfigError, DataError
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.embedding import Pooling, TextVectors
 from flagscale_like.runtime.parallel import ParallelContext
@@ -55,6 +55,12 @@ class EmbedderSettings:
     instructions: dict[Side, str] = field(default_factory=dict)
     lengths: dict[Side, int] = field(default_factory=dict)
     origin: str = "the options"
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text of any side; MAX_PLACES or more where a side has no limit."""
+        limits = list(self.lengths.values())
+        return max(limits) if len(limits) == 2 else max(MAX_PLACES, *limits, 0)
 
 
 def settings_of(source: WeightSource) -> EmbedderSettings:
@@ -118,14 +124,13 @@ class Embedder:
     ) -> None:
         if settings.pooling is None:
             raise ConfigError(f"{source.folder}: does not say how it pools: give --pooling last, mean or first")
-        self.settings, self.ctx, self.texts = settings, ctx, TextEncoder(tokenizer)
+        self.settings, self.ctx, self.texts, self.folder = settings, ctx, TextEncoder(tokenizer), source.folder
         if self.texts.tokenizer.vocab_size > source.arch.vocab_size:
             raise DataError(
                 f"tokenizer {tokenizer} has {self.texts.tokenizer.vocab_size} ids, the model's vocabulary has "
                 f"{source.arch.vocab_size}: use its tokenizer"
             )
-        longest = max(settings.lengths.values(), default=0) or MAX_PLACES
-        limit = source.arch.longest_sequence
+        longest, limit = settings.longest, source.arch.longest_sequence
         self.places = max_tokens or (min(longest, limit) if limit else longest)
         if limit and self.places > limit:
             raise ConfigError(f"the model takes at most {limit} tokens, --max-tokens is {self.places}: give {limit}")
@@ -177,9 +182,13 @@ class Embedder:
         gathered = self.ctx.gather_to_main((self.ctx.dp_rank, vectors.cpu().numpy()) if gives else None)
         if not self.ctx.is_main:
             return None
-        result = np.empty((len(texts), self.size), dtype=np.float32)
+        result = np.empty((len(texts), self.size), dtype=np.float32)  # every text is in a row of some rank
         for dp_rank, own in (entry for entry in gathered if entry is not None):
             result[plan.order(dp_rank)] = own
+        if not np.isfinite(result).all():
+            raise CheckpointError(
+                f"{self.folder}: gives vectors that are not finite: its weights or --precision are at fault"
+            )
         return result
 
 

@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
 from flagscale_like.errors import PlatformError
 from flagscale_like.runtime import device_shim
 from flagscale_like.runtime.platforms import choose, prepared
+
+# The modules of megatron-core that load Weights & Biases wherever it is installed: a second of every start, and a wrapper
+# around stdout. It is for megatron-core's own timers and inference server, which are not used here.
+LOAD_WANDB = (
+    "megatron.core.timers",
+    "megatron.core.inference.contexts.dynamic_context",
+    "megatron.core.inference.engines.dynamic_engine",
+)
+
+
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Have a package that is not loaded yet look as if it were not installed."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what Python itself documents for this
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+class _WithoutWandb(MetaPathFinder):
+    """Loads the modules of LOAD_WANDB without Weights & Biases."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in LOAD_WANDB:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def load_without(module: ModuleType) -> None:
+            with hidden("wandb"):
+                load(module)
+
+        spec.loader.exec_module = load_without
+        return spec
 
 
 def prepare() -> None:
@@ -13,6 +58,7 @@ def prepare() -> None:
     No device is made current. A platform that cannot be chosen changes nothing: `get_platform` raises its error later, where
     a command can show it.
     """
+    sys.meta_path.insert(0, _WithoutWandb())
     try:
         platform = prepared(choose())
     except PlatformError:

@@ -46,12 +46,18 @@ def describe_changes(saved: Mapping[str, Any], config: RunConfig, *, consumed: i
     found = [change for change in found if change[0] not in SILENT]
     notes = [f"changed since the checkpoint: {key}: {_short(old)} -> {_short(new)}" for key, old, new in found]
     keys = [key for key, _, _ in found]
-    if any(key == name or key.startswith(f"{name}.") for key in keys for name in ORDER):
+    own = ("train.global_batch_size",) if config.one_source_batches else ()
+    if any(key == name or key.startswith(f"{name}.") for key in keys for name in (*ORDER, *own)):
         notes.append(
             f"the order of the samples is another one from here on: it goes on after {consumed:,} samples of the new order, "
             "so some samples are read again and some are not read"
         )
-    if "train.global_batch_size" in keys:
+    if own and consumed % config.train.global_batch_size:
+        notes.append(
+            f"{consumed:,} samples are no multiple of train.global_batch_size ({config.train.global_batch_size}): from here "
+            "on a batch may have two sources, though objective.same_source is true"
+        )
+    if "train.global_batch_size" in keys and not own:
         notes.append("the samples go on in their order, in steps of the new batch size")
     if before is not None:
         old, new = learning_rate_at(before, rate_steps), learning_rate_at(config, rate_steps)

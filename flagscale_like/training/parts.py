@@ -23,6 +23,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from flagscale_like.errors import CheckpointError, UserError
+from flagscale_like.json_files import BAD_VALUES
 from flagscale_like.training.plan import StepPlan
 
 if TYPE_CHECKING:  # so that what reads a run's files loads no torch
@@ -222,7 +223,7 @@ class Parts:
                 continue
             try:
                 part.load(states[part.name])
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            except BAD_VALUES as error:
                 if isinstance(error, UserError):
                     raise
                 raise CheckpointError(

@@ -23,6 +23,7 @@ from flagscale_like.engine.engine import Engine, engine_states
 from flagscale_like.engine.load import base_record, load_random_state
 from flagscale_like.engine.objective import Objective
 from flagscale_like.errors import CheckpointError, DivergedError
+from flagscale_like.json_files import BAD_VALUES
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext
@@ -207,7 +208,7 @@ def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_
         rate_steps = int(state["learning_rate_steps"])
         saved = " ".join(f"{name}{size}" for name, size in state["layout"].items())
         before = dict(state.get("config", {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except BAD_VALUES as error:
         raise CheckpointError(
             f"{reader.folder}: state.json does not say where the run stood ({type(error).__name__}: {error})"
         ) from None

@@ -17,8 +17,11 @@ from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES
+from flagscale_like.recipes.pretrain import pretrain
+from flagscale_like.runtime.parallel import parallel_context
 from tests.commands import run_commands
 from tests.families import tiny
+from tests.harness import run_ranks, tiny_config
 
 
 def same(a, b):
@@ -179,3 +182,24 @@ def test_a_reward_model_goes_in_and_out(name, tmp_path):
     assert same(tmp_path / "folder", tmp_path / "again")
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
     assert loaded.score.weight.shape == (2, 48)
+
+
+def train(config):
+    with parallel_context(config.parallel) as ctx:
+        pretrain(config, ctx)
+
+
+def test_adapters_of_experts_have_no_place_in_pefts_format(tmp_path):
+    folder = tiny.make("mixtral", tmp_path)
+    model = HfFolder(folder).arch.model_dump(mode="json")
+    settings = {"checkpoint__init_from_hf": str(folder), "checkpoint__interval": 2, "train__steps": 2}
+    found = {}
+    for name, targets in {"all": ["linear_qkv", "linear_fc1"], "attention": ["linear_qkv", "linear_proj"]}.items():
+        lora = {"rank": 4, "targets": targets}
+        run_ranks(1, train, tiny_config(tmp_path / name, model=model, lora=lora, **settings))
+        paths = ["--checkpoint", str(tmp_path / name), "--out", str(tmp_path / f"{name}-peft")]
+        line = ["convert", "export", "--adapter", *paths]
+        ((found[name],),) = run_commands([line])
+    assert "adapters of experts have no place in peft's format: merge them" in found["all"].error
+    assert found["attention"].exit_code == 0, found["attention"].error
+    assert "verified" in found["attention"].printed

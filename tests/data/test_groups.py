@@ -29,6 +29,7 @@ from flagscale_like.data.shards import ChatOptions, GroupOptions
 from flagscale_like.data.texts import TextEncoder
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
+from flagscale_like.training.changes import describe_changes
 from tests.commands import invoke
 from tests.data.chats import CHATML, make_tokenizer
 from tests.data.groups import write_groups
@@ -275,6 +276,21 @@ def test_a_batch_is_of_one_source_and_sources_take_turns_by_weight(prefix, token
     assert set(found) == {0, 1}
 
 
+def test_a_new_batch_size_is_another_order_where_batches_are_of_one_source(prefix, tokenizer, tmp_path):
+    two = {"data__sources": [{"path": str(prefix)}, {"path": "another"}]}
+    saved = run_config(tmp_path, tokenizer, **two).model_dump(mode="json")
+    changed = {"consumed": 24, "rate_steps": 3}
+    notes = describe_changes(saved, run_config(tmp_path, tokenizer, train__global_batch_size=16, **two), **changed)
+    assert any(note.startswith("the order of the samples is another one from here on") for note in notes)
+    assert any(
+        note.startswith("24 samples are no multiple of train.global_batch_size (16): from here on") for note in notes
+    )
+    mixed = {**two, "more": {"same_source": False}, "train__global_batch_size": 16}
+    saved = {**saved, "objective": {**saved["objective"], "same_source": False}}
+    notes = describe_changes(saved, run_config(tmp_path, tokenizer, **mixed), **changed)
+    assert notes[-1] == "the samples go on in their order, in steps of the new batch size"
+
+
 def test_what_a_run_cannot_read_is_refused_and_repeated_negatives_are_said(prefix, tokenizer, tmp_path):
     assert check_sources(run_config(tmp_path, tokenizer, prefix)).vocab_size == 300
     few = int((GroupTable(prefix).counts[:, 1] < 3).sum())
@@ -304,6 +320,14 @@ def test_what_a_run_cannot_read_is_refused_and_repeated_negatives_are_said(prefi
         check_sources(run_config(tmp_path, tokenizer, tmp_path / "out"))
     with pytest.raises(DataError, match=r"1 of 2 groups have no negative \(.*in.jsonl:2\), objective.passages is 4"):
         check_sources(run_config(tmp_path, f"{tmp_path / 'out'}-tokenizer", tmp_path / "out"))
+    scores = {"kind": "contrastive", "passages": 2, "distill": 1.0}
+    unscored = write_groups(tmp_path / "unscored.jsonl", 12)
+    preprocess_groups([unscored], tokenizer, tmp_path / "unscored", GroupOptions())
+    with pytest.raises(
+        DataError, match="objective.distill is 1.0, and no group of data.sources has a teacher's scores"
+    ):
+        check_sources(run_config(tmp_path, tokenizer, tmp_path / "unscored", objective=scores))
+    assert check_sources(run_config(tmp_path, tokenizer, prefix, objective=scores)).vocab_size == 300
     with pytest.raises(DataError, match="holds groups of `data groups`: choose another prefix"):
         preprocess([tmp_path / "in.jsonl"], tokenizer, tmp_path / "out", overwrite=True)
     np.save(tmp_path / "out.groups.npy", np.ones((1, 2), dtype=np.int32))

@@ -32,6 +32,8 @@ PARAMETERS = {
     "llama3/8b.yaml": 8_030_261_248,
     "qwen/qwen2.5-7b.yaml": 7_615_616_512,
     "qwen/qwen3-8b.yaml": 8_190_735_360,
+    "moe/mixtral-8x7b.yaml": 46_702_792_704,
+    "moe/qwen3-30b-a3b.yaml": 30_532_122_624,
 }
 # Published training schemes: devices, tp, pp, dp, micro and global batch, samples.
 AQUILA2 = {

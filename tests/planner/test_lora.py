@@ -13,6 +13,7 @@ from tests.harness import build_engine, run_ranks, tiny_config
 from tests.planner.test_activations import step_peak
 
 LORA = {"rank": 8, "alpha": 16}
+EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 32, "dense_layers": 1}
 CASES = {
     "one process": (1, {}),
     "tp2 sp, dora": (2, {"parallel": {"tp": 2, "sp": True}, "lora": {**LORA, "dora": True}}),
@@ -21,6 +22,9 @@ CASES = {
         {"parallel": {"pp": 2, "vpp": 2}, "lora": {**LORA, "targets": ["linear_qkv", "linear_proj"]}},
     ),
     "dp2, dropout, one matrix": (2, {"lora": {**LORA, "targets": ["linear_fc2"], "dropout": 0.1}}),
+    "experts": (1, {"model__experts": EXPERTS}),
+    "experts, dora and dropout": (1, {"model__experts": EXPERTS, "lora": {**LORA, "dora": True, "dropout": 0.1}}),
+    "experts' down products": (1, {"model__experts": EXPERTS, "lora": {**LORA, "targets": ["linear_fc2"]}}),
     "tied, selective": (1, {"model__tie_embeddings": True, "train__recompute": "selective"}),
 }
 

@@ -99,6 +99,46 @@ def test_a_plan_of_long_rows_has_a_column_for_cp_and_its_yaml_loads(tmp_path):
     assert f"cp {plan.layout.cp} a2a" in plan.layout.describe()
 
 
+EXPERTS = {"count": 8, "top_k": 2, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 96}
+
+
+def test_ep_is_tried_where_it_divides_experts_and_ranks_and_tp_with_sp_alone(tmp_path):
+    config = tiny_config(tmp_path, model__experts=EXPERTS)
+    goal = Goal.of(config, cuda=True)
+    found = list(layouts(goal, parse_cluster("1x8xH100"), max_vpp=1))
+    assert {layout.ep for layout in found} == {1, 2, 4, 8}
+    assert {(layout.tp, layout.sp) for layout in found} == {(1, False), (2, True)}
+    for layout in found:
+        parallel = Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, ep=layout.ep)
+        check_layout(config.model, parallel, goal.seq_length)
+        assert (8 // layout.pp) % layout.ep == 0
+        assert layout.imbalance == 1.2
+    six = goal.arch.experts.model_copy(update={"count": 6})
+    of_six = layouts(replace(goal, arch=goal.arch.model_copy(update={"experts": six})), parse_cluster("1x8xH100"))
+    assert {layout.ep for layout in of_six} == {1, 2}
+
+
+def test_a_plan_of_experts_has_a_column_for_ep_and_its_yaml_loads(tmp_path):
+    config = tiny_config(tmp_path, model__experts=EXPERTS)
+    cluster = parse_cluster("1x4xH100")
+    goal = replace(Goal.of(config, cuda=True), imbalance=1.5)
+    ranking = rank_layouts(goal, cluster)
+    plan = next(plan for plan in ranking.plans if plan.layout.ep == 2 and plan.layout.tp == 2)
+    assert configured_layout(updated_config(config, plan.layout), 4, goal, None) == plan.layout
+    assert " ep " in describe_ranking(ranking, cluster, top=40).splitlines()[1]
+    assert "ep 2" in plan.layout.describe()
+    even = evaluate(goal, replace(plan.layout, imbalance=1.0), cluster)
+    assert even.memory[0].activations < plan.memory[0].activations
+    assert even.time.ep < plan.time.ep
+
+
+def test_plan_takes_an_imbalance_of_experts_alone(tmp_path):
+    file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
+    done = cli("plan", str(file), "--cluster", "1x4xH100", "--imbalance", "1.5")
+    assert done.returncode == 10
+    assert "--imbalance (1.5) is of experts, and the model has none" in done.stderr
+
+
 def test_offload_makes_a_layout_fit_that_did_not():
     goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=1024)
     cluster = parse_cluster("64x8xA100-40")
@@ -164,7 +204,6 @@ def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
     [
         (["--cluster", "1x8xH1000"], "device 'H1000' is not known, did you mean H100?"),
         (["--cluster", "eight"], "write it as NODESxDEVICESxNAME"),
-        (["--cluster", "1x4xH100", "--network-gb-per-s", "-1"], "must be above 0"),
     ],
 )
 def test_bad_clusters_are_one_line_and_exit_10(arguments, message, tmp_path):

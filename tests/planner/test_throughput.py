@@ -4,11 +4,29 @@ from dataclasses import replace
 
 import pytest
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import ModelArch, active, parameters
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.published import BAICHUAN_7B, GPT3_H100, KORTHIKANTI_2022, NARAYANAN_2021
-from flagscale_like.planner.throughput import AMPERE, PARTS_OF_STEP, Software, gemm_seconds, step_time
+from flagscale_like.planner.published import (
+    BAICHUAN_7B,
+    EXPERTS_H100,
+    GPT3_H100,
+    KORTHIKANTI_2022,
+    MIXTRAL_8X7B,
+    NARAYANAN_2021,
+    QWEN3_30B_A3B,
+)
+from flagscale_like.planner.throughput import (
+    AMPERE,
+    HOPPER,
+    PARTS_OF_STEP,
+    Held,
+    Software,
+    all_to_all_seconds,
+    gemm_seconds,
+    layer_passes,
+    step_time,
+)
 
 ROWS = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]
 CLUSTER = parse_cluster("2x8xA100-80")
@@ -115,3 +133,102 @@ def test_logits_that_are_computed_twice_cost_one_more_product():
     )
     product = gemm_seconds(2048, SHAPE.vocab, SHAPE.hidden, CLUSTER.device, AMPERE)
     assert twice.compute - once.compute == pytest.approx(3 * product)
+
+
+MIXTRAL, QWEN3 = Shape.of(MIXTRAL_8X7B), Shape.of(QWEN3_30B_A3B)
+TWO_NODES = parse_cluster("2x8xH100")
+
+
+def test_an_all_to_all_takes_as_long_as_its_slower_part():
+    device, inside = TWO_NODES.device, 1e9 / (TWO_NODES.device.link_gb_per_s * 1e9 * AMPERE.link)
+    outside = 1e9 / (device.network_gb_per_s * 1e9 * AMPERE.network)
+    assert all_to_all_seconds(1e9, 1, TWO_NODES, AMPERE) == 0
+    assert all_to_all_seconds(1e9, 8, TWO_NODES, AMPERE) == pytest.approx(inside * 7 / 8 + 7 * AMPERE.latency_s)
+    assert all_to_all_seconds(1e9, 16, TWO_NODES, AMPERE) == pytest.approx(outside / 2 + 15 * AMPERE.latency_s)
+
+
+def test_expert_parallelism_adds_its_traffic_and_the_fullest_rank_holds_up_the_others():
+    layout = Layout(dp=16, micro_batch_size=2, num_microbatches=4, imbalance=1.0)
+    times = {
+        ep: step_time(MIXTRAL, replace(layout, ep=ep), TWO_NODES, seq_length=4096, software=Software(overlap_dp=False))
+        for ep in (1, 2, 8)
+    }
+    assert times[1].ep == 0 < times[2].ep < times[8].ep
+    # Two exchanges a pass of 2 * 4096 tokens for 2 experts each, over NVLink.
+    sent = 2 * 4096 * 2 * 4096 * 2
+    one = all_to_all_seconds(sent, 8, TWO_NODES, HOPPER)
+    assert times[8].ep == pytest.approx(4 * 32 * 4 * one)
+    # What is reduced, and the states that are updated, are an eighth of the experts.
+    assert times[8].dp < 0.3 * times[1].dp
+    assert times[8].optimizer < 0.5 * times[1].optimizer
+    full = step_time(MIXTRAL, replace(layout, ep=8, imbalance=1.5), TWO_NODES, seq_length=4096)
+    assert full.ep == pytest.approx(1.5 * times[8].ep, rel=0.05)  # but for the latency
+    assert 1.2 < full.compute / times[8].compute < 1.5
+    alone = step_time(MIXTRAL, replace(layout, imbalance=1.5), TWO_NODES, seq_length=4096)
+    assert alone.compute == times[1].compute  # one rank holds all experts
+    again = step_time(MIXTRAL, replace(layout, ep=8, recompute="full"), TWO_NODES, seq_length=4096)
+    assert again.recompute > 0.3 * times[8].compute
+    assert sum(getattr(full, part) for part in PARTS_OF_STEP) == pytest.approx(full.seconds)
+
+
+def test_experts_cost_what_is_active_and_a_little_more():
+    """Mixtral against a dense model of the same active FLOPs, and experts that are many and narrow."""
+    dense = Shape.of(MIXTRAL_8X7B.model_copy(update={"experts": None, "ffn_hidden_size": 2 * 14336}))
+    layout, device = Layout(micro_batch_size=2), TWO_NODES
+    forward = {
+        name: layer_passes(shape, layout, 4096, device, HOPPER)[0].compute
+        for name, shape in (("experts", MIXTRAL), ("dense", dense), ("narrow", QWEN3))
+    }
+    assert 1.02 < forward["experts"] / forward["dense"] < 1.3
+    mixtral, qwen3 = (shape.decoder[0].flops_per_token(4096, causal=True) for shape in (MIXTRAL, QWEN3))
+    assert qwen3 / forward["narrow"] < 0.8 * mixtral / forward["experts"]
+
+
+def test_layers_that_are_not_alike_are_timed_each_by_itself():
+    first = MIXTRAL_8X7B.experts.model_copy(update={"dense_layers": (0, 1)})
+    shape = Shape.of(MIXTRAL_8X7B.model_copy(update={"experts": first}))
+    assert shape.kinds == {0: 2, 2: 30}
+    layout, eff = Layout(dp=8, ep=8, num_microbatches=4, imbalance=1.0), HOPPER
+    dense, sparse = (layer_passes(shape, layout, 4096, TWO_NODES, eff, layer) for layer in (0, 2))
+    assert dense[0].ep == 0 < sparse[0].ep
+    time = step_time(shape, layout, TWO_NODES, seq_length=4096)
+    assert time.ep == pytest.approx(4 * 30 * (sparse[0].ep + sparse[1].ep))
+    staged = step_time(shape, replace(layout, pp=2), TWO_NODES, seq_length=4096)
+    assert staged.ep == pytest.approx(4 * 16 * (sparse[0].ep + sparse[1].ep))  # the last stage is the slowest
+
+
+def test_parameters_of_a_stage_are_those_of_the_table():
+    layout = Layout(dp=8, ep=8)
+    held = Held.of(MIXTRAL, layout)
+    table = parameters(MIXTRAL_8X7B)
+    experts = sum(parameter.numel for parameter in table if parameter.experts)
+    assert held.experts == experts / 8
+    embedding = 32000 * 4096  # its gradients are counted where the rest of a run is planned to the byte
+    assert held.dense == MIXTRAL_8X7B.parameter_count() - experts - embedding - 4096
+
+
+@pytest.mark.parametrize("arch", [MIXTRAL_8X7B, QWEN3_30B_A3B], ids=["Mixtral 8x7B", "Qwen3-30B-A3B"])
+def test_flops_of_experts_are_those_of_the_active_parameters(arch):
+    shape, experts, layers, h = Shape.of(arch), arch.experts, arch.num_layers, arch.hidden_size
+    attention = h * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_query_groups)
+    layer = attention + experts.count * h + 3 * experts.top_k * h * experts.ffn_hidden_size
+    scores = 2 * 4096 * arch.num_attention_heads * arch.head_dim
+    wanted = 6 * (layers * (layer + scores) + h * arch.padded_vocab_size())
+    assert arch.flops_per_token(4096) == wanted
+    assert shape.model_flops(1, 4096) == wanted
+    matrices = layers * layer + h * arch.vocab_size
+    assert shape.matrix_parameters == matrices + h * (arch.padded_vocab_size() - arch.vocab_size)
+    assert active(parameters(arch), experts.top_k, matrices=True) == layers * layer
+
+
+def test_mixtral_is_planned_within_10_percent_without_a_fit():
+    row = EXPERTS_H100[0]
+    assert row.ours() == pytest.approx(row.figure, rel=0.10)
+
+
+def test_published_rows_have_all_layers_of_their_models():
+    for row in EXPERTS_H100:
+        stages = [row.layout.chunk_layers(row.shape.layers, stage) for stage in range(row.layout.pp)]
+        assert sorted(i for chunks in stages for layers in chunks for i in layers) == list(range(row.shape.layers))
+        assert all(len(chunks) == row.layout.vpp for chunks in stages), row.name
+        assert row.layout.world_size == int(row.cluster.split("x")[0]) * 8
