@@ -237,7 +237,9 @@ def generate(  # typer makes an option of every parameter
     text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
     begin = [] if chats or add_bos is False else words.before_text
     if add_bos and not begin:
-        begin = [words.bos] if words.bos is not None else []
+        if words.bos is None:
+            raise ConfigError(f"tokenizer {folder}: names no bos_token, which --add-bos writes")
+        begin = [words.bos]
     ids = begin + words.encode_batch([text])[0] or [words.eod]
     sampling = _sampling(folder, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
     stop = {words.eod, *sampling.stop, *([chats.end] if chats else [])}

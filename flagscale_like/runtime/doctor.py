@@ -33,13 +33,25 @@ OPTIONAL = (
         "on CUDA, weight gradients are added to the fp32 gradients in a second pass",
     ),
     ("transformer-engine", "transformer_engine", "the optimizer is torch's Adam"),
+    ("compressed-tensors", "compressed_tensors", "transformers does not load INT4 and INT8 exports ([quantized])"),
+    ("lm-eval", "lm_eval", "evaluate has no --tasks ([eval])"),
 )
 
 
 def examine() -> list[Finding]:
     """Look at Python, the packages, the devices and the machine. Importing torch takes a second or two."""
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    for name in ("torch", "megatron-core", "triton", "transformers", "tokenizers", "safetensors", "pyarrow", "xxhash"):
+    for name in (
+        "torch",
+        "megatron-core",
+        "triton",
+        "transformers",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "pyarrow",
+        "xxhash",
+    ):
         findings.append(_package(name))
     for name, module, cost in OPTIONAL:
         found = importlib.util.find_spec(module) is not None
