@@ -294,7 +294,7 @@ def upcycle(  # typer makes an option of every parameter
         ),
     ] = 0.0,
     dense_layers: Annotated[int, typer.Option(help="Number of first layers that stay dense.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router and of the noise.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Number of processes; each writes one file.", min=1)] = 1,
 ) -> None:
     """Make a mixture of experts of a dense model, each expert a copy of its FFN, as a native checkpoint to train from."""
