@@ -51,7 +51,7 @@ from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from flagscale_like.runtime.reduction import NamedSum
 
 PLACES, PASSAGES, TEMPERATURE, VOCABULARY = 1024, 4, 0.05, 2048
-MINI_BATCHES = (1, 2, 4, 8)  # texts
+MINI_BATCHES = (4, 8, 16)  # texts
 MEMORY_QUERIES = (16, 64, 256)
 MODEL = {
     "num_hidden_layers": 6,
