@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.index_file import read_lengths
-from flagscale_like.errors import DataError
+from flagscale_like.errors import CheckpointError, DataError
 from flagscale_like.training.learning_rate import build_scheduler
 
 # What the order of the samples follows from, beside the number of planned samples.
@@ -90,7 +90,13 @@ def check_held_out(saved: Mapping[str, Any], documents: Mapping[str, int] | None
 
     Raises:
         DataError: a document changes sides, and data.accept_changes is false.
+        CheckpointError: `documents` holds no numbers.
     """
+    if not isinstance(documents, dict | None) or not all(isinstance(n, int) for n in (documents or {}).values()):
+        raise CheckpointError(
+            f"the checkpoint's state.json has {str(documents)[:60]!r} as documents, which must be a number for each "
+            "source: go on from another checkpoint, or begin anew with checkpoint.load"
+        )
     before = _read(saved)
     if before is None or not config.data.sources or not before.data.sources:
         return []
