@@ -464,7 +464,7 @@ class Kernels(Frozen):
         attention: core attention, without the projections.
         rope: rotary position embedding.
         rms_norm: RMSNorm.
-        swiglu: the SwiGLU activation of the FFN.
+        swiglu: the SwiGLU activation of the FFN, and with experts the permutation of their tokens.
         cross_entropy: the cross-entropy loss over the vocabulary.
         linear_cross_entropy: `fused` computes the output layer and the loss in one operator, which holds the logits of one
             chunk of tokens at a time. `off` computes all logits first. `auto` is `fused` on devices that Triton supports.

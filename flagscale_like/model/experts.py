@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor, nn
 
-from flagscale_kernels import swiglu
+from flagscale_kernels import collect_tokens, spread_tokens, swiglu, token_order
 from flagscale_like.arch import Experts
 from flagscale_like.model.modules import in_backward
 
@@ -281,30 +281,32 @@ class ExpertLayer(MoELayer):
     def __init__(self, config: TransformerConfig, **options: Any) -> None:
         super().__init__(config, **options)
         if self.ep_group.size() == 1:
-            self.token_dispatcher = LocalDispatcher(config, self.token_dispatcher)
+            self.token_dispatcher = LocalDispatcher(config, self.token_dispatcher, self.experts.backend)
 
 
 class LocalDispatcher(MoETokenDispatcher):
     """Puts the tokens of this rank into the order of the experts, and back. The host waits for nothing.
 
-    Sums have a fixed order, on CUDA as well: forward and backward read through the permutation or its inverse.
+    Args:
+        dispatcher: megatron-core's, whose groups this one has.
+        backend: of the permutation.
     """
 
-    def __init__(self, config: TransformerConfig, dispatcher: MoETokenDispatcher) -> None:
+    def __init__(self, config: TransformerConfig, dispatcher: MoETokenDispatcher, backend: str | None) -> None:
         groups = {"ep": dispatcher.ep_group, "expt_tp": dispatcher.tp_group, "tp_ep": dispatcher.tp_ep_group}
         super().__init__(config, ProcessGroupCollection(**groups))
+        self.backend = backend
 
     def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [s, b, h] -> the tokens, once for each expert that they go to, [s * b * top_k, h], and their weights."""
         self.shape = hidden.shape
         top_k = self.config.moe_router_topk
         experts = routing_map.to(torch.int8).topk(top_k, dim=1).indices  # [t, k]
-        order = experts.flatten().argsort(stable=True)
-        self.inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        self.token = order // top_k
+        self.order = token_order(experts)
         self.tokens_per_expert = routing_map.sum(0)
-        spread = _Spread.apply(hidden.reshape(-1, hidden.shape[-1]), self.token, self.inverse)
-        return spread, probs.gather(1, experts).flatten()[order]
+        weights, (_, inverse) = probs.gather(1, experts).flatten(), self.order
+        spread = spread_tokens(hidden.reshape(-1, hidden.shape[-1]), *self.order, backend=self.backend)
+        return spread, torch.zeros_like(weights).scatter(0, inverse.flatten(), weights)
 
     def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is sent."""
@@ -322,33 +324,4 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden: Tensor) -> Tensor:
         """[s * b * top_k, h] in the order of the experts -> [s, b, h], the sums of each token's experts."""
-        return _Collect.apply(hidden, self.token, self.inverse, self.config.moe_router_topk).view(self.shape)
-
-
-class _Spread(torch.autograd.Function):
-    """x[token], whose gradient is _Collect."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.tokens = len(x)
-        return x.index_select(0, token)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse).view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The sum over each token's rows, whose gradient is _Spread."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(token)
-        return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None, None
+        return collect_tokens(hidden, *self.order, backend=self.backend).view(self.shape)

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
-NAMES = ("rms_norm", "rope", "swiglu", "cross_entropy", "flash_attention", "piecewise_attention")
+NAMES = ("rms_norm", "rope", "swiglu", "token_permutation", "cross_entropy", "flash_attention", "piecewise_attention")
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
@@ -62,6 +62,11 @@ def swiglu(dtype, quick=False):
         MODULES["swiglu"]._backward_triton(gate, gate, gate, w, meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype))
 
 
+def token_permutation(dtype, quick=False):
+    for k in (8,) if quick else (1, 2, 8):
+        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), meta(S, k, dtype=torch.int64))
+
+
 def cross_entropy(dtype, quick=False):
     module = MODULES["cross_entropy"]
     logits, target, per_token = meta(S, V, dtype=dtype), meta(S, dtype=torch.int64), meta(S, dtype=torch.float32)
@@ -93,7 +98,9 @@ def piecewise_attention(dtype, d, causal=True):
 def cases(quick):
     """(label, function) of each case; the function launches the kernels of a forward and a backward."""
     bf16 = torch.bfloat16
-    found = [(f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, cross_entropy)]
+    found = [
+        (f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+    ]
     found += [
         ("causal D128", lambda: flash_attention(bf16, 128)),
         ("D128", lambda: piecewise_attention(bf16, 128)),
@@ -115,7 +122,10 @@ def cases(quick):
         ("D64", lambda: piecewise_attention(bf16, 64)),
         ("D256", lambda: piecewise_attention(bf16, 256)),
         ("full D128", lambda: piecewise_attention(bf16, 128, causal=False)),
-        *((f"{f.__name__} fp32", lambda f=f: f(fp32)) for f in (rms_norm, rope, swiglu, cross_entropy)),
+        *(
+            (f"{f.__name__} fp32", lambda f=f: f(fp32))
+            for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+        ),
     ]
 
 

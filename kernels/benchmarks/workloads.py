@@ -68,6 +68,14 @@ def workloads(device, tiny=False):
             operator="swiglu", shape=f"{n}x{f}", tensors=lambda n=n, f=f: [rand(n, 2 * f)], differentiable=(0,),
             ours=fk.swiglu, reference=fk.swiglu_reference, traffic_bytes=both(n * f, 6, 10),
         ))  # fmt: skip
+    for n, h, k in [(8, 64, 2)] if tiny else [(8192, 4096, 2), (8192, 2048, 8)]:
+        token, inverse = fk.token_order(torch.rand(n, 2 * k, device=device).topk(k).indices)
+        found.append(Workload(
+            operator="collect_tokens", shape=f"{n}x{h}, {k} of a token", tensors=lambda n=n, h=h, k=k: [rand(n * k, h)],
+            differentiable=(0,), ours=lambda x, token=token, inverse=inverse: fk.collect_tokens(x, token, inverse),
+            reference=lambda x, token=token, inverse=inverse: fk.collect_reference(x, token, inverse),
+            traffic_bytes=both(n * h, 2 * (k + 1), 2 * (k + 1)),
+        ))  # fmt: skip
     for n, v in [(8, 64)] if tiny else [(8192, 131072), (8192, 32000), (4096, 151936)]:
         found.append(Workload(
             operator="cross_entropy", shape=f"{n}x{v}", differentiable=(0,),

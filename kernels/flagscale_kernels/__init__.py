@@ -8,11 +8,20 @@ from flagscale_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_re
 from flagscale_kernels.rope import apply_rope, apply_rope_thd, rope, rope_reference
 from flagscale_kernels.rope_frequencies import packed_position_ids, rope_frequencies, rope_tables
 from flagscale_kernels.swiglu import swiglu, swiglu_reference
+from flagscale_kernels.token_permutation import (
+    collect_reference,
+    collect_tokens,
+    spread_reference,
+    spread_tokens,
+    token_order,
+)
 
 __all__ = [
     "apply_rope",
     "apply_rope_thd",
     "attention_reference",
+    "collect_reference",
+    "collect_tokens",
     "cross_entropy",
     "cross_entropy_reference",
     "flash_attention",
@@ -30,6 +39,9 @@ __all__ = [
     "rope_frequencies",
     "rope_reference",
     "rope_tables",
+    "spread_reference",
+    "spread_tokens",
     "swiglu",
     "swiglu_reference",
+    "token_order",
 ]

@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 import flagscale_kernels as fk
 
 TARGET = torch.tensor([1, -100, 3, 0, 2, 15])
+TOKEN, INVERSE = fk.token_order(torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2], [1, 0]]))
+
+
+def tokens(x):
+    """The order of six tokens' copies, where x lies."""
+    return TOKEN.to(x.device), INVERSE.to(x.device)
 
 
 def rope_tables():
@@ -37,6 +43,8 @@ def operators():
             lambda g, u, t, backend: fk.swiglu(g, u, weight=t, backend=backend),
             [x, x * 2, per_token],
         ),
+        "spread_tokens": (lambda x, backend: fk.spread_tokens(x, *tokens(x), backend=backend), [x]),
+        "collect_tokens": (lambda x, backend: fk.collect_tokens(x.repeat(2, 1), *tokens(x), backend=backend), [x]),
         "cross_entropy": (loss, [x]),
         "fused_linear_cross_entropy": (
             lambda x, w, backend: fk.fused_linear_cross_entropy(x, w, TARGET, chunk_tokens=4, backend=backend),
@@ -128,7 +136,19 @@ def test_activation_recompute_gives_the_same_gradients(backend, name, use_reentr
     assert_same([*out, *(t.grad for t in leaves)], outputs_and_gradients(function, tensors, backend))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_residual", "swiglu_packed", "swiglu_split", "rope", "rope_"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm",
+        "rms_norm_residual",
+        "swiglu_packed",
+        "swiglu_split",
+        "spread_tokens",
+        "collect_tokens",
+        "rope",
+        "rope_",
+    ],
+)
 def test_operator_registration_passes_pytorchs_own_checks(name):
     x, w = seeded(6, 16).requires_grad_(), seeded(16, seed=1).requires_grad_()
     heads, keys = seeded(6, 1, 4, 16), seeded(6, 1, 2, 16, seed=1)
@@ -137,6 +157,8 @@ def test_operator_registration_passes_pytorchs_own_checks(name):
         "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, "torch"),
         "swiglu_packed": (x, None, "torch"),
         "swiglu_split": (x, seeded(6, 16, seed=2).requires_grad_(), seeded(6, seed=3), "torch"),
+        "spread_tokens": (x, TOKEN, INVERSE, "torch"),
+        "collect_tokens": (seeded(12, 16).requires_grad_(), TOKEN, INVERSE, "torch"),
         "rope": (heads, keys, *rope_tables(), None, "sbnd", False, 1.0, "torch"),
         "rope_": (heads, keys, *rope_tables(), None, "sbnd", True, -1.0, "torch"),
     }[name]

@@ -63,6 +63,23 @@ def test_swiglu(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_token_permutation(dtype):
+    chosen = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:8] for i in range(333)])
+    token, inverse = fk.token_order(chosen.cuda())
+    (x,), (y,) = on_gpu((333, 4096), dtype=dtype), on_gpu((333 * 8, 4096), dtype=dtype)
+    for function, reference, given, dy in (
+        (fk.spread_tokens, fk.spread_reference, x, seeded(333 * 8, 4096, seed=2)),
+        (fk.collect_tokens, fk.collect_reference, y, seeded(333, 4096, seed=3)),
+    ):
+        assert_as_good_as_pytorch(
+            lambda t, f=function: f(t, token, inverse),
+            lambda t, f=reference: f(t, token, inverse),
+            [given],
+            [dy.cuda()],
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy(dtype):
     [x] = on_gpu((333, 32003), dtype=dtype)
     target = torch.randint(32003, (333,), generator=torch.Generator().manual_seed(0)).cuda()
