@@ -1,6 +1,6 @@
 """Compares experts as one grouped product with a loop over them, and a step with experts with a dense one.
 
-    python benchmarks/experts.py [--threads 1] [--rounds 7] [--precision fp32] [--json FILE]
+    python benchmarks/experts.py [--threads 1] [--rounds 7] [--tokens 2048] [--precision fp32] [--json FILE]
 
 1. Forward and backward of the experts alone: model.experts.GroupedExperts, megatron-core's SequentialMLP, and a bare loop of
    matrix products over the experts, with the same weights and tokens, in turns.
@@ -42,7 +42,7 @@ from flagscale_like.model.modules import SwiGLU
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.benchmark import our_steps
 
-HIDDEN, TOKENS, TOP_K = 256, 2048, 2
+HIDDEN, TOP_K = 256, 2
 # Experts, and the width of each: together as many parameters.
 SIZES = ((8, 512), (16, 256), (32, 128), (64, 64), (128, 32))
 
@@ -106,17 +106,18 @@ def sequential(module: GroupedExperts, layer: ExpertLayer) -> SequentialMLP:
 
 
 def grouped_against_loops(
-    count: int, width: int, rounds: int, precision: str, ctx: ParallelContext
+    size: tuple[int, int], tokens: int, rounds: int, precision: str, ctx: ParallelContext
 ) -> tuple[float, float]:
     """Seconds of megatron-core's SequentialMLP, and of a bare loop, over the grouped product's; forward and backward."""
+    count, width = size
     config = run_config({"count": count, "top_k": TOP_K, "ffn_hidden_size": width}, 4 * HIDDEN, precision)
     layer = Engine.build(ModelSpec.of(config), ctx).model.decoder.layers[0].mlp
     module, megatron = layer.experts, sequential(layer.experts, layer)
     dtype = module.linear_fc1.weight.dtype
-    chosen = torch.randint(0, count, (TOKENS * TOP_K,), generator=torch.Generator().manual_seed(1))
+    chosen = torch.randint(0, count, (tokens * TOP_K,), generator=torch.Generator().manual_seed(1))
     counts = chosen.bincount(minlength=count)
-    x = torch.randn(TOKENS * TOP_K, HIDDEN).to(dtype).requires_grad_()
-    probs = torch.rand(TOKENS * TOP_K).requires_grad_()
+    x = torch.randn(tokens * TOP_K, HIDDEN).to(dtype).requires_grad_()
+    probs = torch.rand(tokens * TOP_K).requires_grad_()
 
     def run(forward: Callable[[], torch.Tensor]) -> None:
         output = forward()
@@ -151,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the first comparison")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -158,10 +160,10 @@ def main() -> None:
     result: dict[str, object] = {"threads": args.threads, "torch": torch.__version__, "precision": args.precision}
     with parallel_context(Parallel()) as ctx:
         print(
-            f"{TOKENS} tokens to {TOP_K} experts each, hidden size {HIDDEN}, {args.threads} threads, {args.precision}"
+            f"{args.tokens} tokens to {TOP_K} experts each, hidden size {HIDDEN}, {args.threads} threads, {args.precision}"
         )
         for count, width in SIZES:
-            megatron, loop = grouped_against_loops(count, width, args.rounds, args.precision, ctx)
+            megatron, loop = grouped_against_loops((count, width), args.tokens, args.rounds, args.precision, ctx)
             result |= {f"megatron_over_grouped_{count}": megatron, f"loop_over_grouped_{count}": loop}
             print(
                 f"{count:>4} experts of width {width:>3}: the grouped product is {megatron:.2f} times as fast as "
