@@ -11,7 +11,7 @@ help:  ## Say what can be made
 
 $(VENV)/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
-	@echo "installing the packages of constraints.txt into $(VENV): minutes, and 2.8 GB with the CPU build of torch"
+	@echo "installing the packages of constraints.txt into $(VENV): minutes, and 3.4 GB with the CPU build of torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
