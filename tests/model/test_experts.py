@@ -22,7 +22,7 @@ from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.reduction import NamedSum
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
-ROWS, LENGTH, STEPS = 8, 32, 3
+ROWS, LENGTH, STEPS = 8, 32, 2
 FOUR = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "coefficient": 0.1}
 KINDS = {
     "batch": {**FOUR, "z_loss": 1e-3},
