@@ -100,9 +100,15 @@ class Router(TopKRouter):
             return probs, chosen
         weights = self._weights()
         if torch.is_grad_enabled():
-            self._count(logits, chosen)
+            # Without bias and groups: what the auxiliary loss and the entropy are of. A graph only where a loss needs it.
+            with torch.set_grad_enabled(experts.balances):
+                best, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+            self.tokens_per_expert += chosen.sum(0)
+            self.entropy -= torch.xlogy(scores.detach(), scores.detach()).sum()
             if experts.balances or experts.z_loss:
-                probs = MoEAuxLossAutoScaler.apply(probs, self._auxiliary_loss(logits, weights, s, b))
+                rows = self._tokens_of_rows(s, b, logits.device)
+                loss = self._auxiliary_loss(logits, best, scores, rows, weights)
+                probs = MoEAuxLossAutoScaler.apply(probs, loss)
         return probs, chosen
 
     def _weights(self) -> Tensor:
@@ -138,23 +144,14 @@ class Router(TopKRouter):
         """Drop what passes that never came back have left; before each step."""
         self._recomputed.clear()
 
-    @torch.no_grad()
-    def _count(self, logits: Tensor, chosen: Tensor) -> None:
-        self.tokens_per_expert += chosen.sum(0)
-        if self.experts.score == "softmax":
-            self.entropy += torch.distributions.Categorical(logits=logits.float(), validate_args=False).entropy().sum()
-        else:
-            scores = torch.sigmoid(logits.float())
-            scores = scores / scores.sum(-1, keepdim=True)
-            self.entropy -= torch.xlogy(scores, scores).sum()
-
-    def _auxiliary_loss(self, logits: Tensor, weights: Tensor, s: int, b: int) -> Tensor:
+    def _auxiliary_loss(self, logits: Tensor, best: Tensor, scores: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """The micro-batch's losses, coefficients and weights included: of this rank's tokens; all ranks' add up to them.
 
         Args:
+            best: bool [t, experts], the top_k of each token's scores.
+            rows: fp32 [rows, t], see _tokens_of_rows().
             weights: fp32 [rows].
         """
-        rows = self._tokens_of_rows(s, b, logits.device)  # [rows, t]
         length = rows.shape[1] * self.tp_cp_group.size() / len(rows)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.experts.z_loss:
@@ -163,8 +160,7 @@ class Router(TopKRouter):
         if self.experts.balances:
             if self.experts.balance == "batch":
                 rows, weights, length = rows.sum(0, keepdim=True), weights.sum(0, keepdim=True), length * len(rows)
-            chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-            counts = rows @ chosen.float()  # [rows, experts]
+            counts = rows @ best.float()  # [rows, experts]
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(counts, group=self.tp_cp_group)
             of_rows = balance_loss(counts, rows @ scores, length, self.topk)
