@@ -23,11 +23,14 @@ LAYER = {
     "data": 3,
     "checkpoint": 4,
     "engine": 5,
-    "objectives": 6,
-    "training": 7,
-    "recipes": 8,
-    "cli": 9,
-    "__main__": 10,
+    "generation": 6,
+    "objectives": 7,
+    "training": 8,
+    "rehearsal": 9,
+    "rl": 10,
+    "recipes": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 # Where a function may import our own modules: commands load what they need when they run.
 LATE_IMPORTS = "cli"
