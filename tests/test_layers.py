@@ -171,7 +171,7 @@ def test_the_kernels_import_nothing_of_ours():
 @pytest.mark.parametrize(
     ("file", "source", "complaint"),
     [
-        ("arch.py", "import flagscale_like.training.loop", "arch (layer 0) imports training (layer 7)"),
+        ("arch.py", "import flagscale_like.training.loop", "arch (layer 0) imports training (layer 8)"),
         ("data/x.py", "from flagscale_like.model import build", "data (layer 3) imports model (layer 3)"),
         ("data/x.py", "from . import build", "relative import"),
         ("data/x.py", "def f():\n    from flagscale_like import arch", "is imported inside f()"),
