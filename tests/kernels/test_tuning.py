@@ -8,11 +8,9 @@ from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_li
 
 FIRST, SECOND = Config(bm=64, bn=64), Config(bm=128, bn=64)
 LISTS = tile_lists(
-    sm80=[FIRST, SECOND],
-    sm90=[SECOND, FIRST],
-    wide=Config(bm=32, bn=32),
-    wide90=Config(bm=32, bn=64),
-    other=Config(bm=64, bn=32),
+    sm80={64: [FIRST, SECOND], 256: [Config(bm=32, bn=32)]},
+    sm90={128: [SECOND, FIRST], 256: [Config(bm=32, bn=64)]},
+    other={256: [Config(bm=64, bn=32)]},
     float32=Config(bm=16, bn=16),
     interpreter=Config(bm=64, bn=16),
 )
@@ -93,8 +91,9 @@ def test_without_autotuning_and_while_capturing_a_graph_the_first_config_runs(mo
     assert launch(tuned([])) == ((64,), 64)
 
 
-def test_each_chip_has_its_list():
-    assert LISTS(80, 128, 2) == [FIRST, SECOND]
+def test_each_chip_and_width_has_its_list():
+    assert LISTS(80, 64, 2) == LISTS(80, 16, 2) == [FIRST, SECOND]
+    assert LISTS(80, 128, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 64, 2) == [SECOND, FIRST]
     assert LISTS(80, 256, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]
