@@ -16,6 +16,7 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_float, check_same, choose_backend, require
 from flagscale_kernels._layouts import PACKED, as_bnsd, check_layout, from_bnsd, sizes, strides
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
@@ -368,7 +369,7 @@ def _lse_shape(q, layout):
     return sizes(q, layout)[1:] if layout == PACKED else sizes(q, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::flash_attention", mutates_args=())
+@operator("flash_attention")
 def _flash_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     max_q: int, max_k: int, scale: float, left: int, right: int, layout: str, backend: str,
@@ -377,7 +378,7 @@ def _flash_op(
     return run(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::flash_attention_backward", mutates_args=())
+@operator("flash_attention_backward")
 def _flash_backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     slopes: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,

@@ -23,6 +23,7 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_same, choose_backend, require
 from flagscale_kernels._layouts import LAYOUTS, PACKED, as_bnsd, check_layout, sizes, strides
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 from flagscale_kernels.flash_attention import (
@@ -315,7 +316,7 @@ def _backward_torch(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, lay
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::piecewise_attention", mutates_args=())
+@operator("piecewise_attention")
 def _piecewise_op(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor,
     threshold: int, causal: bool, scale: float, layout: str, backend: str,
@@ -324,7 +325,7 @@ def _piecewise_op(
     return run(q1, k1, q2, k2, v, threshold, causal, scale, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::piecewise_attention_backward", mutates_args=())
+@operator("piecewise_attention_backward")
 def _piecewise_backward_op(
     do: Tensor, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     threshold: int, causal: bool, scale: float, layout: str, backend: str,
