@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -176,7 +177,7 @@ def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_statistics", mutates_args=())
+@operator("cross_entropy_statistics")
 def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
     """Reduce [n, v] logits to [n, 4]: maximum, sum of exponentials, the target's logit, sum of logits.
 
@@ -190,7 +191,7 @@ def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bo
     return _statistics_triton(logits, target, vocab_start, with_sum)
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient", mutates_args=())
+@operator("cross_entropy_gradient")
 def gradient_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
@@ -201,7 +202,7 @@ def gradient_op(
     return out
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient_", mutates_args=("logits",))
+@operator("cross_entropy_gradient_", mutates=("logits",))
 def gradient_inplace_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,

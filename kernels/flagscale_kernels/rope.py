@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
 from flagscale_kernels._layouts import as_bnsd, check_layout, sizes, strides
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import next_power_of_2, tl, triton
 from flagscale_kernels.rope_frequencies import packed_position_ids
 
@@ -177,7 +178,7 @@ def _no_k(q):
     return q.new_empty(0)  # a custom op returns tensors only
 
 
-@torch.library.custom_op("flagscale_kernels::rope", mutates_args=())
+@operator("rope")
 def _rope_op(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     layout: str, interleaved: bool, sign: float, backend: str,
@@ -188,7 +189,7 @@ def _rope_op(
     return q_out, k_out
 
 
-@torch.library.custom_op("flagscale_kernels::rope_", mutates_args=("q", "k"))
+@operator("rope_", mutates=("q", "k"))
 def _rope_inplace_op(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     layout: str, interleaved: bool, sign: float, backend: str,

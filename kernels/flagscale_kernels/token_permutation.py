@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._checks import check_float, choose_backend, require
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_BLOCK = 2048  # columns that a program processes at a time
@@ -68,12 +69,12 @@ def _sum_rows(x, inverse, backend):
     return (_sum_rows_torch if backend == "torch" else _sum_rows_triton)(x, inverse)
 
 
-@torch.library.custom_op("flagscale_kernels::spread_tokens", mutates_args=())
+@operator("spread_tokens")
 def _spread_op(x: Tensor, token: Tensor, inverse: Tensor, backend: str) -> Tensor:
     return x.index_select(0, token)
 
 
-@torch.library.custom_op("flagscale_kernels::collect_tokens", mutates_args=())
+@operator("collect_tokens")
 def _collect_op(x: Tensor, token: Tensor, inverse: Tensor, backend: str) -> Tensor:
     return _sum_rows(x, inverse, backend)
 

@@ -51,11 +51,13 @@ def operators():
             [x, weight],
         ),
         "flash_attention": (
-            lambda q, k, v, backend: fk.flash_attention(q, k, v, layout="sbnd", return_lse=True, backend=backend),
+            lambda q, k, v, backend: fk.flash_attention(
+                q, k, v, causal=True, layout="sbnd", return_lse=True, backend=backend
+            ),
             [heads, keys, keys * 2],
         ),
         "piecewise_attention": (
-            lambda *t, backend: fk.piecewise_attention(*t, 3, layout="sbnd", backend=backend),
+            lambda *t, backend: fk.piecewise_attention(*t, 3, causal=True, layout="sbnd", backend=backend),
             [heads, keys, heads * 2, keys * 3, keys * 2],
         ),
     }
@@ -206,7 +208,7 @@ import torch, flagscale_kernels as fk
 x = torch.randn(3, 16, requires_grad=True)
 fk.rms_norm(fk.swiglu(x), torch.ones(8)).sum().backward()
 q = torch.randn(1, 2, 5, 16, requires_grad=True)
-fk.piecewise_attention(q, q, q, q, q, 2).sum().backward()
+fk.piecewise_attention(q, q, q, q, q, 2, causal=True).sum().backward()
 try:
     fk.swiglu(x, backend="triton")
 except ValueError as error:

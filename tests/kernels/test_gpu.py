@@ -110,8 +110,8 @@ def test_flash_attention(s, s_k, options, d, dtype):
     if "alibi_slopes" in options:
         options = {"alibi_slopes": torch.tensor(options["alibi_slopes"], device="cuda")}
     assert_as_good_as_pytorch(
-        lambda q, k, v: fk.flash_attention(q, k, v, return_lse=True, **options),
-        lambda q, k, v: fk.attention_reference(q, k, v, **options),
+        lambda q, k, v: fk.flash_attention(q, k, v, return_lse=True, **{"causal": True} | options),
+        lambda q, k, v: fk.attention_reference(q, k, v, **{"causal": True} | options),
         inputs,
         [seeded(2, 4, s, d, seed=8).cuda(), seeded(2, 4, s, seed=9).cuda()],
     )
@@ -123,8 +123,8 @@ def test_flash_attention(s, s_k, options, d, dtype):
 def test_piecewise_attention(threshold, d, dtype):
     q, k = (2, 4, 1000, d), (2, 2, 1000, d)
     assert_as_good_as_pytorch(
-        lambda *t: fk.piecewise_attention(*t, threshold),
-        lambda *t: fk.piecewise_reference(*t, threshold),
+        lambda *t: fk.piecewise_attention(*t, threshold, causal=True),
+        lambda *t: fk.piecewise_reference(*t, threshold, causal=True),
         on_gpu(q, k, q, k, k, dtype=dtype),
         [seeded(*q, seed=9).cuda()],
     )
@@ -137,5 +137,5 @@ def test_long_strided_sequences_do_not_overflow_32_bits():
     q = storage.as_strided((s, 1, 1, 64), (stride, 64, 64, 1))
     q.copy_(torch.randn(s, 1, 1, 64, device="cuda"))
     packed = q.contiguous()
-    out, expected = (fk.flash_attention(t, t, t, layout="sbnd", window=256) for t in (q, packed))
+    out, expected = (fk.flash_attention(t, t, t, causal=True, layout="sbnd", window=256) for t in (q, packed))
     assert torch.equal(out, expected)
