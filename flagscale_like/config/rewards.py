@@ -163,14 +163,14 @@ class Outside(Frozen):
 
     Attributes:
         action: `off`; `clamp` puts the score on the nearest bound (one that is outside by disagreement, accuracy or KL gets
-            at most the record's median); `reject` leaves the rollout out, and another is drawn; `penalise` subtracts
+            at most the record's median); `reject` leaves the rollout out, and another is drawn
+            (rl.max_refills); `penalise` subtracts
             `penalty`.
         scores: lowest and highest quantile of the record's scores that is inside.
         disagreement: quantile of the record's disagreement; 1 allows any.
         accuracy: least accuracy on held-out pairs of a score's band; 0 allows any.
         kl: highest log-ratio of a whole answer, in nats; without it, the record's quantile `scores[1]` where it has one.
         penalty: standard deviations of the record's scores that are subtracted.
-        refill: how often rejected rollouts are drawn again; what is rejected then is left out.
         keep: rollouts outside that are kept as first candidates for labelling, in RUN_DIR/outside.jsonl; the oldest go first.
     """
 
@@ -180,7 +180,6 @@ class Outside(Frozen):
     accuracy: float = Field(default=0.0, ge=0, le=1)
     kl: float | None = Field(default=None, gt=0)
     penalty: float = Field(default=1.0, gt=0)
-    refill: int = Field(default=2, ge=0)
     keep: int = Field(default=10_000, ge=0)
 
     @model_validator(mode="after")
