@@ -97,6 +97,7 @@ def short(row: dict) -> str:
 
 def summary(rows: list[dict]) -> str:
     """Failures, goals and counts: what to read first."""
+
     def of(kind):
         return [row for row in rows if row["kind"] == kind]
 

@@ -72,7 +72,9 @@ def options():
     parser.add_argument("--wide", action="store_true", help="with --configs: time configs that are not listed, too")
     parser.add_argument("--no-checks", action="store_true", help="measure without checking the numbers before")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check at a time")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="by default kernels/benchmarks/results")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="by default kernels/benchmarks/results"
+    )
     parser.add_argument("--smoke", action="store_true", help="run each operator once on the CPU; measure nothing")
     parser.add_argument("--stand-in", type=int, metavar="SEED", help="rehearse on a CPU that fails at random places")
     parser.add_argument("--hang-seconds", type=float, default=3600.0, help=argparse.SUPPRESS)
