@@ -55,6 +55,11 @@ class Report:
         self.lines.flush()
         print(short(row), flush=True)
 
+    def has_failure_of_ours(self) -> bool:
+        """Whether a row failed that does not time another implementation."""
+        failed = [row["name"] for row in self.rows if row["kind"] == "failure"]
+        return any(name.endswith(self.ours) or not name.startswith("time ") for name in failed)
+
     def finish(self, about: dict, not_run: list[str]) -> str:
         """Write the goals that nothing decided, the rows that did not run, and the whole report. Returns the summary."""
         for goal in goals.judged(self.rows, self.card.get("device", ""), self.ours):
@@ -114,32 +119,40 @@ def summary(rows: list[dict]) -> str:
 
 
 def plot(rows, path):
-    """Write a bar chart of each operator next to `path`."""
+    """Write one picture, `path`.png, with the bars of each operator and direction."""
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is not installed: no plots")
+        print("matplotlib is not installed: no plot")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for operator in sorted({row["operator"] for row in rows}):
-        mine = [row for row in rows if row["operator"] == operator]
-        figure, axes = plt.subplots(1, 2, figsize=(14, 5), squeeze=False)
-        for axis, direction in zip(axes[0], ("forward", "backward")):
-            part = [row for row in mine if row["direction"] == direction]
-            unit = "tflop_per_s" if part and "tflop_per_s" in part[0] else "gb_per_s"
-            shapes = list(dict.fromkeys(row["shape"] for row in part))
-            names = list(dict.fromkeys(row["provider"] for row in part))
-            for i, name in enumerate(names):
-                rates = {row["shape"]: row[unit] for row in part if row["provider"] == name}
-                places = [j + i * 0.8 / len(names) for j in range(len(shapes))]
-                axis.bar(places, [rates.get(s, 0.0) for s in shapes], width=0.8 / len(names), label=name)
-            axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes, rotation=30, ha="right", fontsize=7)
-            axis.set_ylabel(unit)
-            axis.set_title(f"{operator} {direction}")
-            if names:
-                axis.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(path.with_name(f"{path.stem}-{operator}.png"), dpi=100)
-        plt.close(figure)
+    operators = sorted({row["operator"] for row in rows})
+    if not operators:
+        return
+    figure, axes = plt.subplots(len(operators), 2, figsize=(14, 5 * len(operators)), squeeze=False)
+    for operator, pair in zip(operators, axes):
+        for direction, axis in zip(("forward", "backward"), pair):
+            part = [row for row in rows if (row["operator"], row["direction"]) == (operator, direction)]
+            _bars(axis, part, f"{operator} {direction}")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=80)
+    plt.close(figure)
+
+
+def _bars(axis, rows, title):
+    """A group of bars for each shape, one bar for each provider."""
+    axis.set_title(title)
+    if not rows:
+        return
+    unit = "tflop_per_s" if "tflop_per_s" in rows[0] else "gb_per_s"
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    for i, name in enumerate(names):
+        rates = {row["shape"]: row[unit] for row in rows if row["provider"] == name}
+        places = [j + i * 0.8 / len(names) for j in range(len(shapes))]
+        axis.bar(places, [rates.get(s, 0.0) for s in shapes], width=0.8 / len(names), label=name)
+    axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes, rotation=30, ha="right", fontsize=7)
+    axis.set_ylabel(unit)
+    axis.legend(fontsize=7)
