@@ -110,13 +110,15 @@ class OwnEngine:
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         texts = set(itertools.chain.from_iterable(self.add(prompt, sampling) for prompt in prompts))
+        left = self._any_left(bool(texts))
         try:
-            while self._any_left(bool(texts)):
-                ended = []
+            while left:
+                ended: list[Text] = []
                 with self.forward.ready():
-                    while not ended and self._any_left(bool(texts)):
+                    while left and not ended:
                         ended = [text for text in self.step() if text.rollout.finish and text in texts]
-                texts.difference_update(ended)
+                        texts.difference_update(ended)
+                        left = self._any_left(bool(texts))
                 yield from (text.rollout for text in ended)
         finally:
             self.cancel(texts)
@@ -206,13 +208,13 @@ class OwnEngine:
     def _pass(
         self, tokens: Sequence[int], decoding: Sequence[int], prompts: Sequence[PromptPart], wanted: Sequence[int]
     ) -> Tensor | None:
-        """The model over a step's tokens; logits after those wanted, on the last stage."""
+        """The model over a step's tokens; logits after those wanted, on the last stage. None where there are none."""
         places = [*decoding, *(part.start + part.count - 1 for part in prompts)]
         self.cache.reserve(max(places) + 1, self.room)
         hidden = self.forward.hidden(tokens, cached_step(self.cache, decoding, prompts))
         self.figures.steps += 1
         self.figures.prompt_tokens += len(tokens) - len(decoding)
-        return self.forward.logits(hidden, wanted) if hidden is not None else None
+        return self.forward.logits(hidden, wanted) if hidden is not None and wanted else None
 
     def _stand_in(self) -> None:
         """Compute a token that nobody asked for, where other ranks need this one's experts."""
