@@ -79,8 +79,8 @@ WRONG = {
     "warm-up too long": (["optimizer.warmup_steps=6"], "warmup_steps (6) must be less than train.steps (6)"),
     "min_lr over lr": (["optimizer.min_lr=1"], "min_lr (1.0) must not exceed lr (0.01)"),
     "wsd without decay": (["optimizer.schedule=wsd"], "wsd needs optimizer.decay_steps"),
-    "no data": (["data.synthetic=false"], "exactly one of sources, prepare and synthetic (0 given)"),
-    "data twice": (["data.sources=[{path: x}]"], "exactly one of sources, prepare and synthetic (2 given)"),
+    "no data": (["data.synthetic=false"], "exactly one of sources, prepare, synthetic and prompts (0 given)"),
+    "data twice": (["data.sources=[{path: x}]"], "exactly one of sources, prepare, synthetic and prompts (2 given)"),
     "bad split": (["data.split='90'"], "split must be three shares"),
     "split of NaN": (["data.split='nan,1,1'"], "split must be three shares"),
     "endless weight": (

@@ -42,17 +42,22 @@ from flagscale_like.config.rewards import (
     Reward,
     Rounds,
 )
+from flagscale_like.config.rl import Clip, Critic, Divergence, Drawing, Overlong, ReinforcementLearning
 from flagscale_like.config.run import RunConfig, check_layout
 from flagscale_like.config.trackers import Logging, Mlflow, Wandb
 
 __all__ = [
     "Chat",
     "Checkpoint",
+    "Clip",
     "CommandReward",
     "ContextParallelKind",
     "Contrastive",
+    "Critic",
     "Data",
     "DirectPreference",
+    "Divergence",
+    "Drawing",
     "EffectiveRank",
     "ExpertLoads",
     "FunctionReward",
@@ -72,10 +77,12 @@ __all__ = [
     "Offload",
     "Optimizer",
     "Outside",
+    "Overlong",
     "Parallel",
     "Prepare",
     "Profile",
     "RampUp",
+    "ReinforcementLearning",
     "Resilience",
     "Reward",
     "RewardModel",

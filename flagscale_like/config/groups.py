@@ -293,13 +293,15 @@ class Prepare(Frozen):
 
 
 class Data(Frozen):
-    """The training data. Exactly one of `sources`, `prepare` and `synthetic` must be given.
+    """The training data. Exactly one of `sources`, `prepare`, `synthetic` and `prompts` must be given.
 
     Attributes:
         sources: tokenized data sources, which are blended by their weights.
         prepare: raw text to tokenize before the first step.
         synthetic: train on random tokens, for benchmarks.
-        tokenizer: the Hugging Face tokenizer folder that the sources were tokenized with. Required with `sources`.
+        prompts: files of prompts, for reinforcement learning; see docs/rl.md.
+        tokenizer: the Hugging Face tokenizer folder that the sources were tokenized with. Required with `sources` and
+            `prompts`.
         split: shares of the documents for training, validation and test. If evaluation is on and the test share is above 0,
             the test loss is reported once, after the last step.
         num_workers: data loader processes of each rank; 0 loads data in the training process.
@@ -312,6 +314,7 @@ class Data(Frozen):
     sources: list[Source] = Field(default_factory=list)
     prepare: Prepare | None = None
     synthetic: bool = False
+    prompts: list[PathText] = Field(default_factory=list)
     tokenizer: PathText | None = None
     split: str = "98,2,0"
     num_workers: int = Field(default=0, ge=0)
@@ -332,15 +335,17 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        given = sum((bool(self.sources), self.prepare is not None, self.synthetic))
+        given = sum((bool(self.sources), self.prepare is not None, self.synthetic, bool(self.prompts)))
         if given != 1:
-            raise ValueError(f"give exactly one of sources, prepare and synthetic ({given} given)")
+            raise ValueError(f"give exactly one of sources, prepare, synthetic and prompts ({given} given)")
         if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):
             raise ValueError("prepare needs data.tokenizer, or prepare.tokenizer_vocab_size to train one")
         if self.prepare and self.prepare.chat and not (self.tokenizer or self.prepare.chat.template):
             raise ValueError(
                 "prepare.chat needs prepare.chat.template where a tokenizer is trained: the chat template's file"
             )
+        if self.prompts and not self.tokenizer:
+            raise ValueError("prompts need data.tokenizer: the folder of the policy's tokenizer")
         if self.sources and not self.tokenizer:
             raise ValueError("sources need data.tokenizer: the folder of the tokenizer that made them")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import yaml
 from pydantic import model_validator
@@ -23,6 +24,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.rl import ReinforcementLearning
 from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
 
@@ -146,6 +148,7 @@ class RunConfig(Frozen):
     """The complete configuration of a run.
 
     Attributes:
+        task: `train` learns from data by `objective`, `rl` from rewards by the group `rl`.
         run_dir: folder of everything that the run writes: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, loss.png
             and more. A run whose folder has checkpoints resumes from the newest one.
         model: shape of the model.
@@ -154,6 +157,7 @@ class RunConfig(Frozen):
         optimizer: optimizer and learning-rate schedule.
         data: training data.
         objective: what the run learns.
+        rl: reinforcement learning, with task rl.
         checkpoint: checkpoints.
         kernels: implementation of each operator.
         monitors: monitors, and the reaction to anomalies.
@@ -164,6 +168,7 @@ class RunConfig(Frozen):
         logging: experiment trackers.
     """
 
+    task: Literal["train", "rl"] = "train"
     run_dir: PathText
     model: ModelArch
     parallel: Parallel = Parallel()
@@ -171,6 +176,7 @@ class RunConfig(Frozen):
     optimizer: Optimizer
     data: Data
     objective: AnyObjective = NextTokenLoss()
+    rl: ReinforcementLearning | None = None
     checkpoint: Checkpoint = Checkpoint()
     kernels: Kernels = Kernels()
     monitors: Monitors = Monitors()
@@ -219,6 +225,7 @@ class RunConfig(Frozen):
             self._check_pairs()
         if self.objective.reads == "groups":
             self._check_groups()
+        self._check_rl()
         self._check_schedule()
         return self
 
@@ -239,6 +246,28 @@ class RunConfig(Frozen):
                 "monitors.effective_rank: weights and gradients are of the model's matrices, which lora does not train: "
                 "give of: [activations]"
             )
+
+    def _check_rl(self) -> None:
+        if (self.task == "rl") != (self.rl is not None):
+            given = "task rl needs the group rl" if self.task == "rl" else "the group rl needs task: rl"
+            raise ValueError(given)
+        if (self.task == "rl") != bool(self.data.prompts):
+            given = "task rl reads data.prompts" if self.task == "rl" else "data.prompts is for task: rl"
+            raise ValueError(f"{given}: files of prompts, as docs/rl.md describes them")
+        if self.rl is None:
+            return
+        train = self.train
+        unfit = {
+            "objective": self.objective != NextTokenLoss(),
+            "train.ramp_up": train.ramp_up is not None,
+            "train.eval_interval": bool(train.eval_interval),
+            "data.selection": self.data.selection is not None,
+            "init.salience": self.init.salience is not None,
+            "offload": self.offload is not None,
+        }
+        if named := [name for name, given in unfit.items() if given]:
+            raise ValueError(f"{named[0]} is not for task rl: leave it out")
+        self.rl.check_run(rollouts=train.global_batch_size, places=train.seq_length)
 
     def _check_pairs(self) -> None:
         kind, data = f"objective.kind {self.objective.kind}", self.data

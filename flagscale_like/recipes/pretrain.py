@@ -72,6 +72,8 @@ def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None
     begun = start(config, ctx)
     with ExitStack() as closing:
         run = assemble(config, begun, closing, parts)
+        if config.checkpoint.interval:
+            run.store.reserve(run.fragments)
         announce(run, begun.notes)
         run.parts.begin(run.reporter)
         run_steps(run)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Outputs
+from flagscale_like.engine.objective import BatchObjective, Objective
 from flagscale_like.errors import DivergedError
 from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.training.parts import Facts, Step, Verdict
@@ -13,32 +17,66 @@ from flagscale_like.training.run import Run
 from flagscale_like.training.step_log import SHOWN_SUMS
 
 
-def run_steps(run: Run) -> None:
+@dataclass(frozen=True)
+class Learned:
+    """What a step learned, and what became of it."""
+
+    outputs: Outputs
+    facts: Facts
+    verdict: Verdict
+
+
+class Updates:
+    """Optimizer steps of the run's engine, one at a call: gradients, facts, verdict, update. All ranks call it alike."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._add_up = run, NamedSum(run.ctx)
+
+    def __call__(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Learned:
+        """Learn from `count` micro-batches."""
+        run = self.run
+        outputs = run.engine.forward_backward(batches, objective, count)
+        facts = facts_of(outputs, run, self._add_up)
+        verdict = run.guard(facts, run.parts.judge)
+        if verdict is Verdict.UPDATE:
+            run.parts.before_update()
+            run.engine.update(clip=run.config.optimizer.clip_grad, grad_norm=facts.grad_norm)
+        return Learned(outputs, facts, verdict)
+
+
+def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, until: int | None = None) -> None:
     """Step until the last one, or until a rank was asked to stop; evaluate and save when the plans say so.
+
+    Args:
+        learn: what a step learns; without it, an update from the next micro-batches of the run's feed.
+        until: the last step of this call; without it, of the run.
 
     Raises:
         DivergedError: the guard stopped the run.
         CheckpointError: a save failed, and checkpoint.on_error says stop, or it was the last one.
     """
-    config, engine, progress = run.config, run.engine, run.progress
-    add_up, first = NamedSum(run.ctx), True
-    while plan := next_step(config, run.ctx.dp, progress, first=first):
+    engine, progress = run.engine, run.progress
+    if learn is None:
+        learn = _next_update(run)
+    while plan := next_step(run.config, run.ctx.dp, progress, first=not run.begun, until=until):
         run.parts.before(plan)
         with run.clock.step():
-            outputs = engine.forward_backward(run.feed.take(plan.micro_batches), run.objective, plan.micro_batches)
-            facts = facts_of(outputs, run, add_up)
-            verdict = run.guard(facts, run.parts.judge)
-            if verdict is Verdict.UPDATE:
-                run.parts.before_update()
-                engine.update(clip=config.optimizer.clip_grad, grad_norm=facts.grad_norm)
+            learned = learn(plan)
+        facts, verdict = learned.facts, learned.verdict
         progress.step, progress.consumed = plan.step, plan.first_sample + plan.batch_size
         progress.skipped += verdict is not Verdict.UPDATE
-        progress.stopping, first = facts.sums["stop"] > 0, False
+        progress.stopping, run.begun = facts.sums["stop"] > 0, True
         rate = engine.optimizer.param_groups[0]["lr"]
-        step = Step(plan, outputs, facts, verdict, progress.consumed, progress.skipped, rate)
+        step = Step(plan, learned.outputs, facts, verdict, progress.consumed, progress.skipped, rate)
         run.parts.after(step, run.reporter)
-        run.scheduler.step(increment=1)
+        for scheduler in run.schedulers:
+            scheduler.step(increment=1)
         settle(run, plan, step)
+
+
+def _next_update(run: Run) -> Callable[[StepPlan], Learned]:
+    updates = Updates(run)
+    return lambda plan: updates(run.feed.take(plan.micro_batches), run.objective, plan.micro_batches)
 
 
 def facts_of(outputs: Outputs, run: Run, add_up: NamedSum) -> Facts:

@@ -59,15 +59,18 @@ def last_step(config: RunConfig) -> int:
     return min(config.train.steps, config.train.exit_at_step or config.train.steps)
 
 
-def next_step(config: RunConfig, dp: int, progress: Progress, *, first: bool) -> StepPlan | None:
+def next_step(
+    config: RunConfig, dp: int, progress: Progress, *, first: bool, until: int | None = None
+) -> StepPlan | None:
     """The plan of the next step; None where the run is at its last one or is stopping.
 
     Args:
         dp: data-parallel ranks.
         first: see StepPlan.
+        until: no step after this one is planned; without it, none after the run's last one.
     """
     train, last = config.train, last_step(config)
-    if progress.step >= last or progress.stopping:
+    if progress.step >= (last if until is None else min(last, until)) or progress.stopping:
         return None
     step, size = progress.step + 1, train.batch_size_at(progress.consumed)
     return StepPlan(

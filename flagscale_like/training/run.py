@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import platform as host
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from flagscale_like.checkpoint.adapters import AdaptedWeights
 from flagscale_like.checkpoint.companions import Origin, read_companions
 from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import CheckpointStore, layout_record
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
@@ -45,7 +47,8 @@ class Start:
     """A model and its optimizer as the run begins or goes on, and where it stands.
 
     Attributes:
-        saved: state.json of the checkpoint that the run goes on from; empty where it begins.
+        reader: the checkpoint that the run goes on from; None where it begins.
+        saved: its state.json; empty where the run begins.
         new: whether the weights were drawn.
         weights: what the weights of a new run come from, as checkpoint.adapters records it; None where they were drawn.
         origin: the Hugging Face folder that the weights come from, if they do.
@@ -56,6 +59,7 @@ class Start:
     scheduler: OptimizerParamScheduler
     store: CheckpointStore
     progress: Progress
+    reader: CheckpointReader | None = None
     saved: dict[str, Any] = field(default_factory=dict)
     new: bool = False
     weights: dict[str, Any] | None = None
@@ -63,11 +67,26 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A further model of a run, which its checkpoints hold under the engine's name.
+
+    Attributes:
+        scheduler: of its learning rate, which is counted in the run's steps; None where it is not trained.
+    """
+
+    engine: Engine
+    scheduler: OptimizerParamScheduler | None = None
+
+
 @dataclass
 class Run:
     """All that the training loop works with, on this rank.
 
     Attributes:
+        feed: the micro-batches; None where the run's steps make their own.
+        beside: the models beside the engine's.
+        begun: whether this start of the run has made a step.
         evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
         clock: of the steps since the last log line.
         documents: see changes.source_record.
@@ -83,9 +102,11 @@ class Run:
     parts: Parts
     guard: Guard
     saves: Saves
-    feed: Feed
     reporter: Reporter
     watchdog: Watchdog
+    feed: Feed | None = None
+    beside: Sequence[Beside] = ()
+    begun: bool = False
     evaluate: Callable[[str], Evaluation] | None = None
     clock: Clock = field(default_factory=Clock)
     documents: dict[str, int] = field(default_factory=dict)
@@ -95,9 +116,23 @@ class Run:
     def ctx(self) -> ParallelContext:
         return self.engine.ctx
 
+    @property
+    def engines(self) -> list[Engine]:
+        """All models of the run."""
+        return [self.engine, *(one.engine for one in self.beside)]
+
+    @property
+    def schedulers(self) -> list[OptimizerParamScheduler]:
+        """Of all models that are trained."""
+        return [self.scheduler, *(one.scheduler for one in self.beside if one.scheduler is not None)]
+
     def save(self) -> None:
         """Begin a checkpoint of everything that the run needs to go on; how it ends is in `store.outcomes`."""
-        self.store.save(self.progress.step, self.engine.fragments, self.state())
+        self.store.save(self.progress.step, self.fragments, self.state())
+
+    def fragments(self) -> Iterator[Shard]:
+        """What this rank saves of all models."""
+        return itertools.chain.from_iterable(engine.fragments() for engine in self.engines)
 
     def state(self) -> dict[str, Any]:
         """What state.json of a checkpoint holds: where the run stands, and each part's state under the part's name."""
@@ -115,7 +150,7 @@ class Run:
             "documents": self.documents,
             "hugging_face": self.origin.record(),
             "versions": versions(),
-            **engine_states([self.engine]),
+            **engine_states(self.engines),
         }
         assert not own.keys() & parts.keys(), f"a part is named as what the run saves: {own.keys() & parts.keys()}"
         return own | parts
@@ -137,9 +172,12 @@ class Run:
         if folder is None:
             raise DivergedError(f"step {self.progress.step}: no whole checkpoint to go back to in {self.store.root}")
         reader = CheckpointReader(folder)
-        self.engine.load(reader)
+        for engine in self.engines:
+            if engine.optimizer is not None:
+                engine.load(reader)
         left, self.progress.step = self.progress.step, int(reader.state["step"])
-        set_steps(self.scheduler, int(reader.state["learning_rate_steps"]))
+        for scheduler in self.schedulers:
+            set_steps(scheduler, int(reader.state["learning_rate_steps"]))
         self.parts.load(reader.state, back=True)
         self.progress.rewinds += 1
         self.save()
@@ -180,7 +218,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     begun = Start(engine, scheduler, store, progress, notes=notes)
     if reader is not None:
         engine.load_optimizer(reader)
-        begun.saved = reader.state
+        begun.reader, begun.saved = reader, reader.state
         notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
@@ -193,8 +231,6 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     begun.origin = origin_of(reader or source)
     if ctx.is_main:
         store.companions = read_companions(usage_folders(config, reader, source), begun.origin.auto_map)
-    if config.checkpoint.interval:
-        store.reserve(engine.fragments)
     return begun
 
 

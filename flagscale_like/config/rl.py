@@ -1,0 +1,222 @@
+"""The group `rl`: what a run of `task: rl` learns from, and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from flagscale_like.arch import Frozen
+from flagscale_like.config.groups import PathText
+from flagscale_like.config.rewards import Outside, Reward, Rounds
+
+Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"]
+GROUPED: tuple[Algorithm, ...] = ("grpo", "dr_grpo", "rloo")
+
+
+class Drawing(Frozen):
+    """How rollouts are drawn.
+
+    Attributes:
+        engine: what draws them: `own` generates with the trainer's weights in place, `vllm` is the vLLM engine.
+        samples: rollouts of each prompt. The group algorithms compare them, and need 2 or more.
+        max_new_tokens: the most tokens that are drawn after a prompt.
+        temperature: divides the logits, in drawing and in training alike; above 0.
+        top_p: draw among the likeliest tokens that together have this probability. The trainer's probabilities are of all
+            tokens, so that a value below 1 biases the ratio of the two.
+        top_k: draw among so many of the likeliest tokens; 0: among all.
+        stop_strings: texts that end a rollout, beside the tokenizer's end of text.
+    """
+
+    engine: Literal["own", "vllm"] = "own"
+    samples: int = Field(default=1, gt=0)
+    max_new_tokens: int = Field(gt=0)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    stop_strings: tuple[str, ...] = ()
+
+
+class Divergence(Frozen):
+    """The penalty on the distance from the reference, which is the policy as the run begins.
+
+    With d the log-probability of a token under the policy less that under the reference (Schulman 2020):
+
+    Attributes:
+        coefficient: factor on the penalty; 0 keeps no reference.
+        into: `reward` subtracts the penalty from each token's reward (Ziegler et al. 2019); `loss` adds it to the loss (Shao
+            et al. 2024).
+        estimator: `k1` is d; `k3` is exp(-d) - 1 + d, which is never negative.
+        target: nats a rollout that the coefficient is steered to (Ziegler et al. 2019, section 2.2); without it the
+            coefficient stays.
+        horizon: rollouts over which the coefficient is steered.
+        memory: where the reference's weights lie between two scorings. `device` keeps them beside the policy's; `host`
+            exchanges them with the policy's for the time of a scoring; `auto` is host where the device has memory of its own.
+            With LoRA there are no such weights: the reference is the policy with its adapters off.
+    """
+
+    coefficient: float = Field(default=0.05, ge=0)
+    into: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k3"] = "k1"
+    target: float | None = Field(default=None, gt=0)
+    horizon: int = Field(default=10_000, gt=0)
+    memory: Literal["auto", "device", "host"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Divergence:
+        if self.into == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator k1 in the loss has a gradient whose mean is 0, and restrains nothing: give estimator k3, or into "
+                "reward"
+            )
+        if self.target is not None and not self.coefficient:
+            raise ValueError("target steers the coefficient, and coefficient 0 stays 0: give a coefficient above 0")
+        return self
+
+
+class Clip(Frozen):
+    """How far one iteration may move the policy and the values from where they were when the rollouts were scored.
+
+    Attributes:
+        low, high: the ratio of new and old probability counts within 1 - low and 1 + high (Schulman et al. 2017; with high
+            above low, DAPO, Yu et al. 2025).
+        dual: with a negative advantage, the loss is at most this multiple of its size (Ye et al. 2020, section 4.2).
+        value: a value counts within this distance of its old one; without it, wherever it is.
+    """
+
+    low: float = Field(default=0.2, gt=0, lt=1)
+    high: float = Field(default=0.2, gt=0)
+    dual: float | None = Field(default=None, gt=1)
+    value: float | None = Field(default=0.2, gt=0)
+
+
+class Critic(Frozen):
+    """The model of the values, which PPO trains beside the policy. All its weights are trained, at the policy's schedule.
+
+    Attributes:
+        lr: its peak learning rate.
+        load: a checkpoint or a Hugging Face folder that it begins from, such as a reward model; without it, the policy's
+            weights with a new head.
+        gae_lambda: of its returns; 1 makes them the rewards to come (VAPO, Yuan et al. 2025).
+    """
+
+    lr: float = Field(default=1e-5, gt=0)
+    load: PathText | None = None
+    gae_lambda: float = Field(default=1.0, ge=0, le=1)
+
+
+class Overlong(Frozen):
+    """DAPO's overlong shaping (Yu et al. 2025, equation 13): a rollout that comes near its room loses reward.
+
+    Attributes:
+        buffer: tokens before rollout.max_new_tokens within which the penalty grows from 0 to `penalty`.
+        penalty: of a rollout that fills the room.
+    """
+
+    buffer: int = Field(gt=0)
+    penalty: float = Field(default=1.0, gt=0)
+
+
+class ReinforcementLearning(Frozen):
+    """Reinforcement learning from rewards. A step of the run is one iteration: rollouts are drawn, scored and learned from.
+
+    train.global_batch_size counts the rollouts of an iteration, train.seq_length the tokens of a row, which holds several
+    rollouts with their prompts, and train.micro_batch_size rows.
+
+    Attributes:
+        algorithm: where a token's advantage comes from; see rl.algorithms. `ppo` has a critic; `grpo`, `dr_grpo` and `rloo`
+            compare the rollouts of a prompt; `reinforce++` compares the batch.
+        rollout: how rollouts are drawn.
+        reward: what scores them.
+        outside: the guard on exploration, for rewards of a reward model.
+        rounds: rounds, in which the reward model is renewed between iterations.
+        kl: the penalty on the distance from the reference.
+        clip: how far one iteration may move the models.
+        critic: the model of the values, for `ppo`.
+        gamma: discount of later rewards.
+        gae_lambda: of the policy's advantages (Schulman et al. 2016), for `ppo`.
+        epochs: how often an iteration's rollouts are learned from.
+        minibatches: optimizer steps of an epoch. The rollouts are divided among them anew in each epoch.
+        mean: what has the same weight in the loss: each `token`, or each `rollout`, whose loss is the mean of its tokens.
+            Without it, as in the algorithm's paper: rollout for `grpo`, token otherwise. (`dr_grpo` divides the sum by the
+            rollouts times max_new_tokens.)
+        old: where the log-probabilities of the rollouts come from that the ratio's denominator is made of: `engine` takes
+            those of drawing; `trainer` computes them again, and weighs each token by what lies between the two.
+        importance_cap: the largest such weight (truncated importance sampling, Yao et al. 2025).
+        staleness: iterations between the weights that draw and those that learn. 1 draws the next rollouts before it learns
+            from the last ones.
+        dynamic_sampling: replace groups whose scores are all equal, which teach nothing (DAPO, Yu et al. 2025).
+        max_refills: how often the drawing goes on in an iteration to replace what was left out.
+        overlong: overlong shaping.
+        template: file of the chat template (Jinja) for prompts that are messages; without it, that of data.tokenizer.
+    """
+
+    algorithm: Algorithm = "ppo"
+    rollout: Drawing
+    reward: Reward
+    outside: Outside = Outside()
+    rounds: Rounds = Rounds()
+    kl: Divergence = Divergence()
+    clip: Clip = Clip()
+    critic: Critic = Critic()
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    epochs: int = Field(default=1, gt=0)
+    minibatches: int = Field(default=1, gt=0)
+    mean: Literal["token", "rollout"] | None = None
+    old: Literal["engine", "trainer"] = "trainer"
+    importance_cap: float = Field(default=2.0, ge=1)
+    staleness: Literal[0, 1] = 0
+    dynamic_sampling: bool = False
+    max_refills: int = Field(default=4, ge=0)
+    overlong: Overlong | None = None
+    template: PathText | None = None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a model of the values is trained."""
+        return self.algorithm == "ppo"
+
+    @model_validator(mode="after")
+    def _check(self) -> ReinforcementLearning:
+        drawing, name = self.rollout, self.algorithm
+        if drawing.temperature == 0:
+            raise ValueError(
+                "rollout.temperature 0 draws the same rollout every time, and its probability is 1: give one above 0"
+            )
+        if drawing.samples == 1 and (name in GROUPED or self.dynamic_sampling):
+            what = f"algorithm {name}" if name in GROUPED else "dynamic_sampling"
+            raise ValueError(f"{what} compares the rollouts of a prompt, and rollout.samples is 1: give 2 or more")
+        if self.overlong and self.overlong.buffer > drawing.max_new_tokens:
+            raise ValueError(
+                f"overlong.buffer ({self.overlong.buffer}) exceeds rollout.max_new_tokens ({drawing.max_new_tokens})"
+            )
+        if self.dynamic_sampling and not self.max_refills:
+            raise ValueError("dynamic_sampling draws again for what it leaves out: max_refills must be above 0")
+        if self.algorithm == "dr_grpo" and self.mean is not None:
+            raise ValueError("dr_grpo has a mean of its own: leave `mean` out, or use grpo")
+        return self
+
+    def check_run(self, *, rollouts: int, places: int) -> None:
+        """Check the numbers of rollouts against each other.
+
+        Args:
+            rollouts: train.global_batch_size.
+            places: train.seq_length.
+
+        Raises:
+            ValueError: a number does not divide another, or a row has no room for a rollout.
+        """
+        samples, parts = self.rollout.samples, self.minibatches
+        if rollouts % samples:
+            raise ValueError(
+                f"train.global_batch_size ({rollouts}) counts the rollouts of an iteration: it must be divisible by "
+                f"rl.rollout.samples ({samples})"
+            )
+        if rollouts % parts:
+            raise ValueError(f"train.global_batch_size ({rollouts}) must be divisible by rl.minibatches ({parts})")
+        if self.rollout.max_new_tokens >= places:
+            raise ValueError(
+                f"rl.rollout.max_new_tokens ({self.rollout.max_new_tokens}) leaves a prompt no room in train.seq_length "
+                f"({places})"
+            )
