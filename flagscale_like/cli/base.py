@@ -109,53 +109,13 @@ def open_model(
     Raises:
         CheckpointError, ConversionError: something cannot be read, or does not belong together.
     """
-    from flagscale_like.checkpoint.adapters import AdaptedWeights, holds_adapters, open_base, open_weights
-    from flagscale_like.checkpoint.format import CheckpointReader
-    from flagscale_like.checkpoint.hf_folder import HfFolder
-    from flagscale_like.checkpoint.manifest import find_checkpoint
-    from flagscale_like.checkpoint.peft_folder import PeftFolder, is_peft_folder
-    from flagscale_like.errors import CheckpointError
+    from flagscale_like.checkpoint.opened import open_adapted
     from flagscale_like.runtime.launched import current_launch
 
-    source = HfFolder(path) if hugging_face else open_weights(path)
-    launch = current_launch()
-    for note in getattr(source, "notes", ()) if launch is None or launch.rank == 0 else ():
+    opened, launch = (
+        open_adapted(path, hugging_face=hugging_face, adapter=adapter, base=base, force=force),
+        current_launch(),
+    )
+    for note in opened.notes if launch is None or launch.rank == 0 else ():
         typer.echo(note, err=True)
-    if adapter is not None and is_peft_folder(adapter):
-        if holds_adapters(source):
-            raise CheckpointError(f"{path}: holds adapters alone, and cannot be the base of others")
-        if launch is None or launch.rank == 0:
-            typer.echo(
-                f"{adapter}: peft records no identity of the base: not verified that it is {path}; the shapes agree"
-            )
-        return AdaptedWeights(source, PeftFolder(adapter, source.arch)), _tokenizer_of(source)
-    if adapter is not None:
-        adapters, base = CheckpointReader(find_checkpoint(adapter)), path
-        if not holds_adapters(adapters):
-            raise CheckpointError(f"{adapters.folder}: holds no LoRA adapters")
-    elif isinstance(source, CheckpointReader) and holds_adapters(source):
-        adapters = source
-    else:
-        return source, _tokenizer_of(source)
-    way_out = "give the base's folder, and this one with --adapter" if base is None else "give another folder"
-    opened = open_base(adapters, base, way_out=way_out, force=force)
-    return AdaptedWeights(opened, adapters), _tokenizer_of(adapters) or _tokenizer_of(opened)
-
-
-def _tokenizer_of(source: CheckpointReader | HfFolder) -> Path | None:
-    """The tokenizer folder that lies with the weights, or that a run of an earlier version used; None if there is none."""
-    from flagscale_like.checkpoint.companions import TOKENIZER_FILES, companions_at
-
-    state = getattr(source, "state", None)
-    if state is None:
-        return source.folder if any((source.folder / name).is_file() for name in TOKENIZER_FILES) else None
-    named = state.get("config", {}).get("data", {}).get("tokenizer")
-    found = companions_at(source.folder)
-    if found is None and named:  # a checkpoint of an earlier version has the path alone, as the run's YAML gave it
-        found = Path(named) if Path(named).is_dir() else None
-        if found is None:
-            typer.echo(
-                f"warning: {source.folder}: the run's tokenizer was at {named}, and is not there: give --tokenizer FOLDER",
-                err=True,
-            )
-    return found
+    return opened.source, opened.tokenizer

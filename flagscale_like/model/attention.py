@@ -311,7 +311,7 @@ class CoreAttention(nn.Module):
 
     def _gathered(self, query: Tensor, key: Tensor, value: Tensor, pack: Pack | None) -> Tensor:
         """Attention of this rank's tokens over the keys of all context-parallel ranks."""
-        options = {"softmax_scale": self.softmax_scale, "backend": self.backend}
+        options = {"causal": self.causal, "softmax_scale": self.softmax_scale, "backend": self.backend}
         nlpe = self.position.kind == "nlpe"
         if nlpe:
             kernel = Piecewise(self.position.threshold, options)
@@ -374,7 +374,7 @@ class CoreAttention(nn.Module):
 
         def attend(*document: Tensor) -> Tensor:
             options = {"softmax_scale": self.softmax_scale, "layout": "sbnd", "backend": self.backend}
-            return piecewise_attention(*document, self.position.threshold, **options)
+            return piecewise_attention(*document, self.position.threshold, causal=self.causal, **options)
 
         if len(lengths) == 1:
             return attend(q1, k1, q2, k2, value)

@@ -108,9 +108,9 @@ class LanguageModelHead(ColumnParallelLinear):
                 backend=self.backend,
             ).t()
         logits, _ = self(hidden, weight)
-        # The backward pass writes the logits' gradient over them.
-        loss = cross_entropy(logits, labels.t(), group=self.tp_group, reduction="none", backend=self.backend)
-        return loss.t()
+        # The backward pass writes the logits' gradient over them: nothing else reads what `forward` has made.
+        options = {"reduction": "none", "inplace_backward": True, "backend": self.backend}
+        return cross_entropy(logits, labels.t(), group=self.tp_group, **options).t()
 
 
 class ValueHead(MegatronModule):

@@ -54,6 +54,7 @@ class RewardSource(Protocol):
 
     All ranks call `scores` alike, with the same answers (those of all data-parallel ranks), and all get the same scores. A
     reward model spreads them over its own ranks; what runs outside of the ranks is asked once, by rank 0.
+    A call holds all answers of a prompt: a judge compares them with each other.
     """
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:

@@ -1,10 +1,12 @@
-"""What a model makes of each answer of some pairs: its log-probability, or its rewards."""
+"""What a model makes of each answer: its log-probability, or its rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.pairs import PairRows
@@ -15,25 +17,53 @@ from flagscale_like.training.row_plan import RowPlan
 ROUND = 16  # micro-batches between two signs of life
 
 
+class Items(Protocol):
+    """What is asked for: items that rows are made of, each of one or more answers.
+
+    Attributes:
+        sizes: places that each item takes.
+    """
+
+    @property
+    def sizes(self) -> Sequence[int] | np.ndarray: ...
+
+    def row(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The row of these items; see data.pairs.pack_answers()."""
+        ...
+
+
 def answer_values(
     engine: Engine, pairs: PairRows, objective: Objective, beat: Callable[[], None] = lambda: None
 ) -> np.ndarray | None:
-    """What an objective finds of each answer, under an engine's weights, on any layout. All ranks call it.
-
-    Args:
-        pairs: all are asked for, once.
-        objective: its one sample is by answer: AnswerLogProbabilities or AnswerRewards.
-        beat: called from time to time.
+    """What an objective finds of each answer of some pairs; see item_values().
 
     Returns:
         On rank 0, float32 [2 pairs, ...], chosen and rejected in turn; None on the others.
     """
-    ctx, spec = engine.ctx, engine.spec
-    plan, step = RowPlan.of(pairs.sizes, spec, ctx), spec.parallel.pp if spec.parallel.vpp > 1 else 1
+    values = item_values(engine, pairs, objective, each=2, beat=beat)
+    return None if values is None else values.reshape(-1, *values.shape[2:])
+
+
+def item_values(
+    engine: Engine, items: Items, objective: Objective, *, each: int = 1, beat: Callable[[], None] = lambda: None
+) -> np.ndarray | None:
+    """What an objective finds of each answer, under an engine's weights, on any layout. All ranks call it.
+
+    Args:
+        items: all are asked for, once.
+        objective: its one sample is by answer: AnswerLogProbabilities or AnswerRewards.
+        each: answers of an item.
+        beat: called from time to time.
+
+    Returns:
+        On rank 0, float32 [items, each, ...]; None on the others.
+    """
+    ctx, spec, count = engine.ctx, engine.spec, len(items.sizes)
+    plan, step = RowPlan.of(items.sizes, spec, ctx), spec.parallel.pp if spec.parallel.vpp > 1 else 1
 
     def batches() -> Iterator[Batch]:
         for micro_batch in plan.micro_batches(ctx.dp_rank):
-            yield Batch.of(collate([pairs.row(row) for row in micro_batch]), ctx.platform.device)
+            yield Batch.of(collate([items.row(row) for row in micro_batch]), ctx.platform.device)
 
     found, feed = [], batches()
     with engine.evaluation():
@@ -47,6 +77,6 @@ def answer_values(
     values: np.ndarray | None = None
     for dp_rank, own in gathered:
         if own is not None:
-            values = np.full((len(pairs.sizes), 2, *own.shape[1:]), np.nan, np.float32) if values is None else values
-            values[plan.order(dp_rank)] = own.reshape(-1, 2, *own.shape[1:])
-    return values.reshape(-1, *values.shape[2:])
+            values = np.full((count, each, *own.shape[1:]), np.nan, np.float32) if values is None else values
+            values[plan.order(dp_rank)] = own.reshape(-1, each, *own.shape[1:])
+    return values

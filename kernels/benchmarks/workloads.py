@@ -120,7 +120,7 @@ def workloads(device, tiny=False):
             found.append(Workload(
                 operator="piecewise_attention", shape=f"{shape} threshold {s // 2}", differentiable=(0, 1, 2, 3, 4),
                 tensors=lambda heads=heads: [*heads()[:2], *heads()],
-                ours=lambda q1, k1, q2, k2, v, t=s // 2: fk.piecewise_attention(q1, k1, q2, k2, v, t),
+                ours=lambda q1, k1, q2, k2, v, t=s // 2: fk.piecewise_attention(q1, k1, q2, k2, v, t, causal=True),
                 reference=lambda q1, k1, q2, k2, v, t=s // 2: _piecewise(q1, k1, q2, k2, v, t),
                 flops=flops, options={"threshold": s // 2},
             ))  # fmt: skip

@@ -1,5 +1,7 @@
 """The choice between Triton and PyTorch, and the checks of arguments that the operators share."""
 
+import functools
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,15 +21,28 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def choose_backend(x: Tensor, backend: str | None) -> str:
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn of `message`, once in a process."""
+    warnings.warn(message, stacklevel=3)
+
+
+def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """Return "triton" or "torch": `backend` where given, else "triton" for CUDA tensors and "torch" for others.
 
+    lacks: what of these arguments the Triton kernels do not take; then CUDA tensors, too, run in PyTorch, which is said
+    once. So do tensors of float64.
     On CPU tensors "triton" runs Triton's interpreter, for tests. It needs TRITON_INTERPRET=1 before triton is imported.
     Raises ValueError for an unknown backend or one that cannot run here.
     """
     require(backend in BACKENDS, f"backend ({backend!r}) must be one of {BACKENDS}")
     if backend is None:
-        return "triton" if x.device.type == "cuda" and HAS_TRITON else "torch"
+        if x.device.type != "cuda" or not HAS_TRITON:
+            return "torch"
+        lacks = lacks or ("the Triton kernels take no torch.float64" if x.dtype == torch.float64 else "")
+        if lacks and not torch.compiler.is_compiling():
+            say_once(f"flagscale_kernels: a call runs in PyTorch, which is slower: {lacks}")
+        return "torch" if lacks else "triton"
     if backend == "triton":
         require(HAS_TRITON, "backend ('triton') needs Triton, which is not installed")
         require(

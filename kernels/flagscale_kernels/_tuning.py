@@ -7,6 +7,7 @@ then results do not depend on a measurement. Other chips have one conservative c
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from flagscale_kernels._checks import say_once
 from flagscale_kernels._triton import INTERPRETER, arch, triton
 
 AUTOTUNE_VARIABLE = "FLAGSCALE_KERNELS_AUTOTUNE"
@@ -40,9 +42,25 @@ class Config:
         return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def _cache_path() -> Path:
+def _cache_folder() -> Path | None:
+    """The folder of the choices, or None where no variable names one and the user has no home."""
     folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder) if folder else Path.home() / ".cache" / "flagscale_kernels"
+    if folder:
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "flagscale_kernels"
+    except RuntimeError:
+        return None
+
+
+def device_name() -> str:
+    """The name of the current GPU, which is that of the launch's tensors."""
+    return _device_name(torch.cuda.current_device())
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def tile_lists(
@@ -73,7 +91,10 @@ def tile_lists(
 
 
 def median_milliseconds(call: Callable[[], None]) -> float:
-    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it."""
+    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it.
+
+    Raises torch.OutOfMemoryError where there is no room for the 256 MB with which do_bench clears the cache.
+    """
     try:
         return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
     except triton.runtime.errors.OutOfResources:
@@ -126,24 +147,34 @@ class TunedKernel:
         if len(configs) == 1 or os.environ.get(AUTOTUNE_VARIABLE) == "0":
             run(configs[0])
             return
+        device = device_name()
         full_key = (self.name, block_d, element_bytes, *key)
-        if full_key not in self.chosen:
+        if (device, full_key) not in self.chosen:
             if torch.cuda.is_current_stream_capturing():  # a measurement breaks the capture of a CUDA graph
                 run(configs[0])
                 return
-            self.chosen[full_key] = self._choose(configs, run, full_key)
-        run(self.chosen[full_key])
+            self.chosen[device, full_key] = self._choose(configs, run, full_key, device)
+        run(self.chosen[device, full_key])
 
-    def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple) -> Config:
-        device = torch.cuda.get_device_name().replace(" ", "_")
-        path = _cache_path() / f"{device}-triton-{triton.__version__}.json"
+    def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple, device: str) -> Config:
+        folder = _cache_folder()
+        path = folder and folder / f"{device.replace(' ', '_')}-triton-{triton.__version__}.json"
         # The entry's name includes the list: the choice from another list of configs does not count.
         entry = json.dumps([key, [asdict(c) for c in configs]])
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
-        best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
-        with contextlib.suppress(OSError):  # where the folder is read-only, the next process measures again
-            _store(path, entry, best)
+        if path:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
+        try:
+            best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
+        except torch.OutOfMemoryError:
+            say_once(
+                f"flagscale_kernels: no GPU memory is left to measure tiles of {self.name}, so this process takes the "
+                f"default one; {AUTOTUNE_VARIABLE}=0 takes it everywhere"
+            )
+            return configs[0]
+        if path:
+            with contextlib.suppress(OSError):  # where the folder is read-only, the next process measures again
+                _store(path, entry, best)
         return best
 
 

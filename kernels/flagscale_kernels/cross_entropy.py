@@ -21,8 +21,10 @@ the target's logit and the sum. The backward reads the logits again and writes t
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require
+from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require, say_once
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -176,7 +178,13 @@ def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_statistics", mutates_args=())
+def _gradient(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss, backend):
+    run = _gradient_torch if backend == "torch" else _gradient_triton
+    target, lse, scale = (t.contiguous() for t in (target, lse, scale))  # the kernels read element `row` of each
+    run(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss)
+
+
+@operator("cross_entropy_statistics")
 def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
     """Reduce [n, v] logits to [n, 4]: maximum, sum of exponentials, the target's logit, sum of logits.
 
@@ -187,29 +195,26 @@ def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bo
         return empty.to(logits.device).repeat(logits.shape[0], 1)
     if backend == "torch":
         return _statistics_torch(logits, target, vocab_start, with_sum)
-    return _statistics_triton(logits, target, vocab_start, with_sum)
+    return _statistics_triton(logits, target.contiguous(), vocab_start, with_sum)
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient", mutates_args=())
+@operator("cross_entropy_gradient")
 def gradient_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    run = _gradient_torch if backend == "torch" else _gradient_triton
-    run(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss)
+    _gradient(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss, backend)
     return out
 
 
-@torch.library.custom_op("flagscale_kernels::cross_entropy_gradient_", mutates_args=("logits",))
+@operator("cross_entropy_gradient_", mutates=("logits",))
 def gradient_inplace_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
 ) -> None:  # fmt: skip
-    if logits.shape[1] == 0:
-        return
-    run = _gradient_torch if backend == "torch" else _gradient_triton
-    run(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss)
+    if logits.shape[1]:
+        _gradient(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss, backend)
 
 
 @statistics_op.register_fake
@@ -269,6 +274,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         logits, target, lse, ignored = ctx.saved_tensors
         scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
@@ -306,6 +312,11 @@ def reduce_losses(loss, target, ignore_index, reduction):
     return loss.sum() / (target != ignore_index).sum()  # nan when every token is ignored, as in PyTorch
 
 
+def owns_dense_memory(x: Tensor) -> bool:
+    """Whether nothing else shows x's memory and no two of its elements share it, so that it may be written over."""
+    return not x.is_leaf and not x._is_view() and x.is_contiguous()
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -315,7 +326,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    inplace_backward: bool = True,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of logits [..., v] and target [...] (int32 or int64): fp32 [...] for reduction "none", else [].
@@ -325,9 +336,9 @@ def cross_entropy(
     ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy; "mean" is over tokens that are
     not ignored.
     z_loss: weight of lse^2, which is added to each token's loss.
-    inplace_backward: the backward writes the gradient over the logits, so nothing may read them afterwards; autograd
-    raises RuntimeError where another backward does. Has no effect on a leaf, or under torch.compile, which plans its
-    own buffers.
+    inplace_backward: the backward writes the gradient over the logits, which saves a buffer of their size. Nothing may
+    read them afterwards; autograd raises RuntimeError where another backward does. Logits that are a leaf, a view of
+    another tensor or not dense are left as they are, with one warning in a process; torch.compile plans its own buffers.
     Raises ValueError for a shape, dtype or device that does not fit, or (on the CPU) a target outside the vocabulary.
     """
     backend = choose_backend(logits, backend)
@@ -338,7 +349,10 @@ def cross_entropy(
     vocab = logits.shape[-1] * group_size_and_rank(group)[0]
     check_target(target, logits.shape[:-1], logits.device, ignore_index, vocab)
     check_same("device", [("logits", logits), ("target", target)])
-    inplace = inplace_backward and not logits.is_leaf and not torch.compiler.is_compiling()
+    inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
+    if inplace and not owns_dense_memory(logits):
+        say_once("flagscale_kernels.cross_entropy: inplace_backward needs logits that are dense, no leaf and no view")
+        inplace = False
     # A view where strides allow it, so that the gradient is written into the caller's buffer.
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.shape[-1] > 1 and flat.stride(-1) != 1:

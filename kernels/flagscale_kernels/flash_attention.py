@@ -16,6 +16,7 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_float, check_same, choose_backend, require
 from flagscale_kernels._layouts import PACKED, as_bnsd, check_layout, from_bnsd, sizes, strides
+from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
@@ -29,7 +30,7 @@ def attention_reference(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
+    causal: bool,
     softmax_scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
@@ -368,7 +369,7 @@ def _lse_shape(q, layout):
     return sizes(q, layout)[1:] if layout == PACKED else sizes(q, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::flash_attention", mutates_args=())
+@operator("flash_attention")
 def _flash_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     max_q: int, max_k: int, scale: float, left: int, right: int, layout: str, backend: str,
@@ -377,7 +378,7 @@ def _flash_op(
     return run(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::flash_attention_backward", mutates_args=())
+@operator("flash_attention_backward")
 def _flash_backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     slopes: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
@@ -419,6 +420,13 @@ _flash_op.register_autograd(_backward, setup_context=_setup)
 # ------------------------------------------------------------------------------------------------------------- public
 
 
+def lacking_head_dim(q: Tensor) -> str:
+    """Why the Triton kernels cannot take q's head dimension, or "" where they can."""
+    if MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
+        return ""
+    return f"head dimensions must be from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names: tuple[str, str, str]) -> None:
     """Raise ValueError unless q, k and v go together; the messages call them by `names`."""
     q_name, k_name, v_name = names
@@ -427,13 +435,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: str, backend: str, names:
     for attribute in ("dtype", "device"):
         check_same(attribute, zip(names, (q, k, v)))
     d = q.shape[-1]
+    require(backend == "torch" or not lacking_head_dim(q), f"{q_name}.shape[-1] ({d}): {lacking_head_dim(q)}")
     require(k.shape[-1] == d, f"{k_name}.shape[-1] ({k.shape[-1]}) must equal {q_name}.shape[-1] ({d})")
     require(k.shape == v.shape, f"{v_name}.shape ({tuple(v.shape)}) must equal {k_name}.shape ({tuple(k.shape)})")
-    if backend == "triton":
-        require(
-            MIN_HEAD_DIM <= d <= MAX_HEAD_DIM,
-            f"{q_name}.shape[-1] ({d}), the head dimension, must be from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
-        )
     (batch, heads, _), (k_batch, kv_heads, _) = sizes(q, layout), sizes(k, layout)
     require(batch == k_batch, f"{k_name}'s batch ({k_batch}) must equal {q_name}'s ({batch})")
     require(
@@ -487,7 +491,7 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
+    causal: bool,
     softmax_scale: float | None = None,
     layout: str = "bnsd",
     alibi_slopes: Tensor | None = None,
@@ -503,8 +507,9 @@ def flash_attention(
 
     layout: the order of the dimensions of q, k, v and o: "bnsd", "sbnd", "bsnd", or "tnd" for a pack of sequences with
     cu_seqlens_q and cu_seqlens_k [sequences + 1]. Strides are free, but the last must be 1. n_kv divides n (grouped
-    queries). Triton takes head dimensions from 16 to 256.
-    causal: a query sees no key after it. The last query is aligned with the last key: query i is at i + s_k - s.
+    queries). Triton takes head dimensions from 16 to 256; others, and float64, run in PyTorch.
+    causal: a query sees no key after it. The last query is aligned with the last key: query i is at
+    i + s_k - s. It has no default, because that of other packages is False and a wrong mask shows in no error.
     softmax_scale: by default d^-0.5.
     alibi_slopes: [n] or [b, n], fp32, without gradient; adds -slope * |distance| to the scores.
     window: with causal, the number of keys that a query sees, its own included, as Mistral's sliding_window; or the
@@ -515,7 +520,8 @@ def flash_attention(
     A query without keys gives 0, and -inf for the LSE. The backward is deterministic.
     Raises ValueError for a shape, dtype, device, stride, layout, window or head count that does not fit.
     """
-    backend = choose_backend(q, backend)
+    q, k, v = autocast_to(q, k, v)
+    backend = choose_backend(q, backend, lacks=lacking_head_dim(q))
     check_qkv(q, k, v, layout, backend, ("q", "k", "v"))
     scale = check_scale(q, softmax_scale)
     _check_window(window, causal)
@@ -553,7 +559,7 @@ def flash_attention_backward(
     o: Tensor,
     lse: Tensor,
     *,
-    causal: bool = True,
+    causal: bool,
     softmax_scale: float | None = None,
     layout: str = "bnsd",
     alibi_slopes: Tensor | None = None,
@@ -569,7 +575,7 @@ def flash_attention_backward(
     do: the gradient of o. q, k, v, o, lse: the inputs and outputs of the forward call; the options are those of that call.
     The inputs are not checked again.
     """
-    backend = choose_backend(q, backend)
+    backend = choose_backend(q, backend, lacks=lacking_head_dim(q))
     max_q, max_k = _check_packed(layout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     args = (slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, check_scale(q, softmax_scale), *_bounds(causal, window))

@@ -23,12 +23,14 @@ from flagscale_kernels._attention_torch import Band, attention_backward, attenti
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, store_rows
 from flagscale_kernels._checks import check_same, choose_backend, require
 from flagscale_kernels._layouts import LAYOUTS, PACKED, as_bnsd, check_layout, sizes, strides
+from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._triton import cdiv, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 from flagscale_kernels.flash_attention import (
     LOG2E,
     check_qkv,
     check_scale,
+    lacking_head_dim,
     launch_delta,
     tile_options,
 )
@@ -43,7 +45,8 @@ def piecewise_reference(
     k2: Tensor,
     v: Tensor,
     threshold: int,
-    causal: bool = True,
+    *,
+    causal: bool,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The definition in plain PyTorch, with all scores in memory: [b, n, s, d] -> o."""
@@ -315,7 +318,7 @@ def _backward_torch(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, lay
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::piecewise_attention", mutates_args=())
+@operator("piecewise_attention")
 def _piecewise_op(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor,
     threshold: int, causal: bool, scale: float, layout: str, backend: str,
@@ -324,7 +327,7 @@ def _piecewise_op(
     return run(q1, k1, q2, k2, v, threshold, causal, scale, layout)
 
 
-@torch.library.custom_op("flagscale_kernels::piecewise_attention_backward", mutates_args=())
+@operator("piecewise_attention_backward")
 def _piecewise_backward_op(
     do: Tensor, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     threshold: int, causal: bool, scale: float, layout: str, backend: str,
@@ -368,9 +371,9 @@ def piecewise_attention(
     k2: Tensor,
     v: Tensor,
     threshold: int,
-    causal: bool = True,
-    softmax_scale: float | None = None,
     *,
+    causal: bool,
+    softmax_scale: float | None = None,
     layout: str = "bnsd",
     return_lse: bool = False,
     backend: str | None = None,
@@ -379,14 +382,15 @@ def piecewise_attention(
 
     q1, q2 [b, n, s, d]; k1, k2, v [b, n_kv, s_k, d], with the dimensions in the order of `layout`: "bnsd", "sbnd" or
     "bsnd". Strides are free, but the last must be 1. n_kv divides n.
-    threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal=True masks it. With causal,
+    threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal masks it. With causal,
     threshold 0 makes every key far, and a threshold of s_k or more makes every key near.
     softmax_scale: by default d^-0.5.
     return_lse: also return the log of the softmax's denominator, fp32 [b, n, s], which has no gradient.
     A query without keys gives 0. The backward is deterministic.
     Raises ValueError for a shape, dtype, device, stride, layout, head count or threshold that does not fit.
     """
-    backend = choose_backend(q1, backend)
+    q1, k1, q2, k2, v = autocast_to(q1, k1, q2, k2, v)
+    backend = choose_backend(q1, backend, lacks=lacking_head_dim(q1))
     check_layout(layout, (), PIECEWISE_LAYOUTS)
     require(isinstance(threshold, int) and threshold >= 0, f"threshold ({threshold}) must be an integer of at least 0")
     check_qkv(q1, k1, v, layout, backend, ("q1", "k1", "v"))
@@ -404,9 +408,9 @@ def piecewise_attention_backward(
     o: Tensor,
     lse: Tensor,
     threshold: int,
-    causal: bool = True,
-    softmax_scale: float | None = None,
     *,
+    causal: bool,
+    softmax_scale: float | None = None,
     layout: str = "bnsd",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -415,5 +419,6 @@ def piecewise_attention_backward(
     do: the gradient of o. qkv: q1, k1, q2, k2 and v of the forward call, o and lse its outputs; the options are those of
     that call. The inputs are not checked again.
     """
-    backend, scale = choose_backend(qkv[0], backend), check_scale(qkv[0], softmax_scale)
+    backend = choose_backend(qkv[0], backend, lacks=lacking_head_dim(qkv[0]))
+    scale = check_scale(qkv[0], softmax_scale)
     return _piecewise_backward_op(do, *qkv, o, lse, threshold, causal, scale, layout, backend)

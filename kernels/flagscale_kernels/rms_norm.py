@@ -29,6 +29,7 @@ from flagscale_kernels._checks import (
     choose_backend,
     require,
 )
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, sm_count, tl, triton
 
 ROUNDINGS = ("hf", "megatron")
@@ -185,7 +186,7 @@ def _backward_triton(dy, x, weight, rstd, hf, dz):
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, hf: bool, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "torch":
         return _forward_torch(x, weight, eps, hf)
@@ -193,7 +194,7 @@ def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, hf: bool, backend: str) 
     return y, rstd
 
 
-@torch.library.custom_op("flagscale_kernels::rms_norm_residual", mutates_args=())
+@operator("rms_norm_residual")
 def _rms_norm_residual_op(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, hf: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +205,7 @@ def _rms_norm_residual_op(
     return _forward_triton(x, residual, weight, eps, hf)
 
 
-@torch.library.custom_op("flagscale_kernels::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _rms_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dz: Tensor | None, hf: bool, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from flagscale_kernels._checks import (
     choose_backend,
     require,
 )
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_BLOCK = 2048  # columns that a program processes at a time
@@ -181,24 +182,24 @@ def _backward(dy, gate, up, weight, dgate, dup, backend):
     return gate.new_empty(0) if dweight is None else dweight  # a custom op returns tensors only
 
 
-@torch.library.custom_op("flagscale_kernels::swiglu_packed", mutates_args=())
+@operator("swiglu_packed")
 def _packed_op(gate_up: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     return _forward(*_halves(gate_up), weight, backend)
 
 
-@torch.library.custom_op("flagscale_kernels::swiglu_packed_backward", mutates_args=())
+@operator("swiglu_packed_backward")
 def _packed_backward_op(dy: Tensor, gate_up: Tensor, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     dweight = _backward(dy, *_halves(gate_up), weight, *_halves(dgate_up), backend)
     return dgate_up, dweight
 
 
-@torch.library.custom_op("flagscale_kernels::swiglu_split", mutates_args=())
+@operator("swiglu_split")
 def _split_op(gate: Tensor, up: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     return _forward(gate, up, weight, backend)
 
 
-@torch.library.custom_op("flagscale_kernels::swiglu_split_backward", mutates_args=())
+@operator("swiglu_split_backward")
 def _split_backward_op(
     dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._checks import check_float, choose_backend, require
+from flagscale_kernels._operators import operator
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_BLOCK = 2048  # columns that a program processes at a time
@@ -52,6 +53,7 @@ def _sum_rows_triton(x, inverse):
     if y.numel():
         block = min(MAX_BLOCK, next_power_of_2(h))
         warps = min(8, max(1, block // 256))
+        inverse = inverse.contiguous()
         _sum_rows_kernel[(t, cdiv(h, block))](x, inverse, y, h, x.stride(0), K=k, BLOCK=block, num_warps=warps)
     return y
 
@@ -68,12 +70,12 @@ def _sum_rows(x, inverse, backend):
     return (_sum_rows_torch if backend == "torch" else _sum_rows_triton)(x, inverse)
 
 
-@torch.library.custom_op("flagscale_kernels::spread_tokens", mutates_args=())
+@operator("spread_tokens")
 def _spread_op(x: Tensor, token: Tensor, inverse: Tensor, backend: str) -> Tensor:
     return x.index_select(0, token)
 
 
-@torch.library.custom_op("flagscale_kernels::collect_tokens", mutates_args=())
+@operator("collect_tokens")
 def _collect_op(x: Tensor, token: Tensor, inverse: Tensor, backend: str) -> Tensor:
     return _sum_rows(x, inverse, backend)
 
@@ -152,6 +154,5 @@ def _check(x, token, inverse, backend, *, rows):
     check_float("x", x, backend)
     for name, index in (("token", token), ("inverse", inverse)):
         require(index.dtype == torch.int64, f"{name}.dtype ({index.dtype}) must be torch.int64")
-        require(index.is_contiguous(), f"{name} must be contiguous")
         require(index.device == x.device, f"{name}.device ({index.device}) must equal x.device ({x.device})")
     return backend

@@ -12,13 +12,15 @@ def qkv(b=1, n=2, n_kv=1, s=123, s_k=None, d=16, dtype=torch.float32):
     return [seeded(b, n, s, d, dtype=dtype), *(seeded(b, n_kv, s_k, d, dtype=dtype, seed=i) for i in (1, 2))]
 
 
-def check(backend, inputs, **options):
+def check(backend, inputs, *, causal=True, **options):
     """Output, LSE and every gradient, against the definition."""
     b, n, s, d = inputs[0].shape
     slopes = options.pop("alibi_slopes", None)
     assert_as_good_as_pytorch(
-        lambda q, k, v: flash_attention(q, k, v, alibi_slopes=slopes, return_lse=True, backend=backend, **options),
-        lambda q, k, v: attention_reference(q, k, v, alibi_slopes=slopes, **options),
+        lambda q, k, v: flash_attention(
+            q, k, v, causal=causal, alibi_slopes=slopes, return_lse=True, backend=backend, **options
+        ),
+        lambda q, k, v: attention_reference(q, k, v, causal=causal, alibi_slopes=slopes, **options),
         inputs,
         [seeded(b, n, s, d, seed=3), seeded(b, n, s, seed=4)],
     )
@@ -71,7 +73,7 @@ def test_a_window_counts_the_keys_a_query_sees_as_mistral_does():
     q, k, v = qkv(s=9, n=1)
     allowed = torch.ones(9, 9).tril() * torch.ones(9, 9).triu(-3)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed.bool())
-    torch.testing.assert_close(flash_attention(q, k, v, window=4, backend="triton"), expected)
+    torch.testing.assert_close(flash_attention(q, k, v, causal=True, window=4, backend="triton"), expected)
 
 
 @pytest.mark.parametrize("per_entry", [False, True])
@@ -89,16 +91,16 @@ def test_alibi(backend, causal, per_entry):
 def test_layouts_are_read_through_strides(backend, layout):
     inputs = qkv(b=2, n=4, n_kv=2, s=37)
     order = ["bnsd".index(letter) for letter in layout]
-    expected = flash_attention(*inputs, backend="torch")
+    expected = flash_attention(*inputs, causal=True, backend="torch")
     moved = [t.permute(*order).contiguous().requires_grad_() for t in inputs]
     for return_lse in (False, True):
-        out = flash_attention(*moved, layout=layout, return_lse=return_lse, backend=backend)
+        out = flash_attention(*moved, causal=True, layout=layout, return_lse=return_lse, backend=backend)
         out = out[0] if return_lse else out
         assert out.is_contiguous()
         torch.testing.assert_close(out, expected.permute(*order))
     leaves = [t.clone().requires_grad_() for t in inputs]
     grad = seeded(*expected.shape, seed=5)
-    wanted = torch.autograd.grad(flash_attention(*leaves, backend="torch"), leaves, grad)
+    wanted = torch.autograd.grad(flash_attention(*leaves, causal=True, backend="torch"), leaves, grad)
     got = torch.autograd.grad(out, moved, grad.permute(*order))
     for mine, exact in zip(got, wanted):
         torch.testing.assert_close(mine, exact.permute(*order))
@@ -108,12 +110,12 @@ def test_layouts_are_read_through_strides(backend, layout):
 def test_slices_of_a_packed_projection_need_no_copy(backend):
     packed = seeded(37, 2, 2, 4, 16)  # [s, b, groups, 2 q heads + k + v, d]
     q, k, v = packed[:, :, :, :2].flatten(2, 3), packed[:, :, :, 2], packed[:, :, :, 3]
-    out = flash_attention(q, k, v, layout="sbnd", backend=backend)
-    expected = flash_attention(*(t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v)), backend="torch")
+    out = flash_attention(q, k, v, causal=True, layout="sbnd", backend=backend)
+    expected = flash_attention(*(t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v)), causal=True, backend="torch")
     torch.testing.assert_close(out, expected.permute(2, 0, 1, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False}])
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 9}, {"causal": False}])
 @pytest.mark.parametrize("with_lengths", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_equal_each_alone(backend, with_lengths, options):
@@ -149,23 +151,24 @@ def test_packed_sequences_equal_each_alone(backend, with_lengths, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_queries_without_any_key_give_zero_and_no_gradient(backend):
     q, k, v = (t.requires_grad_() for t in qkv(s=70, s_k=40))  # the first 30 queries stand before the first key
-    out, lse = flash_attention(q, k, v, return_lse=True, backend=backend)
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=backend)
     assert out[:, :, :30].eq(0).all()
     assert lse[:, :, :30].eq(-torch.inf).all()
-    expected, _ = attention_reference(q[:, :, 30:], k, v)
+    expected, _ = attention_reference(q[:, :, 30:], k, v, causal=True)
     torch.testing.assert_close(out[:, :, 30:], expected)
     grad = seeded(*out.shape, seed=5)
     got = torch.autograd.grad(out, [q, k, v], grad)
     wanted = torch.autograd.grad(expected, [q, k, v], grad[:, :, 30:])
     for mine, exact in zip(got, wanted):
         torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(flash_attention(q, k, v, backend=backend), out)
+    torch.testing.assert_close(flash_attention(q, k, v, causal=True, backend=backend), out)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}])
 @pytest.mark.parametrize("s", [5, 23])
 def test_the_backward_without_autograd_is_that_of_autograd_and_of_the_definition(s, options):
     q, k, v = qkv(b=2, n=4, n_kv=2, s=s, s_k=23)
+    options = {"causal": True, **options}
     do = seeded(2, 4, s, 16, seed=3)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     out, lse = flash_attention(*inputs, return_lse=True, **options)
@@ -180,7 +183,9 @@ def test_the_backward_without_autograd_is_that_of_autograd_and_of_the_definition
 
 def test_the_backward_is_deterministic():
     inputs = [t.requires_grad_() for t in qkv(n=4, n_kv=2, s=69, dtype=torch.bfloat16)]
-    grads = [torch.autograd.grad(flash_attention(*inputs, backend="triton").sum(), inputs) for _ in range(2)]
+    grads = [
+        torch.autograd.grad(flash_attention(*inputs, causal=True, backend="triton").sum(), inputs) for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
@@ -199,7 +204,7 @@ def test_nothing_of_size_seq_by_seq_is_allocated():
 
     inputs = [t.requires_grad_() for t in qkv(n=1, s=123)]
     with Largest():
-        flash_attention(*inputs, backend="triton").sum().backward()
+        flash_attention(*inputs, causal=True, backend="triton").sum().backward()
     assert Largest.numel == 123 * 16
 
 
@@ -216,7 +221,9 @@ def test_cpu_path_in_several_chunks_of_queries(b, n, n_kv, s, s_k):
 
 def test_cpu_path_passes_gradcheck():
     inputs = [t.requires_grad_() for t in qkv(s=5, s_k=7, d=3, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda q, k, v: flash_attention(q, k, v, return_lse=True, window=4), inputs)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: flash_attention(q, k, v, causal=True, return_lse=True, window=4), inputs
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,6 +248,7 @@ def test_cpu_path_passes_gradcheck():
 )  # fmt: skip
 def test_bad_input_names_the_argument(change, message):
     arguments = {"q": torch.ones(1, 4, 5, 16), "k": torch.ones(1, 2, 5, 16), "v": torch.ones(1, 2, 5, 16)}
+    arguments |= {"causal": True}
     with pytest.raises(ValueError, match=message):
         flash_attention(**(arguments | change))
 
@@ -248,5 +256,5 @@ def test_bad_input_names_the_argument(change, message):
 @pytest.mark.parametrize("d", [8, 264])
 def test_head_dimensions_out_of_range_are_named(d):
     x = torch.ones(1, 1, 5, d)
-    with pytest.raises(ValueError, match=rf"q.shape\[-1\] \({d}\), the head dimension, must be from 16 to 256"):
-        flash_attention(x, x, x, backend="triton")
+    with pytest.raises(ValueError, match=rf"q.shape\[-1\] \({d}\): head dimensions must be from 16 to 256"):
+        flash_attention(x, x, x, causal=True, backend="triton")

@@ -11,10 +11,10 @@ def inputs(b=1, n=2, n_kv=1, s=123, s_k=None, d=16, dtype=torch.float32):
     return [seeded(b, heads, length, d, dtype=dtype, seed=i) for i, (heads, length) in enumerate(shapes)]
 
 
-def check(backend, tensors, threshold, **options):
+def check(backend, tensors, threshold, *, causal=True, **options):
     assert_as_good_as_pytorch(
-        lambda *t: piecewise_attention(*t, threshold, backend=backend, **options),
-        lambda *t: piecewise_reference(*t, threshold, **options),
+        lambda *t: piecewise_attention(*t, threshold, causal=causal, backend=backend, **options),
+        lambda *t: piecewise_reference(*t, threshold, causal=causal, **options),
         tensors,
         [seeded(*tensors[0].shape, seed=9)],
     )
@@ -64,8 +64,8 @@ def test_layouts_are_read_through_strides(backend, layout):
     order = ["bnsd".index(letter) for letter in layout]
     leaves = [t.clone().requires_grad_() for t in tensors]
     moved = [t.permute(*order).contiguous().requires_grad_() for t in tensors]
-    expected = piecewise_attention(*leaves, 11, backend="torch")
-    out = piecewise_attention(*moved, 11, layout=layout, backend=backend)
+    expected = piecewise_attention(*leaves, 11, causal=True, backend="torch")
+    out = piecewise_attention(*moved, 11, causal=True, layout=layout, backend=backend)
     torch.testing.assert_close(out, expected.permute(*order))
     grad = seeded(*expected.shape, seed=9)
     wanted = torch.autograd.grad(expected, leaves, grad)
@@ -78,19 +78,23 @@ def test_layouts_are_read_through_strides(backend, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_equal_pairs_it_is_flash_attention(backend, threshold):
     q, k, _, _, v = inputs(s=70)
-    got = piecewise_attention(q, k, q, k, v, threshold, backend=backend)
-    torch.testing.assert_close(got, flash_attention(q, k, v, backend=backend))
+    got = piecewise_attention(q, k, q, k, v, threshold, causal=True, backend=backend)
+    torch.testing.assert_close(got, flash_attention(q, k, v, causal=True, backend=backend))
 
 
 def test_the_backward_is_deterministic():
     tensors = [t.requires_grad_() for t in inputs(n=4, n_kv=2, s=69, dtype=torch.bfloat16)]
-    grads = [torch.autograd.grad(piecewise_attention(*tensors, 33, backend="triton").sum(), tensors) for _ in range(2)]
+
+    def gradients():
+        return torch.autograd.grad(piecewise_attention(*tensors, 33, causal=True, backend="triton").sum(), tensors)
+
+    grads = [gradients() for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 def test_cpu_path_passes_gradcheck():
     tensors = [t.requires_grad_() for t in inputs(s=5, s_k=7, d=3, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda *t: piecewise_attention(*t, 3), tensors)
+    assert torch.autograd.gradcheck(lambda *t: piecewise_attention(*t, 3, causal=True), tensors)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +115,4 @@ def test_cpu_path_passes_gradcheck():
 def test_bad_input_names_the_argument(change, message):
     q, k = torch.ones(1, 4, 5, 16), torch.ones(1, 2, 5, 16)
     with pytest.raises(ValueError, match=message):
-        piecewise_attention(**({"q1": q, "k1": k, "q2": q, "k2": k, "v": k, "threshold": 2} | change))
+        piecewise_attention(**({"q1": q, "k1": k, "q2": q, "k2": k, "v": k, "threshold": 2, "causal": True} | change))

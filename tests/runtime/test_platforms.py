@@ -335,9 +335,9 @@ def kernels_asked(folder: Path, platform: type) -> set:
     for module in modules:
         original = module.choose_backend
 
-        def choose_backend(x, backend, module=module, original=original):
+        def choose_backend(x, backend, module=module, original=original, **lacks):
             asked.add((module.__name__.rpartition(".")[2], backend))
-            return original(x, backend)
+            return original(x, backend, **lacks)
 
         module.choose_backend = choose_backend
     parallel.get_platform = platform

@@ -1,0 +1,266 @@
+"""What has to hold on a GPU: the CPU's losses, offload, and checkpoints under a kill. gpu_first.py runs these checks.
+
+    python benchmarks/gpu_checks.py losses FOLDER
+    python benchmarks/gpu_checks.py offload FOLDER
+    python benchmarks/gpu_checks.py kill FOLDER
+
+Each check prints what it found, one line for each fact, and exits with 1 if something does not hold. FLAGSCALE_LIKE_DEVICE
+says which device is checked, as everywhere; the default is the one that the machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import yaml  # noqa: E402
+
+from flagscale_like.checkpoint.manifest import step_name  # noqa: E402
+from flagscale_like.config import RunConfig  # noqa: E402
+from flagscale_like.run_folder import RunFolder  # noqa: E402
+from flagscale_like.training.metrics import read_metrics  # noqa: E402
+
+STEPS, SHARED_STEPS = 12, 4  # of a run; of those that the CPU makes for both devices
+
+# One model for each branch of the code that a device can get wrong.
+SHAPES: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "rope, fused loss": {"kernels": {"linear_cross_entropy": "fused"}},
+    "alibi, norm head": {"model": {"position": {"kind": "alibi"}, "norm_head": True, "num_query_groups": None}},
+    "window, qk norm": {"model": {"sliding_window": 48, "qk_norm": True}},
+    "piecewise": {"model": {"position": {"kind": "nlpe", "threshold": 48}}},
+    "experts": {
+        "model": {"experts": {"count": 8, "top_k": 2, "ffn_hidden_size": 64, "coefficient": 0.01, "z_loss": 1e-3}}
+    },
+    "latent attention": {
+        "model": {
+            "num_query_groups": None,
+            "latent_attention": {
+                "kv_lora_rank": 64,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 32,
+            },
+        }
+    },
+    "recompute": {"train": {"recompute": "full"}},
+}
+# Largest relative difference from the CPU's loss and gradient norm: the same arithmetic in another order; bf16's rounding.
+ALLOWED = {"fp32": (2e-5, 1e-3), "bf16": (2e-3, 5e-2)}
+
+
+def configuration(run_dir: Path, changes: dict[str, dict[str, Any]]) -> RunConfig:
+    """A run of a small model on synthetic tokens. A change of None leaves the key out."""
+    values: dict[str, Any] = {
+        "model": {
+            "num_layers": 3,
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_query_groups": 4,
+            "ffn_hidden_size": 512,
+            "vocab_size": 1000,
+            "max_position_embeddings": 256,
+        },
+        "train": {
+            "steps": STEPS,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "seq_length": 128,
+            "precision": "fp32",
+            "log_interval": 1,
+        },
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "data": {"synthetic": True},
+        "checkpoint": {"interval": SHARED_STEPS, "keep": 9},
+    }
+    for group, keys in changes.items():
+        values[group] = {k: v for k, v in {**values.get(group, {}), **keys}.items() if v is not None}
+    return RunConfig.model_validate({"run_dir": str(run_dir), **values})
+
+
+def losses_of(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """(training loss, gradient norm) by step; empty of a run that has not begun."""
+    if not RunFolder(run_dir).metrics.exists():
+        return {}
+    return {r["step"]: (r["lm loss"], r["grad-norm"]) for r in read_metrics(run_dir) if "lm loss" in r}
+
+
+def train_here(configs: list[Path]) -> None:
+    """Train runs one after the other in this process. A run that fails is said, and the next one begins."""
+    from flagscale_like.recipes.pretrain import pretrain
+    from flagscale_like.runtime.parallel import parallel_context
+
+    for path in configs:
+        config, log = RunConfig.model_validate(yaml.safe_load(path.read_text())), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(log), parallel_context(config.parallel, seed=config.train.seed) as ctx:
+                pretrain(config, ctx)
+        except Exception:  # whatever a device raises is a finding
+            print(f"{path.stem}: failed\n{log.getvalue()[-1000:]}\n{traceback.format_exc()[-3000:]}", flush=True)
+
+
+def start(configs: list[Path], **environment: str) -> subprocess.Popen:
+    """A process that trains these runs."""
+    command = [sys.executable, __file__, "train", *map(str, configs)]
+    return subprocess.Popen(command, env={**os.environ, **environment})
+
+
+def train_all(configs: list[Path], **environment: str) -> None:
+    """Train runs in as many processes as the machine has pairs of cores, at most 8."""
+    processes = max(1, min(8, (os.cpu_count() or 1) // 2))
+    started = [start(configs[i::processes], **environment, OMP_NUM_THREADS="2") for i in range(processes)]
+    for process in started:
+        process.wait()
+
+
+def written(config: RunConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
+    return path
+
+
+def check_losses(folder: Path) -> bool:
+    """Each shape begins on the CPU, and goes on from the CPU's checkpoint on both devices."""
+    runs = [
+        (name, precision, changes | {"train": {**changes.get("train", {}), "precision": precision}})
+        for name, changes in SHAPES.items()
+        for precision in ("fp32", "bf16")
+    ]
+    places = {side: folder / side for side in ("cpu", "device")}
+    for place in places.values():
+        place.mkdir(parents=True, exist_ok=True)
+
+    def file(side: str, number: int) -> Path:
+        name, precision, changes = runs[number]
+        label = f"{number:02} {name} {precision}".replace(" ", "-").replace(",", "")
+        return written(configuration(places[side] / label, changes), places[side] / f"{label}.yaml")
+
+    numbers = range(len(runs))
+    files = {side: [file(side, number) for number in numbers] for side in places}
+    train_all(files["cpu"], FLAGSCALE_LIKE_DEVICE="cpu")
+    for cpu, device in zip(*files.values(), strict=True):
+        _share_beginning(cpu.with_suffix(""), device.with_suffix(""))
+    train_all(files["device"])
+    results = [
+        _compared(f"{name}, {precision}", *(losses_of(files[side][i].with_suffix("")) for side in places), precision)
+        for i, (name, precision, _) in enumerate(runs)
+    ]
+    return all(results)
+
+
+def _compared(name: str, cpu: dict, device: dict, precision: str) -> bool:
+    """Whether a run on the device has the losses and gradient norms of the CPU's; says how far they are."""
+    steps = range(SHARED_STEPS + 1, STEPS + 1)
+    if not all(step in cpu and step in device for step in steps):
+        print(f"BAD   {name}: made steps {sorted(cpu)} on the CPU and {sorted(device)} on the device")
+        return False
+    worst = [max(abs(device[step][i] / cpu[step][i] - 1) for step in steps) for i in (0, 1)]
+    holds = all(far <= allowed for far, allowed in zip(worst, ALLOWED[precision], strict=True))
+    print(
+        f"{'ok ' if holds else 'BAD'}   {name}: loss {device[STEPS][0]:.5f}, at most {worst[0]:.1e} from the CPU's "
+        f"(allowed {ALLOWED[precision][0]:.0e}); gradient norm {device[STEPS][1]:.4f}, {worst[1]:.1e} "
+        f"({ALLOWED[precision][1]:.0e})"
+    )
+    return holds
+
+
+def _share_beginning(source: Path, target: Path) -> None:
+    """Copy a run as it was after SHARED_STEPS steps."""
+    if not source.exists():
+        return
+    shutil.copytree(source, target)
+    kept = RunFolder(target).checkpoints / step_name(SHARED_STEPS)
+    for checkpoint in kept.parent.iterdir():
+        if checkpoint.is_dir() and checkpoint != kept:
+            shutil.rmtree(checkpoint)
+    (target / "metrics.jsonl").unlink()
+
+
+def check_offload(folder: Path) -> bool:
+    """Offload changes no bit of a loss, and lowers the peak of the device's memory."""
+    from flagscale_like.runtime.platforms import get_platform
+
+    platform, peaks, losses = get_platform(), {}, {}
+    for share in (0.0, 1.0):
+        shape = {
+            "model": {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1408, "max_position_embeddings": 1024},
+            "train": {"seq_length": 1024, "micro_batch_size": 4, "precision": "bf16" if platform.bf16 else "fp32"},
+            "checkpoint": {"interval": 0},
+        }
+        if not platform.counts_device_memory:  # a trial without a device
+            shape["model"] = {"num_layers": 2}
+            shape["train"] = {"seq_length": 128, "micro_batch_size": 4}
+        config = configuration(folder / f"share-{share:g}", shape | {"offload": {"share": share}})
+        if platform.counts_device_memory:
+            platform.reset_peak_memory()
+        train_here([written(config, folder / f"share-{share:g}.yaml")])
+        losses[share] = losses_of(folder / f"share-{share:g}")
+        peaks[share] = platform.peak_memory_bytes() if platform.counts_device_memory else 0
+    same = losses[0.0] == losses[1.0] and len(losses[0.0]) == STEPS
+    print(f"{'ok ' if same else 'BAD'}   losses with and without offload: {'every bit equal' if same else losses}")
+    if not platform.counts_device_memory:
+        print("      this device counts no memory of its own")
+        return same
+    lower = peaks[1.0] < peaks[0.0]
+    print(
+        f"{'ok ' if lower else 'BAD'}   peak of device memory: {peaks[0.0] / 2**20:.0f} MiB without, "
+        f"{peaks[1.0] / 2**20:.0f} MiB with offload"
+    )
+    return same and lower
+
+
+def check_kill(folder: Path) -> bool:
+    """A run that is killed with SIGKILL while it saves in the background goes on with the bits of one that is not."""
+    shape = {"checkpoint": {"interval": 2, "keep": 9}, "train": {"steps": 40}}
+    files = {
+        name: written(configuration(folder / name, shape), folder / f"{name}.yaml") for name in ("whole", "killed")
+    }
+    whole = start([files["whole"]])
+    victim, deadline = start([files["killed"]]), time.monotonic() + 120
+    while victim.poll() is None and time.monotonic() < deadline:
+        if max(losses_of(folder / "killed"), default=0) >= 9:
+            victim.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    victim.wait()
+    whole.wait()
+    before = max(losses_of(folder / "killed"), default=0)
+    start([files["killed"]]).wait()
+    found = [losses_of(folder / name) for name in files]
+    same = found[0] == found[1] and len(found[0]) == 40
+    print(
+        f"{'ok ' if same else 'BAD'}   killed after step {before} of 40 with saves every 2 steps: "
+        f"{'it went on, every bit of the losses equal' if same else [list(f.items())[-3:] for f in found]}"
+    )
+    if before >= 40:
+        print("BAD   the run was over before it could be killed")
+    return same and before < 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=("losses", "offload", "kill", "train"))
+    parser.add_argument("paths", nargs="+", type=Path, help="a folder; of `train`, the YAML files of runs")
+    args = parser.parse_args()
+    if args.check == "train":
+        train_here(args.paths)
+        return
+    (folder,) = args.paths
+    folder.mkdir(parents=True, exist_ok=True)
+    checks = {"losses": check_losses, "offload": check_offload, "kill": check_kill}
+    sys.exit(not checks[args.check](folder))
+
+
+if __name__ == "__main__":
+    main()
