@@ -167,13 +167,20 @@ def load_optimizer(
     set_loss_scaler_state(optimizer, saved.get("loss_scaler"))
 
 
-def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> bool:
-    """Put back this rank's random state, where the layout is the one that saved it; says whether it did."""
+def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> str:
+    """Put back this rank's random state, where the layout and the kind of device are those that saved it.
+
+    Returns:
+        `the same layout` where it did; else why the random streams begin anew, for a line to the user.
+    """
     if reader.state.get("layout") != layout_record(ctx):
-        return False
-    saved = {name: reader.rank_tensor(ctx.rank, name) for name in random_states(ctx.platform)}
+        return "another layout"
+    own = random_states(ctx.platform)
+    saved = {name: reader.rank_tensor(ctx.rank, name) for name in own}
     states = {name: state for name, state in saved.items() if state is not None}
     if "rng.default" not in states:
-        return False
+        return "the same layout, without its random state: dropout draws anew"
+    if any(state.shape != own[name].shape for name, state in states.items()):
+        return f"the same layout on another kind of device than {ctx.platform.name}: dropout draws anew"
     set_random_states(ctx.platform, states)
-    return True
+    return "the same layout"
