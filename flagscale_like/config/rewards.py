@@ -17,7 +17,8 @@ class ModelReward(Frozen):
         kind: `model`.
         name: of this source in the log and in a mixture.
         weight: factor on its reward in a mixture.
-        path: a run or checkpoint of objective.kind reward, or its Hugging Face folder.
+        path: a run or checkpoint of objective.kind reward, or its Hugging Face folder. Without it, the one that the first
+            of rl.rounds makes.
         adapter: LoRA adapters for these weights.
         tokenizer: `same` refuses a reward model with another tokenizer than the policy's. `text` gives it the texts, which
             its own tokenizer and chat template make tokens of.
@@ -28,7 +29,7 @@ class ModelReward(Frozen):
     kind: Literal["model"]
     name: str = "model"
     weight: float = 1.0
-    path: PathText
+    path: PathText | None = None
     adapter: PathText | None = None
     tokenizer: Literal["same", "text"] = "same"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -202,8 +203,9 @@ class Rounds(Frozen):
         iterations: of the policy in each round.
         pairs: pairs that are judged in each round. Rollouts that the guard kept come first.
         judge: what judges them; the better answer is the one with the higher score, and equal scores are dropped.
-        reward_model: YAML of a run with objective.kind reward, which renews the reward model. Its run_dir, data.sources,
-            checkpoint.load and tokenizer are those of the round.
+        reward_model: YAML of a run with objective.kind reward, which renews the reward model. Its run_dir, parallel, data and
+            checkpoint.load are set by the round: it begins with the last reward model, or, where there is none, with the
+            weights that the YAML names.
         held_out: share of each round's pairs that no reward model is trained on.
         tolerance: by how much the accuracy on the held-out pairs may fall.
         restart_policy: begin each round's policy from the weights that the run began with, not from those of the last round.
