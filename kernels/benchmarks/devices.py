@@ -123,8 +123,8 @@ class StandIn:
     def _maybe_fail(self):
         if self.lost:
             self._lose()
-        if self.random.random() < 0.1:
-            kinds = [self._hang, self._kill, self._lose, *[self._raise] * 20]
+        if self.random.random() < 0.3:
+            kinds = [self._hang, self._kill, self._lose, *[self._raise] * 60]
             (self.next.pop() if self.next else self.random.choice(kinds))()
 
     def times(self, call):
