@@ -37,6 +37,15 @@ def choose_backend(x: Tensor, backend: str | None) -> str:
     return backend
 
 
+def called_plainly() -> bool:
+    """Whether nothing differentiates, compiles or traces what is called now.
+
+    An operator then needs no dispatch, which takes longer on a CPU than the operator itself on the few rows of a step of
+    generation.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+
 def check_float(name: str, x: Tensor, backend: str) -> None:
     """Raise ValueError unless the backend computes in x's dtype."""
     allowed = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES

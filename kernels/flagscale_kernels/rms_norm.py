@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flagscale_kernels._checks import (
     as_rows,
+    called_plainly,
     check_float,
     check_same,
     check_unit_stride,
@@ -185,12 +186,14 @@ def _backward_triton(dy, x, weight, rstd, hf, dz):
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
-@torch.library.custom_op("flagscale_kernels::rms_norm", mutates_args=())
-def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, hf: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, hf: bool, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "torch":
         return _forward_torch(x, weight, eps, hf)
     y, _, rstd = _forward_triton(x, None, weight, eps, hf)
     return y, rstd
+
+
+_rms_norm_op = torch.library.custom_op("flagscale_kernels::rms_norm", _rms_norm, mutates_args=())
 
 
 @torch.library.custom_op("flagscale_kernels::rms_norm_residual", mutates_args=())
@@ -292,7 +295,8 @@ def rms_norm(
     may have a wider dtype than x. Raises ValueError for a shape, dtype, device or stride that does not fit.
     """
     backend = _check(x, weight, rounding, backend)
-    return _rms_norm_op(x, weight, eps, rounding == "hf", backend)[0]
+    norm = _rms_norm if called_plainly() else _rms_norm_op
+    return norm(x, weight, eps, rounding == "hf", backend)[0]
 
 
 def rms_norm_residual(

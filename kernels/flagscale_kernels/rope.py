@@ -15,7 +15,14 @@ all its heads.
 import torch
 from torch import Tensor
 
-from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
+from flagscale_kernels._checks import (
+    called_plainly,
+    check_float,
+    check_same,
+    check_unit_stride,
+    choose_backend,
+    require,
+)
 from flagscale_kernels._layouts import as_bnsd, check_layout, sizes, strides
 from flagscale_kernels._triton import next_power_of_2, tl, triton
 from flagscale_kernels.rope_frequencies import packed_position_ids
@@ -177,8 +184,7 @@ def _no_k(q):
     return q.new_empty(0)  # a custom op returns tensors only
 
 
-@torch.library.custom_op("flagscale_kernels::rope", mutates_args=())
-def _rope_op(
+def _rope(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     layout: str, interleaved: bool, sign: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -186,6 +192,9 @@ def _rope_op(
     k_out = _no_k(q) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _rotate(q, k, q_out, k_out, cos, sin, positions, layout, interleaved, sign, backend)
     return q_out, k_out
+
+
+_rope_op = torch.library.custom_op("flagscale_kernels::rope", _rope, mutates_args=())
 
 
 @torch.library.custom_op("flagscale_kernels::rope_", mutates_args=("q", "k"))
@@ -298,6 +307,8 @@ def rope(
         require(position_ids is None, "cu_seqlens and position_ids exclude each other: give 1 of the 2")
         position_ids = packed_position_ids(cu_seqlens, q.shape[0])
     _check_tables(q, cos, sin, position_ids, layout, backend)
+    if called_plainly():
+        return _rope(q, k, cos, sin, position_ids, layout, interleaved, 1.0, backend)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()  # torch.compile plans its own buffers
     return _Rope.apply(q, k, cos, sin, position_ids, layout, interleaved, inplace_backward, backend)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flagscale_kernels._checks import (
     as_rows,
+    called_plainly,
     check_float,
     check_same,
     check_unit_stride,
@@ -181,9 +182,11 @@ def _backward(dy, gate, up, weight, dgate, dup, backend):
     return gate.new_empty(0) if dweight is None else dweight  # a custom op returns tensors only
 
 
-@torch.library.custom_op("flagscale_kernels::swiglu_packed", mutates_args=())
-def _packed_op(gate_up: Tensor, weight: Tensor | None, backend: str) -> Tensor:
+def _packed(gate_up: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     return _forward(*_halves(gate_up), weight, backend)
+
+
+_packed_op = torch.library.custom_op("flagscale_kernels::swiglu_packed", _packed, mutates_args=())
 
 
 @torch.library.custom_op("flagscale_kernels::swiglu_packed_backward", mutates_args=())
@@ -289,5 +292,5 @@ def swiglu(
         )
         weight = weight.reshape(rows)
     if up is None:
-        return _packed_op(gate, weight, backend)
+        return (_packed if called_plainly() else _packed_op)(gate, weight, backend)
     return _split_op(gate, up, weight, backend)
