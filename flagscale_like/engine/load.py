@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
-from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary
+from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary, keys_of
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.checkpoint.store import WeightSource, layout_record
@@ -90,7 +90,7 @@ def load_weights(
     gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
     known = {key for _, keys in gathered for key in keys}
     problems = sorted({text for found, _ in gathered for text in found.values()})
-    extra = {key for key in source.keys() if key.startswith(prefix)} - known - {prefix + name for name in unused}
+    extra = set(keys_of(source, prefix)) - known - {prefix + name for name in unused}
     problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))

@@ -25,6 +25,9 @@ class Workload:
     options: dict = field(default_factory=dict)
 
 
+OURS = "flagscale_kernels"  # the name of our own provider
+
+
 def _installed(package):
     return importlib.util.find_spec(package) is not None
 
@@ -139,7 +142,7 @@ def _piecewise(q1, k1, q2, k2, v, threshold):
 
 def providers(workload):
     """{name: function} of the installed implementations; the function takes the workload and returns the call to time."""
-    found = {"flagscale_kernels": lambda w: w.ours, "torch": lambda w: w.reference}
+    found = {OURS: lambda w: w.ours, "torch": lambda w: w.reference}
     if not torch.cuda.is_available():
         return found
     name = workload.operator

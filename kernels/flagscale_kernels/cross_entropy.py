@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require, say_once
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require, say_once
 from flagscale_kernels._operators import operator
+from flagscale_kernels._rows import as_rows, row_start
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -93,16 +94,11 @@ def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_s
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
 def _statistics_kernel(
     X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0)
-    X += _row_start(row, inner, outer_stride, inner_stride)
+    X += row_start(row, inner, outer_stride, inner_stride)
     m = tl.full([], float("-inf"), tl.float32)
     l = tl.full([], 0.0, tl.float32)
     total = tl.full([], 0.0, tl.float32)
@@ -133,13 +129,13 @@ def _gradient_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < v
     scale = tl.load(SCALE + row)
-    OUT += _row_start(row, out_inner, out_outer_stride, out_inner_stride)
+    OUT += row_start(row, out_inner, out_outer_stride, out_inner_stride)
     if scale == 0.0:  # an ignored token: the gradient is 0, even where its logits are nan or inf
         tl.store(OUT + cols, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=mask)
     else:
         lse = tl.load(LSE + row)
         column = tl.load(TARGET + row) - vocab_start
-        x = tl.load(X + _row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
+        x = tl.load(X + row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
         p = tl.exp2((x.to(tl.float32) - lse) * LOG2E)
         grad = p * (1.0 + 2.0 * z_loss * lse) - smoothed
         grad = tl.where(cols == column, grad - (1.0 - label_smoothing), grad) * scale
