@@ -26,6 +26,7 @@ class Drawing(Frozen):
             tokens, so that a value below 1 biases the ratio of the two.
         top_k: draw among so many of the likeliest tokens; 0: among all.
         stop_strings: texts that end a rollout, beside the tokenizer's end of text.
+        rows: the most rollouts that are under way at a time on each copy of the policy, with engine own.
     """
 
     engine: Literal["own", "vllm"] = "own"
@@ -35,6 +36,7 @@ class Drawing(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     stop_strings: tuple[str, ...] = ()
+    rows: int = Field(default=64, gt=0)
 
 
 class Divergence(Frozen):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
-from flagscale_like.config import RunConfig
+from flagscale_like.config import JudgeReward, RunConfig
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import ConfigError
+from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
@@ -15,6 +18,7 @@ from flagscale_like.rl.iteration_log import IterationLog
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.models import build_models
 from flagscale_like.rl.prompts import Prompts, Words, read_prompts
+from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.state import RlState
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
@@ -31,14 +35,45 @@ from flagscale_like.training.standard_parts import GarbageCollection, Saves, Sto
 from flagscale_like.training.trackers import check_trackers
 
 # The policy's engine -> what draws rollouts with its weights; and what scores them.
-MakeGenerator = Callable[[RunConfig, Engine], GenerationEngine]
+MakeGenerator = Callable[[RunConfig, Engine, Words], GenerationEngine]
 MakeReward = Callable[[RunConfig, ParallelContext, Words], RewardSource]
 
 
+def own_generator(config: RunConfig, engine: Engine, words: Words) -> GenerationEngine:
+    """What draws rollouts with the policy's own weights.
+
+    Raises:
+        ConfigError: another engine is asked for.
+    """
+    drawing = config.rl.rollout
+    if drawing.engine != "own":
+        raise ConfigError(f"rl.rollout.engine {drawing.engine} is not yet to be had in a run: use own")
+    return OwnEngine(engine, rows=drawing.rows, room=config.train.seq_length, decode=words.tokenizer.decode)
+
+
+def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
+    """What scores rollouts, by rl.reward."""
+
+    def no_engine(options: JudgeReward) -> tuple[GenerationEngine, Path]:
+        raise ConfigError("rl.reward: a judge of a path is not yet to be had in a run: give it a url")
+
+    return build_reward(
+        config.rl.reward,
+        Surroundings(ctx, seq_length=config.train.seq_length, tokenizer=Path(words.folder), open_engine=no_engine),
+    )
+
+
 def reinforce(
-    config: RunConfig, ctx: ParallelContext, *, make_generator: MakeGenerator, make_reward: MakeReward
+    config: RunConfig,
+    ctx: ParallelContext,
+    *,
+    make_generator: MakeGenerator = own_generator,
+    make_reward: MakeReward = reward_of,
 ) -> Progress:
     """Run to the last iteration, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
+
+    Args:
+        make_generator, make_reward: in the place of what the configuration names.
 
     Raises:
         DivergedError: the guard (training.guard) stopped the run, or the critic diverged.
@@ -51,7 +86,7 @@ def reinforce(
     begun = start(config, ctx)
     with ExitStack() as closing:
         iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words)(
-            make_generator(config, begun.engine), make_reward(config, ctx, words)
+            make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
         run = iterations.run
         if config.checkpoint.interval:

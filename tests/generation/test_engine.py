@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-import transformers
 
-from flagscale_like.checkpoint.hf_folder import HfFolder
-from flagscale_like.config import Parallel
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
-from tests.families import tiny
 from tests.harness import run_ranks, tiny_config
 
 EXPERTS = {"model__experts": {"count": 4, "top_k": 2, "ffn_hidden_size": 48}}
