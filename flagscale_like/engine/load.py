@@ -28,6 +28,7 @@ from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.random_state import random_states, set_random_states
+from flagscale_like.runtime.storage import memory_of
 
 READERS = 4  # threads: while one copies what it read, the disk works for another
 
@@ -151,14 +152,14 @@ def load_optimizer(
             "train.frozen, or begin a new run from these weights with checkpoint.load"
         )
     # An fp32 model's weights are its master weights; load_weights has filled them.
-    filled = {shard.parameter.untyped_storage().data_ptr() for shard in owned}
+    filled = {memory_of(shard.parameter) for shard in owned}
     _fill(
         [
             (view, kind, shard.fragment)
             for one in owned
             for shard in one.fragments()
             for kind, view in shard.tensors.items()
-            if view.untyped_storage().data_ptr() not in filled
+            if memory_of(view) not in filled
         ],
         reader,
     )

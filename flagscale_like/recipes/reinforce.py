@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
-from flagscale_like.config import RunConfig
+from flagscale_like.checkpoint.format import value_heads_of
+from flagscale_like.checkpoint.opened import open_adapted
+from flagscale_like.config import JudgeReward, RunConfig
+from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import CheckpointError, ConfigError
+from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
+from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.iteration_log import IterationLog
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.models import build_models
 from flagscale_like.rl.prompts import Prompts, Words, read_prompts
+from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.state import RlState
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
@@ -31,14 +40,74 @@ from flagscale_like.training.standard_parts import GarbageCollection, Saves, Sto
 from flagscale_like.training.trackers import check_trackers
 
 # The policy's engine -> what draws rollouts with its weights; and what scores them.
-MakeGenerator = Callable[[RunConfig, Engine], GenerationEngine]
+MakeGenerator = Callable[[RunConfig, Engine, Words], GenerationEngine]
 MakeReward = Callable[[RunConfig, ParallelContext, Words], RewardSource]
 
 
+def own_generator(config: RunConfig, engine: Engine, words: Words) -> GenerationEngine:
+    """What draws rollouts with the policy's own weights.
+
+    Raises:
+        ConfigError: another engine is asked for.
+    """
+    drawing = config.rl.rollout
+    if drawing.engine != "own":
+        raise ConfigError(f"rl.rollout.engine {drawing.engine} is not yet to be had in a run: use own")
+    return OwnEngine(engine, rows=drawing.rows, room=config.train.seq_length, decode=words.tokenizer.decode)
+
+
+def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
+    """What scores rollouts, by rl.reward."""
+    return build_reward(config.rl.reward, surroundings(config, ctx, words))
+
+
+def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surroundings:
+    """What the rewards and judges of a run are built in."""
+
+    def open_engine(options: JudgeReward) -> tuple[GenerationEngine, Path]:
+        return open_generator(Path(options.path or ""), ctx, precision=config.train.precision)
+
+    return Surroundings(
+        ctx,
+        seq_length=config.train.seq_length,
+        tokenizer=Path(words.folder),
+        open_engine=open_engine,
+        say=lambda line: print(line, flush=True) if ctx.is_main else None,
+    )
+
+
+def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple[GenerationEngine, Path]:
+    """A generation engine on a model's own weights, on the layout of the run, and the folder of its tokenizer.
+
+    Raises:
+        CheckpointError: it is no language model, or has no tokenizer.
+    """
+    opened = open_adapted(path, adapter=None)
+    if opened.tokenizer is None:
+        raise CheckpointError(f"{path}: has no tokenizer, and a judge reads and writes text")
+    if value_heads_of(opened.source):
+        raise CheckpointError(f"{path}: is a reward model, and a judge has to write: give a language model")
+    spec = ModelSpec(
+        arch=opened.source.arch,
+        parallel=ctx.layout,
+        precision=precision,  # type: ignore[arg-type]
+        lora=getattr(opened.source, "lora", None),
+    )
+    engine = Engine.build(spec, ctx, source=opened.source)
+    return OwnEngine(engine, decode=Tokenizer(opened.tokenizer).decode), opened.tokenizer
+
+
 def reinforce(
-    config: RunConfig, ctx: ParallelContext, *, make_generator: MakeGenerator, make_reward: MakeReward
+    config: RunConfig,
+    ctx: ParallelContext,
+    *,
+    make_generator: MakeGenerator = own_generator,
+    make_reward: MakeReward = reward_of,
 ) -> Progress:
     """Run to the last iteration, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
+
+    Args:
+        make_generator, make_reward: in the place of what the configuration names.
 
     Raises:
         DivergedError: the guard (training.guard) stopped the run, or the critic diverged.
@@ -51,7 +120,7 @@ def reinforce(
     begun = start(config, ctx)
     with ExitStack() as closing:
         iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words)(
-            make_generator(config, begun.engine), make_reward(config, ctx, words)
+            make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
         run = iterations.run
         if config.checkpoint.interval:
@@ -85,6 +154,7 @@ def assemble(
     log = IterationLog(config, ctx, clock)
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config), expects_gradient=False)
     saves = Saves(begun.store, config.checkpoint, watchdog)
+    guarding = build_guarding(config, ctx, progress)
     parts = [
         StopSignal(watchdog),
         *([StepProfiler(config.train.profile, folder, ctx)] if config.train.profile else []),
@@ -93,6 +163,7 @@ def assemble(
         LiveLine(config, reporter.console),
         prompts,
         state,
+        *([guarding] if guarding else []),
         guard,
         *ledger,
         saves,
@@ -117,5 +188,5 @@ def assemble(
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
     return lambda generator, reward: RlRun(
-        run, models, generator, reward, prompts=prompts, words=words, state=state, numbers=log.note
+        run, models, generator, reward, prompts=prompts, words=words, state=state, numbers=log.note, guarding=guarding
     )

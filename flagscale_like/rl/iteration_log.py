@@ -9,6 +9,7 @@ from typing import Any
 
 from flagscale_like.config import ReinforcementLearning, RunConfig
 from flagscale_like.objectives.policy import KL_REFERENCE, SUMS, PolicyLoss
+from flagscale_like.rl.guard import OUTSIDE
 from flagscale_like.rl.phases import PHASES
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
@@ -32,6 +33,8 @@ def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
         names = [name for name in names if not name.startswith("kl/")]
     elif options.kl.into == "loss":
         names.append(KL_REFERENCE)
+    if options.outside.action != "off":
+        names += OUTSIDE
     if options.has_critic:
         names += ["value/loss", "value/explained", "value/grad-norm", "value/clip-share"]
     names += [f"time/{phase}_s" for phase in PHASES] + [f"tokens-per-second/{phase}" for phase in PHASES]

@@ -18,8 +18,9 @@ from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout,
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.objectives.value import ValueLoss
 from flagscale_like.rl.algorithms import next_coefficient
-from flagscale_like.rl.answers import Answer, RewardSource
+from flagscale_like.rl.answers import Answer, RewardSource, Score
 from flagscale_like.rl.experience import Experience, appraise
+from flagscale_like.rl.guarding import Guarding
 from flagscale_like.rl.models import Models
 from flagscale_like.rl.packs import Deal, packed_batches, places_of
 from flagscale_like.rl.phases import Phases
@@ -63,6 +64,7 @@ class RlRun:
         words: the policy's tokenizer.
         state: what the run keeps beside its models; a part of the run.
         numbers: takes what an iteration reports, by name.
+        guarding: the guard on exploration; None where there is none.
         weights: see WeightsOf; the trainer's own engine takes none.
     """
 
@@ -78,10 +80,11 @@ class RlRun:
         state: RlState,
         numbers: Callable[[dict[str, float]], None],
         weights: WeightsOf = tuple,
+        guarding: Guarding | None = None,
     ) -> None:
         self.run, self.models, self.generator, self.reward = run, models, generator, reward
         self.prompts, self.words, self.state, self._numbers, self._weights = prompts, words, state, numbers, weights
-        self.options, self.phases = run.config.rl, Phases()
+        self.guarding, self.options, self.phases = guarding, run.config.rl, Phases()
         drawing = self.options.rollout
         self.sampling = Sampling(
             max_new_tokens=drawing.max_new_tokens,
@@ -151,6 +154,8 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
+        if self.guarding is not None:
+            self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
 
     @property
@@ -209,7 +214,7 @@ class RlRun:
             models,
             self.reward,
             self._answer,
-            lambda prompt: self._asks[prompt].group,
+            lambda prompt: (self._asks[prompt].group, self._asks[prompt].samples),
             with_old=self.with_old and not stale,
         )
         for rollout in rollouts:
@@ -217,27 +222,28 @@ class RlRun:
                 scorer.add(rollout)
             self.phases.tokens["score"] += places_of(rollout)
         with self.phases.phase("score"):
-            return scorer.finish()
+            found = scorer.finish()
+        return found if self.guarding is None else self.guarding.apply(self.progress.step + 1, found, self._answer)
 
     def measure(self, scored: Sequence[Scored]) -> list[Scored]:
         """Rollouts that waited, with what reference, critic and policy say of them now."""
         own = scored[self.run.ctx.dp_rank :: self.run.ctx.dp]
         known = {(one.rollout.prompt, one.rollout.sample): one for one in scored}
-        kept = _KnownScores([one.score for one in own])
-        groups = {one.rollout.prompt: one.group for one in scored}
-        scorer = Scorer(self.models, kept, _no_answer, groups.__getitem__, with_old=self.with_old)
+        groups = {one.rollout.prompt: (one.group, 0) for one in scored}
+        scorer = Scorer(self.models, _NoReward(), lambda _: None, groups.__getitem__, with_old=self.with_old)
         with self.phases.phase("score"):
             for one in own:
                 scorer.add(one.rollout)
                 self.phases.tokens["score"] += places_of(one.rollout)
             found = scorer.finish()
-        assert len(found) == len(known), f"{len(found)} of {len(known)} rollouts came back"
+        for one in found:
+            one.score = known[one.rollout.prompt, one.rollout.sample].score
         return found
 
     def _answer(self, rollout: Rollout) -> Answer:
         row = self._asks[rollout.prompt].row
         text = self.words.text_of(rollout.ids, self.sampling.stop_strings)
-        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish)
+        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
 
     def appraise(self, scored: Sequence[Scored]) -> Experience:
         """The advantages of scored rollouts."""
@@ -315,20 +321,11 @@ class RlRun:
             self.state.coefficient = next_coefficient(self.state.coefficient, found, kl.target, rollouts, kl.horizon)
 
 
-class _KnownScores:
-    """Gives scores that are known already, in their order."""
+class _NoReward:
+    """Scores what is scored already."""
 
-    collective = False
-
-    def __init__(self, scores: Sequence) -> None:
-        self._left = iter(scores)
-
-    def scores(self, answers: Sequence[Answer]) -> list:
-        return [next(self._left) for _ in answers]
-
-
-def _no_answer(rollout: Rollout) -> None:
-    return None
+    def scores(self, answers: Sequence[Answer]) -> list[Score]:
+        return [Score(0.0)] * len(answers)
 
 
 def _all_equal(members: Sequence[Scored]) -> bool:

@@ -25,11 +25,13 @@ class Row:
         text: as the policy reads it, with the chat template's marks where there is one.
         ids: its tokens.
         fields: the other columns of its line.
+        messages: the prompt as a chat; empty where it is a text.
     """
 
     text: str
     ids: tuple[int, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] = ()
 
 
 class Words:
@@ -74,7 +76,7 @@ class Words:
             ids = [*self.tokenizer.before_text, *self.tokenizer.encode_batch([text])[0]]
         if not ids:
             raise ValueError("is empty: a prompt needs a token to begin with")
-        return Row(text, tuple(ids), fields)
+        return Row(text, tuple(ids), fields, record.get("messages") or ())
 
     def _of_messages(self, record: Mapping[str, Any]) -> str:
         if self._chat is None:

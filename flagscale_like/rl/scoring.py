@@ -11,12 +11,13 @@ from torch import Tensor
 
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, UserError
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.objectives.policy import TokenLogProbabilities, TokenValues
 from flagscale_like.rl.answers import Answer, RewardSource, Score
 from flagscale_like.rl.models import Models
 from flagscale_like.rl.packs import Deal, packed_batches, places_of, unpack
+from flagscale_like.rl.rewards.checked import AskedByMain
 
 
 @dataclass
@@ -62,13 +63,13 @@ def token_numbers(engine: Engine, objective: Objective, rollouts: Sequence[Rollo
 class Scorer:
     """Scores the rollouts of one call of the generation engine.
 
-    `add` takes each as it ends. Once they fill the rows of a pass, reference and reward score them, between two tokens of the
-    others; a reward that needs no model is asked in a thread. `finish` scores the rest, and asks the models that are trained:
-    their ranks gather parameters over data parallelism, and must do it alike.
+    `add` takes each as it ends. Once they fill the rows of a pass, the reference scores them, between two tokens of the
+    others; and a reward that runs outside of the ranks is asked in a thread, once all rollouts of a prompt are there. `finish` scores
+    the rest, and asks the models that need all ranks at once, or the policy's place.
 
     Args:
         answer_of: the reward's view of a rollout.
-        group_of: by the number of a prompt, its group.
+        group_of: by the number of a prompt, its group and how many rollouts are drawn of it.
         with_old: whether the policy computes log-probabilities again.
     """
 
@@ -77,55 +78,52 @@ class Scorer:
         models: Models,
         reward: RewardSource,
         answer_of: Callable[[Rollout], Answer],
-        group_of: Callable[[int], int],
+        group_of: Callable[[int], tuple[int, int]],
         *,
         with_old: bool,
     ) -> None:
         self.models, self.reward, self.answer_of, self.group_of = models, reward, answer_of, group_of
-        policy = models.policy
-        self.ctx, self.with_old = policy.ctx, with_old
-        # One rank of those that share a model asks the reward, unless that is a model on these ranks itself.
-        self.is_collective = getattr(reward, "collective", False)
-        self.is_first = policy.ctx.tp_rank == 0 and policy.ctx.cp_rank == 0 and policy.ctx.is_last_stage
-        spec = policy.spec
+        ctx, spec = models.policy.ctx, models.policy.spec
+        self.ctx, self.with_old = ctx, with_old
+        self.is_first = ctx.tp_rank == 0 and ctx.cp_rank == 0 and ctx.is_last_stage  # of the ranks that share a model
         self.pass_places = 0.9 * spec.seq_length * spec.micro_batch_size * max(1, 2 * (spec.parallel.pp - 1))
-        self.overlaps = not spec.arch.experts
+        self.overlaps = not spec.arch.experts  # whose ranks exchange tokens, and make all passes together
         self.rollouts: list[Rollout] = []
-        self.numbers: dict[str, list[Tensor]] = {"reference": [], "values": []}
-        self._done = 0  # rollouts that reference and reward have got
-        self._asked: list[Future[list[Score]]] = []
-        self._pool = ThreadPoolExecutor(1)
+        self.numbers: dict[str, list[Tensor]] = {}
+        self._done = 0  # rollouts that the reference has scored
+        self._outside = reward.source if isinstance(reward, AskedByMain) else None
+        self._waiting: dict[int, list[Rollout]] = {}  # by prompt, where not all of its rollouts are there
+        self._asked: list[tuple[list[Rollout], Future[list[Score]]]] = []
+        self._pool = ThreadPoolExecutor(1) if self._outside is not None and self.is_first else None
 
     def add(self, rollout: Rollout) -> None:
         """A rollout has ended."""
         self.rollouts.append(rollout)
+        self._ask(rollout)
         if self.overlaps and sum(places_of(one) for one in self.rollouts[self._done :]) >= self.pass_places:
             self._score_new()
 
+    def _ask(self, rollout: Rollout) -> None:
+        """Ask the reward about a prompt whose rollouts are all there, on one of the ranks that share them."""
+        if self._pool is None:
+            return
+        own = self._waiting.setdefault(rollout.prompt, [])
+        own.append(rollout)
+        if len(own) == self.group_of(rollout.prompt)[1]:
+            answers = [self.answer_of(one) for one in self._waiting.pop(rollout.prompt)]
+            self._asked.append((own, self._pool.submit(self._outside.scores, answers)))
+
     def _score_new(self) -> None:
-        new, models = self.rollouts[self._done :], self.models
+        new, reference = self.rollouts[self._done :], self.models.reference
         self._done = len(self.rollouts)
-        self._ask(new)
-        if models.reference and not models.reference.waits:
-            with models.reference.scoring() as engine:
+        if reference and not reference.waits:
+            with reference.scoring() as engine:
                 self._note("reference", engine, TokenLogProbabilities(), new)
 
     def _note(self, name: str, engine: Engine, objective: Objective, rollouts: Sequence[Rollout]) -> None:
         found = token_numbers(engine, objective, rollouts)
         if found is not None:
             self.numbers.setdefault(name, []).extend(found)
-
-    def _ask(self, rollouts: Sequence[Rollout]) -> None:
-        """Ask the reward: in its own time where it needs no model, now where it is one."""
-        if not rollouts or not (self.is_collective or self.is_first):
-            return
-        answers = [self.answer_of(rollout) for rollout in rollouts]
-        if self.is_collective:
-            done: Future[list[Score]] = Future()
-            done.set_result(self.reward.scores(answers))
-            self._asked.append(done)
-        else:
-            self._asked.append(self._pool.submit(self.reward.scores, answers))
 
     def finish(self) -> list[Scored]:
         """The rollouts of all data-parallel ranks, on every rank in the same order: by group, prompt and sample.
@@ -143,31 +141,40 @@ class Scorer:
             self._note("values", models.critic.engine, TokenValues(), self.rollouts)
         if self.with_old:
             self._note("old", models.policy, TokenLogProbabilities(), self.rollouts)
-        problem, scores = None, []
+        problem, own = None, []
         try:
-            scores = [score for asked in self._asked for score in asked.result()]
-        except DataError as error:
+            own = self._own() if self.is_first else []
+        except UserError as error:
             problem = str(error)
-        self._pool.shutdown()
-        gathered = self.ctx.gather((problem, self._own(scores) if self.is_first and not problem else []))
+        gathered = self.ctx.gather((problem, own))
         if problems := [text for text, _ in gathered if text]:
             raise DataError(problems[0])
-        every = [one for _, part in gathered for one in part]
-        return sorted(every, key=lambda one: (one.group, one.rollout.prompt, one.rollout.sample))
-
-    def _own(self, scores: Sequence[Score]) -> list[Scored]:
-        assert len(scores) == len(self.rollouts), (
-            f"the reward gave {len(scores)} scores of {len(self.rollouts)} answers"
+        every = sorted(
+            (one for _, part in gathered for one in part),
+            key=lambda one: (one.group, one.rollout.prompt, one.rollout.sample),
         )
-        named = {name: values for name, values in self.numbers.items() if values}
+        if self._outside is None and every:
+            scores = self.reward.scores([self.answer_of(one.rollout) for one in every])
+            for one, score in zip(every, scores, strict=True):
+                one.score = score
+        return every
+
+    def _own(self) -> list[Scored]:
+        """This model's rollouts with what was found of them, in the order in which they ended."""
+        scores: dict[tuple[int, int], Score] = {}
+        for rollouts, asked in self._asked:
+            scores |= {(r.prompt, r.sample): score for r, score in zip(rollouts, asked.result(), strict=True)}
+        if self._pool is not None:
+            self._pool.shutdown()
+            assert len(scores) == len(self.rollouts), f"{len(scores)} scores of {len(self.rollouts)} rollouts"
         return [
             Scored(
                 rollout,
-                self.group_of(rollout.prompt),
-                score,
-                {name: values[number] for name, values in named.items()},
+                self.group_of(rollout.prompt)[0],
+                scores.get((rollout.prompt, rollout.sample), Score(0.0)),
+                {name: values[number] for name, values in self.numbers.items()},
             )
-            for number, (rollout, score) in enumerate(zip(self.rollouts, scores, strict=True))
+            for number, rollout in enumerate(self.rollouts)
         ]
 
 

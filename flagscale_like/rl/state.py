@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning keeps beside its models: the coefficient, and rollouts that wait to be learned from."""
+"""What a run of reinforcement learning keeps beside its models: the coefficient, and rollouts that wait to be learned of."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def _record(one: Scored) -> dict[str, Any]:
         "ids": _text(rollout.ids, np.int32),
         "logprobs": _text(rollout.logprobs, np.float32),
         "raw_logprobs": _text(rollout.raw_logprobs, np.float32),
-        "score": [score.value, list(score.heads), score.rejected, score.reason],
+        "score": [score.value, list(score.heads), score.rejected, score.reason, dict(score.parts)],
     }
 
 
 def _scored(record: Mapping[str, Any]) -> Scored:
-    value, heads, rejected, reason = record["score"]
+    value, heads, rejected, reason, parts = record["score"]
     rollout = Rollout(
         prompt=int(record["prompt"]),
         sample=int(record["sample"]),
@@ -68,7 +68,7 @@ def _scored(record: Mapping[str, Any]) -> Scored:
         finish=record["finish"],
         version=int(record["version"]),
     )
-    return Scored(rollout, int(record["group"]), Score(float(value), tuple(heads), bool(rejected), reason))
+    return Scored(rollout, int(record["group"]), Score(float(value), tuple(heads), bool(rejected), reason, parts))
 
 
 def _text(values: Sequence[float], dtype: type) -> str:

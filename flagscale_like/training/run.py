@@ -203,6 +203,12 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
             "mend one, or move them away to begin anew"
         )
     reader = CheckpointReader(newest) if newest is not None else None
+    saved_task = reader.state.get("config", {}).get("task", "train") if reader is not None else config.task
+    if saved_task != config.task:
+        raise CheckpointError(
+            f"{newest}: is of a run of task {saved_task}, and the configuration says {config.task}: give another run_dir, "
+            "and begin from this checkpoint with checkpoint.load"
+        )
     notes += reader.notes if reader is not None else ()
     source = weights_to_load(config, reader, ctx)
     strict = reader is not None or config.checkpoint.load_strict

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import torch
@@ -18,10 +20,19 @@ def neighbours(config):
             yield replace(config, bm=bm, bn=bn, warps=warps, stages=stages)
 
 
+def _compile(kernel, launches):
+    """Compile the launches in threads, because most of a compilation waits for ptxas. What does not compile is left."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for grid, args, options in launches:
+            kernel.warmup(*args, grid=grid, **options)
+
+
 def _timed(device, config, run):
     row = {"config": asdict(config)}
     try:
-        return row | {"milliseconds": device.milliseconds(run)}
+        return row | device.times(run)
     except Exception as error:
         device.settle()
         return row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -37,7 +48,9 @@ def _each_config(device, results, wide):
             self.kernel[grid(config)](*args, **constexprs, **config.launch_options())
 
         listed = self.configs(self.chip(), block_d, element_bytes)
-        for config in dict.fromkeys([*listed, *(neighbours(listed[0]) if wide else [])]):
+        candidates = list(dict.fromkeys([*listed, *(neighbours(listed[0]) if wide else [])]))
+        _compile(self.kernel, [(grid(c), args, constexprs | c.launch_options()) for c in candidates])
+        for config in candidates:
             row = _timed(device, config, lambda config=config: run(config))
             results.append({"kernel": self.name, **row, "default": config == listed[0], "listed": config in listed})
         run(listed[0])  # what follows reads a right result

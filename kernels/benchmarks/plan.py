@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import config_times
 import goals
+import peers
 import torch
 import variants
 import workloads
@@ -64,9 +65,10 @@ def passes(workload, provider):
 def _times(workload, name, provider):
     def compute(device):
         for direction, call in passes(workload, provider).items():
-            time_ms = device.milliseconds(call)
+            times = device.times(call)
+            time_ms = times["milliseconds"]
             row = {"kind": "time", "operator": workload.operator, "shape": workload.shape, "provider": name,
-                   "direction": direction, "milliseconds": time_ms}  # fmt: skip
+                   "direction": direction, **times}  # fmt: skip
             work = workload.flops or workload.traffic_bytes
             amount = work["forward"] + work["backward"] if direction == "both" else work[direction]
             yield row | ({"tflop_per_s": amount / time_ms / 1e9} if workload.flops else
@@ -91,8 +93,8 @@ def timings(device_name: str, tiny: bool, parts: list[str]) -> Iterator[Row]:
     for part in (with_goal, without):
         for ours in (True, False):
             for workload in part:
-                for name, provider in workloads.providers(workload).items():
-                    if (name == workloads.OURS) == ours:
+                for name, provider in peers.providers(workload).items():
+                    if (name == peers.OURS) == ours:
                         row = Row(f"time {workload.operator} {workload.shape} {name}", _times(workload, name, provider))
                         yield replace(row, seconds=180.0) if ours or "compile" in name else row
 
@@ -100,8 +102,9 @@ def timings(device_name: str, tiny: bool, parts: list[str]) -> Iterator[Row]:
 def configs(device_name: str, tiny: bool, parts: list[str], wide: bool) -> Iterator[Row]:
     """The card's own rates, and every listed config of the attention kernels at the shapes that count."""
     yield Row("card", _rates)
-    for workload in workloads.workloads(device_name, tiny):
-        if workload.operator in config_times.OPERATORS and (not parts or any(p in workload.operator for p in parts)):
+    found = [w for w in workloads.workloads(device_name, tiny) if w.operator in config_times.OPERATORS]
+    for workload in sorted(found, key=lambda w: not goals.is_goal(w.operator, w.shape)):
+        if not parts or any(p in workload.operator for p in parts):
             yield Row(
                 f"configs {workload.operator} {workload.shape}",
                 lambda device, w=workload: config_times.rows(w, device, wide),

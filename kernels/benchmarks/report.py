@@ -80,8 +80,10 @@ def short(row: dict) -> str:
     if kind == "time":
         rate = f"{row['tflop_per_s']:.0f} TFLOP/s" if "tflop_per_s" in row else f"{row['gb_per_s']:.0f} GB/s"
         share = next((f", {row[s]:.0%} of the card's" for s in ("of_copy", "of_matrix_rate") if s in row), "")
+        slow_host = row["host_milliseconds"] > row["milliseconds"]
+        host = f"; the host needs {row['host_milliseconds']:.4f} ms" if slow_host else ""
         where = f"{row['operator']} {row['shape']} {row['direction']}"
-        return f"{where}: {row['provider']} {row['milliseconds']:.4f} ms, {rate}{share}"
+        return f"{where}: {row['provider']} {row['milliseconds']:.4f} ms, {rate}{share}{host}"
     if kind == "goal":
         said = {True: "reached", False: "NOT reached", None: "not measured"}[row["reached"]]
         measured = "" if row["measured"] is None else f", measured {row['measured']:.4g}"

@@ -13,10 +13,11 @@ other shapes. Each row is written as it comes, to DIR/NAME.jsonl, and all of the
 row that raises becomes a failure. A row that loses the device, ends its process or hangs does too: a fresh process takes the
 others.
 
-Times are medians of triton.testing.do_bench. For memory-bound operators it reports GB/s of the least traffic that the
-operator needs, and the share of the card's measured copy bandwidth. For attention and the fused output layer it reports
-TFLOP/s of the products that the mask does not remove, and the share of the card's measured matrix rate. Without a CUDA device
-it prints so and exits with 0; where a row of our own kernels failed it exits with 1.
+Times are medians of the device's time, with a cold L2 cache and with all of a call launched before the device begins it;
+"host_milliseconds" is the time that the host needs to launch a call. For memory-bound operators it reports GB/s of the
+least traffic that the operator needs, and the share of the card's measured copy bandwidth. For attention and the fused output
+layer it reports TFLOP/s of the products that the mask does not remove, and the share of the card's measured matrix rate.
+Without a CUDA device it prints so and exits with 0; where a row of our own kernels failed it exits with 1.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import peers  # noqa: E402
 import plan  # noqa: E402
 import torch  # noqa: E402
 import workloads  # noqa: E402
@@ -44,7 +46,7 @@ def smoke(parts):
     for workload in workloads.workloads("cpu", tiny=True):
         if parts and not any(part in workload.operator for part in parts):
             continue
-        for name, provider in workloads.providers(workload).items():
+        for name, provider in peers.providers(workload).items():
             for call in plan.passes(workload, provider).values():
                 call()
             print(f"{workload.operator} {workload.shape}: {name} ran")
@@ -96,7 +98,7 @@ def main():
         return 0
     now = datetime.datetime.now(datetime.UTC)
     device = "stand-in" if rehearsal else torch.cuda.get_device_name()
-    report = Report(args.out / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M%S}", workloads.OURS)
+    report = Report(args.out / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M%S}", peers.OURS)
     until = started + args.minutes * 60 - WRAP_UP_SECONDS * (args.minutes > 1)
     order = {"seed": args.stand_in, "hang_seconds": args.hang_seconds, "parts": parts, "configs": args.configs,
              "wide": args.wide}  # fmt: skip

@@ -1,5 +1,6 @@
 """Triton kernels for training language models, each with a PyTorch path for the CPU. Importing needs no GPU."""
 
+from flagscale_kernels._checks import stand_for_cuda
 from flagscale_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from flagscale_kernels.flash_attention import attention_reference, flash_attention, flash_attention_backward
 from flagscale_kernels.layer_norm import layer_norm, layer_norm_reference
@@ -44,6 +45,7 @@ __all__ = [
     "rope_tables",
     "spread_reference",
     "spread_tokens",
+    "stand_for_cuda",
     "swiglu",
     "swiglu_reference",
     "token_order",

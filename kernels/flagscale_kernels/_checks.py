@@ -12,6 +12,8 @@ from flagscale_kernels._triton import HAS_TRITON, interpreting
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (*TRITON_DTYPES, torch.float64)  # float64 in the PyTorch paths only, for gradcheck
 BACKENDS = (None, "triton", "torch")
+# Types of devices whose tensors have no data and stand for CUDA tensors: operators choose Triton, and nothing is launched.
+_stand_ins: set[str] = set()
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,6 +28,11 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def stand_for_cuda(device_type: str) -> None:
+    """Have tensors of this type of device, which have no data, take the ways that CUDA tensors take."""
+    _stand_ins.add(device_type)
+
+
 def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """Return "triton" or "torch": `backend` where given, else "triton" for CUDA tensors and "torch" for others.
 
@@ -36,13 +43,13 @@ def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """
     require(backend in BACKENDS, f"backend ({backend!r}) must be one of {BACKENDS}")
     if backend is None:
-        if x.device.type != "cuda" or not HAS_TRITON:
+        if x.device.type not in _stand_ins and (x.device.type != "cuda" or not HAS_TRITON):
             return "torch"
         lacks = lacks or ("the Triton kernels take no torch.float64" if x.dtype == torch.float64 else "")
         if lacks and not torch.compiler.is_compiling():
             say_once(f"flagscale_kernels: a call runs in PyTorch, which is slower: {lacks}")
         return "torch" if lacks else "triton"
-    if backend == "triton":
+    if backend == "triton" and x.device.type not in _stand_ins:
         require(HAS_TRITON, "backend ('triton') needs Triton, which is not installed")
         require(
             x.device.type in ("cuda", "meta") or interpreting(),

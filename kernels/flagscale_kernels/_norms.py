@@ -123,14 +123,15 @@ def norm_backward_kernel(
     dy_inner, dy_outer_stride, dy_inner_stride, x_inner, x_outer_stride, x_inner_stride,
     dz_inner, dz_outer_stride, dz_inner_stride,
     HAS_DZ: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HF: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     w = (tl.load(W + cols, mask=cols < h, other=0.0).to(tl.float32) + offset)[None, :]
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(pid * ROWS, n, tl.num_programs(0) * ROWS):
+    # Stages: the next rows travel to shared memory while these are summed, so that no warp waits for memory.
+    for first in tl.range(pid * ROWS, n, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < n)[:, None] & (cols < h)[None, :]
         x_offsets = row_start(rows, x_inner, x_outer_stride, x_inner_stride)[:, None] + cols[None, :]
@@ -175,9 +176,12 @@ def norm_backward_parts_kernel(
     dy_inner, dy_outer_stride, dy_inner_stride, x_inner, x_outer_stride, x_inner_stride,
     dz_inner, dz_outer_stride, dz_inner_stride,
     HAS_DZ: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HF: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """norm_backward_kernel of ROWS rows that are read in parts of BLOCK columns. DW and DB hold zeros before."""
+    """norm_backward_kernel of ROWS rows that are read in parts of BLOCK columns. DW and DB hold zeros before.
+
+    STAGES has no meaning here.
+    """
     DW += tl.program_id(0) * h
     DB += tl.program_id(0) * h
     for first_row in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
@@ -299,7 +303,7 @@ def launch_backward(dy, x, weight, mean, rstd, dz, norm: Norm, *, bias: bool = F
         dyr.tensor, xr.tensor, weight, mean, rstd, dzr.tensor, dx, partial[0], partial[-1], xr.n, h, norm.offset,
         *dyr.addressing, *xr.addressing, *dzr.addressing,
         HAS_DZ=dz is not None, CENTER=norm.center, HAS_BIAS=bias, HF=norm.hf,
-        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        ROWS=tile.rows, BLOCK=tile.block, STAGES=3 if x.element_size() == 2 else 2, num_warps=tile.warps,
     )  # fmt: skip
     sums = partial.sum(1).to(weight.dtype)
     return dx, sums[0], sums[1] if bias else None
