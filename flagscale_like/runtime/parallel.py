@@ -130,7 +130,7 @@ class ParallelContext:
     def gather(self, value: object) -> list:
         """Every rank's `value`, on every rank."""
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        self.platform.all_gather_object(values, value)
         return values
 
     def gather_to_main(self, value: object) -> list:
@@ -238,11 +238,38 @@ def parallel_context(
             f"world size ({world}) must be divisible by {layout.divisor}: start a multiple of {layout.smallest_world} "
             "processes, or change parallel.*"
         )
-    platform = get_platform()
+    world = _meet(prepare(get_platform()), launch, timeout_s)
+    with grid(get_platform(), layout, world, seed, timeout_s, launch.local_rank if launch else 0) as ctx:
+        yield ctx
+
+
+def prepare(platform: Platform) -> Platform:
+    """`platform`, for which megatron-core is made ready; see device_shim."""
     device_shim.bind_missing_names()
     if platform.needs_shim:
         device_shim.install(platform)
-    world = _meet(platform, launch, timeout_s)
+    return platform
+
+
+@contextmanager
+def grid(
+    platform: Platform,
+    layout: Parallel,
+    world: int,
+    seed: int,
+    timeout_s: float,
+    local_rank: int,
+    *,
+    kind: type[ParallelContext] = ParallelContext,
+) -> Iterator[ParallelContext]:
+    """The model-parallel groups of a torch.distributed that has started, and their end.
+
+    Args:
+        kind: of context; a rehearsed rank has one that finds the other ranks nowhere.
+
+    Raises:
+        PeerLostError: another rank ended inside the `with` block.
+    """
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -254,13 +281,13 @@ def parallel_context(
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    ctx = ParallelContext(
+    ctx = kind(
         platform=platform,
         layout=layout,
         dp=world // layout.model_parallel_size,
         rank=dist.get_rank(),
         world_size=world,
-        local_rank=launch.local_rank if launch else 0,
+        local_rank=local_rank,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
     try:

@@ -18,6 +18,15 @@ from flagscale_kernels._triton import tl, triton
 
 
 @triton.jit
+def program(length, tile: tl.constexpr, heads):
+    """(tile, head, batch entry) of this program. The grid has one dimension, as the others hold at most 65,535."""
+    tiles = (length + tile - 1) // tile
+    index = tl.program_id(0)
+    rest = index // tiles
+    return index % tiles, tl.cast(rest % heads, tl.int64), tl.cast(rest // heads, tl.int64)
+
+
+@triton.jit
 def load_rows(base, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
     """Load [ROWS, BD] from row `first`, with zeros in columns from D on and, if MASKED, in rows from `count` on."""
     rows = tl.arange(0, ROWS)
@@ -216,11 +225,11 @@ def _dkdv_tiles(
     dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
     lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Process query tiles [lo, hi) of every query head of the group in one loop: two nested loops need more registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
-    for i in tl.range(0, tiles * group, num_stages=EDGE if MASKED else None):
+    for i in range(0, tiles * group):
         head = tl.cast(first_head + i // tiles, tl.int64)
         m = lo + (i % tiles) * BM
         slope = 0.0
@@ -248,50 +257,35 @@ def dkdv_band(
     keys = first_key + tl.arange(0, BN)
     last_key = tl.minimum(first_key + BN, seq_k) - 1
     lo = 0
-    full_lo = 0
     hi = seq_q
-    full_hi = seq_q
     if HAS_RIGHT:  # query m sees the key if m + offset + right >= key
         lo = tl.maximum(first_key - right - offset, 0) // BM * BM
-        full_lo = (tl.maximum(last_key - right - offset, 0) + BM - 1) // BM * BM
     if HAS_LEFT:  # and if m + offset - left <= key
         hi = tl.minimum(seq_q, last_key + left - offset + 1)
-        full_hi = tl.minimum(seq_q, tl.maximum(first_key + left - offset + 1, 0)) // BM * BM
-    full_hi = tl.maximum(full_hi, full_lo)
-    if HAS_RIGHT:
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
-            lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION, EDGE,
-        )  # fmt: skip
     dk, dv = _dkdv_tiles(
         dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
-        lse_head_stride, full_lo, full_hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BM, BD, PRECISION, EDGE,
+        lse_head_stride, lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
+        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, HAS_LEFT or HAS_RIGHT, D, BM, BD, PRECISION,
     )  # fmt: skip
-    if HAS_LEFT:
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
-            lse_head_stride, full_hi, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-            inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BM, BD, PRECISION, EDGE,
-        )  # fmt: skip
     return dk, dv
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_q"])
 def delta_kernel(
-    O, DO, LSE, DLSE, LSE2, DELTA, CU_SEQLENS_Q, seq_q,
+    O, DO, LSE, DLSE, LSE2, DELTA, CU_SEQLENS_Q, seq_q, heads,
     o_batch_stride, o_head_stride, o_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     lse_batch_stride, lse_head_stride,
-    HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Store delta = sum_d o do - dlse, and the LSE in base 2, +inf for a row without keys so that exp2(s - lse) is 0."""
-    first = tl.program_id(0) * BM
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        o_seq_stride = tl.cast(o_seq_stride, tl.int64)
+        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
+    tile, head, batch = program(seq_q, BM, heads)
+    first = tile * BM
     start = batch * 0
     if PACKED:
         start = tl.load(CU_SEQLENS_Q + batch).to(tl.int64)

@@ -65,17 +65,16 @@ def _device_name(index: int) -> str:
 
 def tile_lists(
     *,
-    sm80: list[Config],
-    sm90: list[Config],
-    wide: Config,
-    wide90: Config,
-    other: Config,
+    sm80: dict[int, list[Config]],
+    sm90: dict[int, list[Config]],
+    other: dict[int, list[Config]],
     float32: Config,
     interpreter: Config,
 ) -> Callable[[int, int, int], list[Config]]:
     """Return the `configs` function of a TunedKernel.
 
-    `wide` and `wide90` are for head dimensions above 128, `other` is for chips that are neither sm_80 nor sm_90.
+    Each dictionary has a list for head dimensions up to its key. `other` is for chips that are neither sm_80 nor sm_90: it
+    fits into 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have.
     """
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
@@ -83,9 +82,8 @@ def tile_lists(
             return [interpreter]
         if element_bytes == 4:  # exact fp32 products do not use the matrix units; for tests
             return [float32]
-        if block_d > 128:
-            return [wide90 if chip == 90 else wide]
-        return {80: sm80, 90: sm90}.get(chip, [other])
+        lists = {80: sm80, 90: sm90}.get(chip, other)
+        return lists[min(width for width in lists if block_d <= width)]
 
     return configs
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
-from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, store_rows
+from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, program, store_rows
 from flagscale_kernels._checks import check_float, check_same, choose_backend, require
 from flagscale_kernels._layouts import PACKED, as_bnsd, check_layout, from_bnsd, sizes, strides
 from flagscale_kernels._operators import autocast_to, operator
@@ -22,7 +22,9 @@ from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_li
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 DELTA_ROWS = 64
+LARGEST_TILE = 256  # rows
 NO_BOUND = -1
+MAX_LENGTH = 1 << 30  # positions and the edges of tiles are 32-bit numbers
 
 
 def attention_reference(
@@ -72,17 +74,22 @@ def _sequence(CU_SEQLENS, batch, length, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "left", "right"])
 def _flash_forward_kernel(
-    Q, K, V, O, LSE, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K, qk_scale, inverse_scale, seq_q, seq_k, left, right, group,
+    Q, K, V, O, LSE, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K, qk_scale, inverse_scale, seq_q, seq_k, left, right, heads, group,
     q_batch_stride, q_head_stride, q_seq_stride, k_batch_stride, k_head_stride, k_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, o_batch_stride, o_head_stride, o_seq_stride,
     lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
+    if WIDE:
+        q_seq_stride = tl.cast(q_seq_stride, tl.int64)
+        k_seq_stride = tl.cast(k_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        o_seq_stride = tl.cast(o_seq_stride, tl.int64)
     # Last tiles first: under a causal mask they have the most keys.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1).to(tl.int64)
-    entry = tl.program_id(2).to(tl.int64)
+    tile, head, entry = program(seq_q, BM, heads)
+    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
     batch, q_start, seq_q = _sequence(CU_SEQLENS_Q, entry, seq_q, PACKED)
     batch, k_start, seq_k = _sequence(CU_SEQLENS_K, entry, seq_k, PACKED)
     if first < seq_q:
@@ -114,17 +121,24 @@ def _flash_forward_kernel(
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "left", "right"])
 def _flash_dkdv_kernel(
     Q, K, V, DO, DK, DV, LSE, DELTA, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K, softmax_scale, qk_scale, inverse_scale,
-    seq_q, seq_k, left, right, group,
+    seq_q, seq_k, left, right, heads, group,
     q_batch_stride, q_head_stride, q_seq_stride, k_batch_stride, k_head_stride, k_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dk_batch_stride, dk_head_stride, dk_seq_stride, dv_batch_stride, dv_head_stride, dv_seq_stride,
     lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BN
-    kv_head = tl.program_id(1).to(tl.int64)
-    entry = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        q_seq_stride = tl.cast(q_seq_stride, tl.int64)
+        k_seq_stride = tl.cast(k_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
+        dk_seq_stride = tl.cast(dk_seq_stride, tl.int64)
+        dv_seq_stride = tl.cast(dv_seq_stride, tl.int64)
+    tile, kv_head, entry = program(seq_k, BN, heads // group)
+    first = tile * BN
     batch, q_start, seq_q = _sequence(CU_SEQLENS_Q, entry, seq_q, PACKED)
     batch, k_start, seq_k = _sequence(CU_SEQLENS_K, entry, seq_k, PACKED)
     if first < seq_k:
@@ -152,16 +166,22 @@ def _flash_dkdv_kernel(
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "left", "right"])
 def _flash_dq_kernel(
     Q, K, V, DO, DQ, LSE, DELTA, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K, softmax_scale, qk_scale, inverse_scale,
-    seq_q, seq_k, left, right, group,
+    seq_q, seq_k, left, right, heads, group,
     q_batch_stride, q_head_stride, q_seq_stride, k_batch_stride, k_head_stride, k_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dq_batch_stride, dq_head_stride, dq_seq_stride, lse_batch_stride, lse_head_stride, slope_batch_stride,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1).to(tl.int64)
-    entry = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        q_seq_stride = tl.cast(q_seq_stride, tl.int64)
+        k_seq_stride = tl.cast(k_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
+        dq_seq_stride = tl.cast(dq_seq_stride, tl.int64)
+    tile, head, entry = program(seq_q, BM, heads)
+    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
     batch, q_start, seq_q = _sequence(CU_SEQLENS_Q, entry, seq_q, PACKED)
     batch, k_start, seq_k = _sequence(CU_SEQLENS_K, entry, seq_k, PACKED)
     if first < seq_q:
@@ -194,11 +214,22 @@ def _flash_dq_kernel(
 forward_kernel = TunedKernel(
     _flash_forward_kernel,
     tile_lists(
-        sm80=[Config(bm=128, bn=64, warps=8, stages=3, edge=3), Config(bm=128, bn=32, warps=8, stages=3)],
-        sm90=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=128, warps=8, stages=2)],
-        wide=Config(bm=64, bn=64, warps=8, stages=1),
-        wide90=Config(bm=128, bn=32, warps=8, stages=2),
-        other=Config(bm=64, bn=64, warps=4, stages=2),
+        sm80={
+            128: [Config(bm=128, bn=64, warps=8, stages=3, edge=3), Config(bm=128, bn=32, warps=8, stages=3)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1)],
+        },
+        sm90={
+            128: [
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2),
+                Config(bm=128, bn=64, warps=8, stages=3, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2),
+            ],
+            256: [Config(bm=128, bn=32, warps=8, stages=2)],
+        },
+        other={
+            128: [Config(bm=64, bn=64, warps=4, stages=2)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
     ),
@@ -206,11 +237,20 @@ forward_kernel = TunedKernel(
 dkdv_kernel = TunedKernel(
     _flash_dkdv_kernel,
     tile_lists(
-        sm80=[Config(bm=32, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=8, stages=2, edge=2)],
-        sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
-        wide=Config(bm=32, bn=64, warps=8, stages=1),
-        wide90=Config(bm=32, bn=64, warps=8, stages=1),
-        other=Config(bm=32, bn=64, warps=8, stages=2),
+        sm80={
+            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+        },
+        sm90={
+            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+        },
+        other={
+            128: [Config(bm=32, bn=64, warps=8, stages=2)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=32, bn=64),
     ),
@@ -218,11 +258,22 @@ dkdv_kernel = TunedKernel(
 dq_kernel = TunedKernel(
     _flash_dq_kernel,
     tile_lists(
-        sm80=[Config(bm=64, bn=64, warps=8, stages=2), Config(bm=128, bn=32, warps=8, stages=2)],
-        sm90=[Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-        wide=Config(bm=64, bn=32, warps=8, stages=1),
-        wide90=Config(bm=128, bn=32, warps=8, stages=1),
-        other=Config(bm=64, bn=32, warps=8, stages=2),
+        sm80={
+            64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            256: [Config(bm=64, bn=32, warps=8, stages=1)],
+        },
+        sm90={
+            128: [
+                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
+            ],
+            256: [Config(bm=128, bn=32, warps=8, stages=1)],
+        },
+        other={
+            128: [Config(bm=64, bn=32, warps=8, stages=2)],
+            256: [Config(bm=64, bn=32, warps=8, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
     ),
@@ -243,18 +294,27 @@ def launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout):
     """(LSE in base 2, delta), each of the LSE's shape: the numbers per query that the backward reads."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     d = o.shape[-1]
-    delta_kernel[(cdiv(max_q, DELTA_ROWS), lse.shape[-2], entries)](
-        o, do, lse, lse if dlse is None else dlse, lse2, delta, lse if cu_q is None else cu_q, max_q,
+    heads = lse.shape[-2]
+    delta_kernel[(cdiv(max_q, DELTA_ROWS) * heads * entries,)](
+        o, do, lse, lse if dlse is None else dlse, lse2, delta, lse if cu_q is None else cu_q, max_q, heads,
         *strides(o, layout), *strides(do, layout), lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2),
-        HAS_DLSE=dlse is not None, PACKED=cu_q is not None, D=d, BM=DELTA_ROWS, BD=max(16, next_power_of_2(d)),
+        HAS_DLSE=dlse is not None, PACKED=cu_q is not None, WIDE=has_wide_strides((o, do), layout), D=d,
+         BM=DELTA_ROWS, BD=max(16, next_power_of_2(d)),
         num_warps=4,
     )  # fmt: skip
     return lse2, delta
 
 
-def _common(q, k, slopes, cu_q, left, right, layout):
+def has_wide_strides(tensors, layout):
+    """Whether an offset inside a tile needs 64 bits: then a tile's offsets take twice the registers."""
+    return any(strides(t, layout)[2] * LARGEST_TILE >= 1 << 31 for t in tensors)
+
+
+def _common(tensors, slopes, cu_q, left, right, layout):
     """What the three kernels share: (constants, launch options, batch stride of the slopes, heads, KV heads)."""
+    q, k = tensors[:2]
     constants = {
+        "WIDE": has_wide_strides(tensors, layout),
         "HAS_LEFT": left != NO_BOUND,
         "HAS_RIGHT": right != NO_BOUND,
         "HAS_ALIBI": slopes is not None,
@@ -269,7 +329,6 @@ def _common(q, k, slopes, cu_q, left, right, layout):
 
 
 def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout):
-    constants, options, slope_stride, heads, kv_heads = _common(q, k, slopes, cu_q, left, right, layout)
     entries = sizes(q, layout)[0] if cu_q is None else cu_q.shape[0] - 1
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(_lse_shape(q, layout), dtype=torch.float32, device=q.device)
@@ -277,11 +336,13 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
         # No program writes the tokens after the last sequence.
         o.zero_()
         lse.fill_(-torch.inf)
-    if o.numel():
+    constants, options, slope_stride, heads, kv_heads = _common((q, k, v, o), slopes, cu_q, left, right, layout)
+    if o.numel() and entries:
         forward_kernel.launch(
-            lambda c: (cdiv(max_q, c.bm), heads, entries),
+            lambda c: (cdiv(max_q, c.bm) * heads * entries,),
             q, k, v, o, lse, lse if slopes is None else slopes, lse if cu_q is None else cu_q,
-            lse if cu_k is None else cu_k, scale * LOG2E, 1.0 / scale, max_q, max_k, left, right, heads // kv_heads,
+            lse if cu_k is None else cu_k, scale * LOG2E, 1.0 / scale, max_q, max_k, left, right, heads,
+            heads // kv_heads,
             *(stride for t in (q, k, v, o) for stride in strides(t, layout)),
             lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2), slope_stride, **options, **constants,
         )  # fmt: skip
@@ -289,27 +350,29 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
 
 
 def _backward_triton(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout):
-    constants, options, slope_stride, heads, kv_heads = _common(q, k, slopes, cu_q, left, right, layout)
     entries = sizes(q, layout)[0] if cu_q is None else cu_q.shape[0] - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if cu_q is not None:
         for t in (dq, dk, dv):
             t.zero_()
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0 or entries == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    tensors = (q, k, v, do, dq, dk, dv)
+    constants, options, slope_stride, heads, kv_heads = _common(tensors, slopes, cu_q, left, right, layout)
     lse2, delta = launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout)
     statistics = (lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2), slope_stride)
     tail = (
         lse2, delta, lse if slopes is None else slopes, lse if cu_q is None else cu_q, lse if cu_k is None else cu_k,
-        scale, scale * LOG2E, 1.0 / scale, max_q, max_k, left, right, heads // kv_heads,
+        scale, scale * LOG2E, 1.0 / scale, max_q, max_k, left, right, heads,
+            heads // kv_heads,
         *(stride for t in (q, k, v, do) for stride in strides(t, layout)),
     )  # fmt: skip
     dkdv_kernel.launch(
-        lambda c: (cdiv(max_k, c.bn), kv_heads, entries),
+        lambda c: (cdiv(max_k, c.bn) * kv_heads * entries,),
         q, k, v, do, dk, dv, *tail, *strides(dk, layout), *strides(dv, layout), *statistics, **options, **constants,
     )  # fmt: skip
     dq_kernel.launch(
-        lambda c: (cdiv(max_q, c.bm), heads, entries),
+        lambda c: (cdiv(max_q, c.bm) * heads * entries,),
         q, k, v, do, dq, *tail, *strides(dq, layout), *statistics, **options, **constants,
     )  # fmt: skip
     return dq, dk, dv
@@ -386,6 +449,8 @@ def _flash_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do = do if do.stride(-1) == 1 else do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    o = o if o.stride(-1) == 1 else o.contiguous()
+    lse = lse.contiguous()
     run = _backward_torch if backend == "torch" else _backward_triton
     return run(do, dlse, q, k, v, o, lse, slopes, cu_q, cu_k, max_q, max_k, scale, left, right, layout)
 
@@ -460,6 +525,12 @@ def _bounds(causal, window):
     return left, right
 
 
+def _reachable(bounds, max_q, max_k):
+    """The bounds, without those that no distance reaches: fewer masks, and sums that fit into 32 bits."""
+    left, right = bounds
+    return (NO_BOUND if left >= max_k - 1 else left), (NO_BOUND if right >= max(max_q - 1, 1) else right)
+
+
 def _check_window(window, causal):
     if window is None:
         return
@@ -476,14 +547,18 @@ def _check_packed(layout, cu_q, cu_k, max_q, max_k, q, k):
     given = cu_q is not None and cu_k is not None
     require(packed == given and (cu_q is None) == (cu_k is None), f"cu_seqlens_q and cu_seqlens_k go with {PACKED!r}")
     if not packed:
-        return sizes(q, layout)[2], sizes(k, layout)[2]
+        max_q, max_k = sizes(q, layout)[2], sizes(k, layout)[2]
+        require(max(max_q, max_k) <= MAX_LENGTH, f"sequences ({max_q}, {max_k}) must be at most {MAX_LENGTH} long")
+        return None, None, max_q, max_k
     for name, t in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         require(t.dtype in (torch.int32, torch.int64), f"{name}.dtype ({t.dtype}) must be torch.int32 or torch.int64")
-        require(t.dim() == 1 and t.shape[0] >= 2, f"{name}.shape ({tuple(t.shape)}) must be [sequences + 1]")
+        require(t.dim() == 1 and t.shape[0] >= 1, f"{name}.shape ({tuple(t.shape)}) must be [sequences + 1]")
         check_same("device", [("q", q), (name, t)])
     check_same("shape", [("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)])
     # Without the longest lengths the grid is as if one sequence filled the pack; programs past a sequence do nothing.
-    return max_q or q.shape[0], max_k or k.shape[0]
+    max_q, max_k = max_q or q.shape[0], max_k or k.shape[0]
+    require(max(max_q, max_k) <= MAX_LENGTH, f"sequences ({max_q}, {max_k}) must be at most {MAX_LENGTH} long")
+    return cu_q.contiguous(), cu_k.contiguous(), max_q, max_k  # the kernels read entries one after the other
 
 
 def flash_attention(
@@ -525,8 +600,9 @@ def flash_attention(
     check_qkv(q, k, v, layout, backend, ("q", "k", "v"))
     scale = check_scale(q, softmax_scale)
     _check_window(window, causal)
-    max_q, max_k = _check_packed(layout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    left, right = _bounds(causal, window)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    cu_seqlens_q, cu_seqlens_k, max_q, max_k = _check_packed(layout, *lengths, q, k)
+    left, right = _reachable(_bounds(causal, window), max_q, max_k)
     if alibi_slopes is not None:
         heads = sizes(q, layout)[1]
         entries = sizes(q, layout)[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
@@ -576,7 +652,9 @@ def flash_attention_backward(
     The inputs are not checked again.
     """
     backend = choose_backend(q, backend, lacks=lacking_head_dim(q))
-    max_q, max_k = _check_packed(layout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    cu_seqlens_q, cu_seqlens_k, max_q, max_k = _check_packed(layout, *lengths, q, k)
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-    args = (slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, check_scale(q, softmax_scale), *_bounds(causal, window))
+    bounds = _reachable(_bounds(causal, window), max_q, max_k)
+    args = (slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, check_scale(q, softmax_scale), *bounds)
     return _flash_backward_op(do, None, q, k, v, o, lse, *args, layout, backend)

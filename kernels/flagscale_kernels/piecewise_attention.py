@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
-from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, store_rows
+from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, program, store_rows
 from flagscale_kernels._checks import check_same, choose_backend, require
 from flagscale_kernels._layouts import LAYOUTS, PACKED, as_bnsd, check_layout, sizes, strides
 from flagscale_kernels._operators import autocast_to, operator
@@ -30,6 +30,7 @@ from flagscale_kernels.flash_attention import (
     LOG2E,
     check_qkv,
     check_scale,
+    has_wide_strides,
     lacking_head_dim,
     launch_delta,
     tile_options,
@@ -71,16 +72,22 @@ def piecewise_reference(
 
 @triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
 def _piecewise_forward_kernel(
-    Q1, K1, Q2, K2, V, O, LSE, qk_scale, threshold, seq_q, seq_k, group,
+    Q1, K1, Q2, K2, V, O, LSE, qk_scale, threshold, seq_q, seq_k, heads, group,
     q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
     q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, o_batch_stride, o_head_stride, o_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
+        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
+        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
+        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        o_seq_stride = tl.cast(o_seq_stride, tl.int64)
+    tile, head, batch = program(seq_q, BM, heads)
+    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     Q1 += batch * q1_batch_stride + head * q1_head_stride
     Q2 += batch * q2_batch_stride + head * q2_head_stride
@@ -107,28 +114,35 @@ def _piecewise_forward_kernel(
     safe_l = tl.where(l == 0.0, 1.0, l)
     store_rows(O + batch * o_batch_stride + head * o_head_stride, first, seq_q, o_seq_stride, acc / safe_l[:, None],
                D, BM, BD)  # fmt: skip
-    row = (batch * tl.num_programs(1) + head) * seq_q
+    row = (batch * heads + head) * seq_q
     tl.store(LSE + row + rows, (m + tl.log2(safe_l)) * 0.6931471805599453, mask=rows < seq_q)
 
 
 @triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
 def _piecewise_dkdv_kernel(
-    Q1, K1, Q2, K2, V, DO, DK1, DK2, DV, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, group,
+    Q1, K1, Q2, K2, V, DO, DK1, DK2, DV, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, heads, group,
     q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
     q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dk_batch_stride, dk_head_stride, dk_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BN
-    kv_head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
+        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
+        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
+        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
+        dk_seq_stride = tl.cast(dk_seq_stride, tl.int64)
+    tile, kv_head, batch = program(seq_k, BN, heads // group)
+    first = tile * BN
     offset = seq_k - seq_q
     Q1 += batch * q1_batch_stride
     Q2 += batch * q2_batch_stride
     DO += batch * do_batch_stride
-    row = batch * tl.num_programs(1) * group * seq_q
+    row = batch * heads * seq_q
     output = batch * dk_batch_stride + kv_head * dk_head_stride
     v = load_rows(V + batch * v_batch_stride + kv_head * v_head_stride, first, seq_k, v_seq_stride, D, BN, BD, True)
     dv = tl.zeros([BN, BD], tl.float32)
@@ -153,17 +167,24 @@ def _piecewise_dkdv_kernel(
 
 @triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
 def _piecewise_dq_kernel(
-    Q1, K1, Q2, K2, V, DO, DQ1, DQ2, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, group,
+    Q1, K1, Q2, K2, V, DO, DQ1, DQ2, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, heads, group,
     q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
     q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
     dq_batch_stride, dq_head_stride, dq_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    if WIDE:
+        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
+        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
+        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
+        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
+        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
+        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
+        dq_seq_stride = tl.cast(dq_seq_stride, tl.int64)
+    tile, head, batch = program(seq_q, BM, heads)
+    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     Q1 += batch * q1_batch_stride + head * q1_head_stride
     Q2 += batch * q2_batch_stride + head * q2_head_stride
@@ -174,7 +195,7 @@ def _piecewise_dq_kernel(
     offset = seq_k - seq_q
     first_pos = first + offset
     last_pos = tl.minimum(first + BM, seq_q) - 1 + offset
-    row = (batch * tl.num_programs(1) + head) * seq_q
+    row = (batch * heads + head) * seq_q
     output = batch * dq_batch_stride + head * dq_head_stride
     do = load_rows(DO + batch * do_batch_stride + head * do_head_stride, first, seq_q, do_seq_stride, D, BM, BD, True)
     lse = tl.load(LSE + row + rows, mask=rows < seq_q, other=float("inf"))
@@ -199,11 +220,22 @@ def _piecewise_dq_kernel(
 forward_kernel = TunedKernel(
     _piecewise_forward_kernel,
     tile_lists(
-        sm80=[Config(bm=128, bn=32, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
-        sm90=[Config(bm=128, bn=64, warps=8, stages=3), Config(bm=128, bn=64, warps=8, stages=2)],
-        wide=Config(bm=64, bn=64, warps=8, stages=1),
-        wide90=Config(bm=128, bn=32, warps=8, stages=2),
-        other=Config(bm=64, bn=64, warps=4, stages=2),
+        sm80={
+            128: [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1)],
+        },
+        sm90={
+            128: [
+                Config(bm=128, bn=64, warps=8, stages=3, edge=2),
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2),
+            ],
+            256: [Config(bm=128, bn=32, warps=8, stages=2)],
+        },
+        other={
+            128: [Config(bm=64, bn=64, warps=4, stages=2)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
     ),
@@ -211,11 +243,20 @@ forward_kernel = TunedKernel(
 dkdv_kernel = TunedKernel(
     _piecewise_dkdv_kernel,
     tile_lists(
-        sm80=[Config(bm=32, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
-        sm90=[Config(bm=32, bn=128, warps=8, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
-        wide=Config(bm=32, bn=64, warps=8, stages=1),
-        wide90=Config(bm=32, bn=64, warps=8, stages=1),
-        other=Config(bm=32, bn=64, warps=8, stages=2),
+        sm80={
+            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+        },
+        sm90={
+            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+        },
+        other={
+            128: [Config(bm=32, bn=64, warps=8, stages=2)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=32, bn=64),
     ),
@@ -223,11 +264,22 @@ dkdv_kernel = TunedKernel(
 dq_kernel = TunedKernel(
     _piecewise_dq_kernel,
     tile_lists(
-        sm80=[Config(bm=128, bn=32, warps=8, stages=2), Config(bm=64, bn=64, warps=8, stages=2)],
-        sm90=[Config(bm=128, bn=64, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-        wide=Config(bm=64, bn=32, warps=8, stages=1),
-        wide90=Config(bm=128, bn=32, warps=8, stages=1),
-        other=Config(bm=64, bn=32, warps=8, stages=2),
+        sm80={
+            64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            256: [Config(bm=64, bn=32, warps=8, stages=1)],
+        },
+        sm90={
+            128: [
+                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
+            ],
+            256: [Config(bm=128, bn=32, warps=8, stages=1)],
+        },
+        other={
+            128: [Config(bm=64, bn=32, warps=8, stages=2)],
+            256: [Config(bm=64, bn=32, warps=8, stages=1)],
+        },
         float32=Config(bm=32, bn=32, warps=4, stages=1),
         interpreter=Config(bm=64, bn=32),
     ),
@@ -240,8 +292,9 @@ def _sizes(q, k, layout):
     return b, heads, kv_heads, seq_q, seq_k
 
 
-def _constants(q, causal, seq_k):
-    constants = {"CAUSAL": causal, **tile_options(q)}
+def _constants(tensors, causal, seq_k, layout):
+    q = tensors[0]
+    constants = {"CAUSAL": causal, "WIDE": has_wide_strides(tensors, layout), **tile_options(q)}
     key = (causal, length_class(seq_k))
     return constants, {"block_d": constants["BD"], "element_bytes": q.element_size(), "key": key}
 
@@ -253,13 +306,13 @@ def _clip(threshold, seq_q, seq_k):
 
 def _forward_triton(q1, k1, q2, k2, v, threshold, causal, scale, layout):
     b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    constants, options = _constants(q1, causal, seq_k)
     o = torch.empty(q1.shape, dtype=q1.dtype, device=q1.device)
     lse = torch.empty((b, heads, seq_q), dtype=torch.float32, device=q1.device)
+    constants, options = _constants((q1, k1, q2, k2, v, o), causal, seq_k, layout)
     if o.numel():
         forward_kernel.launch(
-            lambda c: (cdiv(seq_q, c.bm), heads, b),
-            q1, k1, q2, k2, v, o, lse, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads // kv_heads,
+            lambda c: (cdiv(seq_q, c.bm) * heads * b,),
+            q1, k1, q2, k2, v, o, lse, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads, heads // kv_heads,
             *(stride for t in (q1, k1, q2, k2, v, o) for stride in strides(t, layout)), **options, **constants,
         )  # fmt: skip
     return o, lse
@@ -267,21 +320,21 @@ def _forward_triton(q1, k1, q2, k2, v, threshold, causal, scale, layout):
 
 def _backward_triton(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout):
     b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    constants, options = _constants(q1, causal, seq_k)
     dq1, dk1, dq2, dk2, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q1, k1, q2, k2, v))
     if q1.numel() == 0 or k1.numel() == 0:
         return tuple(t.zero_() for t in (dq1, dk1, dq2, dk2, dv))
+    constants, options = _constants((q1, k1, q2, k2, v, do, dq1, dk1), causal, seq_k, layout)
     lse2, delta = launch_delta(o, do, None, lse, None, b, seq_q, layout)
     tail = (
-        lse2, delta, scale, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads // kv_heads,
+        lse2, delta, scale, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads, heads // kv_heads,
         *(stride for t in (q1, k1, q2, k2, v, do) for stride in strides(t, layout)),
     )  # fmt: skip
     dkdv_kernel.launch(
-        lambda c: (cdiv(seq_k, c.bn), kv_heads, b),
+        lambda c: (cdiv(seq_k, c.bn) * kv_heads * b,),
         q1, k1, q2, k2, v, do, dk1, dk2, dv, *tail, *strides(dk1, layout), **options, **constants,
     )  # fmt: skip
     dq_kernel.launch(
-        lambda c: (cdiv(seq_q, c.bm), heads, b),
+        lambda c: (cdiv(seq_q, c.bm) * heads * b,),
         q1, k1, q2, k2, v, do, dq1, dq2, *tail, *strides(dq1, layout), **options, **constants,
     )  # fmt: skip
     return dq1, dk1, dq2, dk2, dv
@@ -333,6 +386,8 @@ def _piecewise_backward_op(
     threshold: int, causal: bool, scale: float, layout: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     do = do if do.stride(-1) == 1 else do.contiguous()
+    o = o if o.stride(-1) == 1 else o.contiguous()
+    lse = lse.contiguous()
     run = _backward_torch if backend == "torch" else _backward_triton
     return run(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flagscale_kernels._checks import (
-    as_rows,
     check_float,
     check_same,
     check_unit_stride,
@@ -25,6 +24,7 @@ from flagscale_kernels._checks import (
     require,
 )
 from flagscale_kernels._operators import operator
+from flagscale_kernels._rows import as_rows, row_start
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_BLOCK = 2048  # columns that a program processes at a time
@@ -75,11 +75,6 @@ def _backward_torch(dy, gate, up, weight, dgate, dup):
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
 def _swiglu_forward_kernel(
     G, U, W, Y, f, g_inner, g_outer_stride, g_inner_stride, u_inner, u_outer_stride, u_inner_stride,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,8 +82,8 @@ def _swiglu_forward_kernel(
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < f
-    g = tl.load(G + _row_start(row, g_inner, g_outer_stride, g_inner_stride) + cols, mask=mask, other=0.0)
-    u = tl.load(U + _row_start(row, u_inner, u_outer_stride, u_inner_stride) + cols, mask=mask, other=0.0)
+    g = tl.load(G + row_start(row, g_inner, g_outer_stride, g_inner_stride) + cols, mask=mask, other=0.0)
+    u = tl.load(U + row_start(row, u_inner, u_outer_stride, u_inner_stride) + cols, mask=mask, other=0.0)
     g = g.to(tl.float32)
     y = g * tl.sigmoid(g) * u.to(tl.float32)
     if HAS_WEIGHT:
@@ -103,9 +98,9 @@ def _swiglu_backward_kernel(
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    DY += _row_start(row, dy_inner, dy_outer_stride, dy_inner_stride)
-    G += _row_start(row, g_inner, g_outer_stride, g_inner_stride)
-    U += _row_start(row, u_inner, u_outer_stride, u_inner_stride)
+    DY += row_start(row, dy_inner, dy_outer_stride, dy_inner_stride)
+    G += row_start(row, g_inner, g_outer_stride, g_inner_stride)
+    U += row_start(row, u_inner, u_outer_stride, u_inner_stride)
     DG += row.to(tl.int64) * dgu_stride
     DU += row.to(tl.int64) * dgu_stride
     if HAS_WEIGHT:

@@ -44,6 +44,7 @@ def operators():
     return {
         "rms_norm": (lambda x, w, backend: fk.rms_norm(x, w, backend=backend), [x, w]),
         "rms_norm_residual": (lambda x, r, w, backend: fk.rms_norm_residual(x, r, w, backend=backend), [x, x * 2, w]),
+        "layer_norm": (lambda x, w, b, backend: fk.layer_norm(x, w, b, backend=backend), [x, w, w * 2]),
         "rope": (lambda q, k, backend: fk.rope(q, k, cos, sin, inplace_backward=True, backend=backend), [heads, keys]),
         "swiglu": (lambda x, backend: fk.swiglu(x, backend=backend), [x]),
         "swiglu_split": (
@@ -251,6 +252,7 @@ def test_activation_recompute_gives_the_same_gradients(backend, name, use_reentr
     [
         "rms_norm",
         "rms_norm_residual",
+        "layer_norm",
         "swiglu_packed",
         "swiglu_split",
         "spread_tokens",
@@ -263,8 +265,9 @@ def test_operator_registration_passes_pytorchs_own_checks(name):
     x, w = seeded(6, 16).requires_grad_(), seeded(16, seed=1).requires_grad_()
     heads, keys = seeded(6, 1, 4, 16), seeded(6, 1, 2, 16, seed=1)
     arguments = {
-        "rms_norm": (x, w, 1e-6, True, "torch"),
-        "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, "torch"),
+        "rms_norm": (x, w, 1e-6, True, 1.0, "torch"),
+        "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, 0.0, "torch"),
+        "layer_norm": (x, w, w.detach() * 2, 1e-5, "torch"),
         "swiglu_packed": (x, None, "torch"),
         "swiglu_split": (x, seeded(6, 16, seed=2).requires_grad_(), seeded(6, seed=3), "torch"),
         "spread_tokens": (x, TOKEN, INVERSE, "torch"),
