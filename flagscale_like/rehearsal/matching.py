@@ -17,72 +17,21 @@ import importlib.util
 import itertools
 import linecache
 import re
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from flagscale_like.errors import DataError
+from flagscale_like.rehearsal.execution import Execution
+from flagscale_like.rehearsal.meetings import MEETS, End, Key, Matched, Meeting, Problem
 from flagscale_like.rehearsal.record import Event, RankRecord
 
-MEETS = ("collective", "send", "receive")
 # Collectives in which the members' sizes differ by nature: one rank's list of parts, or as many tokens as go to an expert.
 UNEVEN = ("scatter", "all_to_all", "all_to_all_single", "all_gather", "barrier")
 # megatron-core's names of what a stage exchanges: on the line that sends, or receives.
 DIRECTION = re.compile(r"(?:send|recv)_(next|prev)")
-# A group's ranks, and of a message its two ends.
-Key = tuple
-# A rank's part in a meeting: ("collective", "send" or "receive").
-End = tuple[int, str]
-
-
-@dataclass(slots=True)
-class Meeting:
-    """One collective, or one message: the events of several ranks that belong together.
-
-    Attributes:
-        ends: all that take part.
-        places: where each one's event is in its rank's list; those that are missing never come.
-    """
-
-    ends: tuple[End, ...]
-    places: dict[End, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What does not fit, and the places in the code.
-
-    Attributes:
-        text: for people, all in one paragraph.
-        places: rank -> the line of the code.
-    """
-
-    text: str
-    places: dict[int, str]
-
-
-@dataclass
-class Matched:
-    """Records whose operations have been brought together.
-
-    Attributes:
-        events: rank -> its events of the steps that were matched.
-        meetings: of each rank, by the place of the event.
-        problems: what does not fit; nothing else is to be trusted where there is one.
-    """
-
-    events: dict[int, Sequence[Event]]
-    meetings: dict[int, dict[int, Meeting]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def raise_problems(self) -> None:
-        """Raises DataError with the first problem, if there is one."""
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise DataError(self.problems[0].text + more)
 
 
 class StandIns:
@@ -249,123 +198,9 @@ def _orders(matched: Matched, known: Mapping[Key, list[Meeting]]) -> Iterator[Pr
                 break
 
 
-class _Queue:
-    """A rank's operations on one communicator, which run one after another; those of one exchange together.
-
-    torch has a communicator for each group, and one more for each pair of ranks that send outside of a batch.
-    """
-
-    def __init__(self) -> None:
-        self.batches: deque[list[tuple[End, Meeting]]] = deque()
-
-    def running(self) -> list[tuple[End, Meeting]]:
-        return self.batches[0] if self.batches else []
-
-
-def _batch(events: Sequence[Event], place: int) -> int:
-    """How many events, from `place` on, are one exchange: sends and receives of one call."""
-    first, end = events[place], place + 1
-    if first.kind == "collective":
-        return 1
-    while end < len(events) and events[end].kind in ("send", "receive"):
-        if (events[end].where, events[end].group) != (first.where, first.group):
-            break
-        end += 1
-    return end - place
-
-
-class _Execution:
-    """All ranks' records, executed until none can go on. Nothing takes time."""
-
-    def __init__(self, matched: Matched) -> None:
-        self.matched = matched
-        self.at = dict.fromkeys(matched.events, 0)
-        self.waits: dict[int, Meeting] = {}  # rank -> what it waits for
-        self.handles: dict[tuple[int, int], Meeting] = {}
-        self.queues: dict[tuple, _Queue] = defaultdict(_Queue)
-        self.queue_of: dict[tuple[int, End], tuple] = {}  # by identity of the meeting
-        self.started: dict[int, set[End]] = defaultdict(set)
-        self.done: set[int] = set()
-
-    def run(self) -> None:
-        ready = deque(self.at)
-        while ready:
-            rank = ready.popleft()
-            ready.extend(self._advance(rank))
-
-    def _advance(self, rank: int) -> list[int]:
-        """Go on with a rank until it waits; ranks that can go on because of it."""
-        events, woken = self.matched.events[rank], []
-        while self.at[rank] < len(events):
-            place = self.at[rank]
-            event = events[place]
-            if event.kind in MEETS:
-                count = _batch(events, place)
-                asked = range(place, place + count)
-                woken += self._ask(rank, [(i, events[i]) for i in asked])
-                self.at[rank] += count
-                blocking = [self.matched.meetings[rank][i] for i in asked if not events[i].asynchronous]
-                if self._waits_for(rank, blocking[-1:]):
-                    return woken
-                continue
-            self.at[rank] += 1
-            if event.kind == "wait" and event.handle is not None:
-                meeting = self.handles.pop((rank, event.handle), None)
-                if self._waits_for(rank, [meeting] if meeting is not None else []):
-                    return woken
-        return woken
-
-    def _waits_for(self, rank: int, meetings: list[Meeting]) -> bool:
-        for meeting in meetings:
-            if id(meeting) not in self.done:
-                self.waits[rank] = meeting
-                return True
-        return False
-
-    def _ask(self, rank: int, asked: list[tuple[int, Event]]) -> list[int]:
-        first = asked[0][1]
-        batch = []
-        name: tuple = (rank, first.group_name, first.group)
-        if first.kind != "collective" and len(asked) == 1:
-            name = (*name, first.peer)
-        for place, event in asked:
-            meeting, end = self.matched.meetings[rank][place], (rank, event.kind)
-            batch.append((end, meeting))
-            self.queue_of[id(meeting), end] = name
-            if event.handle is not None:
-                self.handles[rank, event.handle] = meeting
-        queue = self.queues[name]
-        queue.batches.append(batch)
-        return self._start(batch) if len(queue.batches) == 1 else []
-
-    def _start(self, batch: list[tuple[End, Meeting]]) -> list[int]:
-        """Operations get to the front of their queue; ranks that go on because meetings are complete."""
-        woken: list[int] = []
-        todo = deque([batch])
-        while todo:
-            for end, meeting in todo.popleft():
-                self.started[id(meeting)].add(end)
-                if len(self.started[id(meeting)]) < len(meeting.ends):
-                    continue
-                self.done.add(id(meeting))
-                for other in meeting.ends:
-                    todo.extend(self._leave(self.queues[self.queue_of[id(meeting), other]]))
-                    if self.waits.get(other[0]) is meeting:
-                        del self.waits[other[0]]
-                        woken.append(other[0])
-        return woken
-
-    def _leave(self, queue: _Queue) -> list[list[tuple[End, Meeting]]]:
-        """The next batch of a queue, where the one at its front is done."""
-        if queue.batches and all(id(meeting) in self.done for _, meeting in queue.batches[0]):
-            queue.batches.popleft()
-            return [queue.batches[0]] if queue.batches else []
-        return []
-
-
 def _hangs(matched: Matched) -> list[Problem]:
     """Where the records, executed together, come to a stop; [] where all come to their ends."""
-    execution = _Execution(matched)
+    execution = Execution(matched)
     execution.run()
     if not execution.waits:
         return []
@@ -374,7 +209,7 @@ def _hangs(matched: Matched) -> list[Problem]:
         seen.append(rank)
         meeting = execution.waits[rank]
         lines[rank] = _own_event(matched, meeting, rank)
-        missing = [end[0] for end in meeting.ends if end not in execution.started[id(meeting)]]
+        missing = [end[0] for end in meeting.ends if end not in execution.begun(meeting)]
         rank = missing[0] if missing else rank
     cycle = seen[seen.index(rank) :] if rank in seen else seen
     parts = [f"rank {one} waits in {lines[one].describe()}" for one in cycle]
