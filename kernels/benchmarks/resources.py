@@ -22,6 +22,7 @@ import offline  # noqa: E402
 import torch  # noqa: E402
 
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
+from flagscale_kernels import _attention_launch as launch  # noqa: E402
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
 NAMES = (
@@ -94,24 +95,36 @@ def cross_entropy(dtype, quick=False):
     module._gradient_triton(logits, target, per_token, per_token, logits, 0, V, 0.1, 1e-4)
 
 
-def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False):
-    module = MODULES["flash_attention"]
-    layout = "tnd" if packed else "sbnd"
-    q, k = ((meta(S, n, d, dtype=dtype) if packed else meta(S, B, n, d, dtype=dtype)) for n in (32, 8))
+def run_attention(problem, kernels, both=True):
+    """Launch the kernels of a forward and of a backward, or of both kinds of backward."""
+    o, lse = launch.forward(problem, kernels)
+    for deterministic in (True, False) if both else (True,):
+        launch.backward(problem, kernels, o, None, o, lse, deterministic=deterministic)
+
+
+def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False, v=None, cap=0.0, sinks=False):
+    shapes = [(32, d), (8, d), (8, v or d)]
+    q, k, values = (meta(S, *(() if packed else (B,)), *shape, dtype=dtype) for shape in shapes)
     cu = meta(5, dtype=torch.int32) if packed else None
-    slopes = meta(32, dtype=torch.float32) if alibi else None
-    options = (slopes, cu, cu, S, S, d**-0.5, window, 0 if causal else -1, layout)
-    o, lse = module._forward_triton(q, k, k, *options)
-    module._backward_triton(q, None, q, k, k, o, lse, *options)
+    per_head = meta(32, dtype=torch.float32)
+    run_attention(
+        launch.Problem(
+            pairs=((q, k),), v=values, layout="tnd" if packed else "sbnd", max_q=S, max_k=S, scale=d**-0.5,
+            left=window, right=0 if causal else -1, cap=cap, slopes=per_head if alibi else None,
+            sinks=per_head if sinks else None, cu_q=cu, cu_k=cu,
+        ),
+        MODULES["flash_attention"].KERNELS,
+    )  # fmt: skip
 
 
 def piecewise_attention(dtype, d, causal=True):
-    module = MODULES["piecewise_attention"]
     q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
     for threshold in (S // 2, S // 2 + 1, 1):  # compiled once: the threshold is not part of the code
-        options = (threshold, causal, d**-0.5, "sbnd")
-        o, lse = module._forward_triton(q, k, q, k, k, *options)
-        module._backward_triton(q, q, k, q, k, k, o, lse, *options)
+        problem = launch.Problem(
+            pairs=((q, k),) * 2, v=k, layout="sbnd", max_q=S, max_k=S, scale=d**-0.5, threshold=threshold,
+            right=0 if causal else -1,
+        )  # fmt: skip
+        run_attention(problem, MODULES["piecewise_attention"].KERNELS)
 
 
 def cases(quick):
@@ -136,7 +149,9 @@ def cases(quick):
         ("window D128", lambda: flash_attention(bf16, 128, window=1023)),
         ("packed D128", lambda: flash_attention(bf16, 128, packed=True)),
         ("causal D96", lambda: flash_attention(bf16, 96)),
+        ("causal D192 V128", lambda: flash_attention(bf16, 192, v=128)),
         ("causal D256", lambda: flash_attention(bf16, 256)),
+        ("softcap and sinks D128", lambda: flash_attention(bf16, 128, cap=50.0, sinks=True)),
         ("causal D128 fp16", lambda: flash_attention(fp16, 128)),
         ("causal D128 fp32", lambda: flash_attention(fp32, 128)),
         ("D64", lambda: piecewise_attention(bf16, 64)),

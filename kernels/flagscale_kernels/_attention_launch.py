@@ -84,7 +84,7 @@ class Problem:
         return o, lse
 
     def lse_without_keys(self) -> Tensor:
-        """The LSE where there is no key, which broadcasts over batch entries: the sinks of the queries that are in a sequence."""
+        """The LSE [n, s] of queries without keys: the sink, or -inf without sinks and after a pack's last sequence."""
         q = self.pairs[0][0]
         length = sizes(q, self.layout)[2]
         nothing = torch.full((self.heads, length), -torch.inf, dtype=torch.float32, device=q.device)

@@ -12,8 +12,8 @@ With a cap c (Gemma 2, arXiv:2408.00118), s is c tanh(scale q . k / c) instead, 
 
 exp is computed as exp2. Over keys (forward and dQ), tiles that lie inside the band need no mask. The loops over the few
 tiles at its edges have their own pipeline depth, EDGE; a depth of 1 next to a deeper main loop makes ptxas serialise all
-products on sm_90. Over queries (dK and dV) all tiles are masked if there is a band: one loop needs fewer registers than three, and
-the tiles at the edges are in the same pipeline.
+products on sm_90. Over queries (dK and dV) all tiles are masked if there is a band: one loop needs fewer registers than
+three, and the tiles at the edges are in the same pipeline.
 """
 
 from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores, store_rows
@@ -157,8 +157,8 @@ def dkdv_band(
 ):  # fmt: skip
     """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
 
-    ADD_DQ: also add dS K, without the softmax scale, to the rows of DQ in memory, in fp32 and in the order in which programs come to it.
-    terms.slope is the softmax scale's inverse here, by which the slopes in memory are multiplied.
+    ADD_DQ: also add dS K, without the softmax scale, to DQ in memory, in fp32 and in the order in which programs come to it.
+    terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
     """
     keys = (first_key + tl.arange(0, BN))[:, None]
     offset = terms.seq_k - terms.seq_q  # query m has position m + offset

@@ -310,7 +310,7 @@ def piecewise_attention_backward(
     do: the gradient of o. qkv: q1, k1, q2, k2 and v of the forward call, o and lse its outputs; the options are those of
     that call. The inputs are not checked again.
     """
-    q1, k1, q2, k2, v = qkv
+    q1, k1, _, _, v = qkv
     backend = choose_backend(q1, backend, lacks=lacking_head_dim(q1, v))
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     cu_q, cu_k, max_q, max_k = check_packed(layout, *lengths, q1, k1)
