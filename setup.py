@@ -68,6 +68,7 @@ setup(
         "gpu": ["nvidia-ml-py>=12"],
         "rag": ["faiss-cpu>=1.9"],
         "eval": ["lm-eval>=0.4.12,<0.5"],
+        "vllm": ["vllm>=0.32"],  # draws rollouts on a GPU; not in dev, and not yet run
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},

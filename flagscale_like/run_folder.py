@@ -22,6 +22,8 @@ class RunFolder:
         index: the sample index of the data sources.
         samples, draws, sample_losses: which data each step read; see data.provenance and data.draws.
         reference: log-probabilities of the reference model of DPO; see training.reference.
+        outside: rollouts outside of what the reward model was validated on; see rl.guard.
+        rounds: a folder for each round of reinforcement learning; see rl.rounds.
         profile: a torch profiler trace a rank.
         hang: the ranks' stacks, written when one makes no progress.
         lock: whose run it is while it trains; see run_lock.
@@ -45,6 +47,8 @@ class RunFolder:
         self.draws = self.root / "draws.jsonl"
         self.sample_losses = self.root / "sample_losses"
         self.reference = self.root / "reference.safetensors"
+        self.outside = self.root / "outside.jsonl"
+        self.rounds = self.root / "rounds"
         self.profile = self.root / "profile"
         self.hang = self.root / "hang"
         self.lock = self.root / "lock"

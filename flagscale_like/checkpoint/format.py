@@ -298,9 +298,9 @@ class CheckpointReader:
                 return DTYPES[dict(form)[kind]]
         raise CheckpointError(f"{self.folder}: holds no {kind} of {key}")
 
-    def keys(self) -> list[str]:
-        """Names of the global tensors."""
-        return self._table.keys()
+    def keys(self, prefix: str = "") -> list[str]:
+        """Names of the global tensors of one of the checkpoint's models: of the unnamed one, or of that with this prefix."""
+        return [key for key in self._table.keys() if key.startswith(prefix) and "/" not in key[len(prefix) :]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the global tensors."""
@@ -461,6 +461,11 @@ def is_embedder(source: Shapes) -> bool:
     return OUTPUT_NAME not in source.keys() and not source.arch.tie_embeddings
 
 
+def keys_of(source: Any, prefix: str = "") -> list[str]:
+    """The keys of one of a source's models; only a checkpoint holds several. See Engine.name."""
+    return source.keys(prefix) if prefix else source.keys()
+
+
 def value_heads_of(source: Shapes, prefix: str = "") -> int:
     """Outputs of the value head of a model whose weights a source holds; 0 where it has none, as a language model.
 
@@ -470,5 +475,5 @@ def value_heads_of(source: Shapes, prefix: str = "") -> int:
         prefix: of the model's keys.
     """
     key = prefix + OUTPUT_NAME
-    rows = source.global_shape(key)[0] if key in source.keys() else 0
+    rows = source.global_shape(key)[0] if key in keys_of(source, prefix) else 0
     return rows if rows < source.arch.vocab_size else 0

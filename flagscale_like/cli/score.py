@@ -22,6 +22,14 @@ def score(  # typer makes an option of every parameter
     out: Annotated[
         Path | None, typer.Option(help="Also write a JSON line for each pair, with its place and both scores.")
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Keep beside the reward model what these pairs, which it has not seen in training, say of its scores: the "
+            "guard of reinforcement learning reads it.",
+        ),
+    ] = False,
     seq_length: Annotated[
         int | None, typer.Option(help="Places of a row, in which a whole pair fits. Default: the longest pair.", min=2)
     ] = None,
@@ -64,6 +72,8 @@ def score(  # typer makes an option of every parameter
             return
         if out is not None:
             found.write(out, str(pairs))
+        if keep:
+            typer.echo(f"kept {found.keep(source, str(pairs))}")
     typer.echo(
         f"{found.kind} of {len(found.values):,} pairs: the chosen answer has the higher one in {found.accuracy:.1%}, by "
         f"{found.margin:.4f} on average" + (f"; wrote {out}" if out else "")

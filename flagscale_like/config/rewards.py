@@ -17,7 +17,8 @@ class ModelReward(Frozen):
         kind: `model`.
         name: of this source in the log and in a mixture.
         weight: factor on its reward in a mixture.
-        path: a run or checkpoint of objective.kind reward, or its Hugging Face folder.
+        path: a run or checkpoint of objective.kind reward, or its Hugging Face folder. Without it, the one that the first
+            of rl.rounds makes.
         adapter: LoRA adapters for these weights.
         tokenizer: `same` refuses a reward model with another tokenizer than the policy's. `text` gives it the texts, which
             its own tokenizer and chat template make tokens of.
@@ -28,7 +29,7 @@ class ModelReward(Frozen):
     kind: Literal["model"]
     name: str = "model"
     weight: float = 1.0
-    path: PathText
+    path: PathText | None = None
     adapter: PathText | None = None
     tokenizer: Literal["same", "text"] = "same"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -149,6 +150,22 @@ Reward = Annotated[ModelReward | FunctionReward | CommandReward | JudgeReward | 
 """Where the reward of an answer comes from."""
 
 
+def sources_of(reward: Reward) -> tuple[Source, ...]:
+    """The sources of a mixture, or the one source that a reward is."""
+    return reward.sources if isinstance(reward, Mixture) else (reward,)
+
+
+def judges(reward: Reward) -> bool:
+    """Whether a judge takes part in a reward."""
+    return any(isinstance(source, JudgeReward) for source in sources_of(reward))
+
+
+def model_in(reward: Reward) -> ModelReward | None:
+    """The one reward model of a reward; None where there is none, or several."""
+    found = [source for source in sources_of(reward) if isinstance(source, ModelReward)]
+    return found[0] if len(found) == 1 else None
+
+
 class Outside(Frozen):
     """The guard on exploration: what happens to a rollout outside of what the reward model was validated on.
 
@@ -163,14 +180,14 @@ class Outside(Frozen):
 
     Attributes:
         action: `off`; `clamp` puts the score on the nearest bound (one that is outside by disagreement, accuracy or KL gets
-            at most the record's median); `reject` leaves the rollout out, and another is drawn
-            (rl.max_refills); `penalise` subtracts
-            `penalty`.
+            at most the record's median); `reject` leaves the rollout out, and another is drawn; `penalise` clamps, and
+            subtracts `penalty`. A score below the lowest bound is clamped in any case.
         scores: lowest and highest quantile of the record's scores that is inside.
         disagreement: quantile of the record's disagreement; 1 allows any.
         accuracy: least accuracy on held-out pairs of a score's band; 0 allows any.
         kl: highest log-ratio of a whole answer, in nats; without it, the record's quantile `scores[1]` where it has one.
         penalty: standard deviations of the record's scores that are subtracted.
+        refill: how often an iteration draws again for what was rejected.
         keep: rollouts outside that are kept as first candidates for labelling, in RUN_DIR/outside.jsonl; the oldest go first.
     """
 
@@ -180,6 +197,7 @@ class Outside(Frozen):
     accuracy: float = Field(default=0.0, ge=0, le=1)
     kl: float | None = Field(default=None, gt=0)
     penalty: float = Field(default=1.0, gt=0)
+    refill: int = Field(default=2, ge=0)
     keep: int = Field(default=10_000, ge=0)
 
     @model_validator(mode="after")
@@ -202,8 +220,9 @@ class Rounds(Frozen):
         iterations: of the policy in each round.
         pairs: pairs that are judged in each round. Rollouts that the guard kept come first.
         judge: what judges them; the better answer is the one with the higher score, and equal scores are dropped.
-        reward_model: YAML of a run with objective.kind reward, which renews the reward model. Its run_dir, data.sources,
-            checkpoint.load and tokenizer are those of the round.
+        reward_model: YAML of a run with objective.kind reward, which renews the reward model. Its run_dir, parallel, data and
+            checkpoint.load are set by the round: it begins with the last reward model, or, where there is none, with the
+            weights that the YAML names.
         held_out: share of each round's pairs that no reward model is trained on.
         tolerance: by how much the accuracy on the held-out pairs may fall.
         restart_policy: begin each round's policy from the weights that the run began with, not from those of the last round.

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from flagscale_like.arch import OUTPUT_NAME, is_adapter
-from flagscale_like.checkpoint.format import CheckpointReader, value_heads_of
+from flagscale_like.checkpoint.format import CheckpointReader, keys_of, value_heads_of
 from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import Optimizer
@@ -90,7 +90,7 @@ class Engine:
         self.base: dict[str, Any] | None = None
 
     @classmethod
-    def build(
+    def build(  # what a model is built of, and what it is called
         cls,
         spec: ModelSpec,
         ctx: ParallelContext,
@@ -99,6 +99,7 @@ class Engine:
         source: WeightSource | None = None,
         strict: bool = True,
         name: str = "",
+        source_name: str | None = None,
     ) -> Engine:
         """Build the model on this layout. Weights are drawn only where none are loaded. All ranks call it.
 
@@ -107,25 +108,26 @@ class Engine:
             source: where the weights come from; None draws them.
             strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
                 adapters are drawn where the source has none, and a value head where it is a language model.
+            source_name: what the source calls the model; without it, as the engine is called.
 
         Raises:
             CheckpointError, ConversionError: the source is not of this model.
             ConfigError: see build_chunks().
         """
         models = build_chunks(spec, ctx)
-        left = Left([], set())
+        left, prefix = Left([], set()), _prefix(name if source_name is None else source_name)
         if source is None:
             initialize_weights(models, ctx)
         else:
-            new_adapters = spec.lora is not None and not any(is_adapter(key) for key in source.keys())
-            new_head = draws_head(source, spec, _prefix(name))
+            new_adapters = spec.lora is not None and not any(is_adapter(key) for key in keys_of(source, prefix))
+            new_head = draws_head(source, spec, prefix)
 
             def wanted(parameter: str) -> bool:
                 return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
 
             unused = frozenset({OUTPUT_NAME} if spec.head == "hidden" else ())
-            left = load_weights(source, models, ctx, strict=strict, prefix=_prefix(name), wanted=wanted, unused=unused)
-            if any(_prefix(name) + key in source.keys() for key in unused):
+            left = load_weights(source, models, ctx, strict=strict, prefix=prefix, wanted=wanted, unused=unused)
+            if any(prefix + key in keys_of(source, prefix) for key in unused):
                 left.reasons.append(f"{OUTPUT_NAME}: an embedding model has no output layer")
             if new_head:
                 size = f"{spec.value_heads} x {spec.arch.hidden_size}"

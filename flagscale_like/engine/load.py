@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
-from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary
+from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary, keys_of
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.checkpoint.store import WeightSource, layout_record
@@ -91,7 +91,7 @@ def load_weights(
     gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
     known = {key for _, keys in gathered for key in keys}
     problems = sorted({text for found, _ in gathered for text in found.values()})
-    extra = {key for key in source.keys() if key.startswith(prefix)} - known - {prefix + name for name in unused}
+    extra = set(keys_of(source, prefix)) - known - {prefix + name for name in unused}
     problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
@@ -165,13 +165,20 @@ def load_optimizer(
     set_loss_scaler_state(optimizer, saved.get("loss_scaler"))
 
 
-def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> bool:
-    """Put back this rank's random state, where the layout is the one that saved it; says whether it did."""
+def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> str:
+    """Put back this rank's random state, where the layout and the kind of device are those that saved it.
+
+    Returns:
+        `the same layout` where it did; else why the random streams begin anew, for a line to the user.
+    """
     if reader.state.get("layout") != layout_record(ctx):
-        return False
-    saved = {name: reader.rank_tensor(ctx.rank, name) for name in random_states(ctx.platform)}
+        return "another layout"
+    own = random_states(ctx.platform)
+    saved = {name: reader.rank_tensor(ctx.rank, name) for name in own}
     states = {name: state for name, state in saved.items() if state is not None}
     if "rng.default" not in states:
-        return False
+        return "the same layout, without its random state: dropout draws anew"
+    if any(state.shape != own[name].shape for name, state in states.items()):
+        return f"the same layout on another kind of device than {ctx.platform.name}: dropout draws anew"
     set_random_states(ctx.platform, states)
-    return True
+    return "the same layout"

@@ -1,8 +1,9 @@
 """Core attention: positions (RoPE, ALiBi, NLPE) and softmax(q kᵀ) v, on q, k, v as megatron-core hands them over.
 
 It is causal, or bidirectional: then a query sees all keys of its document. A batch is rows of one document each, or a pack of
-documents whose bounds megatron-core hands over as packed_seq_params. What this attention does not compute (another mask, a
-bias) it refuses. With context parallelism, this rank has a part of every row; see model.context_parallel.
+documents whose bounds megatron-core hands over as packed_seq_params. Where it hands over a CachedStep there, the tokens are
+those of a step of generation, and their keys lie in a cache; see model.kv_cache. What this attention does not compute
+(another mask, a bias) it refuses. With context parallelism, this rank has a part of every row; see model.context_parallel.
 
 The rotation happens here and not in megatron-core's rope_utils: q and k are rotated in one launch, from tables that are made
 once, and NLPE finds the unrotated q and k that it needs.
@@ -41,6 +42,7 @@ from flagscale_like.model.context_parallel import (
     plan_rows,
     tokens_for_heads,
 )
+from flagscale_like.model.kv_cache import CachedStep
 from flagscale_like.model.modules import backend_of
 from flagscale_like.model.packs import Pack
 from flagscale_like.runtime.row_cut import row_cut
@@ -174,7 +176,8 @@ class CoreAttention(nn.Module):
     Args:
         tables: RoPE's; None with ALiBi.
         cp_comm_type: parallel.cp_kind, as megatron-core hands it over; of no meaning over one context-parallel rank.
-        config, layer_number: megatron-core gives them to every core attention; this one needs none of them.
+        config: megatron-core gives it to every core attention; this one needs none of it.
+        layer_number: counted from 1 over the whole model.
         attn_mask_type, attention_type, attention_dropout: refused, unless of the model's self-attention, without dropout.
     """
 
@@ -201,7 +204,7 @@ class CoreAttention(nn.Module):
                 f"core attention is {arch.attention} self-attention without dropout (asked for: {attention_type} attention, "
                 f"{attn_mask_type.name}, dropout {attention_dropout})"
             )
-        self.tables = tables
+        self.layer_number, self.tables = layer_number, tables
         self.position = arch.position
         # q, k and v are views of what the QKV product wrote. Where autograd keeps rotated copies of q and k, a view of v
         # would keep all three alive. (A norm of q and k keeps them anyway, and so does ALiBi, which rotates nothing.)
@@ -210,10 +213,10 @@ class CoreAttention(nn.Module):
         self.window = arch.sliding_window
         self.rope_backend, self.backend = backend_of(kernels.rope), backend_of(kernels.attention)
         self.cut = row_cut(pg_collection.cp, cp_comm_type or "gather")
-        self.slopes = None
+        self.slopes = self.head_slopes = None
         if arch.position.kind == "alibi":
             tp = pg_collection.tp
-            self.slopes = alibi_slopes(arch.num_attention_heads).chunk(tp.size())[tp.rank()]
+            self.slopes = self.head_slopes = alibi_slopes(arch.num_attention_heads).chunk(tp.size())[tp.rank()]
             if self.cut is not None and not self.cut.zigzag:  # a2a: this rank computes a part of the heads
                 self.slopes = self.slopes.chunk(self.cut.size)[self.cut.rank]
 
@@ -248,6 +251,8 @@ class CoreAttention(nn.Module):
         if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
             kind = packed_seq_params.qkv_format
             raise ValueError(f"packed_seq_params.qkv_format is {kind!r}: core attention takes packs as thd")
+        if isinstance(packed_seq_params, CachedStep):
+            return packed_seq_params.attend(self, query, key, value).flatten(1)
         if self.slopes is not None and self.slopes.device != query.device:
             self.slopes = self.slopes.to(query.device)
         if self.cut is None:

@@ -191,6 +191,7 @@ class LanguageModel(GPTModel):
             vocab_size=self.arch.vocab_size,
             padded_vocab_size=self.vocab_size,
             normalize=self.arch.norm_head,
+            temperature=self.spec.temperature,
             tied_here=self.pre_process and self.share_embeddings_and_output_weights,
             fused=self.fused_loss,
             backend=backend_of(self.spec.kernels.cross_entropy),

@@ -31,18 +31,20 @@ class LanguageModelHead(ColumnParallelLinear):
         vocab_size, padded_vocab_size: rows of the whole matrix, without and with padding.
         normalize: scale the rows of the matrix to length 1 first (NormHead: Yang et al. 2023, section 2.4). A row lies on one
             rank, so this needs no communication.
+        temperature: divides the logits in the cross-entropy.
         tied_here: the weight is the embedding's, on this rank; it comes with each call.
         fused: compute product and loss in one operator that holds the logits of a chunk of tokens at a time.
         backend: of the cross-entropy, as flagscale_kernels names it.
     """
 
-    def __init__(
+    def __init__(  # what ColumnParallelLinear needs, and what is ours
         self,
         config: TransformerConfig,
         *,
         vocab_size: int,
         padded_vocab_size: int,
         normalize: bool,
+        temperature: float,
         tied_here: bool,
         fused: bool,
         backend: str | None,
@@ -59,6 +61,7 @@ class LanguageModelHead(ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.normalize, self.fused, self.backend, self.vocab_size = normalize, fused, backend, vocab_size
+        self.temperature = temperature
         if normalize:
             # The fusion adds the gradient to weight.main_grad; here it has to pass through the normalisation first.
             self.gradient_accumulation_fusion = False
@@ -89,6 +92,8 @@ class LanguageModelHead(ColumnParallelLinear):
         if labels is None:
             logits, _ = self(hidden, weight)
             return logits.transpose(0, 1).contiguous()  # [s, b, v] -> [b, s, v]
+        if self.temperature != 1:
+            hidden = hidden / self.temperature  # the head is linear and has no bias
         if self.fused:
             matrix = self.weight if weight is None else weight
             return fused_linear_cross_entropy(
@@ -103,9 +108,9 @@ class LanguageModelHead(ColumnParallelLinear):
                 backend=self.backend,
             ).t()
         logits, _ = self(hidden, weight)
-        # The backward pass writes the logits' gradient over them.
-        loss = cross_entropy(logits, labels.t(), group=self.tp_group, reduction="none", backend=self.backend)
-        return loss.t()
+        # The backward pass writes the logits' gradient over them: nothing else reads what `forward` has made.
+        options = {"reduction": "none", "inplace_backward": True, "backend": self.backend}
+        return cross_entropy(logits, labels.t(), group=self.tp_group, **options).t()
 
 
 class ValueHead(MegatronModule):

@@ -24,6 +24,8 @@ class ModelSpec:
         arch: the decoder.
         head: what the last stage computes from the hidden states; see model.heads.
         value_heads: numbers that the head `value` computes for each token.
+        temperature: divides the logits in the cross-entropy, so that it is of texts that were drawn at this temperature. The
+            logits themselves, without labels, are not divided.
         parallel: the layout; data parallelism is what is left of the world size.
         kernels: which implementation computes each operator.
         precision: of the weights and activations.
@@ -42,6 +44,7 @@ class ModelSpec:
     arch: ModelArch
     head: Head = "language_model"
     value_heads: int = 1
+    temperature: float = 1.0
     parallel: Parallel = field(default_factory=Parallel)
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = "fp32"
@@ -75,6 +78,7 @@ class ModelSpec:
             arch=config.model,
             head=config.objective.head,
             value_heads=getattr(config.objective, "heads", 1),
+            temperature=config.rl.rollout.temperature if config.rl is not None else 1.0,
             parallel=config.parallel,
             kernels=config.kernels,
             precision=train.precision,

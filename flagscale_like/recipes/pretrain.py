@@ -23,6 +23,7 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.families import find_family
 from flagscale_like.model.offload import attach_offload
 from flagscale_like.objectives.choice import objective_of
+from flagscale_like.recipes.reward_validation import KeptValidation
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.watchdog import Watchdog
@@ -40,7 +41,7 @@ from flagscale_like.training.parts import Part, Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
-from flagscale_like.training.reference import Reference, reference_of
+from flagscale_like.training.reference import Reference, pair_sources, reference_of
 from flagscale_like.training.run import Run, Start, start
 from flagscale_like.training.salience import calibrate
 from flagscale_like.training.source_selection import SourceSelection
@@ -129,6 +130,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         guard,
         *ledger,
         saves,
+        keep_validation(config, begun, valid_data),
         GarbageCollection(config.train.gc_interval),
     ]
     run = Run(
@@ -176,6 +178,13 @@ def make_reference(
         if split is not None:
             reference.attach(split)
     return reference
+
+
+def keep_validation(config: RunConfig, begun: Start, valid_data: Dataset | None) -> Part | None:
+    """What writes, beside a trained reward model, what it was validated on, where the run has a validation split."""
+    if config.objective.kind != "reward" or valid_data is None or not config.checkpoint.interval:
+        return None
+    return KeptValidation(begun, pair_sources(valid_data), config.train.steps)
 
 
 def what_remains(config: RunConfig) -> str:

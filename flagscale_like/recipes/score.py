@@ -16,10 +16,12 @@ from flagscale_like.data.conversations import check_readable, conversations_at, 
 from flagscale_like.data.pairs import PairRows
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import CheckpointError
 from flagscale_like.json_files import replace_file
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.preference import AnswerLogProbabilities
 from flagscale_like.objectives.reward import AnswerRewards
+from flagscale_like.rl.validation import Validation
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.answers import answer_values
 
@@ -59,6 +61,19 @@ class Scores:
             record = {"file": file, "line": line, "chosen": chosen, "rejected": rejected}
             lines.append(json.dumps(record) + "\n")
         replace_file(path, "".join(lines).encode("utf-8"))
+
+    def keep(self, source: WeightSource, prefix: str) -> Path:
+        """Keep beside a reward model what the scores say of it; see rl.validation.
+
+        Raises:
+            CheckpointError: the scores are a language model's, one is not finite, or the file cannot be written.
+        """
+        if self.kind != "rewards":
+            raise CheckpointError(f"{source.folder}: is a language model: only a reward model is validated on pairs")
+        try:
+            return Validation.measure(self.values, prefix).write(Path(source.folder), source)
+        except OSError as error:
+            raise CheckpointError(f"{source.folder}: the validation cannot be written: {error.strerror}") from None
 
 
 def score_pairs(

@@ -28,6 +28,7 @@ class Guard(Part):
     Args:
         rewinds: how often the run has gone back so far.
         suspects: what of the run's configuration may keep gradients from the parameters, in words.
+        expects_gradient: a first step that counts and has no gradient is a fault.
 
     Attributes:
         reason: why the last step's update was not made, with the setting that decided.
@@ -36,9 +37,11 @@ class Guard(Part):
 
     name = "guard"
 
-    def __init__(self, options: Monitors, *, rewinds: int = 0, suspects: str = "") -> None:
+    def __init__(
+        self, options: Monitors, *, rewinds: int = 0, suspects: str = "", expects_gradient: bool = True
+    ) -> None:
         self.options, self.rewinds, self.suspects = options, rewinds, suspects
-        self._checked = False  # whether a step of this start had a gradient
+        self._checked = not expects_gradient  # whether a step of this start had a gradient
         self.reason, self.skips, self.overflows = "", 0, 0
         self._events: list[Event] = []
 

@@ -25,6 +25,11 @@ class Learned:
     facts: Facts
     verdict: Verdict
 
+    @property
+    def stops(self) -> bool:
+        """Whether the run stops here, or goes back."""
+        return self.verdict in (Verdict.STOP, Verdict.REWIND)
+
 
 class Updates:
     """Optimizer steps of the run's engine, one at a call: gradients, facts, verdict, update. All ranks call it alike."""
@@ -42,6 +47,11 @@ class Updates:
             run.parts.before_update()
             run.engine.update(clip=run.config.optimizer.clip_grad, grad_norm=facts.grad_norm)
         return Learned(outputs, facts, verdict)
+
+    def nothing(self, objective: Objective) -> Learned:
+        """A step that has nothing to learn from: the parts' numbers are reduced as ever, and no parameter changes."""
+        outputs = Outputs(dict.fromkeys(("total", "count", *objective.sums), 0.0))
+        return Learned(outputs, facts_of(outputs, self.run, self._add_up), Verdict.SKIP)
 
 
 def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, until: int | None = None) -> None:

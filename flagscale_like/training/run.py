@@ -203,6 +203,12 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
             "mend one, or move them away to begin anew"
         )
     reader = CheckpointReader(newest) if newest is not None else None
+    saved_task = reader.state.get("config", {}).get("task", "train") if reader is not None else config.task
+    if saved_task != config.task:
+        raise CheckpointError(
+            f"{newest}: is of a run of task {saved_task}, and the configuration says {config.task}: give another run_dir, "
+            "and begin from this checkpoint with checkpoint.load"
+        )
     notes += reader.notes if reader is not None else ()
     source = weights_to_load(config, reader, ctx)
     strict = reader is not None or config.checkpoint.load_strict
@@ -219,7 +225,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     if reader is not None:
         engine.load_optimizer(reader)
         begun.reader, begun.saved = reader, reader.state
-        notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
+        notes += _restore(begun, reader, config, saved_on=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
         notes += getattr(source.base if isinstance(source, AdaptedWeights) else source, "notes", ())
@@ -234,7 +240,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     return begun
 
 
-def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_layout: bool) -> list[str]:
+def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, saved_on: str) -> list[str]:
     """Put progress and learning rate where the checkpoint's run stood; returns what to tell the user."""
     state, progress, needed = reader.state, begun.progress, begun.progress.train_samples
     try:
@@ -251,7 +257,7 @@ def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_
     set_steps(begun.scheduler, rate_steps)
     notes = [
         f"resuming from step {progress.step}: {reader.folder} is the newest whole checkpoint "
-        f"(saved on {saved}{', the same layout' if same_layout else ', another layout'})"
+        f"(saved on {saved}, {saved_on})"
     ]
     notes += describe_changes(before, config, consumed=progress.consumed, rate_steps=rate_steps)
     notes += check_held_out(before, state.get("documents"), config)

@@ -7,11 +7,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
-from flagscale_like.engine.objective import Objective
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.metrics import MEAN
@@ -20,6 +19,13 @@ from flagscale_like.training.plan import StepPlan
 
 RECENT_STEPS = 100
 SHOWN_SUMS = 2  # of the objective's sums, as many are in the log line; all are in the records
+
+
+class Named(Protocol):
+    """What a log line needs to know of what is learned: what the loss and the further numbers are called."""
+
+    metric: str
+    sums: tuple[str, ...]
 
 
 class StepLog(Part):
@@ -33,10 +39,18 @@ class StepLog(Part):
 
     name = "log"
     state_rewinds = True
+    shown = SHOWN_SUMS
 
-    def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock, feed: Feed, objective: Objective) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ctx: ParallelContext,
+        clock: Clock,
+        feed: Feed | None,
+        objective: Named,
+    ) -> None:
         self.config, self.ctx, self.clock, self.feed = config, ctx, clock, feed
-        self.metric, self.names = objective.metric, objective.sums
+        self.metric, self.names = objective.metric, tuple(objective.sums)
         self.pace = Pace(config)
         spec = ctx.platform.data_sheet()
         self.peak_flops = spec.bf16_flops if spec else None
@@ -52,7 +66,7 @@ class StepLog(Part):
         if math.isfinite(step.facts.loss):
             self._loss += step.facts.loss
             self._steps += 1
-            for name, value in step.facts.means(self.names).items():
+            for name, value in self._means(step).items():
                 self._sums[name] += value
         if step.plan.log:
             record = self._record(step)
@@ -62,12 +76,25 @@ class StepLog(Part):
         if step.plan.step % self.config.train.log_interval == 0:
             self._begin()
 
+    def _means(self, step: Step) -> dict[str, float]:
+        """The step's numbers beside its loss, by name."""
+        return step.facts.means(self.names)
+
+    def _speed(self, step: Step, seconds: float) -> dict[str, float]:
+        """How fast a step was.
+
+        Args:
+            seconds: that it took, as the mean since the last line.
+        """
+        tokens_per_s = step.plan.batch_size * self.config.train.seq_length / seconds
+        flops = self.config.flops_per_token() * tokens_per_s / self.ctx.world_size
+        speed = {"tokens-per-second": tokens_per_s, "throughput/tflops/device": flops / 1e12}
+        return speed | ({"mfu": flops / self.peak_flops} if self.peak_flops else {})
+
     def _record(self, step: Step) -> dict[str, Any]:
-        train, world = self.config.train, self.ctx.world_size
+        world = self.ctx.world_size
         total, count = self.clock.pop()
         seconds = total / count
-        tokens_per_s = step.plan.batch_size * train.seq_length / seconds
-        flops = self.config.flops_per_token() * tokens_per_s / world
         record = {
             self.metric: step.facts.loss,
             **({self.metric + MEAN: self._mean(self._loss)} if self._is_in_turn(step.plan) else {}),
@@ -78,13 +105,12 @@ class StepLog(Part):
             "world-size": world,
             "consumed-samples": step.consumed,
             "iteration-time": seconds,
-            "tokens-per-second": tokens_per_s,
-            "throughput/tflops/device": flops / 1e12,
+            **self._speed(step, seconds),
             "mem-peak-bytes": self.ctx.platform.peak_memory_bytes(),
-            "data-wait-share": self.feed.pop_wait() / total,
+            **({"data-wait-share": self.feed.pop_wait() / total} if self.feed is not None else {}),
             "skipped-steps": step.skipped,
         }
-        return record | ({"mfu": flops / self.peak_flops} if self.peak_flops else {})
+        return record
 
     def _is_in_turn(self, plan: StepPlan) -> bool:
         """Whether a record of this step belongs to the loss curve: the first step of a resumed run is a single noisy step."""
@@ -100,18 +126,22 @@ class StepLog(Part):
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
             f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),
-            *(f"{name} {record[name]:.4g}" for name in self.names[:SHOWN_SUMS]),
+            *(f"{name} {record[name]:.4g}" for name in self.names[: self.shown]),
             f"lr {step.learning_rate:.2e}",
             f"grad norm {step.facts.grad_norm:.3f}",
             f"{record['tokens-per-second']:,.0f} tokens/s",
-            f"{record['throughput/tflops/device']:.3g} TFLOP/s/device",
-            *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            *self._work(record),
             f"mem {record['mem-peak-bytes'] / 2**30:.2f} GiB",
-            f"data wait {record['data-wait-share']:.0%}",
+            *([f"data wait {record['data-wait-share']:.0%}"] if "data-wait-share" in record else []),
             *([f"skipped {step.skipped}"] if step.skipped else []),
             f"eta {datetime.timedelta(seconds=round(eta))}",
         ]
         return " | ".join(parts)
+
+    def _work(self, record: Mapping[str, Any]) -> list[str]:
+        """The parts of the line on how well the device is used."""
+        mfu = [f"MFU {record['mfu']:.1%}"] if "mfu" in record else []
+        return [f"{record['throughput/tflops/device']:.3g} TFLOP/s/device", *mfu]
 
     def state(self) -> dict[str, Any]:
         return {"loss": self._loss, "steps": self._steps, "sums": dict(self._sums)}

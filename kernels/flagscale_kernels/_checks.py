@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,42 +77,3 @@ def check_unit_stride(name: str, x: Tensor) -> None:
     """Raise ValueError unless the last dimension is contiguous."""
     if x.shape[-1] > 1:
         require(x.stride(-1) == 1, f"{name}.stride(-1) ({x.stride(-1)}) must be 1")
-
-
-class Rows(NamedTuple):
-    """A [..., c] tensor as n rows: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
-
-    tensor: Tensor
-    n: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-    @property
-    def addressing(self) -> tuple[int, int, int]:
-        return self.inner, self.outer_stride, self.inner_stride
-
-
-def as_rows(x: Tensor) -> Rows:
-    """View x [..., c] as rows. Two strides describe any slice of a packed projection; other tensors are copied."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 2:
-        return as_rows(x.contiguous())
-    n = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not sizes:
-        return Rows(x, n, 1, 0, 0)
-    if len(sizes) == 1:
-        return Rows(x, n, sizes[0], 0, strides[0])
-    return Rows(x, n, sizes[1], strides[0], strides[1])

@@ -7,6 +7,7 @@ then results do not depend on a measurement. Other chips have one conservative c
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from flagscale_kernels._checks import say_once
 from flagscale_kernels._triton import INTERPRETER, arch, triton
 
 AUTOTUNE_VARIABLE = "FLAGSCALE_KERNELS_AUTOTUNE"
@@ -26,7 +28,8 @@ class Config:
     """A tile of `bm` queries by `bn` keys, and the options that Triton compiles it with.
 
     `stages` is the pipeline depth of the main loop, `edge` that of the loops over the tiles at the edges of a band. An
-    `edge` of 1 needs fewer registers on some chips and more on others.
+    `edge` of 1 needs fewer registers on some chips and more on others; on sm_90 it serialises the products of all loops.
+    `descriptors`: the loop's tiles are loaded by tensor descriptors (TMA on sm_90) where the tensors allow it.
     """
 
     bm: int
@@ -34,30 +37,46 @@ class Config:
     warps: int = 4
     stages: int = 2
     edge: int = 1
+    descriptors: bool = False
 
     def launch_options(self) -> dict[str, int]:
-        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge}
+        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge, "DESCRIPTORS": self.descriptors}
         return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def _cache_path() -> Path:
+def _cache_folder() -> Path | None:
+    """The folder of the choices, or None where no variable names one and the user has no home."""
     folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder) if folder else Path.home() / ".cache" / "flagscale_kernels"
+    if folder:
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "flagscale_kernels"
+    except RuntimeError:
+        return None
+
+
+def device_name() -> str:
+    """The name of the current GPU, which is that of the launch's tensors."""
+    return _device_name(torch.cuda.current_device())
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def tile_lists(
     *,
-    sm80: list[Config],
-    sm90: list[Config],
-    wide: Config,
-    wide90: Config,
-    other: Config,
+    sm80: dict[int, list[Config]],
+    sm90: dict[int, list[Config]],
+    other: dict[int, list[Config]],
     float32: Config,
     interpreter: Config,
 ) -> Callable[[int, int, int], list[Config]]:
     """Return the `configs` function of a TunedKernel.
 
-    `wide` and `wide90` are for head dimensions above 128, `other` is for chips that are neither sm_80 nor sm_90.
+    Each dictionary has a list for head dimensions up to its key. `other` is for chips that are neither sm_80 nor sm_90: it
+    fits into 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have.
     """
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
@@ -65,15 +84,17 @@ def tile_lists(
             return [interpreter]
         if element_bytes == 4:  # exact fp32 products do not use the matrix units; for tests
             return [float32]
-        if block_d > 128:
-            return [wide90 if chip == 90 else wide]
-        return {80: sm80, 90: sm90}.get(chip, [other])
+        lists = {80: sm80, 90: sm90}.get(chip, other)
+        return lists[min(width for width in lists if block_d <= width)]
 
     return configs
 
 
 def median_milliseconds(call: Callable[[], None]) -> float:
-    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it."""
+    """The median time of a launch, or infinity where the chip lacks the shared memory or registers for it.
+
+    Raises torch.OutOfMemoryError where there is no room for the 256 MB with which do_bench clears the cache.
+    """
     try:
         return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
     except triton.runtime.errors.OutOfResources:
@@ -126,24 +147,34 @@ class TunedKernel:
         if len(configs) == 1 or os.environ.get(AUTOTUNE_VARIABLE) == "0":
             run(configs[0])
             return
+        device = device_name()
         full_key = (self.name, block_d, element_bytes, *key)
-        if full_key not in self.chosen:
+        if (device, full_key) not in self.chosen:
             if torch.cuda.is_current_stream_capturing():  # a measurement breaks the capture of a CUDA graph
                 run(configs[0])
                 return
-            self.chosen[full_key] = self._choose(configs, run, full_key)
-        run(self.chosen[full_key])
+            self.chosen[device, full_key] = self._choose(configs, run, full_key, device)
+        run(self.chosen[device, full_key])
 
-    def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple) -> Config:
-        device = torch.cuda.get_device_name().replace(" ", "_")
-        path = _cache_path() / f"{device}-triton-{triton.__version__}.json"
+    def _choose(self, configs: list[Config], run: Callable[[Config], None], key: tuple, device: str) -> Config:
+        folder = _cache_folder()
+        path = folder and folder / f"{device.replace(' ', '_')}-triton-{triton.__version__}.json"
         # The entry's name includes the list: the choice from another list of configs does not count.
         entry = json.dumps([key, [asdict(c) for c in configs]])
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
-        best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
-        with contextlib.suppress(OSError):  # where the folder is read-only, the next process measures again
-            _store(path, entry, best)
+        if path:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return Config(**json.loads(path.read_text(encoding="utf-8"))[entry])
+        try:
+            best = min(configs, key=lambda config: self.milliseconds(lambda: run(config)))
+        except torch.OutOfMemoryError:
+            say_once(
+                f"flagscale_kernels: no GPU memory is left to measure tiles of {self.name}, so this process takes the "
+                f"default one; {AUTOTUNE_VARIABLE}=0 takes it everywhere"
+            )
+            return configs[0]
+        if path:
+            with contextlib.suppress(OSError):  # where the folder is read-only, the next process measures again
+                _store(path, entry, best)
         return best
 
 

@@ -21,13 +21,19 @@ the target's logit and the sum. The backward reads the logits again and writes t
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require, say_once
 from flagscale_kernels._operators import operator
+from flagscale_kernels._rows import as_rows, row_start
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BLOCK = 4096
+MAX_LANES, MAX_DEPTH = (
+    1024,
+    4,
+)  # columns of a tile of the statistics: each of 128 threads has 8 lanes, or 16 bytes of bf16
 CPU_CHUNK = 1 << 18  # logits that the CPU path processes at a time, so that they stay in its cache
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,35 +98,37 @@ def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_s
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
 def _statistics_kernel(
-    X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
-):
+    X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride,
+    WITH_SUM: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
-    X += _row_start(row, inner, outer_stride, inner_stride)
-    m = tl.full([], float("-inf"), tl.float32)
-    l = tl.full([], 0.0, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    for first in range(0, v, BLOCK):
-        cols = first + tl.arange(0, BLOCK)
+    X += row_start(row, inner, outer_stride, inner_stride)
+    # Each lane keeps the numbers of its own columns. They are combined once, after the loop, so that no iteration waits
+    # for other warps; a lane has DEPTH columns an iteration, so that a rescaling costs 1 / DEPTH exponentials a logit.
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    l = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(0, v, DEPTH * LANES):
+        cols = first + offsets
         x = tl.load(X + cols, mask=cols < v, other=float("-inf")).to(tl.float32)
         if WITH_SUM:
             total += tl.sum(tl.where(cols < v, x, 0.0), axis=0)
         new_m = tl.maximum(m, tl.max(x, axis=0))
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # all logits so far are -inf
-        l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m) * LOG2E), axis=0)
+        l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m[None, :]) * LOG2E), axis=0)
         m = new_m
+    row_m = tl.max(m, axis=0)
+    safe_m = tl.where(row_m == float("-inf"), 0.0, row_m)
+    row_l = tl.sum(l * tl.exp2((m - safe_m) * LOG2E), axis=0)
     column = tl.load(TARGET + row) - vocab_start
     picked = tl.load(X + column, mask=(column >= 0) & (column < v), other=0.0).to(tl.float32)
     STATS += row.to(tl.int64) * 4
-    tl.store(STATS, m)
-    tl.store(STATS + 1, l)
+    tl.store(STATS, row_m)
+    tl.store(STATS + 1, row_l)
     tl.store(STATS + 2, picked)
-    tl.store(STATS + 3, total)
+    tl.store(STATS + 3, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -132,13 +140,13 @@ def _gradient_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < v
     scale = tl.load(SCALE + row)
-    OUT += _row_start(row, out_inner, out_outer_stride, out_inner_stride)
+    OUT += row_start(row, out_inner, out_outer_stride, out_inner_stride)
     if scale == 0.0:  # an ignored token: the gradient is 0, even where its logits are nan or inf
         tl.store(OUT + cols, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=mask)
     else:
         lse = tl.load(LSE + row)
         column = tl.load(TARGET + row) - vocab_start
-        x = tl.load(X + _row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
+        x = tl.load(X + row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
         p = tl.exp2((x.to(tl.float32) - lse) * LOG2E)
         grad = p * (1.0 + 2.0 * z_loss * lse) - smoothed
         grad = tl.where(cols == column, grad - (1.0 - label_smoothing), grad) * scale
@@ -153,11 +161,12 @@ def _block(v):
 def _statistics_triton(logits, target, vocab_start, with_sum):
     rows = as_rows(logits)
     stats = torch.empty((rows.n, 4), dtype=torch.float32, device=logits.device)
-    block, warps = _block(logits.shape[-1])
+    lanes = min(MAX_LANES, next_power_of_2(logits.shape[-1]))
+    depth = min(MAX_DEPTH, next_power_of_2(cdiv(logits.shape[-1], lanes)))
     if rows.n:
         _statistics_kernel[(rows.n,)](
             rows.tensor, target, stats, logits.shape[-1], vocab_start, *rows.addressing,
-            WITH_SUM=with_sum, BLOCK=block, num_warps=warps,
+            WITH_SUM=with_sum, DEPTH=depth, LANES=lanes, num_warps=max(1, lanes // 256),
         )  # fmt: skip
     return stats
 
@@ -177,6 +186,12 @@ def _gradient_triton(logits, target, lse, scale, out, vocab_start, vocab, label_
 # --------------------------------------------------------------------------------------------------------- custom ops
 
 
+def _gradient(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss, backend):
+    run = _gradient_torch if backend == "torch" else _gradient_triton
+    target, lse, scale = (t.contiguous() for t in (target, lse, scale))  # the kernels read element `row` of each
+    run(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss)
+
+
 @operator("cross_entropy_statistics")
 def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bool, backend: str) -> Tensor:
     """Reduce [n, v] logits to [n, 4]: maximum, sum of exponentials, the target's logit, sum of logits.
@@ -188,7 +203,7 @@ def statistics_op(logits: Tensor, target: Tensor, vocab_start: int, with_sum: bo
         return empty.to(logits.device).repeat(logits.shape[0], 1)
     if backend == "torch":
         return _statistics_torch(logits, target, vocab_start, with_sum)
-    return _statistics_triton(logits, target, vocab_start, with_sum)
+    return _statistics_triton(logits, target.contiguous(), vocab_start, with_sum)
 
 
 @operator("cross_entropy_gradient")
@@ -197,8 +212,7 @@ def gradient_op(
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    run = _gradient_torch if backend == "torch" else _gradient_triton
-    run(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss)
+    _gradient(logits, target, lse, scale, out, vocab_start, vocab, label_smoothing, z_loss, backend)
     return out
 
 
@@ -207,10 +221,8 @@ def gradient_inplace_op(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor,
     vocab_start: int, vocab: int, label_smoothing: float, z_loss: float, backend: str,
 ) -> None:  # fmt: skip
-    if logits.shape[1] == 0:
-        return
-    run = _gradient_torch if backend == "torch" else _gradient_triton
-    run(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss)
+    if logits.shape[1]:
+        _gradient(logits, target, lse, scale, logits, vocab_start, vocab, label_smoothing, z_loss, backend)
 
 
 @statistics_op.register_fake
@@ -270,6 +282,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         logits, target, lse, ignored = ctx.saved_tensors
         scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
@@ -308,6 +321,11 @@ def reduce_losses(loss, target, ignore_index, reduction):
     return loss.sum() / (target != ignore_index).sum()  # nan when every token is ignored, as in PyTorch
 
 
+def owns_dense_memory(x: Tensor) -> bool:
+    """Whether nothing else shows x's memory and no two of its elements share it, so that it may be written over."""
+    return not x.is_leaf and not x._is_view() and x.is_contiguous()
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -317,7 +335,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    inplace_backward: bool = True,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of logits [..., v] and target [...] (int32 or int64): fp32 [...] for reduction "none", else [].
@@ -327,9 +345,9 @@ def cross_entropy(
     ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy; "mean" is over tokens that are
     not ignored.
     z_loss: weight of lse^2, which is added to each token's loss.
-    inplace_backward: the backward writes the gradient over the logits, so nothing may read them afterwards; autograd
-    raises RuntimeError where another backward does. Has no effect on a leaf, or under torch.compile, which plans its
-    own buffers.
+    inplace_backward: the backward writes the gradient over the logits, which saves a buffer of their size. Nothing may
+    read them afterwards; autograd raises RuntimeError where another backward does. Logits that are a leaf, a view of
+    another tensor or not dense are left as they are, with one warning in a process; torch.compile plans its own buffers.
     Raises ValueError for a shape, dtype or device that does not fit, or (on the CPU) a target outside the vocabulary.
     """
     backend = choose_backend(logits, backend)
@@ -340,7 +358,10 @@ def cross_entropy(
     vocab = logits.shape[-1] * group_size_and_rank(group)[0]
     check_target(target, logits.shape[:-1], logits.device, ignore_index, vocab)
     check_same("device", [("logits", logits), ("target", target)])
-    inplace = inplace_backward and not logits.is_leaf and not torch.compiler.is_compiling()
+    inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
+    if inplace and not owns_dense_memory(logits):
+        say_once("flagscale_kernels.cross_entropy: inplace_backward needs logits that are dense, no leaf and no view")
+        inplace = False
     # A view where strides allow it, so that the gradient is written into the caller's buffer.
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.shape[-1] > 1 and flat.stride(-1) != 1:

@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flagscale_kernels._checks import check_float, check_same, choose_backend, require
+from flagscale_kernels._operators import autocast_to, autocasting, launching_on
 from flagscale_kernels.cross_entropy import (
     check_loss_options,
     check_target,
@@ -35,6 +37,7 @@ from flagscale_kernels.cross_entropy import (
     statistics_op,
 )
 
+HAS_WIDE_ADDMM = "dtype_out" in torch.ops.aten.addmm.overloads()
 MIN_CHUNK_TOKENS = 1024  # fewer rows do not keep the matrix units busy
 
 
@@ -78,69 +81,95 @@ def _rows_in_use(weight, options):
     return weight[: min(max(options.vocab_size - first, 0), weight.shape[0])]
 
 
+def _set_or_add_product(total, a, b, *, add):
+    """total = a @ b, or total += a @ b, where total has the operands' dtype or is fp32.
+
+    On a GPU an fp32 total gets the products as the matrix units sum them: nothing is rounded to a's dtype, and no product
+    of total's size is written to memory and read again.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=int(add))
+    elif a.is_cuda and HAS_WIDE_ADDMM and total.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=int(add), out=total)
+    elif add:
+        total.add_(a @ b)
+    else:
+        total.copy_(a @ b)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, options):
-        v, h = weight.shape
-        used = _rows_in_use(weight, options)  # [v, h] -> [u, h]
-        vocab_start = group_size_and_rank(options.group)[1] * v
-        whole = _gather_sequence(hidden, options.group) if options.sequence_parallel else hidden
-        x = whole.reshape(-1, h)  # [s, b, h] -> [s * b, h]
-        flat_target = target.reshape(-1)
-        chunk = options.chunk_tokens or default_chunk_tokens(x.shape[0], h, v)
-        smoothing = options.label_smoothing
-        stats = [
-            statistics_op(part @ used.t(), wanted, vocab_start, smoothing != 0, options.backend)
-            for part, wanted in zip(x.split(chunk), flat_target.split(chunk))
-        ]
-        statistics = combine_statistics(torch.cat(stats), options.group)
-        ignored = flat_target == options.ignore_index
-        loss, lse = losses_and_lse(statistics, ignored, options.vocab_size, smoothing, options.z_loss)
-        ctx.save_for_backward(hidden, weight, flat_target, lse, ignored)
-        ctx.chunk, ctx.options = chunk, options
-        ctx.gradient_options = vocab_start, options.vocab_size, smoothing, options.z_loss, options.backend
-        return loss
+        with launching_on(hidden.device):
+            return _forward(ctx, hidden, weight, target, options)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
-        hidden, weight, target, lse, ignored = ctx.saved_tensors
-        options, group = ctx.options, ctx.options.group
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        used = _rows_in_use(weight, options)
-        whole = _gather_sequence(hidden, group) if options.sequence_parallel else hidden
-        x = whole.reshape(-1, weight.shape[1])
-        scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
-        dx = torch.empty_like(x) if need_hidden else None
-        main_grad = getattr(weight, "main_grad", None) if need_weight and options.accumulate_main_grad else None
-        one_chunk = 0 < x.shape[0] <= ctx.chunk and main_grad is None
-        dw = main_grad
-        if need_weight and one_chunk:
-            dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            dw[used.shape[0] :] = 0
-        elif need_weight and main_grad is None:  # sum the chunks in fp32: a bf16 sum loses small terms
-            dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        dw_used = dw[: used.shape[0]] if need_weight else None  # nothing is added to the padding rows
-        for start in range(0, x.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            g = x[rows] @ used.t()
-            gradient_inplace_op(g, target[rows], lse[rows], scale[rows], *ctx.gradient_options)
-            if need_hidden:
-                torch.mm(g, used, out=dx[rows])
-            if need_weight and one_chunk:
-                torch.mm(g.t(), x[rows], out=dw_used)
-            elif need_weight:
-                dw_used.addmm_(g.t(), x[rows]) if dw.dtype == g.dtype else dw_used.add_(g.t() @ x[rows])
+        with launching_on(dloss.device):
+            return *_backward(ctx, dloss), None, None
+
+
+def _forward(ctx, hidden, weight, target, options):
+    v, h = weight.shape
+    used = _rows_in_use(weight, options).to(hidden.dtype)  # [v, h] -> [u, h]
+    vocab_start = group_size_and_rank(options.group)[1] * v
+    whole = _gather_sequence(hidden, options.group) if options.sequence_parallel else hidden
+    x = whole.reshape(-1, h)  # [s, b, h] -> [s * b, h]
+    flat_target = target.reshape(-1)
+    chunk = options.chunk_tokens or default_chunk_tokens(x.shape[0], h, v)
+    smoothing = options.label_smoothing
+    stats = [
+        statistics_op(part @ used.t(), wanted, vocab_start, smoothing != 0, options.backend)
+        for part, wanted in zip(x.split(chunk), flat_target.split(chunk))
+    ]
+    statistics = combine_statistics(torch.cat(stats), options.group)
+    ignored = flat_target == options.ignore_index
+    loss, lse = losses_and_lse(statistics, ignored, options.vocab_size, smoothing, options.z_loss)
+    ctx.save_for_backward(hidden, weight, flat_target, lse, ignored)
+    ctx.chunk, ctx.options = chunk, options
+    ctx.gradient_options = vocab_start, options.vocab_size, smoothing, options.z_loss, options.backend
+    return loss
+
+
+def _backward(ctx, dloss):
+    """The gradients of hidden and weight."""
+    hidden, weight, target, lse, ignored = ctx.saved_tensors
+    options, group = ctx.options, ctx.options.group
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    used = _rows_in_use(weight, options).to(hidden.dtype)
+    whole = _gather_sequence(hidden, group) if options.sequence_parallel else hidden
+    x = whole.reshape(-1, weight.shape[1])
+    scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
+    dx = torch.empty_like(x) if need_hidden else None
+    main_grad = getattr(weight, "main_grad", None) if options.accumulate_main_grad else None
+    dw, dw_used = main_grad, None
+    if need_weight:
+        if main_grad is None:
+            # The chunks' sum is kept in fp32: a bf16 sum loses small terms.
+            one_chunk = x.shape[0] <= ctx.chunk and weight.dtype == x.dtype
+            dw = torch.empty(weight.shape, dtype=weight.dtype if one_chunk else lse.dtype, device=weight.device)
+            dw[used.shape[0] if x.shape[0] else 0 :] = 0
+        dw_used = dw[: used.shape[0]]  # nothing is added to the padding rows
+    for start in range(0, x.shape[0], ctx.chunk):
+        rows = slice(start, start + ctx.chunk)
+        g = x[rows] @ used.t()
+        gradient_inplace_op(g, target[rows], lse[rows], scale[rows], *ctx.gradient_options)
         if need_hidden:
-            dx = dx.view(whole.shape)
-            if options.sequence_parallel:
-                dx = _reduce_scatter_sequence(dx, group)
-            elif group_size_and_rank(group)[0] > 1:
-                dist.all_reduce(dx, group=group)
-        if main_grad is not None:
-            # megatron-core's convention: with this flag its hook does not add .grad to main_grad.
-            weight.grad_added_to_main_grad = True
-            dw = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
-        return dx, dw.to(weight.dtype) if need_weight else None, None, None
+            torch.mm(g, used, out=dx[rows])
+        if need_weight:
+            _set_or_add_product(dw_used, g.t(), x[rows], add=start > 0 or main_grad is not None)
+    if need_hidden:
+        dx = dx.view(whole.shape)
+        if options.sequence_parallel:
+            dx = _reduce_scatter_sequence(dx, group)
+        elif group_size_and_rank(group)[0] > 1:
+            dist.all_reduce(dx, group=group)
+    if main_grad is not None and need_weight:
+        # megatron-core's convention: with this flag its hook does not add .grad to main_grad.
+        weight.grad_added_to_main_grad = True
+        dw = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return dx, dw.to(weight.dtype) if need_weight else None
 
 
 def linear_cross_entropy_reference(
@@ -175,14 +204,19 @@ def fused_linear_cross_entropy(
     as hidden.
     vocab_size: number of tokens in the vocabulary, over the whole group. The rows of the weight after them are padding:
     their logits count as -inf, and their gradient is exactly 0. By default no row is padding.
+    Under torch.autocast both are multiplied in its dtype, as by torch.nn.functional.linear: bf16 hidden states go with an
+    fp32 weight, whose gradient is summed in fp32.
     accumulate_main_grad: add the weight's gradient to weight.main_grad, if it exists, and set
     weight.grad_added_to_main_grad, as megatron-core's gradient accumulation fusion does.
     The other options and the errors are those of `cross_entropy`.
     """
+    mixed = autocasting(hidden.device)  # then the weight is cast inside: its main_grad stays its own
+    (hidden,) = autocast_to(hidden)
     backend = choose_backend(hidden, backend)
     check_loss_options(label_smoothing, z_loss, reduction)
     check_float("hidden", hidden, backend)
-    for attribute in ("dtype", "device"):
+    check_float("weight", weight, backend)
+    for attribute in ("device",) if mixed else ("dtype", "device"):
         check_same(attribute, [("hidden", hidden), ("weight", weight)])
     require(hidden.dim() >= 2, f"hidden.dim() ({hidden.dim()}) must be at least 2")
     require(weight.dim() == 2, f"weight.dim() ({weight.dim()}) must be 2")

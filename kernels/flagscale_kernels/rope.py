@@ -14,6 +14,7 @@ all its heads.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flagscale_kernels._checks import check_float, check_same, check_unit_stride, choose_backend, require
 from flagscale_kernels._layouts import as_bnsd, check_layout, sizes, strides
@@ -142,12 +143,13 @@ def _rotate_triton(q, k, q_out, k_out, cos, sin, positions, layout, interleaved,
     tiles = [min(most, next_power_of_2(n)) for n in (q_heads, k_heads)]
     if b * s == 0:
         return
-    k, k_out = (q, q_out) if k is None else (k, k_out)
+    has_k = k is not None
+    k, k_out = (k, k_out) if has_k else (q, q_out)
     _rope_kernel[(b * s,)](
         q, k, q_out, k_out, cos, sin, cos if positions is None else positions, s, q_heads, k_heads, d, half, sign,
         *(stride for t in (q, k, q_out, k_out) for stride in strides(t, layout)),
         *_table_strides(cos), *_table_strides(sin), *((0, 0) if positions is None else _table_strides(positions)),
-        HAS_K=k is not q, HAS_POSITIONS=positions is not None, INTERLEAVED=interleaved,
+        HAS_K=has_k, HAS_POSITIONS=positions is not None, INTERLEAVED=interleaved,
         COPY_REST=2 * half < d and q_out is not q, Q_HEADS=tiles[0], K_HEADS=tiles[1], HALF=half_block,
         REST=next_power_of_2(max(1, d - 2 * half)), num_warps=4,
     )  # fmt: skip
@@ -202,6 +204,14 @@ def _(q, k, cos, sin, positions, layout, interleaved, sign, backend):
     return q.new_empty(q.shape), _no_k(q) if k is None else k.new_empty(k.shape)
 
 
+def _can_be_written_over(dq, dk):
+    """Whether each gradient can take its own rotation: they are dense, and not in the same memory, as those of q + k are."""
+    if dk is None:
+        return dq.is_contiguous()
+    apart = dq.untyped_storage()._cdata != dk.untyped_storage()._cdata
+    return apart and dq.is_contiguous() and dk.is_contiguous()
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions, layout, interleaved, inplace_backward, backend):
@@ -212,12 +222,13 @@ class _Rope(torch.autograd.Function):
         return (q_out, k_out) if ctx.has_k else q_out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk=None):
         cos, sin, positions = ctx.saved_tensors
         layout, interleaved, backend = ctx.options
         args = (cos, sin, positions, layout, interleaved, -1.0, backend)
         none = (None,) * 7
-        if ctx.inplace_backward and dq.is_contiguous() and (dk is None or dk.is_contiguous()):
+        if ctx.inplace_backward and _can_be_written_over(dq, dk):
             _rope_inplace_op(dq, dk, *args)
             return dq, dk, *none
         dq, dk = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dq, dk))
@@ -282,8 +293,8 @@ def rope(
     position_ids: int [s] or [b, s], the row of the tables for each token; by default 0, 1, and so on. Whether they lie
     in the tables is not checked.
     cu_seqlens: int [sequences + 1], for "tnd": each sequence starts at position 0.
-    inplace_backward: write the gradients over the incoming ones if those are contiguous. Only correct if nothing else
-    reads the incoming gradients, as where q and k go to an attention and nowhere else.
+    inplace_backward: write the gradients over the incoming ones if those are contiguous and in memory of their own. Only
+    correct if nothing else reads the incoming gradients, as where q and k go to an attention and nowhere else.
     Raises ValueError for a shape, dtype, device, stride or layout that does not fit.
     """
     backend = choose_backend(q, backend)

@@ -156,7 +156,12 @@ def save_and_load_two(config, out):
 
         pairs = [(contents(policy), contents(again)), (contents(critic), contents(value))]
         same = all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
-        return same, again.state(), train_steps(again, config, 1), reader.keys()
+        return (
+            same,
+            again.state(),
+            train_steps(again, config, 1),
+            [*reader.keys("policy/"), *reader.keys("critic/"), *reader.keys()],
+        )
 
 
 def test_one_checkpoint_holds_two_models_by_their_engines_names(tmp_path):

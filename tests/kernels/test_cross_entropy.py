@@ -13,6 +13,7 @@ from flagscale_kernels import (
     fused_linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from flagscale_kernels._checks import say_once
 from flagscale_kernels.cross_entropy import CPU_CHUNK
 
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3}]
@@ -31,8 +32,7 @@ def targets(*shape, vocab, ignored=1):
 def test_loss_and_gradient_are_as_good_as_pytorch(backend, shape, options, dtype):
     target = targets(*shape[:-1], vocab=shape[-1])
     assert_as_good_as_pytorch(
-        # * 1: the gradient is written over the product, not over the leaf
-        lambda x: cross_entropy(x * 1, target, reduction="none", backend=backend, **options),
+        lambda x: cross_entropy(x * 1, target, reduction="none", inplace_backward=True, backend=backend, **options),
         lambda x: cross_entropy_reference(x, target, **options),
         [seeded(*shape, dtype=dtype, scale=3.0)],
         [seeded(*shape[:-1], seed=1)],
@@ -52,11 +52,11 @@ def test_reductions_and_smoothing_mean_what_they_mean_in_pytorch(backend, label_
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_gradient_is_written_over_the_logits(backend):
+def test_the_gradient_is_written_over_the_logits_where_the_caller_says_so(backend):
     leaf, target = seeded(5, 123).requires_grad_(), targets(5, vocab=123)
     logits = leaf * 1
     address, copy = logits.data_ptr(), logits.detach().clone()
-    loss = cross_entropy(logits, target, backend=backend)
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
     seen = []
     logits.register_hook(lambda g: seen.append(g.data_ptr()))
     loss.backward()
@@ -68,21 +68,81 @@ def test_the_gradient_is_written_over_the_logits(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_backward_over_written_logits_raises_and_without_inplace_works(backend):
     leaf, target = seeded(5, 123).requires_grad_(), targets(5, vocab=123)
-    loss = cross_entropy(leaf * 1, target, backend=backend)
+    loss = cross_entropy(leaf * 1, target, inplace_backward=True, backend=backend)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    loss = cross_entropy(leaf * 1, target, inplace_backward=False, backend=backend)
+    loss = cross_entropy(leaf * 1, target, backend=backend)
     first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_leaf_keeps_its_values(backend):
-    leaf, target = seeded(5, 123).requires_grad_(), targets(5, vocab=123)
-    before = leaf.detach().clone()
-    cross_entropy(leaf, target, backend=backend).backward()
+@pytest.mark.parametrize(
+    "logits_of",
+    [
+        lambda leaf: leaf,
+        lambda leaf: leaf.view(-1, 123),
+        lambda leaf: (leaf * 1)[1:],  # another part of the tensor may be read afterwards
+        lambda leaf: (leaf * 1).expand(4, -1, -1),  # a row's gradient would be written several times
+        lambda leaf: (leaf * 1).transpose(0, 1),
+    ],
+)
+def test_logits_whose_memory_is_not_their_own_keep_their_values_which_is_said(backend, logits_of):
+    leaf = seeded(1, 5, 123).requires_grad_()
+    logits = logits_of(leaf)
+    target, before = targets(*logits.shape[:-1], vocab=123), leaf.detach().clone()
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="inplace_backward needs logits that are dense, no leaf and no view"):
+        loss = cross_entropy(logits, target, reduction="sum", inplace_backward=True, backend=backend)
+    (got,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(leaf, before)
+    expected = cross_entropy_reference(logits_of(leaf), target).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(expected, leaf)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_that_are_a_slice_and_losses_whose_gradient_is_one(backend):
+    """The kernels read element i of a token's numbers, whatever the stride."""
+    target = torch.stack([targets(6, vocab=123), targets(6, vocab=123).flip(0)], -1)[:, 0]
+    assert target.stride() == (2,)
+    hidden, weight = seeded(6, 16), seeded(123, 16, seed=1)
+
+    def gradients(loss, *leaves):
+        other = torch.zeros_like(loss)
+        (torch.stack([loss, other], -1) * seeded(6, 2, seed=2)).sum().backward()  # a gradient of stride 2
+        return [loss, *(leaf.grad for leaf in leaves)]
+
+    x, y = ((hidden @ weight.t()).requires_grad_() for _ in range(2))
+    got = gradients(cross_entropy(x, target, reduction="none", backend=backend), x)
+    torch.testing.assert_close(got, gradients(cross_entropy_reference(y, target), y))
+    ours, theirs = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    loss = fused_linear_cross_entropy(*ours, target, chunk_tokens=4, reduction="none", backend=backend)
+    torch.testing.assert_close(
+        gradients(loss, *ours), gradients(linear_cross_entropy_reference(*theirs, target), *theirs)
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
+def test_under_autocast_the_product_is_that_of_torchs_linear_and_the_weights_gradient_is_fp32(
+    hidden_dtype, chunk_tokens
+):
+    x, w = seeded(6, 16, dtype=hidden_dtype).requires_grad_(), seeded(20, 16, seed=1).requires_grad_()
+    target = targets(6, vocab=20)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_linear_cross_entropy(x, w, target, chunk_tokens=chunk_tokens)
+        expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), target)
+    torch.testing.assert_close(loss, expected)
+    got = torch.autograd.grad(loss, [x, w])
+    for mine, exact in zip(got, torch.autograd.grad(expected, [x, w]), strict=True):
+        assert mine.dtype == exact.dtype
+        torch.testing.assert_close(mine, exact, rtol=0.02, atol=2e-3)
+    with torch.autocast("cpu", torch.bfloat16):  # with a main_grad, as megatron-core keeps one
+        weight = torch.nn.Parameter(w.detach().clone())
+        weight.main_grad = torch.zeros(20, 16)
+        fused_linear_cross_entropy(x, weight, target, chunk_tokens=chunk_tokens, accumulate_main_grad=True).backward()
+    torch.testing.assert_close(weight.main_grad, got[1])
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")

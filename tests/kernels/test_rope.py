@@ -127,6 +127,25 @@ def test_the_backward_writes_over_the_gradient_only_when_told_to(backend):
     assert expanded.eq(1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_for_q_and_k_and_one_gradient_for_both(backend):
+    a, b, w = seeded(5, 1, 2, 16), seeded(5, 1, 2, 16, seed=1), seeded(5, 1, 2, 16, seed=2)
+
+    def gradients(tensors, rotate):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        q, k = rotate(leaves[0], leaves[-1])
+        return torch.autograd.grad(((q + k) * w).sum(), leaves)
+
+    for tensors in ([a], [a, b]):
+        wanted = gradients(tensors, lambda q, k: expected(q, k, *tables(16), "sbnd", False))
+        for inplace in (False, True):
+            options = {"inplace_backward": inplace, "backend": backend}
+            got = gradients(tensors, lambda q, k: rope(q, k, *tables(16), **options))  # noqa: B023
+            torch.testing.assert_close(got, wanted)
+    for mine, exact in zip(rope(a, a, *tables(16), backend=backend), expected(a, a, *tables(16), "sbnd", False)):
+        torch.testing.assert_close(mine, exact)
+
+
 class Group:
     """Stands for a context-parallel group seen from one of its ranks."""
 

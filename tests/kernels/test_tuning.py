@@ -4,15 +4,15 @@ import sys
 import pytest
 import torch
 
+from flagscale_kernels import _tuning
+from flagscale_kernels._checks import say_once
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
 FIRST, SECOND = Config(bm=64, bn=64), Config(bm=128, bn=64)
 LISTS = tile_lists(
-    sm80=[FIRST, SECOND],
-    sm90=[SECOND, FIRST],
-    wide=Config(bm=32, bn=32),
-    wide90=Config(bm=32, bn=64),
-    other=Config(bm=64, bn=32),
+    sm80={64: [FIRST, SECOND], 256: [Config(bm=32, bn=32)]},
+    sm90={128: [SECOND, FIRST], 256: [Config(bm=32, bn=64)]},
+    other={256: [Config(bm=64, bn=32)]},
     float32=Config(bm=16, bn=16),
     interpreter=Config(bm=64, bn=16),
 )
@@ -35,7 +35,7 @@ def cache(monkeypatch, tmp_path):
     """An A100 that captures no graph, autotuning as by default, and an empty cache folder."""
     monkeypatch.setenv("FLAGSCALE_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FLAGSCALE_KERNELS_AUTOTUNE", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(_tuning, "device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return tmp_path / "cache"
 
@@ -93,8 +93,41 @@ def test_without_autotuning_and_while_capturing_a_graph_the_first_config_runs(mo
     assert launch(tuned([])) == ((64,), 64)
 
 
-def test_each_chip_has_its_list():
-    assert LISTS(80, 128, 2) == [FIRST, SECOND]
+def test_two_kinds_of_chips_in_a_process_do_not_share_a_choice(monkeypatch):
+    kernel = tuned([2.0, 1.0, 1.0, 2.0])
+    assert launch(kernel) == ((128,), 128)
+    monkeypatch.setattr(_tuning, "device_name", lambda: "NVIDIA H100")
+    assert launch(kernel) == ((64,), 64)
+    monkeypatch.setattr(_tuning, "device_name", lambda: "NVIDIA A100")
+    assert launch(kernel) == ((128,), 128)
+
+
+def test_a_user_without_a_home_keeps_the_choice_in_the_process(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FLAGSCALE_KERNELS_CACHE")
+    monkeypatch.setattr(_tuning.Path, "home", home)
+    kernel = tuned([2.0, 1.0])
+    assert launch(kernel) == launch(kernel) == ((128,), 128)
+
+
+def test_where_no_memory_is_left_to_measure_the_default_runs_and_is_said_and_not_stored(cache):
+    def milliseconds(call):
+        raise torch.OutOfMemoryError
+
+    kernel = TunedKernel(Kernel(), LISTS, chip=lambda: 80, milliseconds=milliseconds)
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="no GPU memory is left to measure tiles of kernel"):
+        assert launch(kernel) == ((64,), 64)
+    assert launch(kernel) == ((64,), 64)
+    assert not cache.exists()
+    assert launch(tuned([2.0, 1.0])) == ((128,), 128)
+
+
+def test_each_chip_and_width_has_its_list():
+    assert LISTS(80, 64, 2) == LISTS(80, 16, 2) == [FIRST, SECOND]
+    assert LISTS(80, 128, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 64, 2) == [SECOND, FIRST]
     assert LISTS(80, 256, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]

@@ -97,6 +97,10 @@ def build_reward_model(
         CheckpointError: the weights are not of a reward model, or cannot be read.
         ConfigError: the reward model has another tokenizer than the policy, and `tokenizer: same` is asked for.
     """
+    if options.path is None:
+        raise ConfigError(
+            "rl.reward.path is not given: name a reward model, or give rl.rounds, whose first round makes one"
+        )
     path = Path(options.path)
     opened = open_adapted(path, adapter=Path(options.adapter) if options.adapter else None)
     heads = check_is_reward_model(opened)

@@ -1,0 +1,71 @@
+"""The log line of an iteration: reward, divergence, lengths, the models' losses, and the time of each phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flagscale_like.config import ReinforcementLearning, RunConfig
+from flagscale_like.objectives.policy import KL_REFERENCE, SUMS, PolicyLoss
+from flagscale_like.rl.guard import OUTSIDE
+from flagscale_like.rl.phases import PHASES
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.clock import Clock
+from flagscale_like.training.parts import Step
+from flagscale_like.training.step_log import StepLog
+
+SHOWN = ("reward/mean", "kl/reference", "policy/clip-share", "policy/entropy", "rollout/length")
+
+
+@dataclass(frozen=True)
+class _Names:
+    metric: str
+    sums: tuple[str, ...]
+
+
+def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
+    """The names of what an iteration reports beside its loss; those of the log line first."""
+    names = ["reward/mean", "kl/reference", *SUMS, "rollout/length", "reward/deviation", "rollout/longest"]
+    names += ["rollout/ended", "rollout/rejected", "rollout/equal-groups", "kl/coefficient"]
+    if not options.kl.coefficient:
+        names = [name for name in names if not name.startswith("kl/")]
+    elif options.kl.into == "loss":
+        names.append(KL_REFERENCE)
+    if options.outside.action != "off":
+        names += OUTSIDE
+    if options.has_critic:
+        names += ["value/loss", "value/explained", "value/grad-norm", "value/clip-share"]
+    names += [f"time/{phase}_s" for phase in PHASES] + [f"tokens-per-second/{phase}" for phase in PHASES]
+    first = [name for name in SHOWN if name in names]
+    return tuple(first + [name for name in names if name not in first])
+
+
+class IterationLog(StepLog):
+    """Logs an iteration as StepLog logs a step. Its numbers are those that the iteration notes, and means of them."""
+
+    def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock) -> None:
+        names = numbers_of(config.rl)
+        self.shown = sum(name in SHOWN for name in names)
+        self._noted: dict[str, float] = {}
+        super().__init__(config, ctx, clock, None, _Names(PolicyLoss.metric, names))
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """Take numbers of the iteration; those that the run does not report are refused."""
+        unknown = numbers.keys() - set(self.names)
+        assert not unknown, f"an iteration reports {sorted(unknown)}, which is not in its list"
+        self._noted |= numbers
+
+    def _means(self, step: Step) -> dict[str, float]:
+        noted, self._noted = self._noted, {}
+        return {name: noted.get(name, 0.0) for name in self.names}
+
+    def _speed(self, step: Step, seconds: float) -> dict[str, float]:
+        drawn = self._sums["rollout/length"] * step.plan.batch_size / max(1, self._steps)
+        return {"tokens-per-second": drawn / seconds}
+
+    def _work(self, record: Mapping[str, Any]) -> list[str]:
+        shares = [record[f"time/{phase}_s"] for phase in PHASES]
+        whole = math.fsum(shares) or 1.0
+        return [f"{phase} {share / whole:.0%}" for phase, share in zip(PHASES, shares, strict=True)]

@@ -1,0 +1,275 @@
+"""Reward models as rewards: alike on every layout, of the right role and tokenizer; their validation; the guard."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flagscale_like.checkpoint.opened import open_adapted
+from flagscale_like.config import FunctionReward, ModelReward, Outside
+from flagscale_like.data.chat import ChatTokenizer
+from flagscale_like.data.pair_shards import parse_pair
+from flagscale_like.data.preprocess import preprocess_chat
+from flagscale_like.data.shards import ChatOptions
+from flagscale_like.errors import CheckpointError, ConfigError, DataError
+from flagscale_like.recipes.score import score_pairs
+from flagscale_like.rl.answers import Answer, Score
+from flagscale_like.rl.guard import Candidates, Guard, answer_of, record_of, shares
+from flagscale_like.rl.rewards import Surroundings, build_reward
+from flagscale_like.rl.validation import NAME, Validation, at_level
+from flagscale_like.runtime.parallel import parallel_context
+from tests import faults
+from tests.data.chats import CHATML, make_tokenizer
+from tests.data.pairs import write_pairs
+from tests.harness import run_ranks, tiny_config
+
+LAYOUTS = ({"tp": 2, "sp": True}, {"pp": 2}, {})
+ROWS = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`pairs`, their tokenizer `tok`; `reward`, a run of a reward model with three heads; `policy`, a language model's."""
+    folder = tmp_path_factory.mktemp("rewards")
+    tokenizer = make_tokenizer(folder / "tok")
+    write_pairs(folder / "pairs.jsonl", 60)
+    preprocess_chat([folder / "pairs.jsonl"], tokenizer, folder / "pairs", ChatOptions(CHATML, pairs=True))
+    run_ranks(1, train_both, folder)
+    return folder
+
+
+def train_both(folder):
+    shared = {"model__vocab_size": 300, "model__num_layers": 2, "train__steps": 2, "checkpoint": {"interval": 2}}
+    data = {"sources": [{"path": str(folder / "pairs")}], "tokenizer": str(folder / "tok"), "split": "70,30,0"}
+    reward = {"objective": {"kind": "reward", "heads": 3}, "data": data, "train__seq_length": 128}
+    rates = {"optimizer": {"lr": 1e-2, "warmup_steps": 0}, "train__eval_interval": 2, "train__eval_steps": 1}
+    said, error = faults.train_and_listen(
+        tiny_config(folder / "reward", **shared, **reward, **rates, train__global_batch_size=4)
+    )
+    assert error is None, error
+    assert [line for line in said if line.startswith("validated on 18 pairs of the validation split: accuracy")], said
+    faults.train_run(tiny_config(folder / "policy", **shared))
+
+
+def answers_of(folder):
+    """The answers of the file of pairs as a policy with the same tokenizer gives them, chosen and rejected in turn."""
+    chat, found = ChatTokenizer(folder / "tok", CHATML), []
+    for line in (folder / "pairs.jsonl").read_text().splitlines():
+        pair = parse_pair(line)
+        for side in (pair.chosen, pair.rejected):
+            *prompt, answer = side.messages
+            encoded = chat.encode(side.messages)
+            start, stop = (int(np.flatnonzero(encoded.weights)[at]) for at in (0, -1))
+            found.append(
+                Answer(
+                    chat.text(prompt, prompt=True),
+                    answer["content"],
+                    prompt_ids=encoded.ids[:start].tolist(),
+                    ids=encoded.ids[start : stop + 1].tolist(),
+                    finish="stop",
+                    messages=prompt,
+                )
+            )
+    return found
+
+
+def score_on(folder, layouts):
+    """The scores of the pairs' answers under `score`, by tokens and by text, on each layout; and of a function on rank 0."""
+    from flagscale_like.config import Parallel
+
+    found, answers = [], answers_of(folder)
+    for layout in layouts:
+        with parallel_context(Parallel(**layout)) as ctx:
+            around = Surroundings(ctx, ROWS, folder / "tok", open_engine=None, say=lambda line: None)
+            own = {}
+            for tokens in ("same", "text"):
+                options = ModelReward(kind="model", path=str(folder / "reward"), tokenizer=tokens)
+                own[tokens] = build_reward(options, around).scores(answers)
+            rules = FunctionReward(kind="function", function=f"{folder / 'rules.py'}:rules")
+            own["rules"] = build_reward(rules, around).scores(answers[:2])
+            source = open_adapted(folder / "reward", adapter=None).source
+            scored = score_pairs(source, str(folder / "pairs"), ctx, seq_length=ROWS)
+            found.append((own, None if scored is None else scored.values))
+    return found
+
+
+def test_reward_models_score_alike_on_every_layout_and_as_score_does(folder):
+    (folder / "rules.py").write_text(
+        "import os\ndef rules(answers):\n    return [int(os.environ['RANK'])] * len(answers)\n"
+    )
+    ((alone, scored),) = run_ranks(1, score_on, folder, [{}])[0]
+    heads = np.array([score.heads for score in alone["same"]])
+    assert heads.shape == (120, 3)
+    np.testing.assert_allclose(heads, scored.reshape(120, 3), rtol=1e-5)
+    np.testing.assert_allclose([score.value for score in alone["same"]], heads.mean(-1), rtol=1e-6)
+    assert [score.heads for score in alone["text"]] == [score.heads for score in alone["same"]]
+    ranks = run_ranks(2, score_on, folder, LAYOUTS)
+    for own, other, layout in zip(*ranks, LAYOUTS, strict=True):
+        assert own[0] == other[0]  # the same scores on both ranks
+        assert [score.value for score in own[0]["rules"]] == [0.0, 0.0]  # rank 0 was asked
+        np.testing.assert_allclose([score.heads for score in own[0]["same"]], heads, rtol=1e-5, err_msg=str(layout))
+
+
+def build_all(folder, changed):
+    """What building rewards says, and how it fails, by name."""
+    found = {}
+    with parallel_context(tiny_config("x").parallel) as ctx:
+        for name, values, tokenizer, rows in (
+            ("another role", {"path": str(folder / "policy")}, folder / "tok", ROWS),
+            ("another tokenizer", {"path": str(folder / "reward")}, changed, ROWS),
+            ("retokenised", {"path": str(folder / "reward"), "tokenizer": "text"}, changed, ROWS),
+            ("unknown", {"path": str(folder / "reward")}, None, ROWS),
+            ("missing", {"path": str(folder / "nowhere")}, None, ROWS),
+            ("short rows", {"path": str(folder / "reward")}, folder / "tok", 16),
+        ):
+            said = []
+            around = Surroundings(ctx, rows, tokenizer, open_engine=None, say=said.append)
+            try:
+                source = build_reward(ModelReward(kind="model", **values), around)
+                source.scores([Answer("p", "t", prompt_ids=[1] * 12, ids=[2] * 8)])
+                assert source.scores([]) == []
+                for weight in source.engine.model.parameters():
+                    weight.data.fill_(math.nan)
+                source.scores([Answer("p", "t", prompt_ids=[1], ids=[2])])
+            except (CheckpointError, ConfigError, DataError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            found[name] = said
+        source = open_adapted(folder / "reward", adapter=None).source
+        for name, damage in (
+            ("record", None),
+            ("weights", weights_of_another),
+            ("damaged", cut),
+            ("gone", Path.unlink),
+        ):
+            try:
+                if damage is not None:
+                    damage(source.folder / NAME)
+                record = Validation.read(source)
+                found[name] = [str(record), record.pairs, len(record.bands), len(record.disagreement), len(record.kl)]
+            except CheckpointError as error:
+                found[name] = [str(error)]
+        scored = score_pairs(source, str(folder / "pairs"), ctx, seq_length=ROWS)
+        scored.keep(source, "pairs")
+        found["kept"] = [str(Validation.read(source))]
+    return found
+
+
+def weights_of_another(path):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"weights": [record["weights"][0] | {"xxh3": "0"}]}))
+
+
+def cut(path):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"scores": record["scores"][::-1]}))
+
+
+def test_rewards_of_another_role_tokenizer_or_record_are_refused(folder, tmp_path):
+    changed = tmp_path / "other"
+    shutil.copytree(folder / "tok", changed)
+    words = json.loads((changed / "tokenizer.json").read_text())
+    words["model"]["merges"] = words["model"]["merges"][:-1]
+    (changed / "tokenizer.json").write_text(json.dumps(words))
+    found = run_ranks(1, build_all, folder, changed)[0]
+    assert "is a language model, not a reward model" in found["another role"][-1]
+    assert "another tokenizer" in found["another tokenizer"][-1]
+    assert "ConfigError" in found["another tokenizer"][-1]
+    assert "tokenised again" in found["retokenised"][-2]
+    assert "a score is nan, for sample 1 of 1" in found["retokenised"][-1]
+    assert "not verified" in found["unknown"][0]
+    assert "CheckpointError" in found["missing"][-1]
+    assert "20 tokens, and a row has 16 places, for sample 1 of 1" in found["short rows"][-1]
+    assert found["record"][1:] == [18, 10, 201, 0]
+    assert "is about other weights" in found["weights"][0]
+    assert "is damaged (ValueError: scores are not 201 numbers that rise)" in found["damaged"][0]
+    assert "score --checkpoint" in found["gone"][0]
+    assert found["kept"][0].startswith("60 pairs of pairs: accuracy")
+
+
+# The guard, without a model
+
+
+def a_record(**changes):
+    """Scores from -1 to 1; chosen answers win but for the highest tenth, where they lose."""
+    draw = np.random.default_rng(0)
+    values = draw.uniform(-1, 1, (2000, 2))
+    values.sort(1)
+    values = values[:, ::-1]  # chosen, rejected
+    top = values[:, 0] > np.quantile(values[:, 0], 0.9)
+    values[top] = values[top][:, ::-1]
+    noise = draw.uniform(0, 0.1, (2000, 2, 1)) * [-1.0, 1.0]
+    return Validation.measure(values[..., None] + noise, "a test", **changes)
+
+
+def test_what_a_record_says():
+    record = a_record(kl=range(101))
+    assert record.accuracy == pytest.approx(0.9)
+    assert [band.accuracy for band in record.bands] == [1.0] * 9 + [0.0]
+    assert at_level(record.scores, 0.995) == pytest.approx(0.99, abs=0.01)
+    assert at_level(record.disagreement, 0.5) == pytest.approx(0.05, abs=0.005)
+    assert at_level(record.kl, 0.5) == 50.0
+    assert record.band_of(-9).accuracy == 1.0
+    assert record.band_of(9).accuracy == 0.0
+    for values in (np.zeros((0, 2, 1)), np.full((3, 2, 1), np.nan)):
+        with pytest.raises(CheckpointError, match="cannot be validated on nothing"):
+            Validation.measure(values, "nothing")
+
+
+SCORES = [
+    Score(0.2, (0.2, 0.2)),
+    Score(5.0, (5.0, 5.0)),
+    Score(-5.0, (-5.0, -5.0)),
+    Score(0.3, (-2.0, 2.6)),
+    Score(0.4),
+]
+
+
+def guarded(action, **options):
+    return Guard(Outside(action=action, kl=10.0, **options), a_record()).apply(SCORES, [0.0, 0.0, 0.0, 0.0, 11.0])
+
+
+def test_the_guard_clamps_rejects_or_penalises():
+    record = a_record()
+    low, median, high = (at_level(record.scores, level) for level in (0.005, 0.5, 0.995))
+    found = guarded("clamp")
+    assert found.why == [(), ("high",), ("low",), ("disagreement",), ("kl",)]
+    assert [score.value for score in found.scores] == pytest.approx([0.2, high, low, median, median])
+    assert shares(found.why) == {
+        "outside/share": 0.8, "outside/high": 0.2, "outside/low": 0.2, "outside/band": 0.0, "outside/disagreement": 0.2,
+        "outside/kl": 0.2,
+    }  # fmt: skip
+    assert found.scores[1].reason == "outside: high"
+    rejected = guarded("reject").scores
+    assert [score.rejected for score in rejected] == [False, True, False, True, True]  # a bad answer stays punished
+    penalised = [score.value for score in guarded("penalise", penalty=2.0).scores]
+    cost = 2.0 * record.deviation
+    assert penalised == pytest.approx([0.2, high - cost, low, median - cost, median - cost])
+    assert guarded("off").scores == SCORES
+    assert Guard(Outside(action="clamp"), record).apply(SCORES[-1:]).why == [()]  # nothing bounds the log-ratio
+    assert guarded("clamp", accuracy=0.5).why[1] == ("high", "band")
+
+
+def test_the_guard_changes_the_models_part_of_a_mixture_alone():
+    guard = Guard(Outside(action="clamp"), a_record(), part=("model", 2.0))
+    (score,) = guard.apply([Score(2.0 * 5.0 - 3.0, parts={"model": 5.0, "length": -3.0})]).scores
+    assert score.value == pytest.approx(2.0 * at_level(a_record().scores, 0.995) - 3.0)
+
+
+def test_rollouts_outside_are_kept_the_newest_first(tmp_path):
+    kept = Candidates(tmp_path / "outside.jsonl", keep=3)
+    answers = [Answer("p", f"text {n}", {"n": n}, [1, 2], [n], "stop") for n in range(5)]
+    assert kept.since(0) == []
+    for step in (1, 2, 3):
+        why = [("high",) if n in (step, step + 1) else () for n in range(5)]
+        assert kept.add(step, answers, [Score(1.0)] * 5, why) == 2
+    assert [(r["step"], r["text"]) for r in kept.since(0)] == [(3, "text 4"), (3, "text 3")]
+    assert record_of(answer_of(kept.since(2)[0])) == record_of(answers[4])
+    assert answer_of(record_of(answers[1])).ids == [1]
+    kept.go_back(2)
+    assert {record["step"] for record in kept.since(0)} <= {1, 2}
+    for step in range(4, 10):
+        kept.add(step, answers, [Score(1.0)] * 5, [("kl",)] * 5)
+    assert len((tmp_path / "outside.jsonl").read_text().splitlines()) <= 6
