@@ -138,7 +138,7 @@ def judge_file(path: Path, options: Reward, out: Path, ctx: ParallelContext, say
 
 def _mark(record: dict[str, Any], options: Reward) -> str:
     """What a verdict is about, and whose it is."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True) + options.model_dump_json())
+    return xxhash.xxh3_64_hexdigest((json.dumps(record, sort_keys=True) + options.model_dump_json()).encode())
 
 
 def _judged(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
