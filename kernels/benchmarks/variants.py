@@ -14,6 +14,7 @@ import torch
 from accuracy import assert_as_good_as_pytorch, seeded
 
 import flagscale_kernels as fk
+from flagscale_kernels._rivals import ALWAYS, NEVER, RIVALS_VARIABLE
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, TunedKernel
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -26,16 +27,18 @@ class Variant:
     """An operator with its options. `make(device)` returns (ours, reference, inputs, gradients of the outputs).
 
     `config` is the place in every kernel's list of tiles to compute with; None takes the first, which is the default.
+    `rival` computes with the kernels for one kind of chip, where they take the call (`_rivals.py`).
     """
 
     name: str
     make: Callable
     config: int | None = None
+    rival: bool = False
 
     def check(self, device: str) -> None:
         """Raise AssertionError unless outputs and gradients are as good as PyTorch's in the same precision."""
         ours, reference, inputs, grads = self.make(device)
-        with one_config(self.config):
+        with one_config(self.config), _variable(RIVALS_VARIABLE, ALWAYS if self.rival else NEVER):
             assert_as_good_as_pytorch(ours, reference, inputs, grads)
 
 
@@ -45,7 +48,7 @@ def one_config(place: int | None) -> Iterator[None]:
 
     Where a kernel's list is shorter, its last config computes.
     """
-    stock, before = TunedKernel.launch, os.environ.get(AUTOTUNE_VARIABLE)
+    stock = TunedKernel.launch
 
     def launch(self, *args, **options):
         lists = self.configs
@@ -56,14 +59,24 @@ def one_config(place: int | None) -> Iterator[None]:
             self.configs = lists
 
     TunedKernel.launch = launch
-    os.environ[AUTOTUNE_VARIABLE] = "0"
+    try:
+        with _variable(AUTOTUNE_VARIABLE, "0"):
+            yield
+    finally:
+        TunedKernel.launch = stock
+
+
+@contextlib.contextmanager
+def _variable(name, value):
+    """Within this context the environment variable has the value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        TunedKernel.launch = stock
-        os.environ.pop(AUTOTUNE_VARIABLE)
+        os.environ.pop(name)
         if before is not None:
-            os.environ[AUTOTUNE_VARIABLE] = before
+            os.environ[name] = before
 
 
 def _tensors(device, dtype, *shapes):
@@ -462,9 +475,39 @@ def _config_variants(tiny):
             yield Variant(name, _piecewise(s, s, d, BF16, s // 2, group=1), config)
 
 
+def _rival_variants(tiny):
+    """What the kernels for Hopper take, at lengths that are and are not multiples of their tiles."""
+
+    def size(n):
+        return max(8, n // 20) if tiny else n
+
+    for d in (64, 128):
+        for dtype in (BF16, FP16):
+            yield Variant(
+                f"hopper flash causal D{d} {SHORT[dtype]}",
+                _flash(size(1024), size(1024), d, dtype, causal=True),
+                None,
+                True,
+            )
+        shapes = {
+            "odd lengths": (size(1000), size(1000), {"causal": True, "group": 1}),
+            "full": (size(1024), size(1024), {"causal": False}),
+            "full, odd lengths": (size(777), size(1111), {"causal": False}),
+            "fewer queries": (size(333), size(1300), {"causal": True}),
+            "more queries": (size(1300), size(333), {"causal": True}),
+            "short": (size(100), size(100), {"causal": True, "group": 4}),
+            "sbnd": (size(1024), size(1024), {"causal": True, "layout": "sbnd"}),
+            "bsnd": (size(1024), size(1024), {"causal": True, "layout": "bsnd"}),
+            "long": (size(4096), size(4096), {"causal": True}),
+        }
+        for label, (rows, keys, options) in shapes.items():
+            yield Variant(f"hopper flash {label} D{d} bf16", _flash(rows, keys, d, BF16, **options), None, True)
+
+
 def variants(tiny: bool = False) -> list[Variant]:
     """All variants, or the same ones with a few rows for the CPU. Defaults come before other configs."""
     found = [*_flash_variants(tiny), *_small_operators(tiny), *_piecewise_variants(tiny), *_config_variants(tiny)]
+    found += _rival_variants(tiny)
     names = [variant.name for variant in found]
     assert len(set(names)) == len(names), "two variants have the same name"
     return found

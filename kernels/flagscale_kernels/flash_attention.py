@@ -12,11 +12,13 @@ so the backward is deterministic. It computes S and dP twice: 7 products, where 
 import torch
 from torch import Tensor
 
+from flagscale_kernels import _hopper_attention
 from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
 from flagscale_kernels._bands import attend_band, delta_kernel, dkdv_band, dq_band, load_rows, program, store_rows
 from flagscale_kernels._checks import check_float, check_same, choose_backend, require
 from flagscale_kernels._layouts import PACKED, as_bnsd, check_layout, from_bnsd, sizes, strides
 from flagscale_kernels._operators import autocast_to, operator
+from flagscale_kernels._rivals import Rivalry
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
 
@@ -288,6 +290,7 @@ def tile_options(q: Tensor) -> dict:
 
 
 LOG2E = 1.4426950408889634
+hopper_forward = Rivalry("flash attention's forward for Hopper in Gluon")
 
 
 def launch_delta(o, do, dlse, lse, cu_q, entries, max_q, layout):
@@ -337,7 +340,8 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
         o.zero_()
         lse.fill_(-torch.inf)
     constants, options, slope_stride, heads, kv_heads = _common((q, k, v, o), slopes, cu_q, left, right, layout)
-    if o.numel() and entries:
+
+    def plain():
         forward_kernel.launch(
             lambda c: (cdiv(max_q, c.bm) * heads * entries,),
             q, k, v, o, lse, lse if slopes is None else slopes, lse if cu_q is None else cu_q,
@@ -346,6 +350,20 @@ def _forward_triton(q, k, v, slopes, cu_q, cu_k, max_q, max_k, scale, left, righ
             *(stride for t in (q, k, v, o) for stride in strides(t, layout)),
             lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2), slope_stride, **options, **constants,
         )  # fmt: skip
+
+    if o.numel() and entries:
+        dense = slopes is None and cu_q is None and left == NO_BOUND
+        if dense and _hopper_attention.takes(q, k, v, layout, right=right, chip=forward_kernel.chip()):
+            hopper_forward.launch(
+                plain,
+                lambda: _hopper_attention.forward(
+                    q, k, v, o, lse, qk_scale=scale * LOG2E, causal=right == 0, layout=layout
+                ),
+                (o, lse),
+                (q.dtype, q.shape[-1], right, length_class(max_k)),
+            )
+        else:
+            plain()
     return o, lse
 
 
