@@ -21,6 +21,7 @@ from flagscale_like.rl.algorithms import next_coefficient
 from flagscale_like.rl.answers import Answer, RewardSource, Score
 from flagscale_like.rl.experience import Experience, appraise
 from flagscale_like.rl.guarding import Guarding
+from flagscale_like.rl.iteration_log import part_name
 from flagscale_like.rl.models import Models
 from flagscale_like.rl.packs import Deal, packed_batches, places_of
 from flagscale_like.rl.phases import Phases
@@ -154,6 +155,7 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
+        self._numbers(_means_of_parts([one.score for members in kept.values() for one in members]))
         if self.guarding is not None:
             self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
@@ -326,6 +328,12 @@ class _NoReward:
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         return [Score(0.0)] * len(answers)
+
+
+def _means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
+    """The mean reward of each source of a mixture, by the name that it is reported as."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    return {part_name(name): sum(score.parts[name] for score in scores) / len(scores) for name in names}
 
 
 def _all_equal(members: Sequence[Scored]) -> bool:

@@ -13,15 +13,14 @@ where its result agrees with theirs and it is faster (`_rivals.py`).
 
 import torch
 
-from flagscale_kernels._layouts import sizes, strides
-from flagscale_kernels._triton import HAS_TRITON, cdiv, sm_count
+from flagscale_kernels._triton import cdiv, sm_count
 
 BM, HALF = 128, 64  # queries of a block, and of one of its two consumers
 BN = 128  # keys of a tile
 STAGES = 2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 HEAD_DIMS = (64, 128)
-ALIGNMENT = 16  # bytes, of a TMA descriptor's base and strides
+ALIGNMENT = 16  # bytes, of a descriptor's strides
 
 try:
     from triton.experimental import gluon
@@ -134,7 +133,7 @@ if HAS_GLUON:
         step = 0
         round = 0
         for turn in range(turns):
-            first, head, _, batch, count = _tile(turn, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
+            first, head, _kv_head, batch, count = _tile(turn, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
             mine = first + WHICH * HALF
             m = gl.full([HALF], float("-inf"), gl.float32, gl.SliceLayout(1, S))
             l = gl.full([HALF], 0.0, gl.float32, gl.SliceLayout(1, S))
@@ -149,7 +148,7 @@ if HAS_GLUON:
                 s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-                p, _, m, l = _softmax(s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S)
+                p, _alpha, m, l = _softmax(s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S)
                 # Tiles whose every key is seen by every row need no mask.
                 full = seq_k // BN
                 if CAUSAL:
@@ -258,35 +257,36 @@ if HAS_GLUON:
         )  # fmt: skip
 
 
-def takes(q, k, v, layout: str, *, right: int, chip: int) -> bool:
-    """Whether the kernel computes this call, which has no left bound, no ALiBi slopes and no pack; `right` -1 is no bound."""
-    if not (HAS_TRITON and HAS_GLUON and chip == 90) or right not in (-1, 0):
+def takes(form, dtype, *, right: int, chip: int) -> bool:
+    """Whether the kernel computes flash attention of this Form (`_tiles.py`) and right bound, where descriptors fit."""
+    options = form.left or form.alibi or form.cap or form.sinks or form.packed
+    if not (HAS_GLUON and chip == 90) or options or right not in (-1, 0):
         return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in HEAD_DIMS or 0 in (*q.shape, *k.shape):
-        return False
-    return all(
-        t.data_ptr() % ALIGNMENT == 0 and all(s * t.element_size() % ALIGNMENT == 0 for s in strides(t, layout))
-        for t in (q, k, v)
-    )
+    return dtype in (torch.float16, torch.bfloat16) and form.d == form.v and form.d in HEAD_DIMS
 
 
-def _descriptor(t, layout, rows):
-    """A TMA descriptor of [b, n, s, d] with blocks of `rows` tokens of one head."""
-    block = [1, 1, rows, t.shape[-1]]
+def _descriptor(t, rows):
+    """A TMA descriptor of the [b, n, s, d] view t with blocks of `rows` tokens of one head."""
+    block = [1, 1, rows, t.shape[3]]
     element = gl.float16 if t.dtype == torch.float16 else gl.bfloat16
     shared = gl.NVMMASharedLayout.get_default_for(block, element)
-    return TensorDescriptor(t, [*sizes(t, layout), t.shape[-1]], [*strides(t, layout), 1], block, shared)
+    unit = ALIGNMENT // t.element_size()  # the stride of a dimension of size 1 may be anything that is aligned
+    outer = [stride if size > 1 else unit for size, stride in zip(t.shape[:3], t.stride()[:3])]
+    return TensorDescriptor(t, list(t.shape), [*outer, 1], block, shared)
 
 
-def forward(q, k, v, o, lse, *, qk_scale: float, causal: bool, layout: str) -> None:
-    """Write o, of q's shape, and lse [b, n, s], fp32 and contiguous. `qk_scale` is the softmax scale times log2(e)."""
-    (batch, heads, seq_q), (_, kv_heads, seq_k) = sizes(q, layout), sizes(k, layout)
+def forward(q, k, v, o, lse, *, qk_scale: float, causal: bool) -> None:
+    """Write o and lse [b, n, s], fp32 and contiguous. q, k, v and o are [b, n, s, d] views.
+
+    qk_scale: the softmax scale times log2(e).
+    """
+    (batch, heads, seq_q, d), (_, kv_heads, seq_k, _) = q.shape, k.shape
     tiles = cdiv(seq_q, BM)
     pairs = cdiv(tiles, 2)
     total = pairs * heads * batch
-    descriptors = [_descriptor(t, layout, rows) for t, rows in ((q, HALF), (k, BN), (v, BN), (o, HALF))]
+    descriptors = [_descriptor(t, rows) for t, rows in ((q, HALF), (k, BN), (v, BN), (o, HALF))]
     _hopper_forward_kernel[(min(total, sm_count(q.device)),)](
         *descriptors, lse, qk_scale, total, pairs, tiles, heads, heads // kv_heads, seq_q, seq_k,
-        CAUSAL=causal, BM=BM, BN=BN, D=q.shape[-1], STAGES=STAGES, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        CAUSAL=causal, BM=BM, BN=BN, D=d, STAGES=STAGES, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
     )  # fmt: skip
