@@ -76,7 +76,7 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
 
 @pytest.mark.parametrize("phase", ["generate", "score", "update"])
 def test_a_kill_in_any_phase_loses_nothing(phase, one_process, folder, tmp_path):
-    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a moved coefficient."""
+    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a coefficient."""
     wanted = one_process["stale"]
     run = shutil.copytree(wanted.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("*3", "*4"))
     config = rl_config(run, folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
