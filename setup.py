@@ -1,4 +1,4 @@
-"""Packaging metadata. Two packages: `flagscale_like` and the stand-alone `flagscale_kernels`."""
+"""Packaging metadata: `flagscale_like`, and `flagscale_kernels`, which kernels/pyproject.toml builds by itself."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["flagscale_like", "flagscale_like.*"]), "flagscale_kernels"],
+    packages=[
+        *find_packages(include=["flagscale_like", "flagscale_like.*"]),
+        *find_packages("kernels", include=["flagscale_kernels", "flagscale_kernels.*"]),
+    ],
     package_dir={"flagscale_kernels": "kernels/flagscale_kernels"},
     package_data={
         "flagscale_like": ["py.typed", "training/report.html"],
@@ -68,6 +71,7 @@ setup(
         "gpu": ["nvidia-ml-py>=12"],
         "rag": ["faiss-cpu>=1.9"],
         "eval": ["lm-eval>=0.4.12,<0.5"],
+        "vllm": ["vllm>=0.32"],  # draws rollouts on a GPU; not in dev, and not yet run
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},

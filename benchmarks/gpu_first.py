@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = shlex.quote(sys.executable)
-SHOWN_LINES = 14
+SHOWN_LINES = 18
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Stage:
     Attributes:
         share: of the whole time that it may take at most, if what is left allows it.
         command: for bash, in the repository's root. OUT is the folder of the results, MINUTES the stage's limit.
-        shown: what the summary shows of the output: lines that hold one of these words; the last ones if none does.
+        shown: what the summary shows of the output: lines that hold one of these words, those of the first word first; the
+            last lines if none does.
     """
 
     name: str
@@ -63,17 +64,17 @@ STAGES = [
         0.35,
         f"TRITON_INTERPRET=0 {PYTHON} -m pytest -q -m gpu -p no:cacheprovider --maxfail=60 --tb=line -n {{processes}} "
         "tests/kernels/test_gpu.py",
-        ("FAILED", "ERROR", "passed", "failed", "Error"),
+        (" passed", " failed", "FAILED", "ERROR", "Error:"),
     ),
-    Stage("losses", 0.3, f"{PYTHON} benchmarks/gpu_checks.py losses $OUT/losses", ("ok ", "BAD", "Error")),
-    Stage("offload", 0.1, f"{PYTHON} benchmarks/gpu_checks.py offload $OUT/offload", ("ok ", "BAD", "Error")),
-    Stage("kill", 0.15, f"{PYTHON} benchmarks/gpu_checks.py kill $OUT/kill", ("ok ", "BAD", "Error")),
+    Stage("losses", 0.3, f"{PYTHON} benchmarks/gpu_checks.py losses $OUT/losses", ("Error:", "BAD", "ok ")),
+    Stage("offload", 0.1, f"{PYTHON} benchmarks/gpu_checks.py offload $OUT/offload", ("Error:", "BAD", "ok ")),
+    Stage("kill", 0.15, f"{PYTHON} benchmarks/gpu_checks.py kill $OUT/kill", ("Error:", "BAD", "ok ")),
     Stage(
         "slice",
         0.15,
         f"{PYTHON} -m flagscale_like bench examples/slices/aquila2-7b.yaml --steps 10 --warmup 3 --save "
         "--nproc-per-node 1 --out $OUT/slice",
-        ("MFU", "|", "Error", "bf16"),
+        ("Error:", "MFU", "as configured"),
     ),
     Stage("benchmarks", 0.6, f"{PYTHON} kernels/benchmarks/run.py --minutes $MINUTES --out $OUT/kernels", ()),
 ]
@@ -124,8 +125,8 @@ def _kill(process: subprocess.Popen) -> None:
 def shown_of(log: Path, words: tuple[str, ...]) -> list[str]:
     """The lines of a log that the summary shows, each cut at 200 characters."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    found = [line for line in lines if any(word in line for word in words)] if words else []
-    return [line[:200] for line in (found or lines)[-SHOWN_LINES:]]
+    found = dict.fromkeys(line for word in words for line in lines if word in line)
+    return [line[:200] for line in (list(found)[:SHOWN_LINES] or lines[-SHOWN_LINES:])]
 
 
 def run_all(stages: list[Stage], minutes: float, out: Path) -> list[Result]:

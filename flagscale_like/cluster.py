@@ -12,7 +12,7 @@ from flagscale_like.errors import ConfigError
 GIB = 1 << 30
 
 
-EfficiencyKind = Literal["ampere", "hopper", "cpu", "unknown"]
+EfficiencyKind = Literal["ampere", "ada", "hopper", "blackwell", "cpu", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class DeviceSpec:
         link_gb_per_s: to the other devices of its node, one direction.
         network_gb_per_s: to other nodes, one direction.
         host_gb_per_s: to pinned host memory, one direction, as copies reach it and not as the bus is named.
-        efficiency: which of the planner's efficiencies are its own; `unknown` is a GPU that is not in DEVICES.
+        efficiency: the device's kind, which says what efficiencies the planner takes; `unknown` is a GPU that is not in
+            DEVICES.
     """
 
     name: str
@@ -86,6 +87,21 @@ def _hopper(name: str, *drivers: str, gib: int, hbm: float, link: float, flops: 
     )
 
 
+def _ada(name: str, *drivers: str, gib: int, hbm: float, flops: float) -> DeviceSpec:
+    """Cards without NVLink: they reach each other over PCIe 4."""
+    return DeviceSpec(
+        name=name,
+        drivers=drivers,
+        bf16_flops=flops,
+        hbm_bytes=gib * GIB,
+        hbm_gb_per_s=hbm,
+        link_gb_per_s=25,
+        network_gb_per_s=25,
+        host_gb_per_s=25,
+        efficiency="ada",
+    )
+
+
 # Links: NVLink, half of the figure for both directions; A800 and H800 are A100 and H100 with NVLink cut to 400 GB/s. PCIe
 # cards reach each other over the bus: a bridge joins two of them alone. Host and bus: PCIe 4 or 5 x16, of which large copies
 # reach about 80 %.
@@ -100,7 +116,14 @@ DEVICES = (
     _hopper("H100-PCIe", "NVIDIA H100 PCIe", gib=80, hbm=2000, link=50, flops=756e12),
     _hopper("H100-NVL", "NVIDIA H100 NVL", gib=94, hbm=3900, link=50, flops=835.5e12),
     _hopper("H800", "NVIDIA H800", gib=80, hbm=3350, link=200),
+    _hopper("H800-PCIe", "NVIDIA H800 PCIe", gib=80, hbm=2000, link=50, flops=756e12),
+    _hopper("H20", "NVIDIA H20", gib=96, hbm=4000, link=450, flops=148e12),
     _hopper("H200", "NVIDIA H200", gib=141, hbm=4800, link=450),
+    _hopper("H200-NVL", "NVIDIA H200 NVL", gib=141, hbm=4800, link=50, flops=835.5e12),
+    _ada("L20", "NVIDIA L20", gib=48, hbm=864, flops=119.5e12),
+    _ada("L40S", "NVIDIA L40S", gib=48, hbm=864, flops=362e12),
+    _ada("RTX-4090", "NVIDIA GeForce RTX 4090", gib=24, hbm=1008, flops=165.2e12),
+    replace(_hopper("B200", "NVIDIA B200", gib=180, hbm=7700, link=900, flops=2250e12), efficiency="blackwell"),
 )
 ALIASES = {"A100": "A100-80"}
 
@@ -115,7 +138,8 @@ def find_device(driver_name: str) -> DeviceSpec | None:
 
 
 def device_by_name(name: str) -> DeviceSpec:
-    """The spec of a device as a cluster is written: A100-40, A800, H100, with or without a trailing G or GB.
+    """The spec of a device as a cluster is written: A100-40, A800, H100, with or without a trailing G or GB; or by the whole
+    name that its driver gives, as nvidia-smi prints it.
 
     Raises:
         ConfigError: the name is not known.
@@ -126,6 +150,8 @@ def device_by_name(name: str) -> DeviceSpec:
     for written, spec in known.items():
         if written.lower() == wanted:
             return spec
+    if (spec := find_device(name.strip())) is not None:
+        return spec
     close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
     hint = f", did you mean {close[0]}?" if close else ""
     raise ConfigError(f"device {name!r} is not known{hint} (known: {', '.join(known)}, and `this`, measured here)")

@@ -11,6 +11,8 @@
 | 15   | PlatformError     | the machine, an installation or the launch is at fault               |
 | 16   | HangError         | a rank made no progress for resilience.step_timeout_s                |
 | 17   | PeerLostError     | another rank ended in the middle of a step; that rank's message gives the cause |
+| 18   | RehearsalError    | a step cannot be rehearsed: an operator needs data, or values decide shapes |
+| 19   | DoesNotFitError   | a rehearsed rank needs more memory than its device has               |
 """
 
 
@@ -50,3 +52,11 @@ class HangError(UserError):
 
 class PeerLostError(UserError):
     exit_code = 17
+
+
+class RehearsalError(UserError):
+    exit_code = 18
+
+
+class DoesNotFitError(UserError):
+    exit_code = 19

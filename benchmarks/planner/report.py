@@ -23,6 +23,8 @@ from flagscale_like.planner.published import (
     EXPERTS_H100,
     GPT3_H100,
     KORTHIKANTI_2022,
+    LLAMA3_H100,
+    LLAMA3_PRODUCTION,
     NARAYANAN_2021,
     Row,
 )
@@ -124,6 +126,8 @@ def aquila_table(size: str, cluster: str, batch: int, published: tuple[int, int,
     seen, lines = set(), []
     for plan in ranking.plans:
         layout = plan.layout
+        if layout.last_stage_layers:  # the published layouts have equal stages, and are compared with such
+            continue
         key = (layout.tp, layout.pp, layout.micro_batch_size)
         if key in seen:
             continue
@@ -164,6 +168,10 @@ def tables() -> str:
             + "\n\n"
             + throughput_table([AQUILA2_34B], "tokens/s/GPU", 0),
             "### GPT-3 175B on H100 (Megatron-LM's README)\n\n" + throughput_table(GPT3_H100, "MFU %", 1),
+            "### Llama 3 on H100 with context parallelism (NVIDIA's dgxc-benchmarking), not fitted\n\n"
+            + throughput_table(LLAMA3_H100, "s", 2),
+            "### Llama 3's production run (Dubey et al. 2024, table 4), not fitted\n\n"
+            + throughput_table(LLAMA3_PRODUCTION, "TFLOP/s/GPU", 0),
             "### Mixtures of experts on H100, not fitted\n\n" + experts_table(),
             "### Aquila2-34B on 512 A100-40, batch 1024, without interleaving\n\n"
             + aquila_table("34B", "64x8xA100-40", 1024, (4, 4, 1), 1),

@@ -233,6 +233,17 @@ class FragmentTable:
 
     def overlapping(self, target: Fragment) -> Iterator[Row]:
         """The fragments that hold elements of `target`, a fragment of the tensor's own number of dimensions."""
+        for box, numbers in self._overlapping(target):
+            for number in numbers.tolist():
+                yield from self._rows(target.key, box, number, number + 1)
+
+    def overlapping_rows(self, target: Fragment) -> np.ndarray:
+        """The numbers of the same fragments, as places in the arrays of rows; for those who read none of them."""
+        found = [numbers for _, numbers in self._overlapping(target)]
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+    def _overlapping(self, target: Fragment) -> Iterator[tuple[int, np.ndarray]]:
+        """Of each box that holds elements of `target` the numbers of the rows that do."""
         number = self._numbers[target.key]  # type: ignore[attr-defined]
         first, last = self.key_boxes[number], self.key_boxes[number + 1]
         padding = self.offset.shape[1] - len(target.offset)
@@ -247,13 +258,24 @@ class FragmentTable:
             )
             begin, end = (target.start, target.stop) if same else self._flat_range(box, target)
             a, b = int(self.box_rows[box]), int(self.box_rows[box + 1])
-            a, b = (
+            numbers = np.arange(
                 a + np.searchsorted(self.stop[a:b], begin, "right"),
                 a + np.searchsorted(self.start[a:b], end, "left"),
             )
-            for row in self._rows(target.key, box, int(a), int(b)):
-                if same or next(overlaps(row.fragment, target), None):
-                    yield row
+            yield box, numbers if same else self._exact(box, numbers, target)
+
+    def _exact(self, box: int, numbers: np.ndarray, target: Fragment) -> np.ndarray:
+        """Those of a box's rows that share elements with `target`, a fragment of another box that overlaps with it."""
+        # A row that holds a whole line of its box, of which the target has all that lies in its own box, shares elements.
+        line, mine = prod(target.shape[1:]), max(1, prod(self.shape[box, 1:].tolist()))
+        offset = int(self.offset[box, 0])
+        first, last = -(-self.start[numbers] // mine) + offset, self.stop[numbers] // mine + offset
+        low, high = target.offset[0] + -(-target.start // line), target.offset[0] + target.stop // line
+        sure = np.maximum(first, low) < np.minimum(last, high)
+        for place in np.flatnonzero(~sure).tolist():
+            (row,) = self._rows(target.key, box, int(numbers[place]), int(numbers[place]) + 1)
+            sure[place] = next(overlaps(row.fragment, target), None) is not None
+        return numbers[sure]
 
     def _flat_range(self, box: int, target: Fragment) -> tuple[int, int]:
         """The flat range of a box in which the rows lie (of its first dimension) that `target` touches."""

@@ -1,4 +1,4 @@
-"""`ckpt`: list, verify, show, reshard and prune checkpoints."""
+"""`ckpt`: list, verify, show, reshard, prune and plan checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flagscale_like.cli.base import Processes, app, example
+from flagscale_like.cli.base import ConfigFile, Overrides, Processes, app, example, model_of_source
 from flagscale_like.run_folder import RunFolder
 
 ckpt_app = typer.Typer(
@@ -151,3 +151,45 @@ def ckpt_prune(
     for folder in gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
     typer.echo(f"{len(gone)} checkpoints {'would be removed' if dry_run else 'removed'}; {good} is intact")
+
+
+@ckpt_app.command(
+    "plan", epilog=example("flagscale-like ckpt plan examples/llama3/405b.yaml --world-size 16384 --load parallel.tp=4")
+)
+def ckpt_plan(  # typer makes an option of every parameter
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that save. Default: the layout's fewest.")
+    ] = None,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(help="Override of the layout that loads: parallel.tp=4. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    load_world_size: Annotated[int | None, typer.Option(min=1, help="Ranks that load. Default: --world-size.")] = None,
+    gb_per_s: Annotated[
+        float, typer.Option(min=1e-9, help="Rate of the file system for all ranks together, GB/s.")
+    ] = 100,
+    node_gb_per_s: Annotated[
+        float | None, typer.Option(min=1e-9, help="The most that a node of 8 ranks can read, GB/s.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="File to write the planned index to.")] = None,
+) -> None:
+    """Plan a checkpoint of any number of ranks and a load on another layout: files, bytes a rank, time. Saves nothing."""
+    from flagscale_like.config import load_config
+    from flagscale_like.errors import CheckpointError
+    from flagscale_like.rehearsal.checkpoint_plan import States, describe_load, describe_save, plan_load, planned_index
+
+    config = load_config(config_file, overrides or (), model_of_source)
+    saved = States.of(config, world_size or config.parallel.smallest_world)
+    other = load_config(config_file, [*(overrides or ()), *(load or ())], model_of_source)
+    loaded = States.of(other, load_world_size or saved.layout.world_size)
+    table = planned_index(saved)
+    typer.echo(describe_save(table, saved.layout, gb_per_s))
+    typer.echo(describe_load(plan_load(table, loaded), loaded.layout, gb_per_s, node_gb_per_s))
+    if write is not None:
+        try:
+            table.save(write)
+        except OSError as error:
+            raise CheckpointError(f"--write {write}: cannot be written: {error.strerror}") from None
+        typer.echo(f"wrote {write}")

@@ -85,6 +85,7 @@ def _train_here(config: RunConfig) -> None:
     from flagscale_like.data.pretrain import prepare_once
     from flagscale_like.recipes.pretrain import pretrain
     from flagscale_like.recipes.reinforce import reinforce
+    from flagscale_like.recipes.rounds import run_rounds
     from flagscale_like.runtime.launched import current_launch
     from flagscale_like.runtime.parallel import agree, parallel_context
     from flagscale_like.training.plan import last_step
@@ -97,7 +98,7 @@ def _train_here(config: RunConfig) -> None:
             # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.
             workers = os.cpu_count() or 1
             agree(ctx, lambda: prepare_once(config, workers, typer.echo) if ctx.is_main else None)
-            learn = reinforce if config.task == "rl" else pretrain
+            learn = pretrain if config.rl is None else run_rounds if config.rl.rounds.count else reinforce
             progress = learn(prepare_once(config), ctx)
         is_main = ctx.is_main
     if config.checkpoint.export_hf and is_main and progress.step >= last_step(config):

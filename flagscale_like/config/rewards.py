@@ -143,11 +143,31 @@ class Mixture(Frozen):
         names = [source.name for source in self.sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"sources have the name {twice[0]!r} twice: give each a name of its own")
+        if taken := sorted({"mean", "deviation"} & set(names)):
+            raise ValueError(
+                f"a source has the name {taken[0]!r}, which the log has for the whole reward: choose another"
+            )
         return self
 
 
 Reward = Annotated[ModelReward | FunctionReward | CommandReward | JudgeReward | Mixture, Field(discriminator="kind")]
 """Where the reward of an answer comes from."""
+
+
+def sources_of(reward: Reward) -> tuple[Source, ...]:
+    """The sources of a mixture, or the one source that a reward is."""
+    return reward.sources if isinstance(reward, Mixture) else (reward,)
+
+
+def judges(reward: Reward) -> bool:
+    """Whether a judge takes part in a reward."""
+    return any(isinstance(source, JudgeReward) for source in sources_of(reward))
+
+
+def model_in(reward: Reward) -> ModelReward | None:
+    """The one reward model of a reward; None where there is none, or several."""
+    found = [source for source in sources_of(reward) if isinstance(source, ModelReward)]
+    return found[0] if len(found) == 1 else None
 
 
 class Outside(Frozen):
@@ -164,14 +184,14 @@ class Outside(Frozen):
 
     Attributes:
         action: `off`; `clamp` puts the score on the nearest bound (one that is outside by disagreement, accuracy or KL gets
-            at most the record's median); `reject` leaves the rollout out, and another is drawn
-            (rl.max_refills); `penalise` subtracts
-            `penalty`.
+            at most the record's median); `reject` leaves the rollout out, and another is drawn; `penalise` clamps, and
+            subtracts `penalty`. A score below the lowest bound is clamped in any case.
         scores: lowest and highest quantile of the record's scores that is inside.
         disagreement: quantile of the record's disagreement; 1 allows any.
         accuracy: least accuracy on held-out pairs of a score's band; 0 allows any.
         kl: highest log-ratio of a whole answer, in nats; without it, the record's quantile `scores[1]` where it has one.
         penalty: standard deviations of the record's scores that are subtracted.
+        refill: how often an iteration draws again for what was rejected.
         keep: rollouts outside that are kept as first candidates for labelling, in RUN_DIR/outside.jsonl; the oldest go first.
     """
 
@@ -181,6 +201,7 @@ class Outside(Frozen):
     accuracy: float = Field(default=0.0, ge=0, le=1)
     kl: float | None = Field(default=None, gt=0)
     penalty: float = Field(default=1.0, gt=0)
+    refill: int = Field(default=2, ge=0)
     keep: int = Field(default=10_000, ge=0)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from flagscale_like.arch import Frozen
 from flagscale_like.config.groups import PathText
-from flagscale_like.config.rewards import Outside, Reward, Rounds
+from flagscale_like.config.rewards import ModelReward, Outside, Reward, Rounds, judges, model_in, sources_of
 
 Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"]
 GROUPED: tuple[Algorithm, ...] = ("grpo", "dr_grpo", "rloo")
@@ -189,6 +189,20 @@ class ReinforcementLearning(Frozen):
         if drawing.samples == 1 and (name in GROUPED or self.dynamic_sampling):
             what = f"algorithm {name}" if name in GROUPED else "dynamic_sampling"
             raise ValueError(f"{what} compares the rollouts of a prompt, and rollout.samples is 1: give 2 or more")
+        if drawing.samples == 1 and judges(self.reward):
+            raise ValueError("a judge compares the rollouts of a prompt, and rollout.samples is 1: give 2 or more")
+        if self.outside.action != "off" and model_in(self.reward) is None:
+            raise ValueError(
+                f"outside.action {self.outside.action} guards a reward model, and rl.reward has none, or several: "
+                "leave outside out, or give one"
+            )
+        nameless = any(isinstance(source, ModelReward) and source.path is None for source in sources_of(self.reward))
+        if nameless and not self.rounds.count:
+            raise ValueError("reward.path is not given: name a reward model, or have rounds make one")
+        if self.rounds.count and model_in(self.reward) is None:
+            raise ValueError(
+                "rounds renew the one reward model of rl.reward, which has none, or several: give reward.kind model"
+            )
         if self.overlong and self.overlong.buffer > drawing.max_new_tokens:
             raise ValueError(
                 f"overlong.buffer ({self.overlong.buffer}) exceeds rollout.max_new_tokens ({drawing.max_new_tokens})"

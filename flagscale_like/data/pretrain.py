@@ -380,7 +380,7 @@ def micro_batches(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=ctx.platform.pins_memory,
+        pin_memory=ctx.platform.pins_batches,
         persistent_workers=workers > 0,
         # Without a generator, each new loader draws from torch's default one, and a resumed run's random numbers differ.
         generator=torch.Generator(),

@@ -40,6 +40,7 @@ from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.random_state import random_states, set_random_states
 from flagscale_like.runtime.row_cut import RowCut
+from flagscale_like.runtime.storage import memory_of
 
 
 @dataclass
@@ -358,7 +359,7 @@ class Engine:
         total += sum(p.nbytes for model in self.models for p in model.parameters() if not p.requires_grad)
         for shard in (shard for shard in self.owned if shard.trained):
             total += sum(value.nbytes for value in shard.state.values() if isinstance(value, Tensor))
-            if shard.main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr():
+            if memory_of(shard.main) != memory_of(shard.parameter):
                 total += shard.main.nbytes
         return total
 

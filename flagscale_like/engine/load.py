@@ -28,6 +28,7 @@ from flagscale_like.errors import CheckpointError, ConversionError
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.random_state import random_states, set_random_states
+from flagscale_like.runtime.storage import memory_of
 
 READERS = 4  # threads: while one copies what it read, the disk works for another
 
@@ -105,10 +106,7 @@ def load_weights(
 
 def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
     """What a checkpoint of adapters records of the weights that they belong to. Rank 0 reads what there is to read."""
-    record = None
-    if ctx.is_main:
-        record = source.record if isinstance(source, AdaptedWeights) else identify(source)
-    return ctx.broadcast(record)
+    return ctx.from_main(lambda: source.record if isinstance(source, AdaptedWeights) else identify(source))
 
 
 def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> None:
@@ -151,14 +149,14 @@ def load_optimizer(
             "train.frozen, or begin a new run from these weights with checkpoint.load"
         )
     # An fp32 model's weights are its master weights; load_weights has filled them.
-    filled = {shard.parameter.untyped_storage().data_ptr() for shard in owned}
+    filled = {memory_of(shard.parameter) for shard in owned}
     _fill(
         [
             (view, kind, shard.fragment)
             for one in owned
             for shard in one.fragments()
             for kind, view in shard.tensors.items()
-            if view.untyped_storage().data_ptr() not in filled
+            if memory_of(view) not in filled
         ],
         reader,
     )
@@ -167,13 +165,20 @@ def load_optimizer(
     set_loss_scaler_state(optimizer, saved.get("loss_scaler"))
 
 
-def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> bool:
-    """Put back this rank's random state, where the layout is the one that saved it; says whether it did."""
+def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> str:
+    """Put back this rank's random state, where the layout and the kind of device are those that saved it.
+
+    Returns:
+        `the same layout` where it did; else why the random streams begin anew, for a line to the user.
+    """
     if reader.state.get("layout") != layout_record(ctx):
-        return False
-    saved = {name: reader.rank_tensor(ctx.rank, name) for name in random_states(ctx.platform)}
+        return "another layout"
+    own = random_states(ctx.platform)
+    saved = {name: reader.rank_tensor(ctx.rank, name) for name in own}
     states = {name: state for name, state in saved.items() if state is not None}
     if "rng.default" not in states:
-        return False
+        return "the same layout, without its random state: dropout draws anew"
+    if any(state.shape != own[name].shape for name, state in states.items()):
+        return f"the same layout on another kind of device than {ctx.platform.name}: dropout draws anew"
     set_random_states(ctx.platform, states)
-    return True
+    return "the same layout"

@@ -75,26 +75,29 @@ def parameter_pieces(chunk: LanguageModel, ctx: ParallelContext, prefix: str = "
     for name, parameter in named_shards(chunk).items():
         entry = table.get(name)
         if entry is not None and (entry.role.is_adapter or entry.experts or entry.role is Role.HEAD_NORM):
-            pieces[parameter] = _pieces_of(entry, ctx, prefix)
+            place = {"tp": ctx.layout.tp, "tp_rank": ctx.tp_rank, "ep": ctx.layout.ep, "ep_rank": ctx.ep_rank}
+            pieces[parameter] = pieces_of(entry, **place, prefix=prefix)
     return pieces
 
 
-def _pieces_of(parameter: Parameter, ctx: ParallelContext, prefix: str) -> list[Piece]:
-    """The pieces of this rank's part, from the table's entry."""
-    shape, cut, tp, rank = parameter.shape, parameter.cut, ctx.layout.tp, ctx.tp_rank
+def pieces_of(  # many parameters: the degrees, and this rank's place in each
+    parameter: Parameter, *, tp: int, tp_rank: int, ep: int, ep_rank: int, prefix: str = ""
+) -> list[Piece]:
+    """The pieces of one rank's part of a parameter, from the table's entry."""
+    shape, cut, key = parameter.padded_shape(tp), parameter.cut, prefix + parameter.name
     if parameter.experts:
-        own = parameter.shard_shape(tp, ctx.layout.ep)
-        offset = (ctx.ep_rank * own[0], *(0 for _ in own[1:]))
-        return [Piece(Fragment(prefix + parameter.name, shape, offset, own, 0, prod(own)), 0, primary=True)]
+        own = parameter.shard_shape(tp, ep)
+        offset = (ep_rank * own[0], *(0 for _ in own[1:]))
+        return [Piece(Fragment(key, shape, offset, own, 0, prod(own)), 0, primary=True)]
     if cut is None:
-        box = Fragment(prefix + parameter.name, shape, (0,) * len(shape), shape, 0, prod(shape))
-        return [Piece(box, 0, primary=rank == 0)]
+        box = Fragment(key, shape, (0,) * len(shape), shape, 0, prod(shape))
+        return [Piece(box, 0, primary=tp_rank == 0)]
     block = shape[cut] // parameter.blocks
     own = tuple(block // tp if dim == cut else size for dim, size in enumerate(shape))
     pieces = []
     for index in range(parameter.blocks):
-        offset = tuple(index * block + rank * own[cut] if dim == cut else 0 for dim in range(len(shape)))
-        box = Fragment(prefix + parameter.name, shape, offset, own, 0, prod(own))
+        offset = tuple(index * block + tp_rank * own[cut] if dim == cut else 0 for dim in range(len(shape)))
+        box = Fragment(key, shape, offset, own, 0, prod(own))
         pieces.append(Piece(box, index * box.numel, primary=True))
     return pieces
 

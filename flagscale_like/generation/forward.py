@@ -14,6 +14,7 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.sampling import Draws, draw
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.model.kv_cache import CachedStep
+from flagscale_like.model.layer_step import LayerStep
 
 
 class StepForward:
@@ -24,6 +25,7 @@ class StepForward:
         self.pipeline = self.ctx.groups.pp
         self.stages, self.stage = self.pipeline.size(), self.pipeline.rank()
         self.vocab_size = engine.spec.arch.vocab_size
+        self.layers: list[list[LayerStep]] = []
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -32,25 +34,29 @@ class StepForward:
         with self.engine.evaluation():
             for model in parallel:  # one token has no parts
                 set_model_to_sequence_parallel(model, False)
+            self.layers = [[LayerStep(layer) for layer in model.decoder.layers] for model in self.models]
             try:
                 yield
             finally:
+                self.layers = []
                 for model in parallel:
                     set_model_to_sequence_parallel(model, True)
 
     @torch.no_grad()
     def hidden(self, tokens: Sequence[int], step: CachedStep) -> Tensor | None:
-        """The hidden states [t, 1, h] of a step's tokens after the last layer; None on the other stages than the last."""
+        """The hidden states [t, h] of a step's tokens after the last layer; None on the other stages than the last."""
         device, hidden = self.ctx.platform.device, None
-        for model in self.models:
+        for number, model in enumerate(self.models):
             if model.pre_process:
                 ids = torch.tensor([tokens], device="cpu").to(device, non_blocking=True)
-                hidden = model.embedding(input_ids=ids, position_ids=None)
+                hidden = model.embedding(input_ids=ids, position_ids=None)[:, 0]
             else:
                 hidden = self._receive(len(tokens), model)
-                model.decoder.set_input_tensor(hidden)
-            hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
-            if not model.post_process:
+            for layer in self.layers[number]:
+                hidden = layer(hidden, step)
+            if model.post_process:
+                hidden = model.decoder.final_layernorm(hidden)
+            else:
                 dist.send(hidden.contiguous(), self._rank_of(self.stage + 1), group=self.pipeline)
                 hidden = None
         return hidden
@@ -62,7 +68,7 @@ class StepForward:
         if list(wanted) != list(range(len(hidden))):
             hidden = hidden[torch.tensor(wanted, device=hidden.device)]
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-        part = model.output_layer.finish(hidden, None, weight)[0]  # [n, v/tp]
+        part = model.output_layer.finish(hidden[:, None], None, weight)[0]  # [n, v/tp]
         group = self.ctx.groups.tp
         if group.size() > 1:
             parts = [torch.empty_like(part) for _ in range(group.size())]
@@ -81,7 +87,7 @@ class StepForward:
         return found.tolist()
 
     def _receive(self, count: int, model: LanguageModel) -> Tensor:
-        size = (count, 1, model.config.hidden_size)
+        size = (count, model.config.hidden_size)
         hidden = torch.empty(size, dtype=model.config.params_dtype, device=self.ctx.platform.device)
         dist.recv(hidden, self._rank_of(self.stage - 1), group=self.pipeline)
         return hidden

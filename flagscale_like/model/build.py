@@ -145,6 +145,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         # setup_embeddings_and_output_layer() reads them while GPTModel is built
         self.spec, self.arch, self.fused_loss = spec, spec.arch, fused_loss
+        self.dtype = DTYPES[spec.precision]
         super().__init__(
             config,
             block_spec(spec.arch, spec.kernels, config, vp_stage, spec.micro_batch_size),
@@ -161,6 +162,17 @@ class LanguageModel(GPTModel):
     def routers(self) -> list[Router]:
         """Of the layers of experts, in their order."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def bfloat16(self) -> LanguageModel:
+        """Itself: Float16Module asks for a conversion, and the weights are made in the precision that they are trained in.
+
+        What is not in it (a router's bias and counts) is to stay as exact as it is.
+        """
+        wrong = {name: p.dtype for name, p in self.named_parameters() if p.requires_grad and p.dtype != self.dtype}
+        assert not wrong, f"made in another precision than {self.dtype}: {wrong}"
+        return self
+
+    half = bfloat16
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put the head in the place of megatron-core's output layer, before that is marked as the model's output."""

@@ -8,7 +8,6 @@ each sends the tokens of its own part of the sequence. The gradient of an expert
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,15 +49,8 @@ class Router(TopKRouter):
         expert_bias: fp32 [experts] or None, also in bf16 models. No gradient changes it: see update_bias().
     """
 
-    def __init__(
-        self,
-        *,
-        experts: Experts,
-        rows: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(self, *, experts: Experts, rows: int, **options: Any) -> None:
+        super().__init__(**options)  # what megatron-core's layer gives its router differs by version
         self.experts, self.rows = experts, rows
         device = self.weight.device
         self.expert_bias = None
@@ -72,16 +64,6 @@ class Router(TopKRouter):
         self.router_replay = _BestGroups(experts) if experts.groups > 1 else None
         self.row_counts = torch.ones(rows, device=device)
         self._recomputed: deque[Tensor] = deque()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Convert the module, but keep what counts and the bias exact: Float16Module converts all that it finds."""
-        exact = {name: getattr(self, name) for name in ("expert_bias", "entropy")}
-        kept = {name: tensor.detach().clone() for name, tensor in exact.items() if tensor is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            held = getattr(self, name)
-            held.data = tensor.to(held.device)
-        return self
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits: [s, b, experts] -> each token's weights of the experts [s * b, experts], and which it goes to."""

@@ -40,6 +40,7 @@ from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.runtime.copies import CopyStream, HostPool
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
+from flagscale_like.runtime.storage import is_plain, memory_of
 
 
 @dataclass
@@ -207,9 +208,9 @@ class ActivationOffload:
         self._forward_count += 1
         self._in_flight = [*alive, weakref.ref(self._pass)]
         # Under full recompute a layer's input is saved by the checkpoint around the layer.
-        self._fixed = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+        self._fixed = {memory_of(p) for p in decoder.parameters()}
         if isinstance(decoder.input_tensor, Tensor):
-            self._fixed.add(decoder.input_tensor.untyped_storage().data_ptr())
+            self._fixed.add(memory_of(decoder.input_tensor))
         self._by_storage = {}
 
     def _end_pass(self) -> None:
@@ -236,11 +237,10 @@ class ActivationOffload:
             handle.source = None
 
     def _stays(self, tensor: Tensor, nbytes: int) -> bool:
-        storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
+        storage, pointer = tensor.untyped_storage(), memory_of(tensor)
         if isinstance(tensor, nn.Parameter) or pointer in self._fixed:
             return True
-        if type(tensor) is not Tensor or tensor.device.type != self._device.type or nbytes < self.min_tensor_bytes:
+        if not is_plain(tensor) or tensor.device.type != self._device.type or nbytes < self.min_tensor_bytes:
             return True
         if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             return True  # expanded: the memory behind it is smaller than it looks, and cannot be written as a whole
@@ -261,7 +261,7 @@ class ActivationOffload:
             return tensor
         shape, stride = tensor.shape, tensor.stride()
         dense = _is_dense(tensor)
-        where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype, tensor._version)
+        where = (memory_of(tensor), tensor.storage_offset(), tensor.dtype, tensor._version)
         key = (*where, nbytes) if dense else (*where, shape, stride)
         if (ref := self._seen.get(key)) is not None and (handle := ref()) is not None:
             return _Saved(handle, shape, stride)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.published import AQUILA2_34B, EXPERTS_H100, FITTED, Row
+from flagscale_like.planner.published import AQUILA2_34B, EXPERTS_H100, FITTED, LLAMA3_H100, LLAMA3_PRODUCTION, Row
 from flagscale_like.planner.search import Goal, Plan
 
 # What rows are compared by: the name, and the number of a model, its layout and its sequences.
@@ -32,7 +32,9 @@ def describe_evidence(plan: Plan, goal: Goal, cluster: ClusterSpec) -> str:
     if not fitted:
         return f"evidence: none; no step time is published that the constants of {cluster.device.name} were chosen by"
     shape = Shape.of(goal.arch, plan.layout.tp, goal.ops.lora)
-    known = [row for row in (*FITTED, AQUILA2_34B, *EXPERTS_H100) if row.efficiency == kind]
+    known = [
+        row for row in (*FITTED, AQUILA2_34B, *EXPERTS_H100, *LLAMA3_H100, *LLAMA3_PRODUCTION) if row.efficiency == kind
+    ]
     nearest = min(known, key=lambda row: distance(row, shape, plan.layout, goal.seq_length))
     lines = [
         f"evidence: the nearest of {len(known)} published rows is {nearest.describe()}: MFU {nearest.mfu:.1%}, planned "

@@ -127,6 +127,16 @@ class Shape:
             found += count * active([p for p in held if routers or p.role is not Role.ROUTER], self.top_k)
         return found
 
+    def masked_flops(self, seq_length: int) -> float:
+        """FLOPs of a token's forward pass that model_flops() counts and causal attention does not compute."""
+        if not self.decoder:
+            return self.layers * 2.0 * self.heads * self.head_dim * counted_keys(seq_length, self.window)
+        passes = {
+            i: [self.decoder[i].flops_per_token(seq_length, causal=causal) for causal in (False, True)]
+            for i in self.kinds
+        }
+        return sum(count * (passes[i][0] - passes[i][1]) for i, count in self.kinds.items())
+
     def model_flops(self, tokens: int, seq_length: int, *, recompute_layers: bool = False) -> float:
         """FLOPs of a step, attention counted in full (Narayanan et al. 2021, eq. 3).
 
@@ -291,6 +301,8 @@ class Layout:
     def describe(self) -> str:
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"vpp {self.vpp}"] if self.vpp > 1 else []
+        parts += [f"first stage {self.first_stage_layers}"] if self.first_stage_layers else []
+        parts += [f"last stage {self.last_stage_layers}"] if self.last_stage_layers else []
         parts += [f"cp {self.cp}{' a2a' if self.cp_kind == 'a2a' else ''}"] if self.cp > 1 else []
         parts += [f"ep {self.ep}"] if self.ep > 1 else []
         parts += [f"dp {self.dp}", *(["sp"] if self.sp else []), f"mbs {self.micro_batch_size}"]

@@ -211,6 +211,19 @@ def states_layout(layout: Layout) -> Layout:
 
 
 @functools.lru_cache(maxsize=4096)
+def alike_stage(arch: ModelArch, layout: Layout, stage: int) -> int:
+    """The first stage whose parameters are like those of `stage`, so that they are counted once for all such stages."""
+    if stage in (0, layout.pp - 1):
+        return stage
+    shape = Shape.of(arch)
+
+    def kinds(other: int) -> list[list[int]]:
+        return [[shape.alike[i] for i in chunk] for chunk in layout.chunk_layers(arch.num_layers, other)]
+
+    own = kinds(stage)
+    return next(other for other in range(1, stage + 1) if kinds(other) == own)
+
+
 def state_bytes(
     arch: ModelArch, layout: Layout, stage: int, *, precision: str, rank: int = 0, lora: Lora | None = None
 ) -> tuple[int, int, int]:
@@ -219,6 +232,14 @@ def state_bytes(
     Args:
         rank: of the stage's ranks, which are numbered tp fastest, then cp and dp.
     """
+    stage = stage if lora is not None else alike_stage(arch, layout, stage)
+    return _state_bytes(arch, layout, stage, precision, rank, lora)
+
+
+@functools.lru_cache(maxsize=4096)
+def _state_bytes(
+    arch: ModelArch, layout: Layout, stage: int, precision: str, rank: int, lora: Lora | None
+) -> tuple[int, int, int]:
     gradients = optimizer = 0
     weights = sum(_frozen_bytes(arch, layout, stage, chunk, precision, lora) for chunk in range(layout.vpp))
     for buffer in stage_buffers(arch, layout, stage, lora):
@@ -228,6 +249,12 @@ def state_bytes(
         elements, parameters = buffer.owned(rank // (layout.ep if buffer.experts else layout.tp))
         optimizer += elements * (8 if precision == "fp32" else 12) + parameters * 4
     return weights, gradients, optimizer
+
+
+@functools.lru_cache(maxsize=4096)
+def largest_parameter(arch: ModelArch, layout: Layout, stage: int) -> int:
+    """Elements on one rank of the largest parameter of a stage's first chunk."""
+    return max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -330,7 +357,7 @@ def rank_memory(
     layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
-    largest = max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0)) if weights else 0
+    largest = largest_parameter(arch, cut, stage) if weights else 0
     kinds = layers_on(shape, layout, stage)
     working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)

@@ -15,8 +15,8 @@ class Row:
     """One published row: a model, its layout, and what was measured.
 
     Attributes:
-        figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`), seconds a step,
-            tokens/s a device, or MFU.
+        figure, unit: TFLOP/s a device with the layers' recompute counted (`flops`) or not (`model flops`; `causal flops`: of
+            attention the half that is computed), seconds a step, tokens/s a device, or MFU.
         precision: of the matrix products, as the source writes it. The planner's are bf16's whatever it is.
         today: data-parallel traffic overlaps compute, and stages send whole activations. The older rows have neither.
     """
@@ -50,6 +50,8 @@ class Row:
         if self.unit == "tokens/s":
             return time.tokens_per_s_per_device
         flops = self.shape.model_flops(time.tokens, self.seq_length, recompute_layers=self.unit == "flops")
+        if self.unit == "causal flops":
+            flops -= time.tokens * 3 * self.shape.masked_flops(self.seq_length)
         return flops / time.seconds / time.devices / 1e12
 
     @property
@@ -320,6 +322,81 @@ EXPERTS_H100 = [
         ends=(11, 11),
     ),
     _experts("DeepSeek-V3 (Bridge, 25.09)", DEEPSEEK_V3, 1024, 8192, 1, 2, 8, 4, 64, 1297, ends=(7, 6)),
+]
+
+_LLAMA3 = {"num_query_groups": 8, "vocab_size": 128256}
+LLAMA3_70B = ModelArch(num_layers=80, hidden_size=8192, num_attention_heads=64, ffn_hidden_size=28672, **_LLAMA3)
+LLAMA3_405B = ModelArch(num_layers=126, hidden_size=16384, num_attention_heads=128, ffn_hidden_size=53248, **_LLAMA3)
+
+
+def _llama(  # many parameters: the columns of the tables below, one call a row
+    name: str,
+    arch: ModelArch,
+    gpus: int,
+    batch: int,
+    pp: int,
+    vpp: int,
+    cp: int,
+    figure: float,
+    *,
+    tp: int = 8,
+    unit: str = "seconds",
+    seq_length: int = 8192,
+    ends: tuple[int, int] | None = None,
+) -> Row:
+    """One row on H100 in bf16, micro-batches of one row.
+
+    Args:
+        ends: layers of the first and of the last stage, where they are fewer.
+    """
+    dp = gpus // (tp * pp * cp)
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        dp=dp,
+        sp=True,
+        num_microbatches=batch // dp,
+        first_stage_layers=ends[0] if ends else None,
+        last_stage_layers=ends[1] if ends else None,
+    )
+    return Row(
+        name=f"{name}, {gpus} H100",
+        shape=Shape.of(arch, tp),
+        layout=layout,
+        cluster=f"{gpus // 8}x8xH100",
+        figure=figure,
+        unit=unit,
+        seq_length=seq_length,
+        today=True,
+    )
+
+
+# NVIDIA's dgxc-benchmarking, llama3.1/README_70b.md and README_405b.md (NeMo 24.09, BF16): seconds a step, with context
+# parallelism. No constant was chosen by these rows.
+LLAMA3_H100 = [
+    _llama("Llama-3.1 70B", LLAMA3_70B, 64, 128, 4, 5, 2, 14.72, tp=4),
+    _llama("Llama-3.1 70B", LLAMA3_70B, 512, 1024, 4, 5, 2, 14.89, tp=4),
+    _llama("Llama-3.1 70B", LLAMA3_70B, 2048, 4096, 4, 5, 2, 14.98, tp=4),
+    _llama("Llama-3.1 405B", LLAMA3_405B, 576, 252, 9, 7, 2, 17.20),
+    _llama("Llama-3.1 405B", LLAMA3_405B, 1152, 504, 9, 7, 2, 17.52),
+    _llama("Llama-3.1 405B", LLAMA3_405B, 2304, 1008, 9, 7, 2, 17.62),
+]
+
+# Dubey et al. 2024 (arXiv:2407.21783), table 4: TFLOP/s a GPU of the production run. The first and the last stage have a
+# layer less. The number of chunks is not published; 8, a layer a chunk, is an assumption. The table gives dp 4 for the last
+# row; its 16,384 devices and 16 M tokens a step are those of dp 8. How FLOPs are counted is not said; with all of attention
+# the row of 128k tokens would be computed at half the speed of the others. No constant was chosen by these rows.
+LLAMA3_PRODUCTION = [
+    _llama("Llama-3 405B", LLAMA3_405B, 8192, 2048, 16, 8, 1, 430, unit="causal flops", ends=(7, 7)),
+    _llama("Llama-3 405B", LLAMA3_405B, 16384, 2048, 16, 8, 1, 400, unit="causal flops", ends=(7, 7)),
+    _llama(
+        *("Llama-3 405B, 128k", LLAMA3_405B, 16384, 128, 16, 8, 16, 380),
+        unit="causal flops",
+        seq_length=131072,
+        ends=(7, 7),
+    ),
 ]
 
 # Those that the constants of throughput.py were chosen by: Ampere's by a fit (benchmarks/planner/fit.py), Hopper's by hand.

@@ -55,7 +55,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
 
 
 def distinct(plans: Sequence[Plan]) -> list[Plan]:
-    """Of each group of plans that differ only in vpp, sp, recompute or cp_kind, the first one, in the given order."""
+    """Of the plans that differ only in vpp, the ends' layers, sp, recompute or cp_kind, the first one; in the given order."""
     seen, kept = set(), []
     for plan in plans:
         layout = plan.layout
@@ -76,7 +76,7 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
             (
                 places.get(id(plan), "-"),
                 str(layout.tp),
-                str(layout.pp),
+                _stages(layout),
                 str(layout.vpp),
                 f"{layout.cp}{' a2a' if layout.cp_kind == 'a2a' else ''}" if layout.cp > 1 else "",
                 str(layout.ep) if layout.ep > 1 else "",
@@ -96,6 +96,12 @@ def ranking_rows(ranking: Ranking, plans: Sequence[Plan]) -> list[tuple[str, ...
     return rows
 
 
+def _stages(layout: Layout) -> str:
+    """How many stages there are, and the layers of the first and the last one where they differ from the others'."""
+    ends = (layout.first_stage_layers, layout.last_stage_layers)
+    return f"{layout.pp} ({'/'.join(str(end or '-') for end in ends)})" if any(ends) else str(layout.pp)
+
+
 def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str:
     """The table of the `top` fastest distinct layouts, and the closest that do not fit."""
     plans = [*distinct(ranking.plans)[:top], *ranking.misfits]
@@ -106,7 +112,7 @@ def describe_ranking(ranking: Ranking, cluster: ClusterSpec, *, top: int) -> str
     found = (
         f"{len(ranking.plans)} layouts fit {cluster.describe()} ({ranking.budget_bytes / GIB:.1f} GiB usable a device);"
     )
-    return f"{found} of those that differ in vpp, sp or recompute alone, the fastest:\n" + table(
+    return f"{found} of those that differ in vpp, ends, sp or recompute alone, the fastest:\n" + table(
         [[row[column] for column in columns] for row in rows], right=right
     )
 

@@ -13,6 +13,7 @@ from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import IMBALANCE, RECOMPUTE, Layout, Shape
 from flagscale_like.planner.memory import (
     RankMemory,
+    alike_stage,
     microbatch_bytes,
     needed_offload,
     rank_memory,
@@ -138,7 +139,8 @@ def evaluate(
             for stage in range(layout.pp)
         )
     cut = states_layout(layout)
-    elements = [trained_elements(arch, cut, stage, goal.ops.lora) for stage in range(layout.pp)]
+    alike = {alike_stage(arch, cut, stage) for stage in range(layout.pp)}
+    elements = [trained_elements(arch, cut, stage, goal.ops.lora) for stage in alike]
     time = step_time(
         Shape.of(arch, layout.tp, goal.ops.lora),
         layout,
@@ -185,7 +187,7 @@ def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> 
     sizes = [arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size]
     sizes += [arch.experts.shared_ffn_hidden_size] if arch.experts else []
     tps = [tp for tp in range(1, cluster.devices_per_node + 1) if not any(n % tp for n in sizes)]
-    pps = [pp for pp in range(1, arch.num_layers + 1) if arch.num_layers % pp == 0]
+    pps = [pp for pp in range(1, arch.num_layers + 1) if devices % pp == 0]
     for tp, pp, (cp, kind) in itertools.product(tps, pps, _context_parallel(goal, devices)):
         if devices % (tp * pp * cp) or (kind == "a2a" and arch.num_query_groups // tp % cp):
             continue
@@ -193,22 +195,52 @@ def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> 
         for micro in (1, 2, 4, 8):
             if goal.global_batch_size % (micro * dp):
                 continue
-            m = goal.global_batch_size // (micro * dp)
-            for vpp in range(1, min(max_vpp or arch.num_layers, arch.num_layers // pp) + 1):
-                if vpp > 1 and (pp == 1 or m % pp or arch.num_layers % (pp * vpp)):
-                    continue
-                fixed = Layout(
-                    tp=tp,
-                    pp=pp,
-                    vpp=vpp,
-                    dp=dp,
-                    cp=cp,
-                    cp_kind=kind,
-                    micro_batch_size=micro,
-                    num_microbatches=m,
-                    imbalance=goal.imbalance,
-                )
-                yield from _variants(goal, fixed)
+            fixed = Layout(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                cp=cp,
+                cp_kind=kind,
+                micro_batch_size=micro,
+                num_microbatches=goal.global_batch_size // (micro * dp),
+                imbalance=goal.imbalance,
+            )
+            for staged in _staged(fixed, arch.num_layers, max_vpp):
+                yield from _variants(goal, staged)
+
+
+def _staged(layout: Layout, num_layers: int, max_vpp: int | None) -> Iterator[Layout]:
+    """A layout with each number of chunks a stage that divides the layers, and with ends of other lengths."""
+    pp, m = layout.pp, layout.num_microbatches
+    for vpp in range(1, min(max_vpp or num_layers, num_layers // pp) + 1):
+        if num_layers % (pp * vpp) == 0 and (vpp == 1 or (pp > 1 and m % pp == 0)):
+            yield replace(layout, vpp=vpp)
+    for first, last in uneven_ends(num_layers, pp):
+        yield replace(layout, first_stage_layers=first, last_stage_layers=last)
+
+
+def uneven_ends(num_layers: int, pp: int) -> list[tuple[int | None, int | None]]:
+    """Layers of the first and the last stage, None where a stage has as many as those between them.
+
+    The stages between the ends have the same number of layers: the mean, rounded up. The ends have the rest: a shorter last
+    stage, which has the output layer as well; and both ends, the last one with at most a layer less than the first. Ends are
+    never longer than the other stages. [] where no such ends are.
+    """
+    if pp == 1:
+        return []
+    found: list[tuple[int | None, int | None]] = []
+    mean = -(-num_layers // pp)
+    for middle in (
+        mean,
+        mean + 1,
+    ):  # with as many layers a stage more, the ends have room for embedding and output layer
+        if 0 < (last := num_layers - (pp - 1) * middle) < middle:
+            found.append((None, last))
+        rest = num_layers - (pp - 2) * middle
+        first, last = rest - rest // 2, rest // 2
+        if pp > 2 and 0 < last <= first < middle:
+            found.append((first, last))
+    return found
 
 
 def _variants(goal: Goal, layout: Layout) -> Iterator[Layout]:
@@ -227,7 +259,8 @@ def _variants(goal: Goal, layout: Layout) -> Iterator[Layout]:
 def _context_parallel(goal: Goal, devices: int) -> list[tuple[int, ContextParallelKind]]:
     """The degrees and kinds of context parallelism that cut the rows into parts that are long enough."""
     cps = [n for n in range(2, goal.seq_length // MIN_TOKENS_OF_A_PART + 1) if devices % n == 0]
-    kinds: tuple[ContextParallelKind, ...] = ("gather", "a2a")
+    # Gathered keys are computed with for causal attention alone.
+    kinds: tuple[ContextParallelKind, ...] = ("gather", "a2a") if goal.arch.attention == "causal" else ("a2a",)
     found = [(cp, kind) for cp in cps for kind in kinds if goal.seq_length % parts_of_row(cp, kind) == 0]
     return [(1, "gather"), *found]
 

@@ -57,6 +57,9 @@ MEASURED = Efficiency(gemm=1.0, gemm_k=32.0, gemm_mn=2e4, attention=0.4, link=1.
 FP32_PRODUCTS = 1 / 16
 # Rows of a grouped product's tile. Of each expert the last one is half empty on average.
 TILE_ROWS = 128
+# Keys of an attention kernel's tile. Where a window ends, and at the diagonal, half of a tile is masked on average; without a
+# window the efficiency of attention holds for the diagonal.
+KEYS_OF_A_TILE = 64
 # fp32 numbers that the router and the dispatcher read and write for each token and expert, one pass: scores, choice, weights,
 # maps and the auxiliary loss.
 ROUTER_TRAFFIC = 20
@@ -66,7 +69,9 @@ EXPERT_LAUNCHES = (70 / 26, 33 / 25)
 
 EFFICIENCIES: dict[EfficiencyKind, Efficiency] = {
     "ampere": AMPERE,
+    "ada": AMPERE,  # no row is published that its own could be chosen by: those of the generation before it
     "hopper": HOPPER,
+    "blackwell": HOPPER,  # likewise
     "cpu": MEASURED,
     "unknown": UNKNOWN,
 }
@@ -222,7 +227,8 @@ def _core_attention(
         shape.heads / layout.tp / layout.cp
     )  # over cp the tokens are cut in place of the heads, with equal parts of the work
     if shape.flash:  # causal: half of the products; backward recomputes the scores: five products for two
-        keys = counted_keys(seq_length, shape.window) * (1 if shape.causal else 2)
+        window = shape.window + KEYS_OF_A_TILE if shape.window else None
+        keys = counted_keys(seq_length, window) * (1 if shape.causal else 2)
         forward = 2.0 * b * heads * seq_length * keys * d / (device.bf16_flops * eff.attention)
         return forward, 2.5 * forward
     scores = b * heads * seq_length**2 * 2
@@ -328,8 +334,8 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
     """Seconds of context-parallel traffic that a layer's forward and backward passes do not hide.
 
     gather: keys and values forward; again backward, unless the layer is recomputed, and their gradients. Half of the gather
-    forward, and half of the gradients, are on their way while a rank computes its front chunk, which is 1 / (4 cp) of its
-    attention on the rank with the shortest. a2a: q, k and v, and the output, in each direction; nothing is hidden.
+    forward, and half of the gradients, are on their way while a rank computes its front chunk; see front_share(). a2a: q, k
+    and v, and the output, in each direction; nothing is hidden.
     """
     if layout.cp == 1:
         return 0.0, 0.0
@@ -345,10 +351,23 @@ def _context_parallel(  # many parameters: the layer's, and what its attention h
     whole = seconds(column * layout.cp * tensors * shape.groups)
 
     def exposed(core: float) -> float:
-        return whole - min(whole / 2, eff.overlap * core / (4 * layout.cp))
+        return whole - min(whole / 2, eff.overlap * core * front_share(seq_length, layout.cp, shape.window))
 
     again = whole if layout.recompute == "none" else 0.0
     return exposed(core_forward), again + exposed(core_backward)
+
+
+def front_share(seq_length: int, cp: int, window: int | None) -> float:
+    """What the first of a row's 2 cp chunks is of the attention of the rank that holds it and the last chunk.
+
+    1 / (4 cp) where each token sees all keys before it, and more with a window, which cuts the last chunk's keys alone.
+    """
+    chunk, seen = seq_length / (2 * cp), min(window or seq_length, seq_length)
+    front = counted_keys(int(chunk), int(min(seen, chunk))) * chunk
+    before = max(0.0, seq_length - chunk)  # tokens before the last chunk
+    growing = max(0.0, seen - before)  # tokens of the last chunk that see all keys before them
+    back = 2 * growing * (before + growing / 2) + 2 * (chunk - growing) * seen
+    return front / (front + back)
 
 
 def _adapter_passes(

@@ -6,14 +6,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from flagscale_like.checkpoint.format import value_heads_of
+from flagscale_like.checkpoint.opened import open_adapted
 from flagscale_like.config import JudgeReward, RunConfig
+from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import CheckpointError, ConfigError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
+from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
+from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.iteration_log import IterationLog
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.models import build_models
@@ -53,14 +58,43 @@ def own_generator(config: RunConfig, engine: Engine, words: Words) -> Generation
 
 def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
     """What scores rollouts, by rl.reward."""
+    return build_reward(config.rl.reward, surroundings(config, ctx, words))
 
-    def no_engine(options: JudgeReward) -> tuple[GenerationEngine, Path]:
-        raise ConfigError("rl.reward: a judge of a path is not yet to be had in a run: give it a url")
 
-    return build_reward(
-        config.rl.reward,
-        Surroundings(ctx, seq_length=config.train.seq_length, tokenizer=Path(words.folder), open_engine=no_engine),
+def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surroundings:
+    """What the rewards and judges of a run are built in."""
+
+    def open_engine(options: JudgeReward) -> tuple[GenerationEngine, Path]:
+        return open_generator(Path(options.path or ""), ctx, precision=config.train.precision)
+
+    return Surroundings(
+        ctx,
+        seq_length=config.train.seq_length,
+        tokenizer=Path(words.folder),
+        open_engine=open_engine,
+        say=lambda line: print(line, flush=True) if ctx.is_main else None,
     )
+
+
+def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple[GenerationEngine, Path]:
+    """A generation engine on a model's own weights, on the layout of the run, and the folder of its tokenizer.
+
+    Raises:
+        CheckpointError: it is no language model, or has no tokenizer.
+    """
+    opened = open_adapted(path, adapter=None)
+    if opened.tokenizer is None:
+        raise CheckpointError(f"{path}: has no tokenizer, and a judge reads and writes text")
+    if value_heads_of(opened.source):
+        raise CheckpointError(f"{path}: is a reward model, and a judge has to write: give a language model")
+    spec = ModelSpec(
+        arch=opened.source.arch,
+        parallel=ctx.layout,
+        precision=precision,  # type: ignore[arg-type]
+        lora=getattr(opened.source, "lora", None),
+    )
+    engine = Engine.build(spec, ctx, source=opened.source)
+    return OwnEngine(engine, decode=Tokenizer(opened.tokenizer).decode), opened.tokenizer
 
 
 def reinforce(
@@ -120,6 +154,7 @@ def assemble(
     log = IterationLog(config, ctx, clock)
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config), expects_gradient=False)
     saves = Saves(begun.store, config.checkpoint, watchdog)
+    guarding = build_guarding(config, ctx, progress)
     parts = [
         StopSignal(watchdog),
         *([StepProfiler(config.train.profile, folder, ctx)] if config.train.profile else []),
@@ -128,6 +163,7 @@ def assemble(
         LiveLine(config, reporter.console),
         prompts,
         state,
+        *([guarding] if guarding else []),
         guard,
         *ledger,
         saves,
@@ -152,5 +188,5 @@ def assemble(
     run.state()  # so that two that save under one name are found now, and not at the first save
     run.parts.load(begun.saved)
     return lambda generator, reward: RlRun(
-        run, models, generator, reward, prompts=prompts, words=words, state=state, numbers=log.note
+        run, models, generator, reward, prompts=prompts, words=words, state=state, numbers=log.note, guarding=guarding
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import BAD_VALUES, write_json
 
-Kind = Literal["compute", "collective", "send", "receive", "wait", "host_wait", "copy"]
+Kind = Literal["compute", "collective", "send", "receive", "wait", "host_wait", "copy", "mark"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,9 @@ class Event:
     """One thing that a rank did.
 
     Attributes:
-        kind: `wait`: the compute stream waits for an asynchronous operation. `host_wait`: the host waits for the device.
-            `copy`: between host and device.
+        kind: `wait`: `stream` waits for an asynchronous operation, or for a mark. `host_wait`: the host waits for the device.
+            `copy`: between host and device. `mark`: a point of `stream`, after all that was queued there, for another stream
+            to wait for.
         op: aten::mm, flagscale_kernels::rms_norm, all_reduce, reduce_scatter_tensor, isend ...
         where: "file.py:123 function" of the innermost line of this package, its kernels or megatron-core that asked for it.
         group: global ranks of the process group, in its order; empty for what no other rank takes part in.
@@ -31,7 +32,7 @@ class Event:
             writes.
         flops: of a product or an attention; 0 for what memory limits.
         stream: `compute`, or the name of a stream of copies or collectives.
-        asynchronous: the caller goes on; a `wait` with the same `handle` follows.
+        asynchronous: the caller goes on; a `wait` with the same `handle` follows. Marks have handles as well.
         part: of the step: "layer 3 forward", "layer 3 backward", "optimizer", "loss"; for reports.
     """
 
@@ -76,7 +77,8 @@ class RankRecord:
     memory: Any = None
 
     def step(self, number: int) -> list[Event]:
-        """The events of a step, counted from 0."""
+        """The events of a step, counted from 0; -1 is the last one."""
+        number %= len(self.step_starts)
         bounds = [*self.step_starts, len(self.events)]
         return self.events[bounds[number] : bounds[number + 1]]
 

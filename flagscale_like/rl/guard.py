@@ -24,6 +24,9 @@ Why = Literal["high", "low", "band", "disagreement", "kl"]
 WHYS: tuple[Why, ...] = ("high", "low", "band", "disagreement", "kl")
 
 
+OUTSIDE = ("outside/share", *(f"outside/{why}" for why in WHYS))  # what is reported: shares of the rollouts
+
+
 @dataclass(frozen=True)
 class Guarded:
     """Scores after the guard.
@@ -31,12 +34,10 @@ class Guarded:
     Attributes:
         scores: changed where an answer is outside.
         why: of each answer, why it is outside; empty for one that is inside.
-        report: shares of the answers, for the log: `outside/share`, and `outside/` with each reason.
     """
 
     scores: list[Score]
     why: list[tuple[Why, ...]]
-    report: dict[str, float]
 
 
 class Guard:
@@ -74,12 +75,8 @@ class Guard:
         """
         ratios: Sequence[float | None] = kl if kl is not None else [None] * len(scores)
         why = [self.reasons(score, ratio) for score, ratio in zip(scores, ratios, strict=True)]
-        counts: Counter[Why] = Counter(reason for own in why for reason in own)
-        total = max(1, len(scores))
-        report = {"outside/share": sum(map(bool, why)) / total}
-        report |= {f"outside/{name}": counts[name] / total for name in WHYS}
         guarded = [self._changed(score, own) if own else score for score, own in zip(scores, why, strict=True)]
-        return Guarded(guarded, why, report)
+        return Guarded(guarded, why)
 
     def reasons(self, score: Score, kl: float | None = None) -> tuple[Why, ...]:
         """Why an answer is outside; nothing where it is inside."""
@@ -122,6 +119,13 @@ class Guard:
             rejected=score.rejected or (options.action == "reject" and why != ("low",)),
             reason="; ".join(filter(None, (score.reason, f"outside: {', '.join(why)}"))),
         )
+
+
+def shares(why: Sequence[tuple[Why, ...]]) -> dict[str, float]:
+    """What is reported of rollouts: the share that is outside, and that of each reason; by the names of OUTSIDE."""
+    counts, total = Counter(reason for own in why for reason in own), max(1, len(why))
+    numbers = [sum(map(bool, why)), *(counts[name] for name in WHYS)]
+    return {name: number / total for name, number in zip(OUTSIDE, numbers, strict=True)}
 
 
 class Candidates:

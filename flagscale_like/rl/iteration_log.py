@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale_like.config import ReinforcementLearning, RunConfig
+from flagscale_like.config.rewards import Mixture
 from flagscale_like.objectives.policy import KL_REFERENCE, SUMS, PolicyLoss
+from flagscale_like.rl.guard import OUTSIDE
 from flagscale_like.rl.phases import PHASES
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
@@ -32,11 +34,20 @@ def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
         names = [name for name in names if not name.startswith("kl/")]
     elif options.kl.into == "loss":
         names.append(KL_REFERENCE)
+    if isinstance(options.reward, Mixture):
+        names += [part_name(source.name) for source in options.reward.sources]
+    if options.outside.action != "off":
+        names += OUTSIDE
     if options.has_critic:
         names += ["value/loss", "value/explained", "value/grad-norm", "value/clip-share"]
     names += [f"time/{phase}_s" for phase in PHASES] + [f"tokens-per-second/{phase}" for phase in PHASES]
     first = [name for name in SHOWN if name in names]
     return tuple(first + [name for name in names if name not in first])
+
+
+def part_name(source: str) -> str:
+    """What the mean reward of a source of a mixture is reported as."""
+    return f"reward/{source}"
 
 
 class IterationLog(StepLog):

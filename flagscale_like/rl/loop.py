@@ -20,6 +20,8 @@ from flagscale_like.objectives.value import ValueLoss
 from flagscale_like.rl.algorithms import next_coefficient
 from flagscale_like.rl.answers import Answer, RewardSource, Score
 from flagscale_like.rl.experience import Experience, appraise
+from flagscale_like.rl.guarding import Guarding
+from flagscale_like.rl.iteration_log import part_name
 from flagscale_like.rl.models import Models
 from flagscale_like.rl.packs import Deal, packed_batches, places_of
 from flagscale_like.rl.phases import Phases
@@ -63,6 +65,7 @@ class RlRun:
         words: the policy's tokenizer.
         state: what the run keeps beside its models; a part of the run.
         numbers: takes what an iteration reports, by name.
+        guarding: the guard on exploration; None where there is none.
         weights: see WeightsOf; the trainer's own engine takes none.
     """
 
@@ -78,10 +81,11 @@ class RlRun:
         state: RlState,
         numbers: Callable[[dict[str, float]], None],
         weights: WeightsOf = tuple,
+        guarding: Guarding | None = None,
     ) -> None:
         self.run, self.models, self.generator, self.reward = run, models, generator, reward
         self.prompts, self.words, self.state, self._numbers, self._weights = prompts, words, state, numbers, weights
-        self.options, self.phases = run.config.rl, Phases()
+        self.guarding, self.options, self.phases = guarding, run.config.rl, Phases()
         drawing = self.options.rollout
         self.sampling = Sampling(
             max_new_tokens=drawing.max_new_tokens,
@@ -151,6 +155,9 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
+        self._numbers(_means_of_parts([one.score for members in kept.values() for one in members]))
+        if self.guarding is not None:
+            self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
 
     @property
@@ -217,7 +224,8 @@ class RlRun:
                 scorer.add(rollout)
             self.phases.tokens["score"] += places_of(rollout)
         with self.phases.phase("score"):
-            return scorer.finish()
+            found = scorer.finish()
+        return found if self.guarding is None else self.guarding.apply(self.progress.step + 1, found, self._answer)
 
     def measure(self, scored: Sequence[Scored]) -> list[Scored]:
         """Rollouts that waited, with what reference, critic and policy say of them now."""
@@ -320,6 +328,12 @@ class _NoReward:
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         return [Score(0.0)] * len(answers)
+
+
+def _means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
+    """The mean reward of each source of a mixture, by the name that it is reported as."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    return {part_name(name): sum(score.parts[name] for score in scores) / len(scores) for name in names}
 
 
 def _all_equal(members: Sequence[Scored]) -> bool:

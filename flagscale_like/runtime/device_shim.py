@@ -41,6 +41,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flagscale_like.runtime.platforms import Platform
+from flagscale_like.runtime.storage import memory_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ MODULES = {
     "megatron.core.tensor_parallel.random": "RNG tracker",
     "megatron.core.distributed.param_and_grad_buffer": "parameter and gradient buffers, communication streams",
     "megatron.core.distributed.distributed_data_parallel": "communication stream",
+    "megatron.core.optimizer": "gathers the kinds of parameters of all ranks",
     "megatron.core.optimizer.optimizer": "found_inf and loss scale",
     "megatron.core.optimizer.distrib_optimizer": "state tensors",
     "megatron.core.optimizer.grad_scaler": "loss scale",
@@ -93,11 +95,21 @@ class _Cuda:
         return getattr(self._namespace, name)
 
 
-class _Torch:
-    """torch with `device="cuda"` read as the platform's device; everything else is torch's own object."""
+class _Distributed:
+    """torch.distributed with the platform's gather of objects."""
 
     def __init__(self, platform: Platform) -> None:
-        self.cuda = _Cuda(platform)
+        self.all_gather_object = platform.all_gather_object
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+
+class _Torch:
+    """torch with `device="cuda"` read as the platform's device; what is not listed here is torch's own object."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.cuda, self.distributed = _Cuda(platform), _Distributed(platform)
         for name in FACTORIES:
             setattr(self, name, self._on(platform.device, getattr(torch, name)))
 
@@ -172,7 +184,8 @@ def _not_alone(collective: Callable) -> Callable:
 
     @functools.wraps(collective)
     def call(output: torch.Tensor, input_: torch.Tensor, *, group: Any, **kwargs: Any) -> Any:
-        if group.size() == 1 and output.data_ptr() == input_.data_ptr():
+        in_place = memory_of(output) == memory_of(input_) and output.storage_offset() == input_.storage_offset()
+        if group.size() == 1 and in_place:
             return None
         return collective(output, input_, group=group, **kwargs)
 

@@ -6,7 +6,7 @@ import datetime
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
@@ -127,10 +128,23 @@ class ParallelContext:
         dist.broadcast_object_list(box, 0, device=self.platform.device)
         return box[0]
 
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank. Any picklable object."""
+        return self.broadcast(work() if self.is_main else None)  # type: ignore[return-value]
+
+    def add_up(self, numbers: Tensor, names: Sequence[str]) -> list[float]:
+        """The sums over all ranks of a float64 vector on the device, for which the host waits.
+
+        Args:
+            names: of the numbers.
+        """
+        dist.all_reduce(numbers)
+        return numbers.tolist()
+
     def gather(self, value: object) -> list:
         """Every rank's `value`, on every rank."""
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        self.platform.all_gather_object(values, value)
         return values
 
     def gather_to_main(self, value: object) -> list:
@@ -238,11 +252,38 @@ def parallel_context(
             f"world size ({world}) must be divisible by {layout.divisor}: start a multiple of {layout.smallest_world} "
             "processes, or change parallel.*"
         )
-    platform = get_platform()
+    world = _meet(prepare(get_platform()), launch, timeout_s)
+    with grid(get_platform(), layout, world, seed, timeout_s, launch.local_rank if launch else 0) as ctx:
+        yield ctx
+
+
+def prepare(platform: Platform) -> Platform:
+    """`platform`, for which megatron-core is made ready; see device_shim."""
     device_shim.bind_missing_names()
     if platform.needs_shim:
         device_shim.install(platform)
-    world = _meet(platform, launch, timeout_s)
+    return platform
+
+
+@contextmanager
+def grid(
+    platform: Platform,
+    layout: Parallel,
+    world: int,
+    seed: int,
+    timeout_s: float,
+    local_rank: int,
+    *,
+    kind: type[ParallelContext] = ParallelContext,
+) -> Iterator[ParallelContext]:
+    """The model-parallel groups of a torch.distributed that has started, and their end.
+
+    Args:
+        kind: of context; a rehearsed rank has one that finds the other ranks nowhere.
+
+    Raises:
+        PeerLostError: another rank ended inside the `with` block.
+    """
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -254,13 +295,13 @@ def parallel_context(
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    ctx = ParallelContext(
+    ctx = kind(
         platform=platform,
         layout=layout,
         dp=world // layout.model_parallel_size,
         rank=dist.get_rank(),
         world_size=world,
-        local_rank=launch.local_rank if launch else 0,
+        local_rank=local_rank,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
     try:

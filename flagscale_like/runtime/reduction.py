@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flagscale_like.runtime.parallel import ParallelContext
@@ -30,11 +29,10 @@ class NamedSum:
         The values may lie on the device or on the host. The host waits for the device once, for the result.
         """
         device = self.ctx.platform.device
-        flat = {name: _flat(value, device) for name, value in values.items()}
+        flat = _flat(values, device)
         self._check({name: len(tensor) for name, tensor in flat.items()})
-        packed = torch.cat(list(flat.values()))
-        dist.all_reduce(packed)
-        numbers, sums = iter(packed.tolist()), {}
+        names = [name for name, tensor in flat.items() for _ in range(len(tensor))]
+        numbers, sums = iter(self.ctx.add_up(torch.cat(list(flat.values())), names)), {}
         for name, tensor in flat.items():
             taken = [next(numbers) for _ in range(len(tensor))]
             sums[name] = taken if _is_vector(values[name]) else taken[0]
@@ -55,7 +53,18 @@ def _is_vector(value: Value) -> bool:
     return value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, Sequence)
 
 
-def _flat(value: Value, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, torch.float64).reshape(-1)
-    return torch.tensor(value, dtype=torch.float64, device=device).reshape(-1)
+def _flat(values: Mapping[str, Value], device: torch.device) -> dict[str, Tensor]:
+    """Each value as a float64 vector on the device. The host's numbers go there in one copy, which nothing waits for."""
+    hosts = {
+        name: [*value] if _is_vector(value) else [value] for name, value in values.items() if not _is_tensor(value)
+    }
+    numbers = torch.tensor([number for own in hosts.values() for number in own], dtype=torch.float64)
+    moved = iter(numbers.to(device, non_blocking=True).split([len(own) for own in hosts.values()]))
+    return {
+        name: value.detach().to(device, torch.float64).reshape(-1) if _is_tensor(value) else next(moved)
+        for name, value in values.items()
+    }
+
+
+def _is_tensor(value: Value) -> bool:
+    return isinstance(value, Tensor)

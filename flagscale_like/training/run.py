@@ -225,7 +225,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     if reader is not None:
         engine.load_optimizer(reader)
         begun.reader, begun.saved = reader, reader.state
-        notes += _restore(begun, reader, config, same_layout=load_random_state(reader, ctx))
+        notes += _restore(begun, reader, config, saved_on=load_random_state(reader, ctx))
     elif source is not None:
         notes.append(f"starting from the weights of {source.folder}")
         notes += getattr(source.base if isinstance(source, AdaptedWeights) else source, "notes", ())
@@ -240,7 +240,7 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
     return begun
 
 
-def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_layout: bool) -> list[str]:
+def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, saved_on: str) -> list[str]:
     """Put progress and learning rate where the checkpoint's run stood; returns what to tell the user."""
     state, progress, needed = reader.state, begun.progress, begun.progress.train_samples
     try:
@@ -257,7 +257,7 @@ def _restore(begun: Start, reader: CheckpointReader, config: RunConfig, *, same_
     set_steps(begun.scheduler, rate_steps)
     notes = [
         f"resuming from step {progress.step}: {reader.folder} is the newest whole checkpoint "
-        f"(saved on {saved}{', the same layout' if same_layout else ', another layout'})"
+        f"(saved on {saved}, {saved_on})"
     ]
     notes += describe_changes(before, config, consumed=progress.consumed, rate_steps=rate_steps)
     notes += check_held_out(before, state.get("documents"), config)

@@ -22,9 +22,19 @@ import offline  # noqa: E402
 import torch  # noqa: E402
 
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
+from flagscale_kernels import _attention_launch as launch  # noqa: E402
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
-NAMES = ("rms_norm", "rope", "swiglu", "token_permutation", "cross_entropy", "flash_attention", "piecewise_attention")
+NAMES = (
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "_gated",
+    "token_permutation",
+    "cross_entropy",
+    "flash_attention",
+    "piecewise_attention",
+)
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
@@ -36,11 +46,19 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def rms_norm(dtype, quick=False):
     module = MODULES["rms_norm"]
-    for h in (H,) if quick else (128, H, 8192):
+    for h in (H,) if quick else (128, H, 8192, 12288, 16384, 32768, 65536):
         x, w, rstd = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
         for residual in (x,) if quick else (None, x):
             module._forward_triton(x, residual, w, 1e-6, True)
             module._backward_triton(x, x, w, rstd, True, residual)
+
+
+def layer_norm(dtype, quick=False):
+    module = MODULES["layer_norm"]
+    for h in (16384,) if quick else (128, H, 8192, 12288, 16384, 32768, 65536):
+        x, w, statistics = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
+        module._forward_triton(x, w, w, 1e-5)
+        module._backward_triton(x, x, w, statistics, statistics, True)
 
 
 def rope(dtype, quick=False):
@@ -55,11 +73,13 @@ def rope(dtype, quick=False):
     MODULES["rope"]._rotate_triton(q, None, meta(*q.shape, dtype=dtype), None, half, half, None, "sbnd", False, -1.0)
 
 
-def swiglu(dtype, quick=False):
+def gated(dtype, quick=False):
     gate, weight = meta(S, B, F, dtype=dtype), meta(S, B, dtype=torch.float32)
-    for w in (weight,) if quick else (None, weight):
-        MODULES["swiglu"]._forward_triton(gate, gate, w)
-        MODULES["swiglu"]._backward_triton(gate, gate, gate, w, meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype))
+    of_gate, of_up = meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype)
+    for activation in ("silu",) if quick else MODULES["_gated"].ACTIVATIONS:
+        for w in (weight,) if quick else (None, weight):
+            MODULES["_gated"]._forward_triton(gate, gate, w, activation)
+            MODULES["_gated"]._backward_triton(gate, gate, gate, w, of_gate, of_up, activation)
 
 
 def token_permutation(dtype, quick=False):
@@ -75,31 +95,44 @@ def cross_entropy(dtype, quick=False):
     module._gradient_triton(logits, target, per_token, per_token, logits, 0, V, 0.1, 1e-4)
 
 
-def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False):
-    module = MODULES["flash_attention"]
-    layout = "tnd" if packed else "sbnd"
-    q, k = ((meta(S, n, d, dtype=dtype) if packed else meta(S, B, n, d, dtype=dtype)) for n in (32, 8))
+def run_attention(problem, kernels, both=True):
+    """Launch the kernels of a forward and of a backward, or of both kinds of backward."""
+    o, lse = launch.forward(problem, kernels)
+    for deterministic in (True, False) if both else (True,):
+        launch.backward(problem, kernels, o, None, o, lse, deterministic=deterministic)
+
+
+def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False, v=None, cap=0.0, sinks=False):
+    shapes = [(32, d), (8, d), (8, v or d)]
+    q, k, values = (meta(S, *(() if packed else (B,)), *shape, dtype=dtype) for shape in shapes)
     cu = meta(5, dtype=torch.int32) if packed else None
-    slopes = meta(32, dtype=torch.float32) if alibi else None
-    options = (slopes, cu, cu, S, S, d**-0.5, window, 0 if causal else -1, layout)
-    o, lse = module._forward_triton(q, k, k, *options)
-    module._backward_triton(q, None, q, k, k, o, lse, *options)
+    per_head = meta(32, dtype=torch.float32)
+    run_attention(
+        launch.Problem(
+            pairs=((q, k),), v=values, layout="tnd" if packed else "sbnd", max_q=S, max_k=S, scale=d**-0.5,
+            left=window, right=0 if causal else -1, cap=cap, slopes=per_head if alibi else None,
+            sinks=per_head if sinks else None, cu_q=cu, cu_k=cu,
+        ),
+        MODULES["flash_attention"].KERNELS,
+    )  # fmt: skip
 
 
 def piecewise_attention(dtype, d, causal=True):
-    module = MODULES["piecewise_attention"]
     q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
     for threshold in (S // 2, S // 2 + 1, 1):  # compiled once: the threshold is not part of the code
-        options = (threshold, causal, d**-0.5, "sbnd")
-        o, lse = module._forward_triton(q, k, q, k, k, *options)
-        module._backward_triton(q, q, k, q, k, k, o, lse, *options)
+        problem = launch.Problem(
+            pairs=((q, k),) * 2, v=k, layout="sbnd", max_q=S, max_k=S, scale=d**-0.5, threshold=threshold,
+            right=0 if causal else -1,
+        )  # fmt: skip
+        run_attention(problem, MODULES["piecewise_attention"].KERNELS)
 
 
 def cases(quick):
     """(label, function) of each case; the function launches the kernels of a forward and a backward."""
     bf16 = torch.bfloat16
     found = [
-        (f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+        (f.__name__, lambda f=f: f(bf16, quick))
+        for f in (rms_norm, layer_norm, rope, gated, token_permutation, cross_entropy)
     ]
     found += [
         ("causal D128", lambda: flash_attention(bf16, 128)),
@@ -116,7 +149,9 @@ def cases(quick):
         ("window D128", lambda: flash_attention(bf16, 128, window=1023)),
         ("packed D128", lambda: flash_attention(bf16, 128, packed=True)),
         ("causal D96", lambda: flash_attention(bf16, 96)),
+        ("causal D192 V128", lambda: flash_attention(bf16, 192, v=128)),
         ("causal D256", lambda: flash_attention(bf16, 256)),
+        ("softcap and sinks D128", lambda: flash_attention(bf16, 128, cap=50.0, sinks=True)),
         ("causal D128 fp16", lambda: flash_attention(fp16, 128)),
         ("causal D128 fp32", lambda: flash_attention(fp32, 128)),
         ("D64", lambda: piecewise_attention(bf16, 64)),
@@ -124,7 +159,7 @@ def cases(quick):
         ("full D128", lambda: piecewise_attention(bf16, 128, causal=False)),
         *(
             (f"{f.__name__} fp32", lambda f=f: f(fp32))
-            for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+            for f in (rms_norm, layer_norm, rope, gated, token_permutation, cross_entropy)
         ),
     ]
 

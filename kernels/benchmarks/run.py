@@ -1,177 +1,122 @@
-"""Measure every kernel on this machine's CUDA device and compare it with other implementations and with the card.
+"""Check and measure every kernel on this machine's CUDA device, next to other implementations and to the card itself.
 
-    python kernels/benchmarks/run.py                   all operators; writes JSON and plots to kernels/benchmarks/results/
+    python kernels/benchmarks/run.py --minutes 8       what fits into eight minutes, in the order of its worth
+    python kernels/benchmarks/run.py                   all rows
     python kernels/benchmarks/run.py --only rms,flash  operators whose name contains one of these
+    python kernels/benchmarks/run.py --configs         every config of the attention kernels' lists; --wide: and others
     python kernels/benchmarks/run.py --smoke           run each operator once on the CPU at a tiny size; measures nothing
+    python kernels/benchmarks/run.py --stand-in 1      a rehearsal on the CPU, with a device that fails at random places
 
-Times are medians of triton.testing.do_bench. For memory-bound operators it reports GB/s of the least traffic that the
-operator needs, and the share of the card's measured copy bandwidth. For attention and the fused output layer it reports
-TFLOP/s of the products that the mask does not remove, and the share of the card's measured matrix rate. It skips
-implementations that are not installed. Without a CUDA device it prints so and exits with 0.
+The order: the numbers of every variant against PyTorch in float64, in several processes at a time; the card's copy bandwidth
+and matrix rate; our kernels at the shapes that have a goal; the other implementations there (those that are installed);
+other shapes. Each row is written as it comes, to DIR/NAME.jsonl, and all of them to DIR/NAME.json at the end, with a plot. A
+row that raises becomes a failure. A row that loses the device, ends its process or hangs does too: a fresh process takes the
+others.
+
+Times are medians of the device's time, with a cold L2 cache and with all of a call launched before the device begins it;
+"host_milliseconds" is the time that the host needs to launch a call. For memory-bound operators it reports GB/s of the
+least traffic that the operator needs, and the share of the card's measured copy bandwidth. For attention and the fused output
+layer it reports TFLOP/s of the products that the mask does not remove, and the share of the card's measured matrix rate.
+Without a CUDA device it prints so and exits with 0; where a row of our own kernels failed it exits with 1.
 """
 
 import argparse
 import datetime
-import json
-import platform
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import peers  # noqa: E402
+import plan  # noqa: E402
 import torch  # noqa: E402
 import workloads  # noqa: E402
+from report import Report  # noqa: E402
+from supervisor import Supervisor  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
+WRAP_UP_SECONDS = 10  # of the minutes given, for the plots and the summary
 
 
-def milliseconds(call):
-    import triton
-
-    return triton.testing.do_bench(call, warmup=25, rep=200, return_mode="median")
-
-
-def copy_gb_per_s():
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
-
-
-def matrix_tflop_per_s(n=8192):
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * n**3 / milliseconds(lambda: a @ b) / 1e9
-
-
-def versions():
-    import importlib.metadata
-
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "liger-kernel", "flash-attn", "flag-attn"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def passes(workload, provider):
-    """{"forward": call, "backward": call} of a provider. The forward call runs without autograd."""
-    tensors = workload.tensors()
-    call = provider(workload)
-
-    def forward():
-        with torch.no_grad():
-            return call(*tensors)
-
-    leaves = [t.requires_grad_() if t.is_floating_point() and i in workload.differentiable else t
-              for i, t in enumerate(tensors)]  # fmt: skip
-    wanted = [t for t in leaves if t.requires_grad]
-    out = call(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    out = [o for o in out if o.requires_grad]
-    grads = [torch.randn_like(o) for o in out]
-
-    def backward():
-        return torch.autograd.grad(out, wanted, grads, retain_graph=True)
-
-    return {"forward": forward, "backward": backward}
-
-
-def measure(workload, card):
-    """Rows of time and rate, one for each provider and direction of the workload; each is printed as it is measured."""
-    rows = []
-    for name, provider in workloads.providers(workload).items():
-        try:
-            calls = passes(workload, provider)
-            for direction, call in calls.items():
-                time_ms = milliseconds(call)
-                row = {"operator": workload.operator, "shape": workload.shape, "provider": name,
-                       "direction": direction, "milliseconds": time_ms}  # fmt: skip
-                if workload.flops:
-                    rate = workload.flops[direction] / time_ms / 1e9
-                    row |= {"tflop_per_s": rate, "of_matrix_rate": rate / card["matrix_tflop_per_s"]}
-                else:
-                    rate = workload.traffic_bytes[direction] / time_ms / 1e6
-                    row |= {"gb_per_s": rate, "of_copy": rate / card["copy_gb_per_s"]}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
-            # Another implementation may not support a shape or this version: report it and go on.
-            first = (str(error).splitlines() or [""])[0]
-            print(f"{workload.operator} {workload.shape}: {name} left out: {type(error).__name__}: {first}", flush=True)
-        torch.cuda.empty_cache()
-    return rows
-
-
-def plot(rows, path):
-    """Write a bar chart of each operator next to `path`."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no plots")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    for operator in sorted({row["operator"] for row in rows}):
-        mine = [row for row in rows if row["operator"] == operator]
-        figure, axes = plt.subplots(1, 2, figsize=(14, 5), squeeze=False)
-        for axis, direction in zip(axes[0], ("forward", "backward")):
-            part = [row for row in mine if row["direction"] == direction]
-            unit = "tflop_per_s" if part and "tflop_per_s" in part[0] else "gb_per_s"
-            shapes = list(dict.fromkeys(row["shape"] for row in part))
-            names = list(dict.fromkeys(row["provider"] for row in part))
-            for i, name in enumerate(names):
-                rates = {row["shape"]: row[unit] for row in part if row["provider"] == name}
-                places = [j + i * 0.8 / len(names) for j in range(len(shapes))]
-                axis.bar(places, [rates.get(s, 0.0) for s in shapes], width=0.8 / len(names), label=name)
-            axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes, rotation=30, ha="right", fontsize=7)
-            axis.set_ylabel(unit)
-            axis.set_title(f"{operator} {direction}")
-            axis.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(path.with_name(f"{path.stem}-{operator}.png"), dpi=120)
-        plt.close(figure)
-
-
-def smoke(chosen):
+def smoke(parts):
     """Run every workload once on the CPU with every installed provider."""
-    for workload in chosen(workloads.workloads("cpu", tiny=True)):
-        for name, provider in workloads.providers(workload).items():
-            calls = passes(workload, provider)
-            for call in calls.values():
+    for workload in workloads.workloads("cpu", tiny=True):
+        if parts and not any(part in workload.operator for part in parts):
+            continue
+        for name, provider in peers.providers(workload).items():
+            for call in plan.passes(workload, provider).values():
                 call()
             print(f"{workload.operator} {workload.shape}: {name} ran")
 
 
-def main():
+def supervised(rows, jobs, order, until, emit):
+    """Compute `rows` in `jobs` processes at a time. Returns the keys of those that the time did not reach."""
+    keys, limits = [row.key for row in rows], {row.key: row.seconds for row in rows}
+    supervisors = [Supervisor(keys[i::jobs], limits, order, until, emit) for i in range(min(jobs, len(keys)))]
+    for i, supervisor in enumerate(supervisors):
+        if order["seed"] is not None:  # each process of a rehearsal fails elsewhere
+            supervisor.order = order | {"seed": order["seed"] + 1000 * i}
+    threads = [threading.Thread(target=supervisor.run) for supervisor in supervisors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [key for supervisor in supervisors for key in supervisor.keys]
+
+
+def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so many minutes")
     parser.add_argument("--only", default="", help="comma-separated parts of operators' names")
+    parser.add_argument("--configs", action="store_true", help="time every config of the attention kernels' lists")
+    parser.add_argument("--wide", action="store_true", help="with --configs: time configs that are not listed, too")
+    parser.add_argument("--no-checks", action="store_true", help="measure without checking the numbers before")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check at a time")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="by default kernels/benchmarks/results"
+    )
     parser.add_argument("--smoke", action="store_true", help="run each operator once on the CPU; measure nothing")
-    args = parser.parse_args()
+    parser.add_argument("--stand-in", type=int, metavar="SEED", help="rehearse on a CPU that fails at random places")
+    parser.add_argument("--hang-seconds", type=float, default=3600.0, help=argparse.SUPPRESS)
+    parser.add_argument("--row-seconds", type=float, default=float("inf"), help="end a row that takes longer")
+    return parser.parse_args()
+
+
+def main():
+    args = options()
+    started = time.time()
     parts = [part for part in args.only.split(",") if part]
-
-    def chosen(found):
-        return [w for w in found if not parts or any(part in w.operator for part in parts)]
-
     if args.smoke:
-        smoke(chosen)
-        return
-    if not torch.cuda.is_available():
+        smoke(parts)
+        return 0
+    rehearsal = args.stand_in is not None
+    if not rehearsal and not torch.cuda.is_available():
         print("no CUDA device")
-        return
-    card = {"copy_gb_per_s": copy_gb_per_s(), "matrix_tflop_per_s": matrix_tflop_per_s()}
-    print(json.dumps(card), flush=True)
-    rows = [row for workload in chosen(workloads.workloads("cuda")) for row in measure(workload, card)]
-    device = torch.cuda.get_device_name()
+        return 0
     now = datetime.datetime.now(datetime.UTC)
-    report = {"device": device, "date": now.isoformat(timespec="seconds"), "versions": versions(), "card": card}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M}.json"
-    path.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    plot(rows, path)
-    print(path)
+    device = "stand-in" if rehearsal else torch.cuda.get_device_name()
+    report = Report(args.out / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M%S}", peers.OURS)
+    until = started + args.minutes * 60 - WRAP_UP_SECONDS * (args.minutes > 1)
+    order = {"seed": args.stand_in, "hang_seconds": args.hang_seconds, "parts": parts, "configs": args.configs,
+             "wide": args.wide}  # fmt: skip
+    where = ("cpu" if rehearsal else "cuda", rehearsal, parts)
+    left = []
+    if args.configs:
+        stages = [(1, plan.configs(*where, args.wide))]
+    else:
+        checks = [] if args.no_checks else plan.checks(*where[1:])
+        stages = [(args.jobs, checks), (1, plan.timings(*where))]
+    for jobs, rows in stages:
+        limited = [plan.replace(row, seconds=min(row.seconds, args.row_seconds)) for row in rows]
+        left += supervised(limited, jobs, order, until, report.add)
+    about = {"device": device, "date": now.isoformat(timespec="seconds"), "command": sys.argv[1:]}
+    print(report.finish(about, left))
+    print(report.path.with_suffix(".json"))
+    return int(report.has_failure_of_ours())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

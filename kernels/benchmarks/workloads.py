@@ -1,6 +1,5 @@
-"""The workloads of the benchmark: operators with their shapes, the least traffic or work of each, and who provides them."""
+"""The workloads of the benchmark: operators with their shapes, and the least traffic or work of each."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,10 +22,6 @@ class Workload:
     traffic_bytes: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
-
-
-def _installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 def workloads(device, tiny=False):
@@ -61,7 +56,7 @@ def workloads(device, tiny=False):
             reference=lambda q, k, cos=cos, sin=sin: tuple(
                 fk.rope_reference(t, cos[:, None, None], sin[:, None, None]) for t in (q, k)
             ),
-            traffic_bytes=both(s * b * (n + n_kv) * d, 4, 4),
+            traffic_bytes=both(s * b * (n + n_kv) * d, 4, 4), options={"tables": (cos, sin)},
         ))  # fmt: skip
     for n, f in [(8, 64)] if tiny else [(8192, 32768), (8192, 11008), (16384, 5504)]:
         found.append(Workload(
@@ -114,7 +109,7 @@ def workloads(device, tiny=False):
             reference=lambda q, k, v, c=causal: F.scaled_dot_product_attention(
                 q, k, v, is_causal=c, enable_gqa=q.shape[1] != k.shape[1]
             ),
-            flops=flops, options={"causal": causal},
+            flops=flops, options={"causal": causal, "heads": n, "kv_heads": n_kv, "d": d},
         ))  # fmt: skip
         if causal:
             found.append(Workload(
@@ -122,7 +117,7 @@ def workloads(device, tiny=False):
                 tensors=lambda heads=heads: [*heads()[:2], *heads()],
                 ours=lambda q1, k1, q2, k2, v, t=s // 2: fk.piecewise_attention(q1, k1, q2, k2, v, t, causal=True),
                 reference=lambda q1, k1, q2, k2, v, t=s // 2: _piecewise(q1, k1, q2, k2, v, t),
-                flops=flops, options={"threshold": s // 2},
+                flops=flops, options={"threshold": s // 2, "heads": n, "kv_heads": n_kv, "d": d},
             ))  # fmt: skip
     return found
 
@@ -135,96 +130,3 @@ def _piecewise(q1, k1, q2, k2, v, threshold):
     distance = i[:, None] - i[None, :]
     s = torch.where(distance >= threshold, q2 @ k2.transpose(2, 3), q1 @ k1.transpose(2, 3)) * q1.shape[-1] ** -0.5
     return s.masked_fill(distance < 0, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def providers(workload):
-    """{name: function} of the installed implementations; the function takes the workload and returns the call to time."""
-    found = {"flagscale_kernels": lambda w: w.ours, "torch": lambda w: w.reference}
-    if not torch.cuda.is_available():
-        return found
-    name = workload.operator
-    if "attention" not in name:
-        found["torch.compile"] = lambda w: torch.compile(w.reference)
-    if name == "flash_attention":
-        found |= {"sdpa flash": _sdpa("FLASH_ATTENTION"), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "flex": _flex}
-        if _installed("flash_attn"):
-            found["flash-attn"] = _flash_attn
-    if name == "piecewise_attention" and _installed("flag_attn"):
-        found["flag_attn"] = _flag_attn
-    if _installed("liger_kernel") and name in LIGER:
-        found["liger"] = LIGER[name]
-    return found
-
-
-def _sdpa(backend):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def provider(workload):
-        def call(q, k, v):
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return workload.reference(q, k, v)
-
-        return call
-
-    return provider
-
-
-def _flex(workload):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled, masks = torch.compile(flex_attention), {}
-
-    def call(q, k, v):
-        s = q.shape[2]
-        if workload.options["causal"] and s not in masks:
-            masks[s] = create_block_mask(lambda b, h, i, j: i >= j, None, None, s, s, device=q.device)
-        return compiled(q, k, v, block_mask=masks.get(s), enable_gqa=q.shape[1] != k.shape[1])
-
-    return call
-
-
-def _flash_attn(workload):
-    from flash_attn import flash_attn_func
-
-    def call(q, k, v):
-        return flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=workload.options["causal"])
-
-    return call
-
-
-def _flag_attn(workload):
-    from flag_attn import piecewise_attention
-
-    return lambda q1, k1, q2, k2, v: piecewise_attention(q1, k1, q2, k2, v, workload.options["threshold"], causal=True)
-
-
-def _liger_rms_norm(workload):
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6)
-
-
-def _liger_swiglu(workload):
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    return lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, -1))
-
-
-def _liger_cross_entropy(workload):
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return liger_cross_entropy
-
-
-def _liger_linear_cross_entropy(workload):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy
-
-
-LIGER = {
-    "rms_norm": _liger_rms_norm,
-    "swiglu": _liger_swiglu,
-    "cross_entropy": _liger_cross_entropy,
-    "linear_cross_entropy": _liger_linear_cross_entropy,
-}

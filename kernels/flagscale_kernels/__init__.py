@@ -1,7 +1,10 @@
 """Triton kernels for training language models, each with a PyTorch path for the CPU. Importing needs no GPU."""
 
+from flagscale_kernels._checks import stand_for_cuda
 from flagscale_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from flagscale_kernels.flash_attention import attention_reference, flash_attention, flash_attention_backward
+from flagscale_kernels.geglu import geglu, geglu_reference
+from flagscale_kernels.layer_norm import layer_norm, layer_norm_reference
 from flagscale_kernels.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy_reference
 from flagscale_kernels.piecewise_attention import piecewise_attention, piecewise_attention_backward, piecewise_reference
 from flagscale_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_residual
@@ -27,6 +30,10 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "fused_linear_cross_entropy",
+    "geglu",
+    "geglu_reference",
+    "layer_norm",
+    "layer_norm_reference",
     "linear_cross_entropy_reference",
     "packed_position_ids",
     "piecewise_attention",
@@ -41,6 +48,7 @@ __all__ = [
     "rope_tables",
     "spread_reference",
     "spread_tokens",
+    "stand_for_cuda",
     "swiglu",
     "swiglu_reference",
     "token_order",

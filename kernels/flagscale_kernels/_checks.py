@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from flagscale_kernels._triton import HAS_TRITON, interpreting
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (*TRITON_DTYPES, torch.float64)  # float64 in the PyTorch paths only, for gradcheck
 BACKENDS = (None, "triton", "torch")
+# Types of devices whose tensors have no data and stand for CUDA tensors: operators choose Triton, and nothing is launched.
+_stand_ins: set[str] = set()
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,6 +28,11 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def stand_for_cuda(device_type: str) -> None:
+    """Have tensors of this type of device, which have no data, take the ways that CUDA tensors take."""
+    _stand_ins.add(device_type)
+
+
 def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """Return "triton" or "torch": `backend` where given, else "triton" for CUDA tensors and "torch" for others.
 
@@ -37,13 +43,13 @@ def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """
     require(backend in BACKENDS, f"backend ({backend!r}) must be one of {BACKENDS}")
     if backend is None:
-        if x.device.type != "cuda" or not HAS_TRITON:
+        if x.device.type not in _stand_ins and (x.device.type != "cuda" or not HAS_TRITON):
             return "torch"
         lacks = lacks or ("the Triton kernels take no torch.float64" if x.dtype == torch.float64 else "")
         if lacks and not torch.compiler.is_compiling():
             say_once(f"flagscale_kernels: a call runs in PyTorch, which is slower: {lacks}")
         return "torch" if lacks else "triton"
-    if backend == "triton":
+    if backend == "triton" and x.device.type not in _stand_ins:
         require(HAS_TRITON, "backend ('triton') needs Triton, which is not installed")
         require(
             x.device.type in ("cuda", "meta") or interpreting(),
@@ -71,42 +77,3 @@ def check_unit_stride(name: str, x: Tensor) -> None:
     """Raise ValueError unless the last dimension is contiguous."""
     if x.shape[-1] > 1:
         require(x.stride(-1) == 1, f"{name}.stride(-1) ({x.stride(-1)}) must be 1")
-
-
-class Rows(NamedTuple):
-    """A [..., c] tensor as n rows: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
-
-    tensor: Tensor
-    n: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-    @property
-    def addressing(self) -> tuple[int, int, int]:
-        return self.inner, self.outer_stride, self.inner_stride
-
-
-def as_rows(x: Tensor) -> Rows:
-    """View x [..., c] as rows. Two strides describe any slice of a packed projection; other tensors are copied."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 2:
-        return as_rows(x.contiguous())
-    n = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not sizes:
-        return Rows(x, n, 1, 0, 0)
-    if len(sizes) == 1:
-        return Rows(x, n, sizes[0], 0, strides[0])
-    return Rows(x, n, sizes[1], strides[0], strides[1])

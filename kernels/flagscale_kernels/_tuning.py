@@ -28,7 +28,8 @@ class Config:
     """A tile of `bm` queries by `bn` keys, and the options that Triton compiles it with.
 
     `stages` is the pipeline depth of the main loop, `edge` that of the loops over the tiles at the edges of a band. An
-    `edge` of 1 needs fewer registers on some chips and more on others.
+    `edge` of 1 needs fewer registers on some chips and more on others; on sm_90 it serialises the products of all loops.
+    `descriptors`: the loop's tiles are loaded by tensor descriptors (TMA on sm_90) where the tensors allow it.
     """
 
     bm: int
@@ -36,9 +37,10 @@ class Config:
     warps: int = 4
     stages: int = 2
     edge: int = 1
+    descriptors: bool = False
 
     def launch_options(self) -> dict[str, int]:
-        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge}
+        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge, "DESCRIPTORS": self.descriptors}
         return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -65,17 +67,16 @@ def _device_name(index: int) -> str:
 
 def tile_lists(
     *,
-    sm80: list[Config],
-    sm90: list[Config],
-    wide: Config,
-    wide90: Config,
-    other: Config,
+    sm80: dict[int, list[Config]],
+    sm90: dict[int, list[Config]],
+    other: dict[int, list[Config]],
     float32: Config,
     interpreter: Config,
 ) -> Callable[[int, int, int], list[Config]]:
     """Return the `configs` function of a TunedKernel.
 
-    `wide` and `wide90` are for head dimensions above 128, `other` is for chips that are neither sm_80 nor sm_90.
+    Each dictionary has a list for head dimensions up to its key. `other` is for chips that are neither sm_80 nor sm_90: it
+    fits into 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have.
     """
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
@@ -83,9 +84,8 @@ def tile_lists(
             return [interpreter]
         if element_bytes == 4:  # exact fp32 products do not use the matrix units; for tests
             return [float32]
-        if block_d > 128:
-            return [wide90 if chip == 90 else wide]
-        return {80: sm80, 90: sm90}.get(chip, [other])
+        lists = {80: sm80, 90: sm90}.get(chip, other)
+        return lists[min(width for width in lists if block_d <= width)]
 
     return configs
 

@@ -23,12 +23,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flagscale_kernels._checks import as_rows, check_float, check_same, choose_backend, require, say_once
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require, say_once
 from flagscale_kernels._operators import operator
+from flagscale_kernels._rows import as_rows, row_start
 from flagscale_kernels._triton import cdiv, next_power_of_2, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BLOCK = 4096
+MAX_LANES, MAX_DEPTH = (
+    1024,
+    4,
+)  # columns of a tile of the statistics: each of 128 threads has 8 lanes, or 16 bytes of bf16
 CPU_CHUNK = 1 << 18  # logits that the CPU path processes at a time, so that they stay in its cache
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -86,42 +91,44 @@ def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_s
         if label_smoothing:
             x.sub_((scale * (label_smoothing / vocab))[rows, None])
         out[rows] = x.scatter_add_(1, column[rows, None], at_target[rows, None])
-    out.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # even where the logits are nan or inf
+    out.masked_fill_((scale == 0)[:, None], 0.0)  # even where the logits are nan or inf
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
 @triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
 def _statistics_kernel(
-    X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
-):
+    X, TARGET, STATS, v, vocab_start, inner, outer_stride, inner_stride,
+    WITH_SUM: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
-    X += _row_start(row, inner, outer_stride, inner_stride)
-    m = tl.full([], float("-inf"), tl.float32)
-    l = tl.full([], 0.0, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    for first in range(0, v, BLOCK):
-        cols = first + tl.arange(0, BLOCK)
+    X += row_start(row, inner, outer_stride, inner_stride)
+    # Each lane keeps the numbers of its own columns. They are combined once, after the loop, so that no iteration waits
+    # for other warps; a lane has DEPTH columns an iteration, so that a rescaling costs 1 / DEPTH exponentials a logit.
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    l = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(0, v, DEPTH * LANES):
+        cols = first + offsets
         x = tl.load(X + cols, mask=cols < v, other=float("-inf")).to(tl.float32)
         if WITH_SUM:
             total += tl.sum(tl.where(cols < v, x, 0.0), axis=0)
         new_m = tl.maximum(m, tl.max(x, axis=0))
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # all logits so far are -inf
-        l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m) * LOG2E), axis=0)
+        l = l * tl.exp2((m - safe_m) * LOG2E) + tl.sum(tl.exp2((x - safe_m[None, :]) * LOG2E), axis=0)
         m = new_m
+    row_m = tl.max(m, axis=0)
+    safe_m = tl.where(row_m == float("-inf"), 0.0, row_m)
+    row_l = tl.sum(l * tl.exp2((m - safe_m) * LOG2E), axis=0)
     column = tl.load(TARGET + row) - vocab_start
     picked = tl.load(X + column, mask=(column >= 0) & (column < v), other=0.0).to(tl.float32)
     STATS += row.to(tl.int64) * 4
-    tl.store(STATS, m)
-    tl.store(STATS + 1, l)
+    tl.store(STATS, row_m)
+    tl.store(STATS + 1, row_l)
     tl.store(STATS + 2, picked)
-    tl.store(STATS + 3, total)
+    tl.store(STATS + 3, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -133,13 +140,13 @@ def _gradient_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < v
     scale = tl.load(SCALE + row)
-    OUT += _row_start(row, out_inner, out_outer_stride, out_inner_stride)
+    OUT += row_start(row, out_inner, out_outer_stride, out_inner_stride)
     if scale == 0.0:  # an ignored token: the gradient is 0, even where its logits are nan or inf
         tl.store(OUT + cols, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=mask)
     else:
         lse = tl.load(LSE + row)
         column = tl.load(TARGET + row) - vocab_start
-        x = tl.load(X + _row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
+        x = tl.load(X + row_start(row, inner, outer_stride, inner_stride) + cols, mask=mask, other=0.0)
         p = tl.exp2((x.to(tl.float32) - lse) * LOG2E)
         grad = p * (1.0 + 2.0 * z_loss * lse) - smoothed
         grad = tl.where(cols == column, grad - (1.0 - label_smoothing), grad) * scale
@@ -154,11 +161,12 @@ def _block(v):
 def _statistics_triton(logits, target, vocab_start, with_sum):
     rows = as_rows(logits)
     stats = torch.empty((rows.n, 4), dtype=torch.float32, device=logits.device)
-    block, warps = _block(logits.shape[-1])
+    lanes = min(MAX_LANES, next_power_of_2(logits.shape[-1]))
+    depth = min(MAX_DEPTH, next_power_of_2(cdiv(logits.shape[-1], lanes)))
     if rows.n:
         _statistics_kernel[(rows.n,)](
             rows.tensor, target, stats, logits.shape[-1], vocab_start, *rows.addressing,
-            WITH_SUM=with_sum, BLOCK=block, num_warps=warps,
+            WITH_SUM=with_sum, DEPTH=depth, LANES=lanes, num_warps=max(1, lanes // 256),
         )  # fmt: skip
     return stats
 
@@ -292,9 +300,10 @@ def check_target(target, rows, device, ignore_index, vocab):
     require(target.shape == rows, f"target.shape ({tuple(target.shape)}) must equal the rows' shape {tuple(rows)}")
     require(target.device == device, f"target.device ({target.device}) must equal the logits' device ({device})")
     if device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():  # on a GPU it would wait
-        valid = target[target != ignore_index]
-        if valid.numel():
-            low, high = int(valid.min()), int(valid.max())
+        ignored = target == ignore_index
+        if not bool(ignored.all()):
+            low = int(target.masked_fill(ignored, vocab - 1).min())
+            high = int(target.masked_fill(ignored, 0).max())
             require(low >= 0 and high < vocab, f"target holds {low} .. {high}, outside the vocabulary 0 .. {vocab - 1}")
 
 

@@ -10,9 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.manifest import verify_files
+from flagscale_like.checkpoint.index import FragmentTable
+from flagscale_like.checkpoint.manifest import INDEX, verify_files
 from flagscale_like.checkpoint.shard import MOMENTS
+from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.cli import app
+from flagscale_like.rehearsal.checkpoint_plan import States, bytes_of_files, plan_load, planned_index
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.run import start
 from tests import faults
@@ -61,8 +64,21 @@ CHAINS = {
 }
 
 
+def count_reads():
+    """Count from now on in this process what is copied out of checkpoints: the elements of each part, and its file."""
+    found, copy = [], CheckpointReader._copy
+
+    def counted(reader, row, kind, target, out):  # of several threads
+        found.append((copied := copy(reader, row, kind, target, out), row.file))
+        return copied
+
+    CheckpointReader._copy = counted
+    return found
+
+
 def load_and_save(config, out):
-    """Load on this layout and save as it is, without a step; where the run stands."""
+    """Load on this layout and save as it is, without a step; where the run stands, and what was read for it."""
+    reads = count_reads()
     with parallel_context(config.parallel) as ctx:
         begun = start(config, ctx)
         begun.store.root = Path(out)
@@ -75,7 +91,8 @@ def load_and_save(config, out):
         (saved,) = begun.store.take_outcomes()
         assert saved.error is None
         rate = engine.optimizer.param_groups[0]["lr"]
-        return progress.step, progress.consumed, begun.scheduler.num_steps, rate
+        read = (len(reads), sum(elements for elements, _ in reads), len({file for _, file in reads}))
+        return progress.step, progress.consumed, begun.scheduler.num_steps, rate, read
 
 
 def contents(folder, vocab_size):
@@ -90,6 +107,22 @@ def contents(folder, vocab_size):
     }
 
 
+def assert_planned(folder, planned):
+    """The index that the ranks wrote is the one that the rehearsal plans for their layout."""
+    real = FragmentTable.load(folder / INDEX)
+    assert planned.names.keys == real.names.keys
+    for name in ("offset", "shape", "start", "stop", "place"):
+        assert np.array_equal(getattr(planned, name), getattr(real, name)), name
+    for name, kind in (("file", "files"), ("form", "forms")):
+        ours, theirs = ([getattr(one.names, kind)[i] for i in getattr(one, name)] for one in (planned, real))
+        assert ours == theirs
+    for file, size in zip(planned.names.files, bytes_of_files(planned), strict=True):
+        tensors = TensorFile(folder / file)
+        specs = [spec for name, spec in tensors.specs.items() if not name.startswith("rng.")]
+        assert size == sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+        tensors.close()
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_chain_of_layouts_ends_with_the_tensors_it_began_with(chain, tmp_path):
     model, layouts = CHAINS[chain]
@@ -100,12 +133,18 @@ def test_a_chain_of_layouts_ends_with_the_tensors_it_began_with(chain, tmp_path)
         f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in range(1, 4) if "experts" in chain
     }
     assert {t.dtype for (key, _), t in original.items() if key.endswith(("expert_bias", "exp_avg"))} <= {torch.float32}
+    table = planned_index(States.of(tiny_config(tmp_path / "0", **model), 2))
     for number, (ranks, layout) in enumerate(layouts):
         config = tiny_config(tmp_path / str(number), train__steps=6, parallel=layout, **model)
         out = tmp_path / str(number + 1) / "checkpoints"
         stood = run_ranks(ranks, load_and_save, config, out)
         assert {place[:3] for place in stood} == {(3, 24, 3)}  # step, samples, learning-rate steps
-        assert len(set(stood)) == 1
+        assert len({place[:4] for place in stood}) == 1
+        plan = plan_load(table, states := States.of(config, ranks))
+        planned = zip(plan.fragments.tolist(), (plan.bytes // 4).tolist(), plan.files.tolist(), strict=True)
+        assert [place[4] for place in stood] == list(planned)
+        table = planned_index(states)
+        assert_planned(out / "step_00000003", table)
         found = contents(out / "step_00000003", 250)
         assert found.keys() == original.keys()
         assert [key for key in found if not torch.equal(found[key], original[key])] == [], layout

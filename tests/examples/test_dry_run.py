@@ -30,6 +30,7 @@ PARAMETERS = {
     "baichuan/baichuan2-13b.yaml": 13_896_668_160,
     "lora/baichuan2-7b.yaml": 7_505_973_248,
     "llama3/8b.yaml": 8_030_261_248,
+    "llama3/405b.yaml": 405_853_388_800,
     "qwen/qwen2.5-7b.yaml": 7_615_616_512,
     "qwen/qwen3-8b.yaml": 8_190_735_360,
     "moe/mixtral-8x7b.yaml": 46_702_792_704,

@@ -44,12 +44,14 @@ def operators():
     return {
         "rms_norm": (lambda x, w, backend: fk.rms_norm(x, w, backend=backend), [x, w]),
         "rms_norm_residual": (lambda x, r, w, backend: fk.rms_norm_residual(x, r, w, backend=backend), [x, x * 2, w]),
+        "layer_norm": (lambda x, w, b, backend: fk.layer_norm(x, w, b, backend=backend), [x, w, w * 2]),
         "rope": (lambda q, k, backend: fk.rope(q, k, cos, sin, inplace_backward=True, backend=backend), [heads, keys]),
         "swiglu": (lambda x, backend: fk.swiglu(x, backend=backend), [x]),
         "swiglu_split": (
             lambda g, u, t, backend: fk.swiglu(g, u, weight=t, backend=backend),
             [x, x * 2, per_token],
         ),
+        "geglu": (lambda x, backend: fk.geglu(x, approximate="none", backend=backend), [x]),
         "spread_tokens": (lambda x, backend: fk.spread_tokens(x, *tokens(x), backend=backend), [x]),
         "collect_tokens": (lambda x, backend: fk.collect_tokens(x.repeat(2, 1), *tokens(x), backend=backend), [x]),
         "cross_entropy": (loss, [x]),
@@ -251,8 +253,9 @@ def test_activation_recompute_gives_the_same_gradients(backend, name, use_reentr
     [
         "rms_norm",
         "rms_norm_residual",
-        "swiglu_packed",
-        "swiglu_split",
+        "layer_norm",
+        "gated_packed",
+        "gated_split",
         "spread_tokens",
         "collect_tokens",
         "rope",
@@ -263,10 +266,11 @@ def test_operator_registration_passes_pytorchs_own_checks(name):
     x, w = seeded(6, 16).requires_grad_(), seeded(16, seed=1).requires_grad_()
     heads, keys = seeded(6, 1, 4, 16), seeded(6, 1, 2, 16, seed=1)
     arguments = {
-        "rms_norm": (x, w, 1e-6, True, "torch"),
-        "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, "torch"),
-        "swiglu_packed": (x, None, "torch"),
-        "swiglu_split": (x, seeded(6, 16, seed=2).requires_grad_(), seeded(6, seed=3), "torch"),
+        "rms_norm": (x, w, 1e-6, True, 1.0, "torch"),
+        "rms_norm_residual": (x, seeded(6, 16, seed=2), w, 1e-6, False, 0.0, "torch"),
+        "layer_norm": (x, w, w.detach() * 2, 1e-5, "torch"),
+        "gated_packed": (x, None, "gelu_tanh", "torch"),
+        "gated_split": (x, seeded(6, 16, seed=2).requires_grad_(), seeded(6, seed=3), "silu", "torch"),
         "spread_tokens": (x, TOKEN, INVERSE, "torch"),
         "collect_tokens": (seeded(12, 16).requires_grad_(), TOKEN, INVERSE, "torch"),
         "rope": (heads, keys, *rope_tables(), None, "sbnd", False, 1.0, "torch"),

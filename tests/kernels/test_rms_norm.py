@@ -27,6 +27,44 @@ def test_output_and_gradients_are_as_good_as_pytorch(backend, shape, dtype, roun
     )
 
 
+@pytest.mark.parametrize("rounding", ["hf", "megatron"])
+@pytest.mark.parametrize("h", [8193, 33000])  # the backward's rows do not fit in one tile, nor do the forward's
+def test_rows_that_are_read_in_parts(h, rounding):
+    inputs = [seeded(5, h, dtype=torch.bfloat16, seed=i) for i in range(2)] + [1 + 0.1 * seeded(h, seed=2).bfloat16()]
+    assert_as_good_as_pytorch(
+        lambda x, r, w: rms_norm_residual(x, r, w, 1e-6, rounding=rounding, backend="triton"),
+        lambda x, r, w: residual_reference(x, r, w, 1e-6, rounding),
+        inputs,
+        [seeded(5, h, seed=3), seeded(5, h, seed=4)],
+    )
+
+
+@pytest.mark.parametrize("rounding", ["hf", "megatron"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_that_is_the_distance_from_one(backend, dtype, rounding):
+    x, weight, dy = seeded(5, 123, dtype=dtype), 0.01 * seeded(123, dtype=dtype, seed=2), seeded(5, 123, seed=1)
+    options = {"rounding": rounding, "weight_offset": 1.0}
+    assert_as_good_as_pytorch(
+        lambda x, w: rms_norm(x, w, backend=backend, **options),
+        lambda x, w: rms_norm_reference(x, w, **options),
+        [x, weight],
+        [dy],
+    )
+    y, z = rms_norm_residual(x, x * 2, weight, backend=backend, **options)
+    torch.testing.assert_close(y, rms_norm_reference(z, weight, **options))
+
+
+def test_it_is_the_norm_of_gemma():
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    theirs = GemmaRMSNorm(123).bfloat16()
+    torch.nn.init.normal_(theirs.weight, std=0.1)
+    x = seeded(5, 123, dtype=torch.bfloat16)
+    ours = rms_norm(x, theirs.weight, theirs.eps, rounding="megatron", weight_offset=1.0)
+    torch.testing.assert_close(ours, theirs(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_residual_output_and_gradients_are_as_good_as_pytorch(backend, dtype):
@@ -91,6 +129,7 @@ def test_cpu_path_passes_gradcheck():
     w = seeded(7, dtype=torch.float64, seed=2)
     inputs = [t.requires_grad_() for t in (x, r, w)]
     assert torch.autograd.gradcheck(lambda x, r, w: rms_norm_residual(x, r, w), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, weight_offset=1.0), inputs[::2])
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,9 @@ from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_li
 
 FIRST, SECOND = Config(bm=64, bn=64), Config(bm=128, bn=64)
 LISTS = tile_lists(
-    sm80=[FIRST, SECOND],
-    sm90=[SECOND, FIRST],
-    wide=Config(bm=32, bn=32),
-    wide90=Config(bm=32, bn=64),
-    other=Config(bm=64, bn=32),
+    sm80={64: [FIRST, SECOND], 256: [Config(bm=32, bn=32)]},
+    sm90={128: [SECOND, FIRST], 256: [Config(bm=32, bn=64)]},
+    other={256: [Config(bm=64, bn=32)]},
     float32=Config(bm=16, bn=16),
     interpreter=Config(bm=64, bn=16),
 )
@@ -127,8 +125,9 @@ def test_where_no_memory_is_left_to_measure_the_default_runs_and_is_said_and_not
     assert launch(tuned([2.0, 1.0])) == ((128,), 128)
 
 
-def test_each_chip_has_its_list():
-    assert LISTS(80, 128, 2) == [FIRST, SECOND]
+def test_each_chip_and_width_has_its_list():
+    assert LISTS(80, 64, 2) == LISTS(80, 16, 2) == [FIRST, SECOND]
+    assert LISTS(80, 128, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 64, 2) == [SECOND, FIRST]
     assert LISTS(80, 256, 2) == [Config(bm=32, bn=32)]
     assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]

@@ -2,6 +2,7 @@
 
 import pytest
 
+import flagscale_like.model.heads as heads
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
@@ -49,3 +50,26 @@ def test_in_bf16_it_trains_alike_with_full_recompute(tmp_path):
     for (loss, norm), (expected, expected_norm) in zip(found["fused"], found["off"], strict=True):
         assert loss == pytest.approx(expected, rel=2e-3)
         assert norm == pytest.approx(expected_norm, rel=2e-2)
+
+
+def gradients_in_the_logits_memory(config):
+    """Whether the logits' gradient lies where the logits were, for each call of the loss in a step."""
+    found, original = [], heads.cross_entropy
+
+    def cross_entropy(logits, *args, **options):
+        place = logits.data_ptr()
+        logits.register_hook(lambda gradient: found.append(gradient.data_ptr() == place))
+        return original(logits, *args, **options)
+
+    heads.cross_entropy = cross_entropy
+    with parallel_context(config.parallel) as ctx:
+        train_steps(build_engine(config, ctx), config, 1)
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_plain_loss_writes_the_gradient_over_the_logits(model, tmp_path):
+    config = tiny_config(tmp_path, kernels__linear_cross_entropy="off", **MODELS[model])
+    (found,) = run_ranks(1, gradients_in_the_logits_memory, config)
+    assert found
+    assert all(found)

@@ -43,17 +43,21 @@ def test_links_are_nvlink_inside_a_node_and_network_between():
         ("NVIDIA H100 NVL", "H100-NVL", 835.5, 94),
         ("NVIDIA H200", "H200", 989, 141),
         ("NVIDIA H800", "H800", 989, 80),
+        ("NVIDIA H20", "H20", 148, 96),
+        ("NVIDIA L40S", "L40S", 362, 48),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090", 165.2, 24),
+        ("NVIDIA B200", "B200", 2250, 180),
     ],
 )
 def test_devices_are_found_by_their_drivers_whole_names(driver, name, tflops, gib):
     device = find_device(driver)
     assert (device.name, device.bf16_flops / 1e12, device.hbm_bytes >> 30) == (name, tflops, gib)
-    assert parse_cluster(f"8x{name}").device is device
+    assert parse_cluster(f"8x{name}").device is parse_cluster(f"2x8x{driver}").device is device
 
 
 @pytest.mark.parametrize(
     "driver",
-    ["NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100", "NVIDIA L40S", "CPU (2 threads)", ""],
+    ["NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100", "NVIDIA L40", "CPU (2 threads)", ""],
 )
 def test_another_device_is_not_taken_for_one_that_it_resembles(driver):
     assert find_device(driver) is None

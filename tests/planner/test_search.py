@@ -12,9 +12,9 @@ from flagscale_like.config import Parallel, check_layout, load_config
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.memory import needed_offload, rank_memory
-from flagscale_like.planner.report import describe_ranking, updated_config
+from flagscale_like.planner.report import describe_ranking, ranking_rows, updated_config
 from flagscale_like.planner.saved import Operators, layer_bytes
-from flagscale_like.planner.search import Goal, configured_layout, evaluate, layouts, rank_layouts
+from flagscale_like.planner.search import Goal, configured_layout, evaluate, layouts, rank_layouts, uneven_ends
 from tests.harness import cli, tiny_config, write_yaml
 
 AQUILA2_34B = ModelArch(
@@ -35,11 +35,14 @@ AQUILA2_70B = ModelArch(
 )
 
 
-def test_aquila2_34bs_published_layout_is_first_without_interleaving():
+def test_aquila2_34bs_published_layout_is_first_without_interleaving_where_stages_are_equal():
     goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=1024)
-    best = rank_layouts(goal, parse_cluster("64x8xA100-40"), max_vpp=1).plans[0].layout
+    plans = rank_layouts(goal, parse_cluster("64x8xA100-40"), max_vpp=1).plans
+    best = next(plan.layout for plan in plans if not plan.layout.last_stage_layers)
     assert (best.tp, best.pp, best.dp, best.sp, best.micro_batch_size) == (4, 4, 32, True, 1)
     assert best.recompute == "none"
+    # The last stage has the output layer as well: with fewer layers at the ends no stage waits for it.
+    assert plans[0].layout.last_stage_layers < 60 / plans[0].layout.pp
 
 
 def test_aquila2_70bs_published_layout_fits_and_loses_to_less_tensor_parallel_traffic():
@@ -52,6 +55,7 @@ def test_aquila2_70bs_published_layout_fits_and_loses_to_less_tensor_parallel_tr
         for plan in ranking.plans
         if (plan.layout.tp, plan.layout.pp, plan.layout.micro_batch_size) == (8, 4, 2)
         and plan.layout.sp
+        and not plan.layout.last_stage_layers
         and plan.layout.recompute == "none"
     )
     assert 1.0 < published.time.seconds / best.time.seconds < 1.2
@@ -80,7 +84,8 @@ def test_long_rows_are_cut_over_context_parallel_ranks_and_short_ones_are_not():
     assert {(layout.cp, layout.cp_kind) for layout in found} >= {(1, "gather"), (4, "a2a"), (32, "gather")}
     for layout in found:
         assert layout.world_size == 32
-        parallel = Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, cp=layout.cp, cp_kind=layout.cp_kind)
+        ends = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers}
+        parallel = Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, cp=layout.cp, cp_kind=layout.cp_kind, **ends)
         check_layout(AQUILA2_34B, parallel, 131072)
     layout = Layout(tp=8, pp=4, sp=True, num_microbatches=32, recompute="full")
     whole, part = (evaluate(goal, one, cluster) for one in (layout, replace(layout, pp=1, cp=4)))
@@ -97,6 +102,40 @@ def test_a_plan_of_long_rows_has_a_column_for_cp_and_its_yaml_loads(tmp_path):
     assert configured_layout(changed, 4, goal, None) == plan.layout
     assert " cp " in describe_ranking(ranking, cluster, top=40).splitlines()[1]
     assert f"cp {plan.layout.cp} a2a" in plan.layout.describe()
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "ends"),
+    [
+        (61, 8, [(None, 5), (7, 6), (4, 3)]),
+        (126, 16, [(None, 6), (7, 7)]),
+        (80, 4, [(None, 17), (19, 19)]),
+        (3, 2, [(None, 1)]),
+        (4, 4, []),
+        (4, 1, []),
+    ],
+)
+def test_ends_of_a_pipeline_have_fewer_layers_than_the_stages_between_them(layers, pp, ends):
+    assert uneven_ends(layers, pp) == ends
+
+
+def test_uneven_stages_are_in_the_search_and_their_yaml_loads(tmp_path):
+    config = tiny_config(tmp_path, model__num_layers=5, train__global_batch_size=16)
+    goal, cluster = Goal.of(config, cuda=True), parse_cluster("1x4xH100")
+    found = list(layouts(goal, cluster))
+    assert {(one.pp, one.first_stage_layers, one.last_stage_layers) for one in found} == {
+        (1, None, None),
+        (2, None, 2),
+        (2, None, 1),
+    }
+    plan = next(plan for plan in rank_layouts(goal, cluster).plans if plan.layout.last_stage_layers == 2)
+    assert configured_layout(updated_config(config, plan.layout), 4, goal, None) == plan.layout
+    assert "pp 2 last stage 2" in plan.layout.describe()
+    ranking = rank_layouts(goal, cluster)
+    assert any(row[2] == "2 (-/2)" for row in ranking_rows(ranking, ranking.plans))
+    for layout in found:
+        ends = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers}
+        check_layout(goal.arch, Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, **ends), goal.seq_length)
 
 
 EXPERTS = {"count": 8, "top_k": 2, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 96}
@@ -181,8 +220,8 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_binds_and_what_would_do(
 
 def test_a_batch_that_nothing_divides_is_refused_with_one_that_would_do():
     goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=7)
-    with pytest.raises(ConfigError, match=r"batch of 7 over 128 devices: train.global_batch_size 8 would do"):
-        rank_layouts(goal, parse_cluster("16x8xH100"))
+    with pytest.raises(ConfigError, match=r"batch of 7 over 1024 devices: train.global_batch_size 8 would do"):
+        rank_layouts(goal, parse_cluster("128x8xH100"))
 
 
 def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):

@@ -17,7 +17,7 @@ from flagscale_like.data.shards import ChatOptions
 from flagscale_like.errors import CheckpointError, ConfigError, DataError
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.guard import Candidates, Guard, answer_of, record_of
+from flagscale_like.rl.guard import Candidates, Guard, answer_of, record_of, shares
 from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.validation import NAME, Validation, at_level
 from flagscale_like.runtime.parallel import parallel_context
@@ -237,7 +237,7 @@ def test_the_guard_clamps_rejects_or_penalises():
     found = guarded("clamp")
     assert found.why == [(), ("high",), ("low",), ("disagreement",), ("kl",)]
     assert [score.value for score in found.scores] == pytest.approx([0.2, high, low, median, median])
-    assert found.report == {
+    assert shares(found.why) == {
         "outside/share": 0.8, "outside/high": 0.2, "outside/low": 0.2, "outside/band": 0.0, "outside/disagreement": 0.2,
         "outside/kl": 0.2,
     }  # fmt: skip

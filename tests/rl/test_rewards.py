@@ -216,8 +216,8 @@ def test_a_judge_as_a_reward_is_the_share_of_wins():
     answers = [Answer("p", text) for text in ("a", "bbb", "cc")] + [Answer("q", "d"), Answer("q", "e")]
     scores = JudgedAnswers(Judge(Longer()), opponents=2).scores(answers)
     assert [score.value for score in scores] == [0.0, 1.0, 0.5, 0.5, 0.5]
-    with pytest.raises(DataError, match="there is one: draw rl.rollout.samples 2 or more.*sample 1 of 1"):
-        JudgedAnswers(Judge(Longer()), opponents=1).scores(answers[:1])
+    (alone,) = JudgedAnswers(Judge(Longer()), opponents=1).scores(answers[:1])
+    assert (alone.value, alone.reason) == (0.5, "no other answer to compare with")
 
 
 def test_the_agreement_with_a_labelled_set_is_said_and_has_a_limit(tmp_path):

@@ -11,11 +11,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.engine.engine import Engine
 from flagscale_like.json_files import read_records
+from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.run_folder import RunFolder
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.training import clock as clock_module
 from flagscale_like.training import loop, metrics
 from flagscale_like.training.clock import Clock
@@ -227,3 +231,26 @@ def test_the_log_shows_the_mean_since_the_last_line_also_across_a_resume(tmp_pat
     assert again[7] == (None, losses[6])  # the first step after the resume, out of turn
     assert [step for step, _ in loss_curve(read_metrics(Path(parted.run_dir)))] == [1, 4, 6, 8]
     assert loss_curve([{"step": 1, "lm loss": 2.0}, {"step": 2, "lm loss": None}]) == [(1, 2.0)]  # an older run's
+
+
+def trains_elsewhere(config):
+    """On a device whose random state has another size than the CPU's, as a GPU's has."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CpuPlatform, "rng_state", lambda self: torch.zeros(16, dtype=torch.uint8))
+        patched.setattr(CpuPlatform, "set_rng_state", lambda self, state: None)
+        return trains(config)
+
+
+def trains(config):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), parallel_context(config.parallel) as ctx:
+        pretrain(config, ctx)
+    return printed.getvalue(), read_metrics(Path(config.run_dir))[-1]["step"]
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path):
+    config = tiny_config(tmp_path / "run", train__exit_at_step=3)
+    run_ranks(1, trains_elsewhere, config)
+    ((printed, last),) = run_ranks(1, trains, tiny_config(tmp_path / "run"))
+    assert last == 6
+    assert "the same layout on another kind of device than cpu: dropout draws anew" in printed

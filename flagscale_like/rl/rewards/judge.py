@@ -16,7 +16,7 @@ from flagscale_like.data.chat import BadConversationError
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.rewards.checked import on_main, show
+from flagscale_like.rl.rewards.checked import on_main
 from flagscale_like.runtime.parallel import ParallelContext
 
 INSTRUCTION = """Two answers to the same prompt follow. Which one is better?
@@ -220,7 +220,7 @@ class JudgedAnswers:
     """A judge as a reward: the share of comparisons with other answers of the prompt that an answer wins.
 
     The answers of a prompt stand in a ring, and each is compared with the next `opponents`. A win is 1; a tie, and a pair
-    without a parsed verdict, half.
+    without a parsed verdict, half. An answer that makes up for another one (rl.max_refills), and comes alone, gets half, too.
     """
 
     def __init__(self, judge: Judge, *, opponents: int) -> None:
@@ -230,18 +230,13 @@ class JudgedAnswers:
         """See RewardSource.
 
         Raises:
-            DataError: see Judge.compare(); or a prompt has one answer.
+            DataError: see Judge.compare().
         """
         groups: dict[tuple, list[int]] = defaultdict(list)
         for number, answer in enumerate(answers):
             groups[(answer.prompt, *answer.prompt_ids)].append(number)
         pairs: dict[tuple[int, int], None] = {}  # in their order
         for members in groups.values():
-            if len(members) == 1:
-                raise DataError(
-                    "a judge compares the answers of one prompt, and there is one: draw rl.rollout.samples 2 or more, for "
-                    + show(answers, members[0])
-                )
             for place, step in itertools.product(range(len(members)), range(1, self.opponents + 1)):
                 other = (place + step) % len(members)
                 if other != place:
@@ -254,7 +249,10 @@ class JudgedAnswers:
             first = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0}.get(verdict, 0.5)
             wins[i].append(first)
             wins[j].append(1.0 - first)
-        return [Score(sum(own) / len(own)) for own in (wins[number] for number in range(len(answers)))]
+        return [
+            Score(sum(own) / len(own)) if own else Score(0.5, reason="no other answer to compare with")
+            for own in (wins[number] for number in range(len(answers)))
+        ]
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,18 @@ class Platform:
         return self.needs_shim
 
     @property
+    def pins_batches(self) -> bool:
+        """Whether the loader puts micro-batches into page-locked memory."""
+        return self.pins_memory
+
+    @property
     def group_device(self) -> torch.device | None:
         """The device that torch.distributed is bound to; None leaves it open."""
         return self.device
+
+    def all_gather_object(self, values: list, value: object) -> None:
+        """Fill `values` with every rank's `value`, which can be pickled."""
+        dist.all_gather_object(values, value)
 
     # What it is.
 

@@ -1,0 +1,82 @@
+"""The guard on exploration as a part of a run: it guards the scores of an iteration, and keeps what is outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flagscale_like.checkpoint.opened import open_adapted
+from flagscale_like.config import RunConfig
+from flagscale_like.config.rewards import Mixture, model_in
+from flagscale_like.errors import ConfigError
+from flagscale_like.generation.rollout import Rollout
+from flagscale_like.rl.answers import Answer
+from flagscale_like.rl.guard import Candidates, Guard, Why, shares
+from flagscale_like.rl.scoring import Scored
+from flagscale_like.rl.validation import Validation
+from flagscale_like.run_folder import RunFolder
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.training.parts import Part, Report
+from flagscale_like.training.plan import Progress
+
+
+class Guarding(Part):
+    """Guards scores.
+
+    Args:
+        candidates: where rollouts outside are kept; None on all ranks but the first.
+        progress: where the run stands. What a run kept after the step that it goes on from is dropped.
+    """
+
+    def __init__(self, guard: Guard, candidates: Candidates | None, progress: Progress) -> None:
+        self.guard, self.candidates, self.progress = guard, candidates, progress
+        self._why: list[tuple[Why, ...]] = []
+
+    def begin(self, report: Report) -> None:
+        """Say what is inside."""
+        (low, high), bound = self.guard.bounds, self.guard.kl_bound
+        limits = f"scores from {low:.3f} to {high:.3f}" + (f", up to {bound:.1f} nats" if bound is not None else "")
+        report.say(f"the guard ({self.guard.options.action}) is on: {limits}; validated on {self.guard.record}")
+        self.after_rewind()
+
+    def after_rewind(self) -> None:
+        """The run stands at an earlier step than it did."""
+        if self.candidates is not None:
+            self.candidates.go_back(self.progress.step)
+
+    def apply(self, step: int, scored: Sequence[Scored], answer_of: Callable[[Rollout], Answer]) -> list[Scored]:
+        """The rollouts with guarded scores. All ranks call it alike."""
+        known = bool(scored) and all("reference" in one.numbers for one in scored)
+        ratios = (
+            [sum(one.rollout.raw_logprobs) - float(one.numbers["reference"].sum()) for one in scored] if known else None
+        )
+        found = self.guard.apply([one.score for one in scored], ratios)
+        self._why += found.why
+        if self.candidates is not None:
+            answers = [answer_of(one.rollout) for one in scored]
+            self.candidates.add(step, answers, [one.score for one in scored], found.why)
+        return [replace(one, score=score) for one, score in zip(scored, found.scores, strict=True)]
+
+    def pop(self) -> dict[str, float]:
+        """What is reported of the rollouts since the last call."""
+        why, self._why = self._why, []
+        return shares(why)
+
+
+def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress) -> Guarding | None:
+    """The guard of a run; None where rl.outside.action is off.
+
+    Raises:
+        CheckpointError: the reward model has no record of what it was validated on, or one of other weights.
+    """
+    options, reward = config.rl.outside, config.rl.reward
+    if options.action == "off":
+        return None
+    model = model_in(reward)
+    if model is None or model.path is None:
+        raise ConfigError("rl.outside guards a reward model, and rl.reward names none: give rl.reward.path")
+    opened = open_adapted(Path(model.path), adapter=Path(model.adapter) if model.adapter else None)
+    part = (model.name, model.weight) if isinstance(reward, Mixture) else None
+    candidates = Candidates(RunFolder(config.run_dir).outside, options.keep) if ctx.is_main else None
+    return Guarding(Guard(options, Validation.read(opened.source), part=part), candidates, progress)

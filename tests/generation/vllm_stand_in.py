@@ -1,0 +1,163 @@
+"""A stand-in for the parts of vLLM 0.32 that VllmEngine calls: it records the calls, and keeps the weights that it is sent.
+
+Signatures and the order of the four phases are those of docs.vllm.ai/en/v0.32.0/training/weight_transfer/. The IPC trainer
+cuts the weights into buckets of packed_buffer_size_bytes, one update_weights call for each.
+"""
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamMeta:
+    name: str
+    dtype: torch.dtype
+    shape: tuple
+
+
+class WeightSource:
+    pass
+
+
+@dataclasses.dataclass
+class WeightTransferInitRequest:
+    init_info: dict
+
+
+@dataclasses.dataclass
+class WeightTransferUpdateRequest:
+    update_info: dict
+
+
+@dataclasses.dataclass
+class WeightTransferConfig:
+    backend: str
+
+
+@dataclasses.dataclass
+class IPCTrainerInitInfo:
+    rank: int
+    packed: bool = False
+    packed_buffer_size_bytes: int = 1 << 30
+
+
+@dataclasses.dataclass
+class NCCLTrainerInitInfo:
+    master_address: str
+    master_port: int
+    world_size: int
+    rank: int
+    packed: bool = True
+    packed_buffer_size_bytes: int = 1 << 30
+
+
+class Trainer:
+    def __init__(self, info, client, source):
+        self.info, self.client, self.source = info, client, source
+
+    def send_weights(self):
+        self.client.start_weight_update()
+        bucket, size = [], 0
+        for meta, (name, tensor) in zip(self.source.metadata(), self.source, strict=True):
+            assert (meta.name, meta.dtype, meta.shape) == (name, tensor.dtype, tuple(tensor.shape))
+            assert tensor.is_contiguous()
+            if bucket and size + tensor.nbytes > self.info.packed_buffer_size_bytes:
+                self.client.update_weights({"weights": bucket})
+                bucket, size = [], 0
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+        self.client.update_weights({"weights": bucket})
+        self.client.finish_weight_update()
+
+
+class WeightTransferTrainerFactory:
+    @staticmethod
+    def trainer_init(init_info, *, client, source=None):
+        client.init_weight_transfer_engine({"packed": init_info.packed})
+        return Trainer(init_info, client, source)
+
+
+@dataclasses.dataclass
+class SamplingParams:
+    n: int
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop_token_ids: list
+    stop: list
+    include_stop_str_in_output: bool
+    ignore_eos: bool
+    detokenize: bool
+    logprobs: int
+
+
+class LLM:
+    def __init__(self, **options):
+        self.options, self.calls, self.weights = options, [], {}
+        self.finish_reason = "length"
+
+    def init_weight_transfer_engine(self, request):
+        assert request.init_info["packed"]
+        self.calls.append("init")
+
+    def start_weight_update(self):
+        self.calls.append("start")
+
+    def update_weights(self, request):
+        self.calls.append("update")
+        self.weights |= {name: tensor.clone() for name, tensor in request.update_info["weights"]}
+
+    def finish_weight_update(self):
+        self.calls.append("finish")
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+        self.weights = {}
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def generate(self, prompts, params, use_tqdm):
+        """Tokens that the seed alone decides; a stop token ends a text."""
+        found = []
+        for prompt, options in zip(prompts, params, strict=True):
+            draw = torch.Generator().manual_seed(options.seed)
+            ids = torch.randint(0, 50, (options.max_tokens,), generator=draw).tolist()
+            stop = next((n for n, token in enumerate(ids) if token in options.stop_token_ids), None)
+            reason = self.finish_reason if stop is None else "stop"
+            ids = ids if stop is None else ids[: stop + 1]
+            logprobs = [{token: SimpleNamespace(logprob=-float(token))} for token in ids]
+            text = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
+            found.append(SimpleNamespace(outputs=[text], prompt=prompt["prompt_token_ids"]))
+        return found
+
+
+def install(version="0.32.1"):
+    """Put the stand-in in the place of the package."""
+    modules = {
+        "vllm": {"LLM": LLM, "SamplingParams": SamplingParams, "__version__": version},
+        "vllm.config": {"WeightTransferConfig": WeightTransferConfig},
+        "vllm.distributed": {},
+        "vllm.distributed.weight_transfer": {
+            "ParamMeta": ParamMeta,
+            "WeightSource": WeightSource,
+            "WeightTransferTrainerFactory": WeightTransferTrainerFactory,
+        },
+        "vllm.distributed.weight_transfer.base": {
+            "WeightTransferInitRequest": WeightTransferInitRequest,
+            "WeightTransferUpdateRequest": WeightTransferUpdateRequest,
+        },
+        "vllm.distributed.weight_transfer.ipc_engine": {"IPCTrainerInitInfo": IPCTrainerInitInfo},
+        "vllm.distributed.weight_transfer.nccl_engine": {"NCCLTrainerInitInfo": NCCLTrainerInitInfo},
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        module.__path__ = []
+        sys.modules[name] = module
