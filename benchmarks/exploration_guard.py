@@ -50,6 +50,7 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunC
         "run_dir": str(folder / action),
         "train.steps": iterations,
         "train.seed": seed,
+        "train.log_interval": 1,
         "rl.rollout.max_new_tokens": 48,
         "rl.reward": {"kind": "mixture", "sources": [model, rules]},
         "rl.outside.action": action,

@@ -293,7 +293,7 @@ class RlRun:
 
     def _parts(self, experience: Experience, step: int) -> Iterator[np.ndarray]:
         """The numbers of the rollouts of each optimizer step. Nothing is learned where nothing teaches."""
-        if not experience.rollouts or not (experience.teaches or experience.critic):
+        if not experience.rollouts or not experience.teaches:
             return
         for epoch in range(self.options.epochs):
             key = np.array([self.config.train.seed, step, epoch], dtype=np.uint32)
