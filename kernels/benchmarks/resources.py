@@ -84,7 +84,9 @@ def gated(dtype, quick=False):
 
 def token_permutation(dtype, quick=False):
     for k in (8,) if quick else (1, 2, 8):
-        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), meta(S, k, dtype=torch.int64))
+        inverse = meta(S, k, dtype=torch.int64)
+        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), inverse)
+        MODULES["token_permutation"]._copy_rows_triton(meta(S, H, dtype=dtype), inverse)
 
 
 def cross_entropy(dtype, quick=False):

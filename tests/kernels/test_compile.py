@@ -15,7 +15,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "resources.py"
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
-OTHERS = ("norm_forward", "norm_backward", "norm_backward_parts", "rope", "gated_forward", "gated_backward", "sum_rows")
+NORMS = ("norm_forward", "norm_backward", "norm_backward_parts")
+OTHERS = (*NORMS, "rope", "gated_forward", "gated_backward", "sum_rows", "copy_rows")
 KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
 
