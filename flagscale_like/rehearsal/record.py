@@ -77,7 +77,8 @@ class RankRecord:
     memory: Any = None
 
     def step(self, number: int) -> list[Event]:
-        """The events of a step, counted from 0."""
+        """The events of a step, counted from 0; -1 is the last one."""
+        number %= len(self.step_starts)
         bounds = [*self.step_starts, len(self.events)]
         return self.events[bounds[number] : bounds[number + 1]]
 

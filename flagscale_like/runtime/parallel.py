@@ -6,7 +6,7 @@ import datetime
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
@@ -126,6 +127,19 @@ class ParallelContext:
         box = [value]
         dist.broadcast_object_list(box, 0, device=self.platform.device)
         return box[0]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank. Any picklable object."""
+        return self.broadcast(work() if self.is_main else None)  # type: ignore[return-value]
+
+    def add_up(self, numbers: Tensor, names: Sequence[str]) -> list[float]:
+        """The sums over all ranks of a float64 vector on the device, for which the host waits.
+
+        Args:
+            names: of the numbers.
+        """
+        dist.all_reduce(numbers)
+        return numbers.tolist()
 
     def gather(self, value: object) -> list:
         """Every rank's `value`, on every rank."""

@@ -24,7 +24,16 @@ import torch  # noqa: E402
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
-NAMES = ("rms_norm", "rope", "swiglu", "token_permutation", "cross_entropy", "flash_attention", "piecewise_attention")
+NAMES = (
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "_gated",
+    "token_permutation",
+    "cross_entropy",
+    "flash_attention",
+    "piecewise_attention",
+)
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
@@ -36,11 +45,19 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def rms_norm(dtype, quick=False):
     module = MODULES["rms_norm"]
-    for h in (H,) if quick else (128, H, 8192):
+    for h in (H,) if quick else (128, H, 8192, 12288, 16384, 32768, 65536):
         x, w, rstd = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
         for residual in (x,) if quick else (None, x):
             module._forward_triton(x, residual, w, 1e-6, True)
             module._backward_triton(x, x, w, rstd, True, residual)
+
+
+def layer_norm(dtype, quick=False):
+    module = MODULES["layer_norm"]
+    for h in (16384,) if quick else (128, H, 8192, 12288, 16384, 32768, 65536):
+        x, w, statistics = meta(S, B, h, dtype=dtype), meta(h, dtype=dtype), meta(S, B, dtype=torch.float32)
+        module._forward_triton(x, w, w, 1e-5)
+        module._backward_triton(x, x, w, statistics, statistics, True)
 
 
 def rope(dtype, quick=False):
@@ -55,11 +72,13 @@ def rope(dtype, quick=False):
     MODULES["rope"]._rotate_triton(q, None, meta(*q.shape, dtype=dtype), None, half, half, None, "sbnd", False, -1.0)
 
 
-def swiglu(dtype, quick=False):
+def gated(dtype, quick=False):
     gate, weight = meta(S, B, F, dtype=dtype), meta(S, B, dtype=torch.float32)
-    for w in (weight,) if quick else (None, weight):
-        MODULES["swiglu"]._forward_triton(gate, gate, w)
-        MODULES["swiglu"]._backward_triton(gate, gate, gate, w, meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype))
+    of_gate, of_up = meta(S, B, F, dtype=dtype), meta(S, B, F, dtype=dtype)
+    for activation in ("silu",) if quick else MODULES["_gated"].ACTIVATIONS:
+        for w in (weight,) if quick else (None, weight):
+            MODULES["_gated"]._forward_triton(gate, gate, w, activation)
+            MODULES["_gated"]._backward_triton(gate, gate, gate, w, of_gate, of_up, activation)
 
 
 def token_permutation(dtype, quick=False):
@@ -99,7 +118,8 @@ def cases(quick):
     """(label, function) of each case; the function launches the kernels of a forward and a backward."""
     bf16 = torch.bfloat16
     found = [
-        (f.__name__, lambda f=f: f(bf16, quick)) for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+        (f.__name__, lambda f=f: f(bf16, quick))
+        for f in (rms_norm, layer_norm, rope, gated, token_permutation, cross_entropy)
     ]
     found += [
         ("causal D128", lambda: flash_attention(bf16, 128)),
@@ -124,7 +144,7 @@ def cases(quick):
         ("full D128", lambda: piecewise_attention(bf16, 128, causal=False)),
         *(
             (f"{f.__name__} fp32", lambda f=f: f(fp32))
-            for f in (rms_norm, rope, swiglu, token_permutation, cross_entropy)
+            for f in (rms_norm, layer_norm, rope, gated, token_permutation, cross_entropy)
         ),
     ]
 

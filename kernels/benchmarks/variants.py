@@ -77,22 +77,32 @@ def _gradients(device, *shapes):
 # ----------------------------------------------------------------------------------------------- the smaller operators
 
 
-def _rms_norm(shape, dtype, rounding, residual):
+def _rms_norm(shape, dtype, rounding, residual, offset=0.0):
+    options = {"rounding": rounding, "weight_offset": offset}
+
     def make(device):
         inputs = _tensors(device, dtype, *(shape,) * (1 + residual), shape[-1:])
         if not residual:
             return (
-                lambda x, w: fk.rms_norm(x, w, rounding=rounding),
-                lambda x, w: fk.rms_norm_reference(x, w, rounding=rounding),
+                lambda x, w: fk.rms_norm(x, w, **options),
+                lambda x, w: fk.rms_norm_reference(x, w, **options),
                 inputs,
                 _gradients(device, shape),
             )
         return (
-            lambda x, r, w: fk.rms_norm_residual(x, r, w, rounding=rounding),
-            lambda x, r, w: (fk.rms_norm_reference(x + r, w, rounding=rounding), x + r),
+            lambda x, r, w: fk.rms_norm_residual(x, r, w, **options),
+            lambda x, r, w: (fk.rms_norm_reference(x + r, w, **options), x + r),
             inputs,
             _gradients(device, shape, shape),
         )
+
+    return make
+
+
+def _layer_norm(shape, dtype):
+    def make(device):
+        inputs = _tensors(device, dtype, shape, shape[-1:], shape[-1:])
+        return fk.layer_norm, fk.layer_norm_reference, inputs, _gradients(device, shape)
 
     return make
 
@@ -141,7 +151,7 @@ def _rope_one_gradient(s, dtype):
     return make
 
 
-def _swiglu(n, f, dtype, weighted, split):
+def _gated(n, f, dtype, weighted, split, ours=fk.swiglu, reference=fk.swiglu_reference, **options):
     def make(device):
         x = _tensors(device, dtype, *((n, f),) * 2) if split else _tensors(device, dtype, (n, 2 * f))
         weight = [seeded(n, seed=7).to(device)] if weighted else []
@@ -149,11 +159,11 @@ def _swiglu(n, f, dtype, weighted, split):
 
         def call(function):
             def run(*t):
-                return function(*t[:count], weight=t[count] if weighted else None)
+                return function(*t[:count], weight=t[count] if weighted else None, **options)
 
             return run
 
-        return call(fk.swiglu), call(fk.swiglu_reference), [*x, *weight], _gradients(device, (n, f))
+        return call(ours), call(reference), [*x, *weight], _gradients(device, (n, f))
 
     return make
 
@@ -323,7 +333,8 @@ def _small_operators(tiny):
 
     for dtype in (BF16, FP16):
         short = SHORT[dtype]
-        for n, h in ((1000, 128), (333, 4096), (65, 8192), (7, 20000)):
+        for n, h in ((1000, 128), (333, 4096), (1000, 8192), (65, 12288), (7, 20000), (7, 40000)):
+            yield Variant(f"layer_norm {n}x{h} {short}", _layer_norm((size(n), size(h)), dtype))
             for residual in (False, True):
                 name = f"rms_norm{' residual' * residual} {n}x{h} {short}"
                 yield Variant(name, _rms_norm((size(n), size(h)), dtype, "hf", residual))
@@ -334,7 +345,12 @@ def _small_operators(tiny):
         for weighted in (False, True):
             for split in (False, True):
                 name = f"swiglu{' weighted' * weighted}{' split' * split} {short}"
-                yield Variant(name, _swiglu(size(333), size(5504), dtype, weighted, split))
+                yield Variant(name, _gated(size(333), size(5504), dtype, weighted, split))
+        for approximate in ("tanh", "none"):
+            of_gelu = {"ours": fk.geglu, "reference": fk.geglu_reference, "approximate": approximate}
+            for weighted in (False, True):
+                name = f"geglu {approximate}{' weighted' * weighted} {short}"
+                yield Variant(name, _gated(size(333), size(5504), dtype, weighted, False, **of_gelu))
         for spread in (False, True):
             yield Variant(
                 f"{'spread' if spread else 'collect'} tokens {short}", _tokens(size(333), size(4096), 8, dtype, spread)
@@ -347,6 +363,11 @@ def _small_operators(tiny):
         yield Variant(f"linear_cross_entropy {short}", _linear_cross_entropy(size(500), size(1024), 8192, dtype))
     yield Variant("rms_norm megatron bf16", _rms_norm((size(333), size(4096)), BF16, "megatron", False))
     yield Variant("rms_norm residual megatron bf16", _rms_norm((size(333), size(4096)), BF16, "megatron", True))
+    for rounding in ("hf", "megatron"):
+        name = f"rms_norm of a weight from 1 {rounding} bf16"
+        yield Variant(name, _rms_norm((size(333), size(4096)), BF16, rounding, False, offset=1.0))
+    yield Variant("rms_norm residual fp32", _rms_norm((size(333), size(8192)), torch.float32, "hf", True))
+    yield Variant("layer_norm fp32", _layer_norm((size(333), size(8192)), torch.float32))
     yield Variant("rope one tensor for q and k bf16", _rope(size(333), BF16, same=True))
     yield Variant("rope one gradient for q and k bf16", _rope_one_gradient(size(333), BF16))
     yield Variant("rope position ids bf16", _rope(size(333), BF16, ids=True))

@@ -15,7 +15,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "resources.py"
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
-OTHERS = ("norm_forward_kernel", "norm_backward_kernel", "rope", "swiglu_forward", "swiglu_backward", "sum_rows")
+OTHERS = ("norm_forward", "norm_backward", "norm_backward_parts", "rope", "gated_forward", "gated_backward", "sum_rows")
 KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
 
