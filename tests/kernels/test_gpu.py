@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 from kernel_checks import seeded
-from variants import one_config, variants
+from variant import one_config
+from variants import variants
 
 import flagscale_kernels as fk
 
