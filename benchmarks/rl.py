@@ -32,6 +32,7 @@ def model_values():
         "num_query_groups": 4,
         "ffn_hidden_size": 2 * HIDDEN,
         "vocab_size": VOCAB,
+        "max_position_embeddings": 1024,
         "family": "llama",
         "tie_embeddings": False,
     }
