@@ -293,6 +293,7 @@ def main():
     if args.write:
         every = not (args.quick or args.only or args.arch)  # then what is not used any more goes
         used = {row["key"] for row in rows}
+        known = read_known() | known  # another process may have written meanwhile
         write_known({key: value for key, value in known.items() if key in used or not every})
     print(json.dumps(rows) if args.json else table(rows))
 

@@ -117,6 +117,28 @@ def test_the_key_of_a_kernel_follows_its_source_and_not_its_place():
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/                   STL [R1], R3 ;
+        /*0030*/                   ISETP.NE.AND P0, PT, R2, RZ, PT ;
+        /*0040*/               @P0 BRA 0x10 ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA 0x50 ;
+        /*0070*/                   BRA 0x0 ;
+        /*0080*/                   BRA 0x80 ;
+"""
+
+
+def test_the_loops_of_machine_code_are_read():
+    import machine_code
+
+    first, second = machine_code.matrix_loops(SASS, 8)
+    assert first == {"multiplications": 8 * 16 * 8 * 16, "local": 1, "instructions": 4}
+    assert second == {"multiplications": 2 * 64 * 128 * 16, "local": 0, "instructions": 2}
+    assert machine_code.count(SASS, "HGMMA") == 1
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_every_variant_and_config_compiles_to_what_the_file_says():
