@@ -14,7 +14,11 @@ from tests.harness import run_ranks, tiny_config
 LAYOUTS = (
     {"parallel": {"tp": 2, "pp": 2, "sp": True}},
     {"parallel": {"pp": 2, "vpp": 2}, "model__num_query_groups": 4},
-    {"parallel": {"cp": 2, "ep": 4}, "model__experts": {"count": 4, "top_k": 2, "ffn_hidden_size": 40}},
+    {
+        "parallel": {"cp": 2, "ep": 4},
+        "train__precision": "bf16",
+        "model__experts": {"count": 4, "top_k": 2, "ffn_hidden_size": 40},
+    },
 )
 MEETS = ("collective", "send", "receive", "wait")
 
@@ -32,17 +36,13 @@ class Begins(Part):
 def what(event):
     """What an event says of communication: of experts the tokens' number is data, and so are the sizes."""
     size = () if event.op.startswith("all_to_all") else (event.shape, event.bytes)
-    return (
-        event.kind,
-        event.op,
-        event.group,
-        event.group_name,
-        event.peer,
-        event.dtype,
-        event.asynchronous,
-        event.where,
-        *size,
-    )
+    who = event.group, event.group_name, event.peer
+    return event.kind, event.op, *who, event.dtype, event.asynchronous, event.where, *size
+
+
+def communication(events):
+    """What of a step is communication of tensors. Python objects are gathered before training alone, and not rehearsed."""
+    return [what(event) for event in events if event.kind in MEETS and "all_gather_object" not in event.where]
 
 
 def record_layouts(configs):
