@@ -165,10 +165,11 @@ class RlRun:
         """
         asks = self._new_asks() if asks is None else asks
         wanted, kept = len(asks), {}  # by group
-        left_out = {"rollout/rejected": 0, "rollout/equal-groups": 0}
+        left_out, drawn = {"rollout/rejected": 0, "rollout/equal-groups": 0}, []
         for turn in range(1 + self._refills):
             rollouts = under_way if under_way is not None and not turn else self.generate(asks)
             for one in self.score(rollouts):
+                drawn.append(one.score)
                 if one.score.rejected:
                     left_out["rollout/rejected"] += 1
                 else:
@@ -181,7 +182,7 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
-        self._numbers(_means_of_parts([one.score for members in kept.values() for one in members]))
+        self._numbers(_means_of_parts(drawn))
         if self.guarding is not None:
             self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
@@ -369,7 +370,7 @@ class _NoReward:
 
 
 def _means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
-    """The mean reward of each source of a mixture, by the name that it is reported as."""
+    """The mean reward of each source of a mixture over all that was drawn, by the name that it is reported as."""
     names = dict.fromkeys(name for score in scores for name in score.parts)
     return {part_name(name): sum(score.parts[name] for score in scores) / len(scores) for name in names}
 
