@@ -7,13 +7,15 @@ run.update(experience)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from flagscale_like.config import RunConfig
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.objectives.value import ValueLoss
@@ -227,6 +229,7 @@ class RlRun:
                 if rollout is None:
                     self.generator.sleep()
                     return
+            self.run.watchdog.beat(self.progress.step, "drawing rollouts")
             assert rollout.version == version, f"drawn by weights {rollout.version}, not {version}"
             self.phases.tokens["generate"] += len(rollout.ids)
             yield rollout
@@ -251,6 +254,7 @@ class RlRun:
                 scorer.add(rollout)
             self.phases.tokens["score"] += places_of(rollout)
         with self.phases.phase("score"):
+            self.run.watchdog.beat(self.progress.step, "scoring rollouts")
             found = scorer.finish()
         return found if self.guarding is None else self.guarding.apply(self.progress.step + 1, found, self._answer)
 
@@ -296,8 +300,8 @@ class RlRun:
         value_loss = ValueLoss(options.clip.value)
         learned: list[Learned] = []
         with self.phases.phase("update"):
-            self.run.watchdog.beat(self.progress.step, "learning")
             for members in self._parts(experience, plan.step):
+                self.run.watchdog.beat(self.progress.step, "learning")
                 learned.append(self._learn(experience, members, objective))
                 if self._critic is not None and not learned[-1].stops:
                     self._critic(
@@ -333,7 +337,15 @@ class RlRun:
         self.phases.tokens["update"] += sum(places_of(experience.rollouts[number]) for number in members)
         return self._updates(batches, objective, count)
 
-    def _batches(self, experience, members, fields, engine, *, weights=None):  # noqa: ANN001, ANN202
+    def _batches(
+        self,
+        experience: Experience,
+        members: np.ndarray,
+        fields: Mapping[str, Tensor],
+        engine: Engine,
+        *,
+        weights: str | None = None,
+    ) -> tuple[Iterator[Batch], int]:
         """This rank's micro-batches of some rollouts, and how many there are: the same number on every rank."""
         rollouts = [experience.rollouts[number] for number in members]
         deal = Deal.of([places_of(rollout) for rollout in rollouts], engine.spec, engine.ctx.dp)
