@@ -194,10 +194,10 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
     changes = {
         "model__hidden_size": 8192, "model__ffn_hidden_size": 28672, "model__num_attention_heads": 64,
         "model__num_query_groups": 8, "model__num_layers": 4, "train__seq_length": 8192, "train__precision": "bf16",
-        "parallel": {"tp": 8, "sp": True}, "train__micro_batch_size": 4,
+        "parallel": {"tp": 2, "sp": True}, "train__micro_batch_size": 4,
     }  # fmt: skip
     path = write_yaml(config_of(changes, tmp_path), tmp_path / "big.yaml")
-    done = cli("rehearse", str(path), "--world-size", "8", "--cluster", "1x8xA100-40")
+    done = cli("rehearse", str(path), "--world-size", "2", "--cluster", "1x2xA100-40")
     assert done.returncode == DoesNotFitError.exit_code, done.stderr
     assert "stage 0 (rank 0) does not fit A100-40: " in done.stderr
     assert "the nearest change that fits: train." in done.stderr
