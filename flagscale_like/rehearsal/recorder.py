@@ -192,7 +192,7 @@ class Recorder(TorchDispatchMode):
                     self.memory.allocated(tensor, str(function), line, self.places.part(line), self.places.layer())
         if function in COPIES:
             self._copies(function, args, kwargs, out)
-        elif self._computes and function not in SILENT:
+        elif self._computes and function not in SILENT and function.namespace != "prim":
             self._computed(function, args, kwargs, outs)
         return out
 
@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):
         ranks, label = self._group(dist.ProcessGroup.unbox(boxed))
         op = schema.name.removeprefix("c10d::")
         source = _source(op, given)
-        asynchronous = bool(given.get("async_op", given.get("asyncOp", op in ("send", "recv_"))))
+        asynchronous = bool(given.get("async_op", True))  # the dispatcher leaves out what has its default value
         handle = self._handle()
         kind, peer = "collective", None
         if op in ("send", "recv_"):
