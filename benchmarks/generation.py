@@ -54,11 +54,8 @@ def asked(texts: int) -> tuple[list[list[int]], list[int]]:
 
 def by_engine(own: OwnEngine, prompts: Sequence[list[int]], want: Sequence[int]) -> None:
     """All texts, through one schedule: each has its own length, as a stop token would make it."""
-    texts = [own.add(Prompt(p, i), Sampling(n))[0] for i, (p, n) in enumerate(zip(prompts, want, strict=True))]
-    with own.forward.ready():
-        while own.schedule.count:
-            own.step()
-    assert [len(text.rollout.ids) for text in texts] == list(want)
+    asked = [(Prompt(p, i), Sampling(n)) for i, (p, n) in enumerate(zip(prompts, want, strict=True))]
+    assert sum(len(rollout.ids) for rollout in own.generate_each(asked)) == sum(want)
 
 
 class Enough(StoppingCriteria):

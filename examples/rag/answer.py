@@ -23,7 +23,8 @@ from flagscale_like.config import Parallel
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import UserError
-from flagscale_like.model.generate import generate
+from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.embedder import Embedder, Side, Text, settings_of, with_options
 from flagscale_like.runtime.parallel import ParallelContext, parallel_context
@@ -113,7 +114,7 @@ class Answerer:
             raise UserError(f"{folder}: names no tokenizer")
         self.words, self.count, self.limit = Tokenizer(tokenizer), max_new_tokens, source.arch.longest_sequence
         spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
-        self.model = Engine.build(spec, ctx, source=source).model
+        self.engine = OwnEngine(Engine.build(spec, ctx, source=source), rows=1)
 
     def answer(self, question: str, passages: Sequence[Passage]) -> str:
         """The answer. Of the passages, the first ones that fit the model."""
@@ -124,8 +125,9 @@ class Answerer:
                 break
         if kept < len(passages):
             print(f"{len(passages) - kept} passages do not fit the model's {self.limit} tokens", file=sys.stderr)
-        new = generate(self.model, ids, max_new_tokens=self.count, stop={self.words.eod})
-        return self.words.continuation(ids, new).strip()
+        sampling = Sampling(self.count, temperature=0, stop=(self.words.eod,))
+        (rollout,) = self.engine.generate([Prompt(ids, 0)], sampling)
+        return self.words.continuation(ids, rollout.ids).strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> list[tuple[list[Passage], str]]:

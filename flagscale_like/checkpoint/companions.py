@@ -113,7 +113,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p, top_k: see model.generate.
+        top_p, top_k: see generation.rollout.Sampling.
         stop: ids that end an answer.
         not_applied: settings that are read by nothing here, with their values.
     """

@@ -1,4 +1,4 @@
-"""`evaluate` and `generate`: commands that run a trained model."""
+"""`evaluate`: how well a trained model does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.base import Adapter, Force, app, example, open_model
 from flagscale_like.cli.embed import (
     Dimensions,
     PassageInstruction,
@@ -20,7 +20,6 @@ from flagscale_like.cli.embed import (
 from flagscale_like.errors import ConfigError, PlatformError
 
 if TYPE_CHECKING:
-    from flagscale_like.checkpoint.companions import Sampling
     from flagscale_like.cli.base import OpenedWeights
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
@@ -174,112 +173,9 @@ def _evaluate_tasks(
 
     with parallel_context(Parallel(), alone=True) as ctx:
         spec = ModelSpec(arch=source.arch, precision=precision, lora=getattr(source, "lora", None))
-        model = Engine.build(spec, ctx, source=source).model
-        results = score_tasks(model, Tokenizer(tokenizer), tasks, **options)
+        engine = Engine.build(spec, ctx, source=source)
+        results = score_tasks(engine, Tokenizer(tokenizer), tasks, **options)
     if out is not None:
         write_json(out, results)
     for line in lines_of(results):
         typer.echo(line)
-
-
-@app.command(epilog=example("flagscale-like generate --checkpoint runs/demo --prompt 'def main(' --max-new-tokens 40"))
-def generate(  # typer makes an option of every parameter
-    checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    chat: Annotated[
-        str | None,
-        typer.Option(help="A question, instead of --prompt: goes through the chat template; prints the answer."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Sampling temperature; 0 takes the most likely token. Default: the model's generation settings, or 0.",
-            min=0.0,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.", min=1e-6, max=1.0),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from so many of the most likely tokens; 0: from all.", min=0)
-    ] = None,
-    add_bos: Annotated[
-        bool | None,
-        typer.Option(
-            "--add-bos/--no-add-bos",
-            help="Begin --prompt with the token that begins a text. Default: as the tokenizer does.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
-    adapter: Adapter = None,
-    force: Force = False,
-) -> None:
-    """Print what the model of a checkpoint or of a Hugging Face folder makes of a prompt, or its answer to a question."""
-    from flagscale_like.config import Parallel
-    from flagscale_like.data.chat import ChatTokenizer
-    from flagscale_like.data.tokenizer import Tokenizer
-    from flagscale_like.engine.engine import Engine
-    from flagscale_like.model.generate import generate
-    from flagscale_like.model.spec import ModelSpec
-    from flagscale_like.runtime.parallel import parallel_context
-
-    if (prompt is None) == (chat is None):
-        raise ConfigError("give either --prompt or --chat")
-    source, found_tokenizer = open_model(checkpoint, adapter=adapter, force=force)
-    folder = tokenizer or found_tokenizer
-    if folder is None:
-        raise ConfigError("the run names no tokenizer: give --tokenizer FOLDER")
-    words = Tokenizer(folder)
-    chats = ChatTokenizer(folder) if chat is not None else None
-    text = chats.text([{"role": "user", "content": chat}], prompt=True) if chats else prompt
-    begin = [] if chats or add_bos is False else words.before_text
-    if add_bos and not begin:
-        if words.bos is None:
-            raise ConfigError(f"tokenizer {folder}: names no bos_token, which --add-bos writes")
-        begin = [words.bos]
-    ids = begin + words.encode_batch([text])[0] or [words.eod]
-    sampling = _sampling(folder, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
-    stop = {words.eod, *sampling.stop, *([chats.end] if chats else [])}
-    limit = source.arch.longest_sequence
-    if limit and len(ids) + max_new_tokens > limit:
-        raise ConfigError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
-            f"give at most {max(0, limit - len(ids))} new ones"
-        )
-    with parallel_context(Parallel(), alone=True) as ctx:
-        spec = ModelSpec(arch=source.arch, lora=getattr(source, "lora", None))
-        model = Engine.build(spec, ctx, source=source).model
-        new = generate(
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop=stop,
-            seed=seed,
-        )
-    typer.echo((prompt or "") + words.continuation(ids, new))
-
-
-def _sampling(folder: Path, given: dict[str, float | None]) -> Sampling:
-    """The folder's generation settings, and what was given in their place. Says what nobody gave on the command line."""
-    from dataclasses import replace
-
-    from flagscale_like.checkpoint.companions import Sampling
-
-    found = Sampling.of(folder)
-    chosen = replace(found, **{name: value for name, value in given.items() if value is not None})
-    if found.temperature and given["temperature"] is None:
-        typer.echo(
-            f"sampling as generation_config.json says: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k "
-            f"{chosen.top_k}; --temperature 0 takes the likeliest tokens",
-            err=True,
-        )
-    if found.not_applied:
-        names = ", ".join(f"{name} {value}" for name, value in found.not_applied.items())
-        typer.echo(f"generation_config.json also asks for {names}: not applied", err=True)
-    return chosen

@@ -81,7 +81,7 @@ def load_weights(
     for _, piece in pieces:
         try:
             source.check(piece.box)
-            if source.arch.vocab_size != vocab_size and is_vocabulary(piece.box.key.removeprefix(prefix)):
+            if source.arch.vocab_size != vocab_size and is_vocabulary(piece.box.key):
                 misfits[piece.box.key] = (
                     f"{source.folder}: {piece.box.key} is of a vocabulary of {source.arch.vocab_size}, "
                     f"the model's is of {vocab_size}"

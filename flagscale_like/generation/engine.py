@@ -100,16 +100,20 @@ class OwnEngine:
             ConfigError: a prompt is empty or leaves no room for a token, numbers are repeated, or the sampling has a number
                 that is out of its range.
         """
-        numbers = [prompt.number for prompt in prompts]
+        return self.generate_each([(prompt, sampling) for prompt in prompts])
+
+    def generate_each(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
+        """As generate(), with each prompt's own sampling."""
+        numbers = [prompt.number for prompt, _ in asked]
         if len(set(numbers)) < len(numbers):
             twice = next(number for number in numbers if numbers.count(number) > 1)
             raise ConfigError(f"two prompts have the number {twice}: it seeds their draws, give each its own")
-        for prompt in prompts:
-            self._check(prompt, sampling)
-        return self._generate(prompts, sampling)
+        for prompt, sampling in asked:
+            self.check(prompt, sampling)
+        return self._generate(asked)
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
-        texts = set(itertools.chain.from_iterable(self.add(prompt, sampling) for prompt in prompts))
+    def _generate(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
+        texts = set(itertools.chain.from_iterable(self.add(prompt, sampling) for prompt, sampling in asked))
         left = self._any_left(bool(texts))
         try:
             while left:
@@ -150,7 +154,7 @@ class OwnEngine:
         Raises:
             ConfigError: see generate().
         """
-        self._check(prompt, sampling)
+        self.check(prompt, sampling)
         return self.schedule.add(prompt, sampling, self.room, self.version)
 
     def cancel(self, texts: Iterable[Text]) -> None:
@@ -241,7 +245,12 @@ class OwnEngine:
                 return "stop"
         return "length" if text.length >= text.room else ""
 
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Refuse a prompt that cannot be gone on with, or a sampling that cannot be drawn.
+
+        Raises:
+            ConfigError: see generate().
+        """
         vocab = self.engine.spec.arch.vocab_size
         check_sampling(sampling, vocab)
         if sampling.stop_strings and self.decode is None:

@@ -21,12 +21,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flagscale_like.data.tokenizer import Tokenizer
+from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import DataError
-from flagscale_like.model.build import LanguageModel
-from flagscale_like.model.generate import generate
+from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.generation.rollout import Prompt, Sampling
 
 UNLIMITED = 4096  # tokens of a request where the model has no longest sequence
-AT_ONCE = 16  # tokens that are generated before the text is searched for the end
 
 
 class NativeModel(TemplateLM):
@@ -35,13 +35,14 @@ class NativeModel(TemplateLM):
     A text begins as the tokenizer has it (Tokenizer.before_text). A request that is too long loses its beginning.
 
     Args:
-        batch_size: requests of one length that are computed together. Nothing is padded.
+        batch_size: requests of one length that are scored together, and texts that are drawn at a time. Nothing is padded.
     """
 
-    def __init__(self, model: LanguageModel, words: Tokenizer, *, batch_size: int = 1) -> None:
+    def __init__(self, engine: Engine, words: Tokenizer, *, batch_size: int = 1) -> None:
         super().__init__()
-        self.model, self.words, self.batch_size = model.eval(), words, batch_size
-        self.max_length = model.arch.longest_sequence or UNLIMITED
+        self.model, self.words, self.batch_size = engine.model.eval(), words, batch_size
+        self.own = OwnEngine(engine, rows=batch_size, decode=words.decode)
+        self.max_length = self.model.arch.longest_sequence or UNLIMITED
         self._begin = words.decode_one(words.bos) if words.bos is not None else None
 
     @property
@@ -97,31 +98,28 @@ class NativeModel(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in requests]
+        asked = [self._asked(number, *request.args) for number, request in enumerate(requests)]
+        found = {rollout.prompt: rollout.ids for rollout in self.own.generate_each(asked)}
+        return [
+            postprocess_generated_text(
+                self.words.decode(found[number]), stop=list(sampling.stop_strings), think_end_token=None
+            )
+            for number, (_, sampling) in enumerate(asked)
+        ]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _asked(self, number: int, context: str, options: dict[str, Any]) -> tuple[Prompt, Sampling]:
         options = normalize_gen_kwargs(options)
         stop, most = handle_stop_sequences(options.get("until"), eos=None), int(options["max_gen_toks"])
         if most >= self.max_length:
             raise DataError(f"the task asks for {most} new tokens, the model takes {self.max_length} in all")
-        prompt = self.tok_encode(context)[-(self.max_length - most) :]
-        sampling = {"temperature": float(options.get("temperature", 0.0)), "top_p": float(options.get("top_p", 1.0))}
-        new: list[int] = []
-        while len(new) < most:
-            count = min(AT_ONCE, most - len(new))
-            some = generate(
-                self.model,
-                prompt + new,
-                max_new_tokens=count,
-                stop={self.words.eod},
-                seed=len(new),
-                **sampling,
-            )
-            new += some
-            text = self.words.decode(new)
-            if len(some) < count or any(word in text for word in stop if word):
-                break
-        return postprocess_generated_text(self.words.decode(new), stop=stop, think_end_token=None)
+        sampling = Sampling(
+            most,
+            temperature=float(options.get("temperature", 0.0)),
+            top_p=float(options.get("top_p", 1.0)),
+            stop=(self.words.eod,),
+            stop_strings=tuple(word for word in stop if word),
+        )
+        return Prompt(self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id], number), sampling
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def _beside(files: Any, folder: Path) -> Any:
 
 
 def score_tasks(
-    model: LanguageModel,
+    engine: Engine,
     words: Tokenizer,
     tasks: Sequence[str],
     *,
@@ -185,7 +183,7 @@ def score_tasks(
     chosen = [*named, *(read_task(Path(task)) for task in tasks if task not in named)]
     try:
         found = simple_evaluate(
-            NativeModel(model, words, batch_size=batch_size),
+            NativeModel(engine, words, batch_size=batch_size),
             tasks=chosen,
             num_fewshot=shots,
             limit=limit,

@@ -13,7 +13,8 @@ from flagscale_like.config import Parallel
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES, read_config
-from flagscale_like.model.generate import generate
+from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from tests.families import tiny
@@ -98,17 +99,15 @@ def test_logits_equal_transformers_in_and_out(folders, tmp_path):
 def continuation(folder, prompt, count):
     with parallel_context(Parallel()) as ctx:
         source = HfFolder(folder)
-        model = Engine.build(ModelSpec(arch=source.arch, seq_length=32), ctx, source=source).model
-        return generate(model, prompt, max_new_tokens=count)
+        own = OwnEngine(Engine.build(ModelSpec(arch=source.arch, seq_length=32), ctx, source=source))
+        return next(own.generate([Prompt(prompt, 0)], Sampling(count, temperature=0))).ids
 
 
-def test_generation_with_dynamic_scaling_is_that_of_transformers_without_a_cache(folders):
+def test_generation_with_dynamic_scaling_is_that_of_transformers(folders):
     prompt, count = tiny.ids()[0, :12].tolist(), 18  # from 12 tokens to 30: the scaling starts at 17
     (ours,) = run_ranks(1, continuation, folders["dynamic"], prompt, count)
     model = transformers.AutoModelForCausalLM.from_pretrained(folders["dynamic"], dtype=torch.float32)
-    theirs = model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, use_cache=False, eos_token_id=None
-    )
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
     assert ours == theirs[0, len(prompt) :].tolist()
 
 
