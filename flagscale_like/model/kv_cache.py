@@ -242,12 +242,10 @@ def _prompt(core: CoreAttention, part: PromptPart, queries: Sequence[Tensor], st
     end = part.start + part.count
     *keys, values = (held[part.row : part.row + 1, :, :end] for held in stored)  # [1, g, end, d]
     queries = [q[part.at : part.at + part.count].transpose(0, 1)[None] for q in queries]  # [1, n, count, d]
-    options = {"softmax_scale": core.softmax_scale, "layout": "bnsd", "backend": core.backend}
+    options = {"causal": True, "softmax_scale": core.softmax_scale, "layout": "bnsd", "backend": core.backend}
     if len(keys) == 1:
         slopes = core.head_slopes if core.head_slopes is None else core.head_slopes.to(values.device)
-        out = flash_attention(
-            queries[0], keys[0], values, causal=True, alibi_slopes=slopes, window=core.window, **options
-        )
+        out = flash_attention(queries[0], keys[0], values, alibi_slopes=slopes, window=core.window, **options)
     else:
         near, far = zip(queries, keys, strict=True)
         out = piecewise_attention(*near, *far, values, core.position.threshold, **options)
