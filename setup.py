@@ -1,4 +1,4 @@
-"""Packaging metadata. Two packages: `flagscale_like` and the stand-alone `flagscale_kernels`."""
+"""Packaging metadata: `flagscale_like`, and `flagscale_kernels`, which kernels/pyproject.toml builds by itself."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["flagscale_like", "flagscale_like.*"]), "flagscale_kernels"],
+    packages=[
+        *find_packages(include=["flagscale_like", "flagscale_like.*"]),
+        *find_packages("kernels", include=["flagscale_kernels", "flagscale_kernels.*"]),
+    ],
     package_dir={"flagscale_kernels": "kernels/flagscale_kernels"},
     package_data={
         "flagscale_like": ["py.typed", "training/report.html"],

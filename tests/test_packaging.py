@@ -60,6 +60,46 @@ def test_the_wheel_of_the_sdist_holds_every_file_of_both_packages(built):
     assert {"README.md", "LICENSE", "setup.py", "pyproject.toml"} <= set(in_sdist)
 
 
+def test_the_kernels_are_a_package_by_itself_and_need_torch_and_triton_only(tmp_path):
+    """Its own wheel runs an operator, Triton's interpreter included, in a process that sees nothing else of the project."""
+    shutil.copytree(REPOSITORY / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+    run([*pip, "--target", str(tmp_path / "installed"), str(tmp_path / "kernels")], tmp_path)
+    kept = {
+        str(path.relative_to(REPOSITORY / "kernels"))
+        for path in (REPOSITORY / "kernels" / "flagscale_kernels").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    (metadata,) = (tmp_path / "installed").glob("*.dist-info/METADATA")
+    installed = {
+        str(path.relative_to(tmp_path / "installed"))
+        for path in (tmp_path / "installed" / "flagscale_kernels").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert installed == kept
+    needed = re.findall(r"^Requires-Dist: (.*)$", metadata.read_text(), re.MULTILINE)
+    ours = (REPOSITORY / "setup.py").read_text()
+    for package in ("torch", "triton"):  # the versions of the whole project's package
+        (line,) = (requirement for requirement in needed if re.match(rf"{package}\b", requirement))
+        wanted = re.search(rf'"{package}(>=[\d.]+),(<[\d.]+)', ours)
+        assert all(bound in line for bound in wanted.groups())
+    assert len(needed) == 2
+    (version,) = re.findall(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE)
+    assert f'VERSION = "{version}"' in ours
+    code = """
+import sys, torch, flagscale_kernels as fk
+from flagscale_kernels.compat.flash_attn import flash_attn_func
+x = torch.randn(3, 16)
+torch.testing.assert_close(fk.rms_norm(x, x[0], backend="triton"), fk.rms_norm_reference(x, x[0]))
+flash_attn_func(*(torch.randn(1, 5, 2, 16) for _ in range(3)), causal=True)
+assert not {"megatron", "transformers", "flagscale_like"} & set(sys.modules)
+print(fk.__file__)
+"""
+    here = {"PYTHONPATH": str(tmp_path / "installed"), "TRITON_INTERPRET": "1"}
+    where = run([sys.executable, "-c", code], tmp_path, **here)
+    assert Path(where.strip()).is_relative_to(tmp_path / "installed")
+
+
 def test_a_run_starts_from_the_unpacked_wheel_in_an_empty_folder(built, tmp_path):
     with zipfile.ZipFile(built[0]) as archive:
         archive.extractall(tmp_path / "installed")

@@ -437,7 +437,7 @@ def _check_fragments(file: TensorFile, fragments: list[Fragment], forms: list[Fo
 
 def is_vocabulary(key: str) -> bool:
     """Whether a tensor's rows are the vocabulary's, padded as the layout needs it."""
-    return key in (EMBEDDING_NAME, OUTPUT_NAME)
+    return key.rpartition("/")[2] in (EMBEDDING_NAME, OUTPUT_NAME)
 
 
 class Shapes(Protocol):

@@ -276,8 +276,8 @@ class CheckpointStore:
         Args:
             at_most: the newest up to this step; where there is none, the oldest after it.
         """
-        names = [p.name for p in step_folders(self.root)] if self.ctx.is_main else None
-        folders = [self.root / name for name in self.ctx.broadcast(names)]  # type: ignore[attr-defined]
+        names = self.ctx.from_main(lambda: [p.name for p in step_folders(self.root)])
+        folders = [self.root / name for name in names]
         if at_most is not None:
             early = [folder for folder in folders if step_of(folder) <= at_most]
             folders = [*early, *reversed(folders[: len(folders) - len(early)])]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 # Each module adds its commands to the application; --help lists them in this order.
 # isort: off
-from flagscale_like.cli import init, train, report, plan, bench, data, groups, convert, model, generate  # noqa: F401
-from flagscale_like.cli import serve, embed, score, ckpt, doctor  # noqa: F401
+from flagscale_like.cli import init, train, report, plan, rehearse, bench, data, groups, convert, model  # noqa: F401
+from flagscale_like.cli import generate, serve, embed, score, ckpt, doctor  # noqa: F401
 
 # isort: on
 from flagscale_like.cli.base import app

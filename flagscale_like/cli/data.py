@@ -295,6 +295,31 @@ def pairs(  # typer makes an option of every parameter
     typer.echo(f"wrote {out}.bin, .idx, .mask.bin, .mask.idx, .chat.json, .pairs.npy, .documents.parquet, .report.json")
 
 
+@data_app.command(
+    "judge", epilog=example("flagscale-like data judge answers.jsonl --judge judge.yaml --out pairs.jsonl")
+)
+def judge(
+    answers: Annotated[
+        Path, typer.Argument(help="JSON lines with prompt (a text or messages), first and second (two answers).")
+    ],
+    judge: Annotated[
+        Path, typer.Option(help="YAML file with the keys of rl.reward: a judge, a function, a command, or a mixture.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write: the decided pairs, as `data pairs` reads them.")],
+) -> None:
+    """Have pairs of answers judged: a judge is asked in both orders, another reward by the higher score. Ties are left out.
+
+    Interrupted, the same command goes on with the pairs that are not judged.
+    """
+    from flagscale_like.config import Parallel
+    from flagscale_like.recipes.judge import judge_file, read_reward
+    from flagscale_like.runtime.parallel import parallel_context
+
+    options = read_reward(judge)
+    with parallel_context(Parallel(), alone=True) as ctx:
+        judge_file(answers, options, out, ctx, typer.echo)
+
+
 def _chat_template(tokenizer: Path, template: Path | None, long: str, length: int | None) -> str:
     """The chat template of `data chat` and `data pairs`, from its file or the tokenizer's folder."""
     from flagscale_like.data.chat import read_template, read_template_file

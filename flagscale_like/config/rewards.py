@@ -143,6 +143,10 @@ class Mixture(Frozen):
         names = [source.name for source in self.sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"sources have the name {twice[0]!r} twice: give each a name of its own")
+        if taken := sorted({"mean", "deviation"} & set(names)):
+            raise ValueError(
+                f"a source has the name {taken[0]!r}, which the log has for the whole reward: choose another"
+            )
         return self
 
 

@@ -81,7 +81,7 @@ def load_weights(
     for _, piece in pieces:
         try:
             source.check(piece.box)
-            if source.arch.vocab_size != vocab_size and is_vocabulary(piece.box.key.removeprefix(prefix)):
+            if source.arch.vocab_size != vocab_size and is_vocabulary(piece.box.key):
                 misfits[piece.box.key] = (
                     f"{source.folder}: {piece.box.key} is of a vocabulary of {source.arch.vocab_size}, "
                     f"the model's is of {vocab_size}"
@@ -106,10 +106,7 @@ def load_weights(
 
 def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
     """What a checkpoint of adapters records of the weights that they belong to. Rank 0 reads what there is to read."""
-    record = None
-    if ctx.is_main:
-        record = source.record if isinstance(source, AdaptedWeights) else identify(source)
-    return ctx.broadcast(record)
+    return ctx.from_main(lambda: source.record if isinstance(source, AdaptedWeights) else identify(source))
 
 
 def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> None:

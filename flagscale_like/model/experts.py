@@ -49,15 +49,8 @@ class Router(TopKRouter):
         expert_bias: fp32 [experts] or None, also in bf16 models. No gradient changes it: see update_bias().
     """
 
-    def __init__(
-        self,
-        *,
-        experts: Experts,
-        rows: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(self, *, experts: Experts, rows: int, **options: Any) -> None:
+        super().__init__(**options)  # what megatron-core's layer gives its router differs by version
         self.experts, self.rows = experts, rows
         device = self.weight.device
         self.expert_bias = None

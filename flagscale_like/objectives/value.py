@@ -28,8 +28,10 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float | Non
     plain = (values - returns).square()
     if clip is None:
         return 0.5 * plain, torch.zeros_like(plain)
-    bounded = (old + (values - old).clamp(-clip, clip) - returns).square()
-    return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(plain.dtype)
+    moved = values - old
+    bounded = (old + moved.clamp(-clip, clip) - returns).square()
+    decided = (bounded > plain) & (moved.abs() > clip)  # within the bound they differ by rounding alone
+    return 0.5 * torch.maximum(plain, bounded), decided.to(plain.dtype)
 
 
 class ValueLoss:

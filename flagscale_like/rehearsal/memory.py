@@ -17,6 +17,7 @@ class Allocation:
         born, died: ticks, which every allocation and every freeing advances by 1; died is None while it lives.
         op, where, part: the operator that made it, the line that called it, and the part of the step; see record.Event.
         layer: number of the layer that made it; 0 outside the layers.
+        layer_ended: the tick at which that layer, or part of the step, ended.
         component: weights, gradients, optimizer, buffers; empty for what a step makes.
     """
 
@@ -28,6 +29,11 @@ class Allocation:
     layer: int = 0
     died: int | None = None
     component: str = ""
+    layer_ended: int | None = None
+
+    def outlived(self, died: int) -> bool:
+        """Whether it lived, until `died`, longer than the layer, or the part of the step, that made it."""
+        return self.layer_ended is not None and died > self.layer_ended
 
 
 class Memory:
@@ -44,6 +50,8 @@ class Memory:
         self.live = self.peak = 0
         self.peak_tick = self.tick = 0
         self.steps: list[int] = []
+        self._now: list[Allocation] = []  # what the part that runs has made
+        self._part = ""
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
 
     def is_new(self, tensor: Tensor) -> bool:
@@ -53,7 +61,10 @@ class Memory:
     def allocated(self, tensor: Tensor, op: str, where: str, part: str, layer: int) -> None:
         """An operator made memory."""
         storage = tensor.untyped_storage()
+        if part != self._part:
+            self._part_ends(part)
         found = Allocation(storage.nbytes(), self.tick, op, where, part, layer)
+        self._now.append(found)
         self.tick += 1
         self.allocations.append(found)
         self.live += found.nbytes
@@ -67,6 +78,11 @@ class Memory:
         found.died = self.tick
         self.tick += 1
         self.live -= found.nbytes
+
+    def _part_ends(self, following: str) -> None:
+        for found in self._now:
+            found.layer_ended = self.tick
+        self._now, self._part = [], following
 
     def begin_step(self) -> None:
         """Another step begins."""

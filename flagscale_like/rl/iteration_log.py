@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale_like.config import ReinforcementLearning, RunConfig
+from flagscale_like.config.rewards import Mixture
 from flagscale_like.objectives.policy import KL_REFERENCE, SUMS, PolicyLoss
 from flagscale_like.rl.guard import OUTSIDE
 from flagscale_like.rl.phases import PHASES
@@ -33,6 +34,8 @@ def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
         names = [name for name in names if not name.startswith("kl/")]
     elif options.kl.into == "loss":
         names.append(KL_REFERENCE)
+    if isinstance(options.reward, Mixture):
+        names += [part_name(source.name) for source in options.reward.sources]
     if options.outside.action != "off":
         names += OUTSIDE
     if options.has_critic:
@@ -40,6 +43,11 @@ def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
     names += [f"time/{phase}_s" for phase in PHASES] + [f"tokens-per-second/{phase}" for phase in PHASES]
     first = [name for name in SHOWN if name in names]
     return tuple(first + [name for name in names if name not in first])
+
+
+def part_name(source: str) -> str:
+    """What the mean reward of a source of a mixture is reported as."""
+    return f"reward/{source}"
 
 
 class IterationLog(StepLog):
@@ -59,13 +67,13 @@ class IterationLog(StepLog):
 
     def _means(self, step: Step) -> dict[str, float]:
         noted, self._noted = self._noted, {}
-        return {name: noted.get(name, 0.0) for name in self.names}
+        return noted
 
     def _speed(self, step: Step, seconds: float) -> dict[str, float]:
-        drawn = self._sums["rollout/length"] * step.plan.batch_size / max(1, self._steps)
-        return {"tokens-per-second": drawn / seconds}
+        lengths = self._sums["rollout/length"] / max(1, self._counts["rollout/length"])
+        return {"tokens-per-second": lengths * step.plan.batch_size / seconds}
 
     def _work(self, record: Mapping[str, Any]) -> list[str]:
-        shares = [record[f"time/{phase}_s"] for phase in PHASES]
+        shares = [record.get(f"time/{phase}_s", 0.0) for phase in PHASES]
         whole = math.fsum(shares) or 1.0
         return [f"{phase} {share / whole:.0%}" for phase, share in zip(PHASES, shares, strict=True)]

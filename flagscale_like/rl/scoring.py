@@ -64,8 +64,8 @@ class Scorer:
     """Scores the rollouts of one call of the generation engine.
 
     `add` takes each as it ends. Once they fill the rows of a pass, the reference scores them, between two tokens of the
-    others; and a reward that runs outside of the ranks is asked in a thread, once all rollouts of a prompt are there. `finish` scores
-    the rest, and asks the models that need all ranks at once, or the policy's place.
+    others; and a reward that runs outside of the ranks is asked in a thread, once all rollouts of a prompt are there.
+    `finish` scores the rest, and asks the models that need all ranks at once, or the policy's place.
 
     Args:
         answer_of: the reward's view of a rollout.

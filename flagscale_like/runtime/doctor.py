@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from flagscale_like.errors import PlatformError
+from flagscale_like.runtime import megatron_versions
 
 if TYPE_CHECKING:
     from flagscale_like.runtime.platforms import Platform, Surveyed
@@ -70,6 +71,8 @@ def examine() -> list[Finding]:
 
 def _package(name: str) -> Finding:
     try:
+        if name == "megatron-core":
+            return Finding(name, "ok", megatron_versions.note())
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:
         if name == "triton":

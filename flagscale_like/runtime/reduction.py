@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flagscale_like.runtime.parallel import ParallelContext
@@ -32,9 +31,8 @@ class NamedSum:
         device = self.ctx.platform.device
         flat = _flat(values, device)
         self._check({name: len(tensor) for name, tensor in flat.items()})
-        packed = torch.cat(list(flat.values()))
-        dist.all_reduce(packed)
-        numbers, sums = iter(packed.tolist()), {}
+        names = [name for name, tensor in flat.items() for _ in range(len(tensor))]
+        numbers, sums = iter(self.ctx.add_up(torch.cat(list(flat.values())), names)), {}
         for name, tensor in flat.items():
             taken = [next(numbers) for _ in range(len(tensor))]
             sums[name] = taken if _is_vector(values[name]) else taken[0]

@@ -94,7 +94,7 @@ def reference_of(
     }
     if not step:
         wanted["weights"] = {"kind": "drawn", "seed": config.train.seed} if weights is None else dict(weights)
-    exists = ctx.broadcast(path.is_file() if ctx.is_main else None)
+    exists = ctx.from_main(path.is_file)
     if not exists and step and config.lora is None:
         raise CheckpointError(
             f"{path}: is missing, and the weights of step {step} are no longer the reference's: restore the file, or begin a "

@@ -75,7 +75,7 @@ def usage_folders(config: RunConfig, reader: CheckpointReader | None, source: We
 
 def identify_once(base: Base, ctx: ParallelContext) -> dict:
     """identify(), whose reading rank 0 does for all."""
-    return ctx.broadcast(identify(base) if ctx.is_main else None)
+    return ctx.from_main(lambda: identify(base))
 
 
 def _check_options(adapters: CheckpointReader, wanted: Lora) -> None:

@@ -3,6 +3,7 @@
 from flagscale_kernels._checks import stand_for_cuda
 from flagscale_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from flagscale_kernels.flash_attention import attention_reference, flash_attention, flash_attention_backward
+from flagscale_kernels.geglu import geglu, geglu_reference
 from flagscale_kernels.layer_norm import layer_norm, layer_norm_reference
 from flagscale_kernels.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy_reference
 from flagscale_kernels.piecewise_attention import piecewise_attention, piecewise_attention_backward, piecewise_reference
@@ -29,6 +30,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "fused_linear_cross_entropy",
+    "geglu",
+    "geglu_reference",
     "layer_norm",
     "layer_norm_reference",
     "linear_cross_entropy_reference",

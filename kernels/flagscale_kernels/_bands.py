@@ -8,184 +8,108 @@ with P = exp(s - lse), dP = dO V^T and delta_i = sum_d o_id do_id - dlse_i:
 
     dS = P (dP - delta)      dV = P^T dO      dQ = scale dS K      dK = scale dS^T Q
 
-exp is computed as exp2; `qk_scale` is scale * log2(e). The caller divides ALiBi slopes by the scale. Tiles that lie
-inside the band need no mask. The loops over the few tiles at its edges have their own pipeline depth, EDGE, because the
-depth of the main loop would spill registers there. Token offsets are 64-bit: a [s, b, n, d] tensor with a long sequence
-has more than 2^31 elements.
+With a cap c (Gemma 2, arXiv:2408.00118), s is c tanh(scale q . k / c) instead, and dS gets the factor 1 - tanh^2.
+
+exp is computed as exp2. Over keys (forward and dQ), tiles that lie inside the band need no mask. The loops over the few
+tiles at its edges have their own pipeline depth, EDGE; a depth of 1 next to a deeper main loop makes ptxas serialise all
+products on sm_90. Over queries (dK and dV) the same holds, or with an EDGE of 0 all tiles are masked if there is a band: one
+loop has fewer registers and half the code, and a third more instructions for a tile.
 """
 
+from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores, store_rows
 from flagscale_kernels._triton import tl, triton
-
-
-@triton.jit
-def program(length, tile: tl.constexpr, heads):
-    """(tile, head, batch entry) of this program. The grid has one dimension, as the others hold at most 65,535."""
-    tiles = (length + tile - 1) // tile
-    index = tl.program_id(0)
-    rest = index // tiles
-    return index % tiles, tl.cast(rest % heads, tl.int64), tl.cast(rest // heads, tl.int64)
-
-
-@triton.jit
-def load_rows(base, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """Load [ROWS, BD] from row `first`, with zeros in columns from D on and, if MASKED, in rows from `count` on."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BD)
-    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    if MASKED:
-        if D == BD:
-            x = tl.load(pointers, mask=(first + rows < count)[:, None], other=0.0)
-        else:
-            x = tl.load(pointers, mask=(first + rows < count)[:, None] & (cols < D)[None, :], other=0.0)
-    elif D == BD:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
-    return x
-
-
-@triton.jit
-def store_rows(base, first, count, stride, x, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Store x [ROWS, BD] from row `first` on, without rows from `count` on and columns from D on."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BD)
-    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    mask = (first + rows < count)[:, None] & (cols < D)[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _inside(distance, n, seq_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether each pair is in the band; `distance` is p - j, negative for a key after the query."""
-    ok = n < seq_k
-    if HAS_LEFT:
-        ok = ok & (distance <= left)
-    if HAS_RIGHT:
-        ok = ok & (distance >= -right)
-    return ok
-
 
 # ------------------------------------------------------------------------------------------ forward and dQ: over keys
 
 
 @triton.jit
-def _key_range(
-    first_pos, last_pos, seq_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BN: tl.constexpr
-):
+def _key_range(first_pos, last_pos, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, BN: tl.constexpr):
     """[lo, hi) holds every key that a row of first_pos .. last_pos sees; [full_lo, full_hi) keys that all of them see."""
     lo = 0
     full_lo = 0
-    hi = seq_k
-    full_hi = seq_k
-    if HAS_LEFT:
-        lo = tl.maximum(first_pos - left, 0) // BN * BN
-        full_lo = (tl.maximum(last_pos - left, 0) + BN - 1) // BN * BN
-    if HAS_RIGHT:
-        hi = tl.minimum(seq_k, last_pos + right + 1)
-        full_hi = tl.minimum(seq_k, tl.maximum(first_pos + right + 1, 0))
+    hi = terms.seq_k
+    full_hi = terms.seq_k
+    if LEFT:
+        lo = tl.maximum(first_pos - terms.left, 0) // BN * BN
+        full_lo = (tl.maximum(last_pos - terms.left, 0) + BN - 1) // BN * BN
+    if RIGHT:
+        hi = tl.minimum(terms.seq_k, last_pos + terms.right + 1)
+        full_hi = tl.minimum(terms.seq_k, tl.maximum(first_pos + terms.right + 1, 0))
     full_hi = tl.maximum(full_hi // BN * BN, full_lo)
     return lo, full_lo, full_hi, hi
 
 
 @triton.jit
 def _attend_tile(
-    acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    acc, l, m, q, K, V, n, positions, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    FORM: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    k = load_rows(K, n, seq_k, k_stride, D, BN, BD, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED or HAS_ALIBI:
-        keys = n + tl.arange(0, BN)[None, :]
-        distance = pos[:, None] - keys
-        if HAS_ALIBI:
-            s -= slope * tl.abs(distance).to(tl.float32)
-        if MASKED:
-            s = tl.where(_inside(distance, keys, seq_k, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-    new_m = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    k = load_rows(K, n, terms.seq_k, FORM.d, FORM.d_a, FORM.d_b, BN, MASKED, DESCRIPTORS)
+    keys = n + tl.arange(0, BN)[None, :]
+    s, _ = scores(q, k, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)
+    new_m = tl.maximum(m, tl.max(s, 1) * terms.to_log2)
     # A masked row may have seen no key yet.
     safe_m = tl.where(new_m == float("-inf"), 0.0, new_m) if MASKED else new_m
-    p = tl.exp2(s * qk_scale - safe_m[:, None])
+    p = tl.exp2(s * terms.to_log2 - safe_m[:, None])
     alpha = tl.exp2(m - safe_m)
     l = l * alpha + tl.sum(p, 1)
-    v = load_rows(V, n, seq_k, v_stride, D, BN, BD, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, l, new_m
+    v = load_rows(V, n, terms.seq_k, FORM.v, FORM.v_a, FORM.v_b, BN, MASKED, DESCRIPTORS)
+    a = acc[0] * alpha[:, None]
+    b = a
+    if FORM.v_b > 0:
+        b = acc[1] * alpha[:, None]
+    acc = (a, b)
+    return add_product(acc, p.to(v[0].dtype), v, FORM.v_b, FORM.precision), l, new_m
 
 
 @triton.jit
 def attend_band(
-    acc, l, m, q, K, V, k_stride, v_stride, pos, first_pos, last_pos, seq_k, qk_scale, slope, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    acc, l, m, q, K, V, positions, first_pos, last_pos, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    FORM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Update (acc, l, m) of a tile of queries with the keys of its band."""
-    lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
-    if HAS_LEFT:
+    lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, terms, LEFT, RIGHT, BN)
+    if LEFT:
         for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
-            acc, l, m = _attend_tile(
-                acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
-            )  # fmt: skip
+            acc, l, m = _attend_tile(acc, l, m, q, K, V, n, positions, terms, LEFT, RIGHT, True, FORM, BN, DESCRIPTORS)
     for n in range(full_lo, full_hi, BN):
-        acc, l, m = _attend_tile(
-            acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
-        )  # fmt: skip
+        acc, l, m = _attend_tile(acc, l, m, q, K, V, n, positions, terms, LEFT, RIGHT, False, FORM, BN, DESCRIPTORS)
     for n in tl.range(full_hi, hi, BN, num_stages=EDGE):
-        acc, l, m = _attend_tile(
-            acc, l, m, q, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
-        )  # fmt: skip
+        acc, l, m = _attend_tile(acc, l, m, q, K, V, n, positions, terms, LEFT, RIGHT, True, FORM, BN, DESCRIPTORS)
     return acc, l, m
 
 
 @triton.jit
 def _dq_tile(
-    dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, lse, delta, K, V, n, positions, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    FORM: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    k = load_rows(K, n, seq_k, k_stride, D, BN, BD, MASKED)
-    v = load_rows(V, n, seq_k, v_stride, D, BN, BD, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED or HAS_ALIBI:
-        keys = n + tl.arange(0, BN)[None, :]
-        distance = pos[:, None] - keys
-        if HAS_ALIBI:
-            s -= slope * tl.abs(distance).to(tl.float32)
-        if MASKED:
-            s = tl.where(_inside(distance, keys, seq_k, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-    p = tl.exp2(s * qk_scale - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    k = load_rows(K, n, terms.seq_k, FORM.d, FORM.d_a, FORM.d_b, BN, MASKED, DESCRIPTORS)
+    v = load_rows(V, n, terms.seq_k, FORM.v, FORM.v_a, FORM.v_b, BN, MASKED, DESCRIPTORS)
+    keys = n + tl.arange(0, BN)[None, :]
+    s, slope = scores(q, k, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)
+    p = tl.exp2(s * terms.to_log2 - lse[:, None])
+    dp = product(do, v, FORM.v_b, FORM.precision)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if FORM.cap:
+        ds *= slope
+    return add_product(dq, ds.to(k[0].dtype), k, FORM.d_b, FORM.precision)
 
 
 @triton.jit
 def dq_band(
-    dq, q, do, lse, delta, K, V, k_stride, v_stride, pos, first_pos, last_pos, seq_k, qk_scale, slope, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    dq, q, do, lse, delta, K, V, positions, first_pos, last_pos, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    FORM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add dS K over the band to dq; the caller multiplies by the softmax scale. lse is in base 2, +inf for an empty row."""
-    lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, seq_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
-    if HAS_LEFT:
+    lo, full_lo, full_hi, hi = _key_range(first_pos, last_pos, terms, LEFT, RIGHT, BN)
+    if LEFT:
         for n in tl.range(lo, tl.minimum(full_lo, hi), BN, num_stages=EDGE):
-            dq = _dq_tile(
-                dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
-            )  # fmt: skip
+            dq = _dq_tile(dq, q, do, lse, delta, K, V, n, positions, terms, LEFT, RIGHT, True, FORM, BN, DESCRIPTORS)
     for n in range(full_lo, full_hi, BN):
-        dq = _dq_tile(
-            dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, False, D, BN, BD, PRECISION,
-        )  # fmt: skip
+        dq = _dq_tile(dq, q, do, lse, delta, K, V, n, positions, terms, LEFT, RIGHT, False, FORM, BN, DESCRIPTORS)
     for n in tl.range(full_hi, hi, BN, num_stages=EDGE):
-        dq = _dq_tile(
-            dq, q, do, lse, delta, K, V, k_stride, v_stride, n, pos, seq_k, qk_scale, slope, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_ALIBI, True, D, BN, BD, PRECISION,
-        )  # fmt: skip
+        dq = _dq_tile(dq, q, do, lse, delta, K, V, n, positions, terms, LEFT, RIGHT, True, FORM, BN, DESCRIPTORS)
     return dq
 
 
@@ -194,113 +118,114 @@ def dq_band(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, Q, DO, LSE, DELTA, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, m, keys, terms,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
     rows = m + tl.arange(0, BM)
-    # Rows beyond seq_q need no band mask: their lse is +inf, so p is 0.
-    q = load_rows(Q, m, seq_q, q_stride, D, BM, BD, True)
-    lse = tl.load(LSE + rows, mask=rows < seq_q, other=float("inf"))
-    delta = tl.load(DELTA + rows, mask=rows < seq_q, other=0.0)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-    if MASKED or HAS_ALIBI:
-        distance = (rows + offset)[None, :] - keys[:, None]
-        if HAS_ALIBI:
-            s -= slope * tl.abs(distance).to(tl.float32)
-        if MASKED:
-            ok = _inside(distance, keys[:, None], seq_k, left, right, HAS_LEFT, HAS_RIGHT)
-            s = tl.where(ok, s, float("-inf"))
-    p = tl.exp2(s * qk_scale - lse[None, :])
-    do = load_rows(DO, m, seq_q, do_stride, D, BM, BD, True)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    # Rows beyond seq_q need no mask: their lse is +inf, so p is 0.
+    q = load_rows(Q, m, terms.seq_q, FORM.d, FORM.d_a, FORM.d_b, BM, True, DESCRIPTORS)
+    lse = tl.load(LSE + rows, mask=rows < terms.seq_q, other=float("inf"))
+    delta = tl.load(DELTA + rows, mask=rows < terms.seq_q, other=0.0)
+    positions = (rows + (terms.seq_k - terms.seq_q))[None, :]
+    s, slope = scores(k, q, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)  # [BN, BM]
+    p = tl.exp2(s * terms.to_log2 - lse[None, :])
+    do = load_rows(DO, m, terms.seq_q, FORM.v, FORM.v_a, FORM.v_b, BM, True, DESCRIPTORS)
+    dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM.precision)
+    dp = product(v, do, FORM.v_b, FORM.precision)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if FORM.cap:
+        ds *= slope
+    ds = ds.to(q[0].dtype)
+    dk = add_product(dk, ds, q, FORM.d_b, FORM.precision)
+    if ADD_DQ:
+        a = tl.dot(tl.trans(ds), k[0], input_precision=FORM.precision)
+        b = a
+        if FORM.d_b > 0:
+            b = tl.dot(tl.trans(ds), k[1], input_precision=FORM.precision)
+        store_rows(DQ, m, terms.seq_q, (a, b), 1.0, FORM.d, FORM.d_a, FORM.d_b, BM, True)
     return dk, dv
 
 
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
-    lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+    lo, hi, first_head, group, keys, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
     """Process query tiles [lo, hi) of every query head of the group in one loop: two nested loops need more registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
-    for i in range(0, tiles * group):
+    for i in tl.range(0, tiles * group, num_stages=STAGES):
         head = tl.cast(first_head + i // tiles, tl.int64)
         m = lo + (i % tiles) * BM
         slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(SLOPES + head).to(tl.float32) * inverse_scale
+        if FORM.alibi:
+            slope = tl.load(SLOPES + head).to(tl.float32) * terms.slope
+        head_terms = Terms(
+            terms.seq_q, terms.seq_k, terms.left, terms.right, slope, terms.to_cap, terms.from_cap, terms.to_log2
+        )
+        q_rows = of_head(Q, head, q_head_stride, DESCRIPTORS)
+        do_rows = of_head(DO, head, do_head_stride, DESCRIPTORS)
+        dq_rows = of_head(DQ, head, dq_head_stride, False)
         dk, dv = _dkdv_tile(
-            dk, dv, k, v, Q + head * q_head_stride, DO + head * do_head_stride, LSE + head * lse_head_stride,
-            DELTA + head * lse_head_stride, q_stride, do_stride, m, keys, offset, seq_q, seq_k, qk_scale, slope,
-            left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, MASKED, D, BM, BD, PRECISION,
+            dk, dv, k, v, q_rows, do_rows, dq_rows, LSE + head * lse_head_stride, DELTA + head * lse_head_stride,
+            m, keys, head_terms, LEFT, RIGHT, MASKED, FORM, BM, DESCRIPTORS, ADD_DQ,
         )  # fmt: skip
     return dk, dv
 
 
 @triton.jit
 def dkdv_band(
-    dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride, lse_head_stride,
-    first_head, group, first_key, offset, seq_q, seq_k, qk_scale, inverse_scale, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+    first_head, group, first_key, terms,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
 
-    `offset` is seq_k - seq_q: query m has position m + offset.
+    ADD_DQ: also add dS K, without the softmax scale, to DQ in memory, in fp32 and in the order in which programs come to it.
+    terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
     """
-    keys = first_key + tl.arange(0, BN)
-    last_key = tl.minimum(first_key + BN, seq_k) - 1
+    keys = (first_key + tl.arange(0, BN))[:, None]
+    offset = terms.seq_k - terms.seq_q  # query m has position m + offset
+    last_key = tl.minimum(first_key + BN, terms.seq_k) - 1
     lo = 0
-    hi = seq_q
-    if HAS_RIGHT:  # query m sees the key if m + offset + right >= key
-        lo = tl.maximum(first_key - right - offset, 0) // BM * BM
-    if HAS_LEFT:  # and if m + offset - left <= key
-        hi = tl.minimum(seq_q, last_key + left - offset + 1)
-    dk, dv = _dkdv_tiles(
-        dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, q_head_stride, q_stride, do_head_stride, do_stride,
-        lse_head_stride, lo, hi, first_head, group, keys, offset, seq_q, seq_k, qk_scale,
-        inverse_scale, left, right, HAS_LEFT, HAS_RIGHT, HAS_ALIBI, HAS_LEFT or HAS_RIGHT, D, BM, BD, PRECISION,
-    )  # fmt: skip
+    full_lo = 0
+    hi = terms.seq_q
+    full_hi = terms.seq_q
+    if RIGHT:  # query m sees the key if m + offset + right >= key
+        lo = tl.maximum(first_key - terms.right - offset, 0) // BM * BM
+        full_lo = (tl.maximum(last_key - terms.right - offset, 0) + BM - 1) // BM * BM
+    if LEFT:  # and if m + offset - left <= key
+        hi = tl.minimum(terms.seq_q, last_key + terms.left - offset + 1)
+        full_hi = tl.minimum(terms.seq_q, tl.maximum(first_key + terms.left - offset + 1, 0)) // BM * BM
+    if (
+        ADD_DQ
+    ):  # dQ sums over the keys, so that those beyond seq_k must be masked; rows of dK and dV are not stored there
+        full_lo = tl.where(first_key + BN > terms.seq_k, tl.maximum(hi, full_lo), full_lo)
+    if EDGE == 0:
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+            lo, hi, first_head, group, keys, terms, LEFT, RIGHT, LEFT or RIGHT or ADD_DQ,
+            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+        )  # fmt: skip
+    else:
+        full_hi = tl.maximum(full_hi, full_lo)
+        if RIGHT or ADD_DQ:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
+                lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+            )  # fmt: skip
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+            full_lo, tl.minimum(full_hi, hi), first_head, group, keys, terms, LEFT, RIGHT, False,
+            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+        )  # fmt: skip
+        if LEFT:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
+                lse_head_stride, full_hi, hi, first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+            )  # fmt: skip
     return dk, dv
-
-
-# ------------------------------------------------------------------------------------------------------------- shared
-
-
-@triton.jit(do_not_specialize=["seq_q"])
-def delta_kernel(
-    O, DO, LSE, DLSE, LSE2, DELTA, CU_SEQLENS_Q, seq_q, heads,
-    o_batch_stride, o_head_stride, o_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
-    lse_batch_stride, lse_head_stride,
-    HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Store delta = sum_d o do - dlse, and the LSE in base 2, +inf for a row without keys so that exp2(s - lse) is 0."""
-    if WIDE:
-        o_seq_stride = tl.cast(o_seq_stride, tl.int64)
-        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
-    tile, head, batch = program(seq_q, BM, heads)
-    first = tile * BM
-    start = batch * 0
-    if PACKED:
-        start = tl.load(CU_SEQLENS_Q + batch).to(tl.int64)
-        seq_q = (tl.load(CU_SEQLENS_Q + batch + 1) - start).to(tl.int32)
-        batch = batch * 0
-    O += batch * o_batch_stride + head * o_head_stride + start * o_seq_stride
-    DO += batch * do_batch_stride + head * do_head_stride + start * do_seq_stride
-    row = batch * lse_batch_stride + head * lse_head_stride + start
-    rows = first + tl.arange(0, BM)
-    o = load_rows(O, first, seq_q, o_seq_stride, D, BM, BD, True).to(tl.float32)
-    do = load_rows(DO, first, seq_q, do_seq_stride, D, BM, BD, True).to(tl.float32)
-    delta = tl.sum(o * do, axis=1)
-    if HAS_DLSE:
-        delta -= tl.load(DLSE + row + rows, mask=rows < seq_q, other=0.0)
-    tl.store(DELTA + row + rows, delta, mask=rows < seq_q)
-    lse = tl.load(LSE + row + rows, mask=rows < seq_q, other=0.0)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(LSE2 + row + rows, lse, mask=rows < seq_q)

@@ -28,7 +28,9 @@ class Config:
     """A tile of `bm` queries by `bn` keys, and the options that Triton compiles it with.
 
     `stages` is the pipeline depth of the main loop, `edge` that of the loops over the tiles at the edges of a band. An
-    `edge` of 1 needs fewer registers on some chips and more on others.
+    `edge` of 1 needs fewer registers on some chips and more on others; on sm_90 it serialises the products of all loops. In
+    the kernel of dK and dV an `edge` of 0 masks all tiles in the main loop.
+    `descriptors`: the loop's tiles are loaded by tensor descriptors (TMA on sm_90) where the tensors allow it.
     """
 
     bm: int
@@ -36,9 +38,10 @@ class Config:
     warps: int = 4
     stages: int = 2
     edge: int = 1
+    descriptors: bool = False
 
     def launch_options(self) -> dict[str, int]:
-        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge}
+        tile = {"BM": self.bm, "BN": self.bn, "EDGE": self.edge, "DESCRIPTORS": self.descriptors}
         return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 

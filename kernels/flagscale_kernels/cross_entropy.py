@@ -91,7 +91,7 @@ def _gradient_torch(logits, target, lse, scale, out, vocab_start, vocab, label_s
         if label_smoothing:
             x.sub_((scale * (label_smoothing / vocab))[rows, None])
         out[rows] = x.scatter_add_(1, column[rows, None], at_target[rows, None])
-    out.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # even where the logits are nan or inf
+    out.masked_fill_((scale == 0)[:, None], 0.0)  # even where the logits are nan or inf
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -300,9 +300,10 @@ def check_target(target, rows, device, ignore_index, vocab):
     require(target.shape == rows, f"target.shape ({tuple(target.shape)}) must equal the rows' shape {tuple(rows)}")
     require(target.device == device, f"target.device ({target.device}) must equal the logits' device ({device})")
     if device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():  # on a GPU it would wait
-        valid = target[target != ignore_index]
-        if valid.numel():
-            low, high = int(valid.min()), int(valid.max())
+        ignored = target == ignore_index
+        if not bool(ignored.all()):
+            low = int(target.masked_fill(ignored, vocab - 1).min())
+            high = int(target.masked_fill(ignored, 0).max())
             require(low >= 0 and high < vocab, f"target holds {low} .. {high}, outside the vocabulary 0 .. {vocab - 1}")
 
 

@@ -19,24 +19,25 @@ LSE and delta, and sums dV over both bands in registers. The threshold is a runt
 import torch
 from torch import Tensor
 
-from flagscale_kernels._attention_torch import Band, attention_backward, attention_forward
-from flagscale_kernels._bands import attend_band, dkdv_band, dq_band, load_rows, program, store_rows
-from flagscale_kernels._checks import check_same, choose_backend, require
-from flagscale_kernels._layouts import LAYOUTS, PACKED, as_bnsd, check_layout, sizes, strides
-from flagscale_kernels._operators import autocast_to, operator
-from flagscale_kernels._triton import cdiv, tl, triton
-from flagscale_kernels._tuning import Config, TunedKernel, length_class, tile_lists
-from flagscale_kernels.flash_attention import (
-    LOG2E,
+from flagscale_kernels import _attention_launch, _attention_torch
+from flagscale_kernels._attention_checks import (
+    check_packed,
     check_qkv,
     check_scale,
-    has_wide_strides,
+    check_sinks,
+    check_softcap,
     lacking_head_dim,
-    launch_delta,
-    tile_options,
 )
-
-PIECEWISE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != PACKED)
+from flagscale_kernels._attention_launch import NO_BOUND, Kernels, Launcher, Problem
+from flagscale_kernels._checks import check_same, choose_backend, require
+from flagscale_kernels._operators import autocast_to, operator
+from flagscale_kernels._piecewise_kernels import (
+    _piecewise_dkdv_kernel,
+    _piecewise_dq_kernel,
+    _piecewise_forward_kernel,
+)
+from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
+from flagscale_kernels.flash_attention import fake_output, run_backward
 
 
 def piecewise_reference(
@@ -49,8 +50,11 @@ def piecewise_reference(
     *,
     causal: bool,
     softmax_scale: float | None = None,
-) -> Tensor:
-    """The definition in plain PyTorch, with all scores in memory: [b, n, s, d] -> o."""
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch, with all scores in memory: [b, n, s, d] -> o, or (o, lse)."""
     group = q1.shape[1] // k1.shape[1]
     compute = torch.promote_types(q1.dtype, torch.float32)
     scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -59,166 +63,23 @@ def piecewise_reference(
     distance = (positions + k1.shape[2] - q1.shape[2])[:, None] - keys[None, :]
     near, far = (q1 @ k1.transpose(2, 3)).to(compute), (q2 @ k2.transpose(2, 3)).to(compute)
     s = torch.where(distance >= threshold, far, near) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
     if causal:
         s = s.masked_fill(distance < 0, -torch.inf)
-    p = s.softmax(-1)
-    if causal:
-        p = p.masked_fill((distance < 0).all(-1)[:, None], 0.0)
-    return p.to(q1.dtype) @ v
+    lse = s.logsumexp(-1)
+    if sinks is not None:  # one more key for each head, without a value
+        lse = torch.logaddexp(lse, sinks.to(compute)[:, None].expand_as(lse))
+    p = (s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    o = p.to(q1.dtype) @ v
+    return (o, lse) if return_lse else o
 
 
-# ------------------------------------------------------------------------------------------------------------ kernels
-
-
-@triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
-def _piecewise_forward_kernel(
-    Q1, K1, Q2, K2, V, O, LSE, qk_scale, threshold, seq_q, seq_k, heads, group,
-    q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
-    q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
-    v_batch_stride, v_head_stride, v_seq_stride, o_batch_stride, o_head_stride, o_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    if WIDE:
-        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
-        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
-        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
-        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
-        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
-        o_seq_stride = tl.cast(o_seq_stride, tl.int64)
-    tile, head, batch = program(seq_q, BM, heads)
-    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
-    kv_head = head // group
-    Q1 += batch * q1_batch_stride + head * q1_head_stride
-    Q2 += batch * q2_batch_stride + head * q2_head_stride
-    K1 += batch * k1_batch_stride + kv_head * k1_head_stride
-    K2 += batch * k2_batch_stride + kv_head * k2_head_stride
-    V += batch * v_batch_stride + kv_head * v_head_stride
-    rows = first + tl.arange(0, BM)
-    offset = seq_k - seq_q
-    first_pos = first + offset
-    last_pos = tl.minimum(first + BM, seq_q) - 1 + offset
-    acc = tl.zeros([BM, BD], tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    m = tl.full([BM], float("-inf"), tl.float32)
-    q = load_rows(Q2, first, seq_q, q2_seq_stride, D, BM, BD, True)
-    acc, l, m = attend_band(
-        acc, l, m, q, K2, V, k2_seq_stride, v_seq_stride, rows + offset, first_pos, last_pos, seq_k, qk_scale, 0.0,
-        0, -threshold, False, True, False, D, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    q = load_rows(Q1, first, seq_q, q1_seq_stride, D, BM, BD, True)
-    acc, l, m = attend_band(
-        acc, l, m, q, K1, V, k1_seq_stride, v_seq_stride, rows + offset, first_pos, last_pos, seq_k, qk_scale, 0.0,
-        threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    safe_l = tl.where(l == 0.0, 1.0, l)
-    store_rows(O + batch * o_batch_stride + head * o_head_stride, first, seq_q, o_seq_stride, acc / safe_l[:, None],
-               D, BM, BD)  # fmt: skip
-    row = (batch * heads + head) * seq_q
-    tl.store(LSE + row + rows, (m + tl.log2(safe_l)) * 0.6931471805599453, mask=rows < seq_q)
-
-
-@triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
-def _piecewise_dkdv_kernel(
-    Q1, K1, Q2, K2, V, DO, DK1, DK2, DV, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, heads, group,
-    q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
-    q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
-    v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
-    dk_batch_stride, dk_head_stride, dk_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    if WIDE:
-        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
-        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
-        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
-        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
-        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
-        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
-        dk_seq_stride = tl.cast(dk_seq_stride, tl.int64)
-    tile, kv_head, batch = program(seq_k, BN, heads // group)
-    first = tile * BN
-    offset = seq_k - seq_q
-    Q1 += batch * q1_batch_stride
-    Q2 += batch * q2_batch_stride
-    DO += batch * do_batch_stride
-    row = batch * heads * seq_q
-    output = batch * dk_batch_stride + kv_head * dk_head_stride
-    v = load_rows(V + batch * v_batch_stride + kv_head * v_head_stride, first, seq_k, v_seq_stride, D, BN, BD, True)
-    dv = tl.zeros([BN, BD], tl.float32)
-    dk = tl.zeros([BN, BD], tl.float32)
-    k = load_rows(K1 + batch * k1_batch_stride + kv_head * k1_head_stride, first, seq_k, k1_seq_stride, D, BN, BD, True)
-    dk, dv = dkdv_band(
-        dk, dv, k, v, Q1, DO, LSE + row, DELTA + row, LSE, q1_head_stride, q1_seq_stride, do_head_stride, do_seq_stride,
-        seq_q, kv_head * group, group, first, offset, seq_q, seq_k, qk_scale, 1.0, threshold - 1, 0,
-        True, CAUSAL, False, D, BM, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    store_rows(DK1 + output, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
-    dk = tl.zeros([BN, BD], tl.float32)
-    k = load_rows(K2 + batch * k2_batch_stride + kv_head * k2_head_stride, first, seq_k, k2_seq_stride, D, BN, BD, True)
-    dk, dv = dkdv_band(
-        dk, dv, k, v, Q2, DO, LSE + row, DELTA + row, LSE, q2_head_stride, q2_seq_stride, do_head_stride, do_seq_stride,
-        seq_q, kv_head * group, group, first, offset, seq_q, seq_k, qk_scale, 1.0, 0, -threshold,
-        False, True, False, D, BM, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    store_rows(DK2 + output, first, seq_k, dk_seq_stride, dk * softmax_scale, D, BN, BD)
-    store_rows(DV + output, first, seq_k, dk_seq_stride, dv, D, BN, BD)
-
-
-@triton.jit(do_not_specialize=["threshold", "seq_q", "seq_k"])
-def _piecewise_dq_kernel(
-    Q1, K1, Q2, K2, V, DO, DQ1, DQ2, LSE, DELTA, softmax_scale, qk_scale, threshold, seq_q, seq_k, heads, group,
-    q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
-    q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
-    v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
-    dq_batch_stride, dq_head_stride, dq_seq_stride,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    if WIDE:
-        q1_seq_stride = tl.cast(q1_seq_stride, tl.int64)
-        k1_seq_stride = tl.cast(k1_seq_stride, tl.int64)
-        q2_seq_stride = tl.cast(q2_seq_stride, tl.int64)
-        k2_seq_stride = tl.cast(k2_seq_stride, tl.int64)
-        v_seq_stride = tl.cast(v_seq_stride, tl.int64)
-        do_seq_stride = tl.cast(do_seq_stride, tl.int64)
-        dq_seq_stride = tl.cast(dq_seq_stride, tl.int64)
-    tile, head, batch = program(seq_q, BM, heads)
-    first = ((seq_q + BM - 1) // BM - 1 - tile) * BM
-    kv_head = head // group
-    Q1 += batch * q1_batch_stride + head * q1_head_stride
-    Q2 += batch * q2_batch_stride + head * q2_head_stride
-    K1 += batch * k1_batch_stride + kv_head * k1_head_stride
-    K2 += batch * k2_batch_stride + kv_head * k2_head_stride
-    V += batch * v_batch_stride + kv_head * v_head_stride
-    rows = first + tl.arange(0, BM)
-    offset = seq_k - seq_q
-    first_pos = first + offset
-    last_pos = tl.minimum(first + BM, seq_q) - 1 + offset
-    row = (batch * heads + head) * seq_q
-    output = batch * dq_batch_stride + head * dq_head_stride
-    do = load_rows(DO + batch * do_batch_stride + head * do_head_stride, first, seq_q, do_seq_stride, D, BM, BD, True)
-    lse = tl.load(LSE + row + rows, mask=rows < seq_q, other=float("inf"))
-    delta = tl.load(DELTA + row + rows, mask=rows < seq_q, other=0.0)
-    q = load_rows(Q2, first, seq_q, q2_seq_stride, D, BM, BD, True)
-    dq = dq_band(
-        tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K2, V, k2_seq_stride, v_seq_stride, rows + offset, first_pos,
-        last_pos, seq_k, qk_scale, 0.0, 0, -threshold, False, True, False, D, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    store_rows(DQ2 + output, first, seq_q, dq_seq_stride, dq * softmax_scale, D, BM, BD)
-    q = load_rows(Q1, first, seq_q, q1_seq_stride, D, BM, BD, True)
-    dq = dq_band(
-        tl.zeros([BM, BD], tl.float32), q, do, lse, delta, K1, V, k1_seq_stride, v_seq_stride, rows + offset, first_pos,
-        last_pos, seq_k, qk_scale, 0.0, threshold - 1, 0, True, CAUSAL, False, D, BN, BD, PRECISION, EDGE,
-    )  # fmt: skip
-    store_rows(DQ1 + output, first, seq_q, dq_seq_stride, dq * softmax_scale, D, BM, BD)
-
-
-# ---------------------------------------------------------------------------------------------------------- launchers
+# ------------------------------------------------------------------------------------------------------------- tiles
 
 
 forward_kernel = TunedKernel(
-    _piecewise_forward_kernel,
+    Launcher(_piecewise_forward_kernel, "_piecewise_forward_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
     tile_lists(
         sm80={
             128: [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
@@ -226,11 +87,12 @@ forward_kernel = TunedKernel(
         },
         sm90={
             128: [
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=128, bn=64, warps=8, stages=3, edge=2, descriptors=True),
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=3, edge=2),
-                Config(bm=128, bn=128, warps=8, stages=2, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=3, edge=2),
             ],
-            256: [Config(bm=128, bn=32, warps=8, stages=2)],
+            256: [Config(bm=128, bn=32, warps=8, stages=2, edge=2)],
         },
         other={
             128: [Config(bm=64, bn=64, warps=4, stages=2)],
@@ -241,28 +103,31 @@ forward_kernel = TunedKernel(
     ),
 )
 dkdv_kernel = TunedKernel(
-    _piecewise_dkdv_kernel,
+    Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, ADD_DQ=False),
     tile_lists(
         sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2), Config(bm=32, bn=64, warps=8, stages=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=0), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=0), Config(bm=64, bn=128, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         sm90={
-            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            128: [
+                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
+                Config(bm=32, bn=128, warps=8, stages=2, edge=0),
+            ],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1)],
+            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         },
-        float32=Config(bm=32, bn=32, warps=4, stages=1),
-        interpreter=Config(bm=32, bn=64),
+        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=0),
     ),
 )
 dq_kernel = TunedKernel(
-    _piecewise_dq_kernel,
+    Launcher(_piecewise_dq_kernel, "_piecewise_dq_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
     tile_lists(
         sm80={
             64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
@@ -271,8 +136,10 @@ dq_kernel = TunedKernel(
         },
         sm90={
             128: [
+                Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=2, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
             ],
             256: [Config(bm=128, bn=32, warps=8, stages=1)],
         },
@@ -284,133 +151,95 @@ dq_kernel = TunedKernel(
         interpreter=Config(bm=64, bn=32),
     ),
 )
+backward_kernel = TunedKernel(
+    Launcher(
+        _piecewise_dkdv_kernel,
+        "_piecewise_backward_kernel",
+        descriptors={0: "BM", 2: "BM", 5: "BM"},
+        zeroed=(6, 7),
+        ADD_DQ=True,
+    ),
+    tile_lists(
+        sm80={
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+            128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+        },
+        sm90={
+            128: [
+                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
+            ],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+        },
+        other={
+            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+        },
+        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=2),
+    ),
+)
+KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)
 
 
-def _sizes(q, k, layout):
-    """(batch, query heads, KV heads, queries, keys)."""
-    (b, heads, seq_q), (_, kv_heads, seq_k) = sizes(q, layout), sizes(k, layout)
-    return b, heads, kv_heads, seq_q, seq_k
+# --------------------------------------------------------------------------------------------------------- operators
 
 
-def _constants(tensors, causal, seq_k, layout):
-    q = tensors[0]
-    constants = {"CAUSAL": causal, "WIDE": has_wide_strides(tensors, layout), **tile_options(q)}
-    key = (causal, length_class(seq_k))
-    return constants, {"block_d": constants["BD"], "element_bytes": q.element_size(), "key": key}
-
-
-def _clip(threshold, seq_q, seq_k):
-    """The threshold, or seq_q + seq_k where that is less: no distance is larger, and the kernel computes in 32 bits."""
-    return min(threshold, seq_q + seq_k)
-
-
-def _forward_triton(q1, k1, q2, k2, v, threshold, causal, scale, layout):
-    b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    o = torch.empty(q1.shape, dtype=q1.dtype, device=q1.device)
-    lse = torch.empty((b, heads, seq_q), dtype=torch.float32, device=q1.device)
-    constants, options = _constants((q1, k1, q2, k2, v, o), causal, seq_k, layout)
-    if o.numel():
-        forward_kernel.launch(
-            lambda c: (cdiv(seq_q, c.bm) * heads * b,),
-            q1, k1, q2, k2, v, o, lse, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads, heads // kv_heads,
-            *(stride for t in (q1, k1, q2, k2, v, o) for stride in strides(t, layout)), **options, **constants,
-        )  # fmt: skip
-    return o, lse
-
-
-def _backward_triton(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout):
-    b, heads, kv_heads, seq_q, seq_k = _sizes(q1, k1, layout)
-    dq1, dk1, dq2, dk2, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q1, k1, q2, k2, v))
-    if q1.numel() == 0 or k1.numel() == 0:
-        return tuple(t.zero_() for t in (dq1, dk1, dq2, dk2, dv))
-    constants, options = _constants((q1, k1, q2, k2, v, do, dq1, dk1), causal, seq_k, layout)
-    lse2, delta = launch_delta(o, do, None, lse, None, b, seq_q, layout)
-    tail = (
-        lse2, delta, scale, scale * LOG2E, _clip(threshold, seq_q, seq_k), seq_q, seq_k, heads, heads // kv_heads,
-        *(stride for t in (q1, k1, q2, k2, v, do) for stride in strides(t, layout)),
+def _problem(q1, k1, q2, k2, v, sinks, cu_q, cu_k, max_q, max_k, threshold, causal, scale, cap, layout):
+    return Problem(
+        pairs=((q1, k1), (q2, k2)), v=v, sinks=sinks, cu_q=cu_q, cu_k=cu_k, max_q=max_q, max_k=max_k,
+        threshold=threshold, right=0 if causal else NO_BOUND, scale=scale, cap=cap, layout=layout,
     )  # fmt: skip
-    dkdv_kernel.launch(
-        lambda c: (cdiv(seq_k, c.bn) * kv_heads * b,),
-        q1, k1, q2, k2, v, do, dk1, dk2, dv, *tail, *strides(dk1, layout), **options, **constants,
-    )  # fmt: skip
-    dq_kernel.launch(
-        lambda c: (cdiv(seq_q, c.bm) * heads * b,),
-        q1, k1, q2, k2, v, do, dq1, dq2, *tail, *strides(dq1, layout), **options, **constants,
-    )  # fmt: skip
-    return dq1, dk1, dq2, dk2, dv
-
-
-# ---------------------------------------------------------------------------------------------------------- CPU path
-
-
-def _bands(q1, k1, q2, k2, threshold, causal, layout):
-    q1, k1, q2, k2 = (as_bnsd(t, layout) for t in (q1, k1, q2, k2))
-    return [Band(q2, k2, None, -threshold), Band(q1, k1, threshold - 1, 0 if causal else None)]
-
-
-def _forward_torch(q1, k1, q2, k2, v, threshold, causal, scale, layout):
-    o = torch.zeros(q1.shape, dtype=q1.dtype, device=q1.device)
-    bands = _bands(q1, k1, q2, k2, threshold, causal, layout)
-    out, lse = attention_forward(bands, as_bnsd(v, layout), scale, None)
-    as_bnsd(o, layout).copy_(out)
-    return o, lse
-
-
-def _backward_torch(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout):
-    bands = _bands(q1, k1, q2, k2, threshold, causal, layout)
-    views = [as_bnsd(t, layout) for t in (v, o, do)]
-    [(dq2, dk2), (dq1, dk1)], dv = attention_backward(bands, *views, lse, None, scale, None)
-    gradients = []
-    for gradient, like in ((dq1, q1), (dk1, k1), (dq2, q2), (dk2, k2), (dv, v)):
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        as_bnsd(out, layout).copy_(gradient)
-        gradients.append(out)
-    return tuple(gradients)
-
-
-# --------------------------------------------------------------------------------------------------------- custom ops
 
 
 @operator("piecewise_attention")
-def _piecewise_op(
-    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor,
-    threshold: int, causal: bool, scale: float, layout: str, backend: str,
+def _piecewise_op(  # the schema of a custom op has tensors and numbers only
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, sinks: Tensor | None, cu_q: Tensor | None,
+    cu_k: Tensor | None, max_q: int, max_k: int, threshold: int, causal: bool, scale: float, cap: float, layout: str,
+    deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = _forward_torch if backend == "torch" else _forward_triton
-    return run(q1, k1, q2, k2, v, threshold, causal, scale, layout)
+    problem = _problem(q1, k1, q2, k2, v, sinks, cu_q, cu_k, max_q, max_k, threshold, causal, scale, cap, layout)
+    if backend == "torch":
+        return _attention_torch.forward(problem)
+    return _attention_launch.forward(problem, KERNELS)
 
 
 @operator("piecewise_attention_backward")
-def _piecewise_backward_op(
-    do: Tensor, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    threshold: int, causal: bool, scale: float, layout: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    do = do if do.stride(-1) == 1 else do.contiguous()
-    o = o if o.stride(-1) == 1 else o.contiguous()
-    lse = lse.contiguous()
-    run = _backward_torch if backend == "torch" else _backward_triton
-    return run(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout)
+def _piecewise_backward_op(  # as above
+    do: Tensor, dlse: Tensor | None, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, threshold: int,
+    causal: bool, scale: float, cap: float, layout: str, deterministic: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _problem(q1, k1, q2, k2, v, sinks, cu_q, cu_k, max_q, max_k, threshold, causal, scale, cap, layout)
+    (dq1, dk1, dq2, dk2, dv), dsinks = run_backward(
+        problem, KERNELS, do, dlse, o, lse, deterministic=deterministic, backend=backend
+    )
+    return dq1, dk1, dq2, dk2, dv, q1.new_empty(0) if dsinks is None else dsinks
 
 
 @_piecewise_op.register_fake
-def _(q1, k1, q2, k2, v, threshold, causal, scale, layout, backend):
-    b, heads, _, seq_q, _ = _sizes(q1, k1, layout)
-    lse_dtype = torch.promote_types(q1.dtype, torch.float32)
-    return q1.new_empty(q1.shape), q1.new_empty((b, heads, seq_q), dtype=lse_dtype)
+def _(q1, k1, q2, k2, v, sinks, cu_q, cu_k, max_q, max_k, threshold, causal, scale, cap, layout, *others):
+    return fake_output(q1, v, layout)
 
 
 @_piecewise_backward_op.register_fake
-def _(do, q1, k1, q2, k2, v, o, lse, threshold, causal, scale, layout, backend):
-    return tuple(t.new_empty(t.shape) for t in (q1, k1, q2, k2, v))
+def _(do, dlse, q1, k1, q2, k2, v, o, lse, sinks, *options):
+    dsinks = q1.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return *(t.new_empty(t.shape) for t in (q1, k1, q2, k2, v)), dsinks
 
 
 def _setup(ctx, inputs, output):
-    tensors, ctx.options = inputs[:5], inputs[5:]
+    tensors, ctx.options = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # the LSE usually gets no gradient
 
 
-def _backward(ctx, do, _):
-    return *_piecewise_backward_op(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+def _backward(ctx, do, dlse):
+    q1, k1, q2, k2, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    *gradients, dsinks = _piecewise_backward_op(do, dlse, q1, k1, q2, k2, v, o, lse, sinks, cu_q, cu_k, *ctx.options)
+    return *gradients, None if sinks is None else dsinks, *(None,) * 11
 
 
 _piecewise_op.register_autograd(_backward, setup_context=_setup)
@@ -430,30 +259,40 @@ def piecewise_attention(
     causal: bool,
     softmax_scale: float | None = None,
     layout: str = "bnsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with scores of (q2, k2) at distances of at least `threshold` and of (q1, k1) below it -> q1's shape.
 
-    q1, q2 [b, n, s, d]; k1, k2, v [b, n_kv, s_k, d], with the dimensions in the order of `layout`: "bnsd", "sbnd" or
-    "bsnd". Strides are free, but the last must be 1. n_kv divides n.
-    threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal masks it. With causal,
-    threshold 0 makes every key far, and a threshold of s_k or more makes every key near.
+    q1, q2 [b, n, s, d]; k1, k2 [b, n_kv, s_k, d] and v [b, n_kv, s_k, dv]. layout, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k, softcap, sinks and deterministic are those of `flash_attention`.
+    threshold: the distance is (s_k - s) + i - j, so a key after the query is near; causal masks it, and has no default.
+    With causal, threshold 0 makes every key far, and a threshold of s_k or more makes every key near.
     softmax_scale: by default d^-0.5.
-    return_lse: also return the log of the softmax's denominator, fp32 [b, n, s], which has no gradient.
-    A query without keys gives 0. The backward is deterministic.
+    return_lse: also return the log of the softmax's denominator, fp32 [b, n, s] ([n, t] for "tnd"), which has a gradient.
+    A query without keys gives 0, and its head's sink or -inf for the LSE.
     Raises ValueError for a shape, dtype, device, stride, layout, head count or threshold that does not fit.
     """
     q1, k1, q2, k2, v = autocast_to(q1, k1, q2, k2, v)
-    backend = choose_backend(q1, backend, lacks=lacking_head_dim(q1))
-    check_layout(layout, (), PIECEWISE_LAYOUTS)
+    backend = choose_backend(q1, backend, lacks=lacking_head_dim(q1, v))
     require(isinstance(threshold, int) and threshold >= 0, f"threshold ({threshold}) must be an integer of at least 0")
     check_qkv(q1, k1, v, layout, backend, ("q1", "k1", "v"))
     check_qkv(q2, k2, v, layout, backend, ("q2", "k2", "v"))
     for attribute in ("shape", "dtype", "device"):
         check_same(attribute, [("q1", q1), ("q2", q2)])
-    scale = check_scale(q1, softmax_scale)
-    o, lse = _piecewise_op(q1, k1, q2, k2, v, threshold, causal, scale, layout, backend)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    cu_q, cu_k, max_q, max_k = check_packed(layout, *lengths, q1, k1)
+    scale, cap, sinks = check_scale(q1, softmax_scale), check_softcap(softcap), check_sinks(sinks, q1, layout)
+    threshold = min(threshold, max_q + max_k)  # no distance is larger, and kernels compute with 32 bits
+    options = (max_q, max_k, threshold, causal, scale, cap, layout, deterministic, backend)
+    o, lse = _piecewise_op(q1, k1, q2, k2, v, sinks, cu_q, cu_k, *options)
     return (o, lse) if return_lse else o
 
 
@@ -467,13 +306,26 @@ def piecewise_attention_backward(
     causal: bool,
     softmax_scale: float | None = None,
     layout: str = "bnsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    deterministic: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q1, k1, q2, k2 and v, for an autograd function that calls `piecewise_attention` itself.
+) -> tuple[Tensor, ...]:
+    """The gradients of q1, k1, q2, k2, v and, if given, sinks, for an autograd function that calls `piecewise_attention`.
 
     do: the gradient of o. qkv: q1, k1, q2, k2 and v of the forward call, o and lse its outputs; the options are those of
     that call. The inputs are not checked again.
     """
-    backend = choose_backend(qkv[0], backend, lacks=lacking_head_dim(qkv[0]))
-    scale = check_scale(qkv[0], softmax_scale)
-    return _piecewise_backward_op(do, *qkv, o, lse, threshold, causal, scale, layout, backend)
+    q1, k1, _, _, v = qkv
+    backend = choose_backend(q1, backend, lacks=lacking_head_dim(q1, v))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    cu_q, cu_k, max_q, max_k = check_packed(layout, *lengths, q1, k1)
+    scale, sinks = check_scale(q1, softmax_scale), check_sinks(sinks, q1, layout)
+    threshold = min(threshold, max_q + max_k)
+    options = (max_q, max_k, threshold, causal, scale, float(softcap), layout, deterministic, backend)
+    *gradients, dsinks = _piecewise_backward_op(do, None, *qkv, o, lse, sinks, cu_q, cu_k, *options)
+    return tuple(gradients) if sinks is None else (*gradients, dsinks)

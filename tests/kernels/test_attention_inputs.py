@@ -5,8 +5,8 @@ import torch
 from kernel_checks import BACKENDS, seeded
 
 from flagscale_kernels import flash_attention, piecewise_attention
+from flagscale_kernels._attention_checks import NO_BOUND, reachable
 from flagscale_kernels._tuning import Config
-from flagscale_kernels.flash_attention import NO_BOUND, _reachable
 
 
 def gradients(call, *tensors):
@@ -53,9 +53,9 @@ def test_a_huge_window_is_no_window(options):
 
 def test_bounds_that_no_distance_reaches_are_dropped():
     # The largest distances between 5 queries and 8 keys: 7 back (the last query, the first key), 4 ahead.
-    assert _reachable((6, 3), 5, 8) == (6, 3)
-    assert _reachable((7, 4), 5, 8) == (NO_BOUND, NO_BOUND)
-    assert _reachable((0, 0), 1, 1) == (NO_BOUND, 0)  # a causal mask stays: without it other code would be compiled
+    assert reachable((6, 3), 5, 8) == (6, 3)
+    assert reachable((7, 4), 5, 8) == (NO_BOUND, NO_BOUND)
+    assert reachable((0, 0), 1, 1) == (NO_BOUND, 0)  # a causal mask stays: without it other code would be compiled
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

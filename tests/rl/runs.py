@@ -1,11 +1,24 @@
 """Small runs of reinforcement learning: a tokenizer, prompts, rewards of tokens, and configurations."""
 
 import json
+import os
 import random
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import train_bpe
+from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.recipes.reinforce import draw, reinforce
+from flagscale_like.rl.loop import RlRun
+from flagscale_like.rl.scoring import Scorer
+from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.metrics import Reporter, read_metrics
 from tests.harness import tiny_config
 
 VOCAB, NEW = 257, 10
@@ -58,3 +71,70 @@ def rl_config(run_dir: Path | str, folder: Path, rl: dict[str, Any] | None = Non
         "checkpoint__interval": 0,
     }
     return tiny_config(run_dir, **(values | changes))
+
+
+def run_all(configs: Sequence[RunConfig], phase: str = "") -> list[tuple[list[str], str | None]]:
+    """Run configurations one after another in this process; what each said, and the error that ended it.
+
+    Args:
+        phase: of the third iteration, in which the process kills itself; empty: it does not.
+    """
+    found = []
+    if phase:
+        kill_in(phase)
+    for config in configs:
+        said: list[str] = []
+        Reporter.say = lambda self, text, said=said: said.append(text)
+        error = None
+        try:
+            with parallel_context(config.parallel, seed=config.train.seed, apart=config.ranks_apart) as ctx:
+                Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+                (draw if ctx.bridge is not None and ctx.bridge.is_apart else reinforce)(config, ctx)
+        except ValueError as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        found.append((said, error))
+        if dist.is_initialized():  # after an error
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    return found
+
+
+def kill_in(phase: str) -> None:
+    """SIGKILL to this process in the middle of a phase of the third iteration."""
+    iteration = {"now": 0}
+    draw, generate, reference, learn = RlRun.draw, OwnEngine._generate, Scorer._score_new, RlRun._learn
+
+    def counted(run: RlRun) -> list:
+        iteration["now"] = run.progress.step + 1
+        return draw(run)
+
+    def die(name: str, after: int = 0) -> None:
+        calls = iteration.setdefault(name, 0)
+        if name == phase and iteration["now"] == 3:
+            iteration[name] = calls + 1
+            if calls == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def generating(engine: OwnEngine, prompts, sampling):
+        for rollout in generate(engine, prompts, sampling):
+            die("generate", after=5)
+            yield rollout
+
+    RlRun.draw, OwnEngine._generate = counted, generating
+    Scorer._score_new = lambda scorer: (die("score"), reference(scorer))
+    RlRun._learn = lambda *given: (die("update", after=1), learn(*given))[1]
+
+
+def numbers(run_dir: Path | str) -> list[dict[str, float]]:
+    """What every iteration reported, but for times, memory and speeds."""
+    steps = [record for record in read_metrics(Path(run_dir)) if "iteration-time" in record]
+    names = ("policy", "reward/", "kl/", "value/", "rollout/", "grad-norm", "learning-rate", "consumed")
+    return [{name: value for name, value in record.items() if name.startswith(names)} for record in steps]
+
+
+def not_numbers(answers):
+    return [float("nan") if number == 3 else 1.0 for number in range(len(answers))]
+
+
+def always_one(answers):
+    return [1.0] * len(answers)

@@ -1,0 +1,173 @@
+"""A dress rehearsal of a run: the recipe of pretraining, as ranks that are not there, on tokens that are made up."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+
+from flagscale_like.cluster import GIB, ClusterSpec
+from flagscale_like.config import RunConfig
+from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import ConfigError
+from flagscale_like.planner.layout import Layout
+from flagscale_like.planner.report import updated_config
+from flagscale_like.planner.search import USABLE, Goal, Plan, configured_layout, evaluate
+from flagscale_like.recipes.benchmark import benchmark_config
+from flagscale_like.recipes.pretrain import pretrain
+from flagscale_like.rehearsal.choice import chosen_ranks
+from flagscale_like.rehearsal.rehearse import Rehearsed, overflow_message, rehearse_rank
+from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.platforms import Platform
+from flagscale_like.runtime.platforms.choice import candidates
+from flagscale_like.training.parts import Part
+
+STEPS = 2  # the second shows what stays
+
+
+def rehearse(
+    config: RunConfig,
+    cluster: ClusterSpec,
+    kind: type[Platform],
+    *,
+    world_size: int,
+    ranks: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Rehearsed]:
+    """Take two steps as each of some ranks of a run, one after another.
+
+    Args:
+        kind: the platform of the cluster's devices.
+        ranks: see chosen_ranks().
+        say: is told what the rank says while it runs.
+
+    Raises:
+        ConfigError: the world, the ranks or the objective do not fit the configuration.
+        RehearsalError: see rehearse_rank().
+    """
+    chosen = chosen_ranks(config, world_size, ranks)
+    for rank in chosen:
+        with tempfile.TemporaryDirectory(prefix="flagscale-rehearsal-") as folder:
+            own = rehearsal_config(config, folder)
+            said = StringIO()
+            with redirect_stdout(said):
+                found = rehearse_rank(own, cluster, kind, rank, world_size, _train)
+            for line in said.getvalue().splitlines():
+                say(line)
+        yield found
+        gc.collect()
+
+
+def _train(config: RunConfig, ctx: ParallelContext, parts: Callable[[Engine], Sequence[Part]]) -> None:
+    pretrain(config, ctx, parts=parts)
+
+
+def rehearsal_config(config: RunConfig, folder: str) -> RunConfig:
+    """The run on tokens that are made up, for two steps, without checkpoints.
+
+    Raises:
+        ConfigError: the objective does not learn tokens.
+    """
+    if config.objective.reads != "text":
+        raise ConfigError(
+            f"a rehearsal makes up its tokens, and objective.kind {config.objective.kind} reads {config.objective.reads}: "
+            "rehearse the model without the group objective; passes of a reference come on top"
+        )
+    changes = {"train": config.train.model_copy(update={"profile": None})}
+    if getattr(config.objective, "per", "token") == "conversation":  # other weights, the same shapes
+        changes["objective"] = config.objective.model_copy(update={"per": "token"})
+    return benchmark_config(config.model_copy(update=changes), folder, STEPS, checkpoint=False)
+
+
+def nearest_change(config: RunConfig, cluster: ClusterSpec, found: Rehearsed, world_size: int) -> str:
+    """The least change of a run that does not fit that would, by the planner's formulas and what the rehearsal adds to them.
+
+    Changes of one thing come before changes of two; among equals the fastest is taken.
+    """
+    goal = Goal.of(config, cuda=cluster.device.is_gpu)
+    now = configured_layout(config, world_size, goal, cluster.device.hbm_bytes)
+    taken = found.placed.reserved + cluster.device.hbm_bytes - (found.limit or 0)
+    budget = cluster.device.hbm_bytes * USABLE - max(0.0, taken - found.planned.total)
+    singles = _changes(now, config, world_size)
+    pairs = [
+        (f"{a} and {b}", both)
+        for i, (a, first) in enumerate(singles)
+        for b, second in singles[i + 1 :]
+        if (both := _joined(now, first, second)) is not None
+    ]
+    for options in (singles, pairs):
+        fitting: list[tuple[float, str, Plan]] = []
+        for words, layout in options:
+            try:
+                updated_config(config, layout).data_parallel_size(world_size)
+                plan = evaluate(goal, layout, cluster)
+            except ValueError:
+                continue  # the model or the batch is not divided by it
+            if plan.peak_bytes <= budget:
+                fitting.append((plan.time.seconds, words, plan))
+        if fitting:
+            _, words, plan = min(fitting, key=lambda option: option[0])
+            return f"the nearest change that fits: {words} (planned {plan.peak_bytes / GIB:.1f} GiB)"
+    return f"no change of one or two settings fits: see `plan` for other layouts of {cluster.describe()}"
+
+
+def _changes(layout: Layout, config: RunConfig, world_size: int) -> list[tuple[str, Layout]]:
+    """Layouts that differ from one in one setting, and the setting in words."""
+    found: list[tuple[str, Layout]] = []
+    for recompute in ("selective", "full"):
+        if layout.recompute == "none" or (layout.recompute, recompute) == ("selective", "full"):
+            found.append((f"train.recompute={recompute}", replace(layout, recompute=recompute)))
+    if layout.tp > 1 and not layout.sp:
+        found.append(("parallel.sp=true", replace(layout, sp=True)))
+    if layout.micro_batch_size > 1:
+        half, twice = layout.micro_batch_size // 2, 2 * layout.num_microbatches
+        found.append((f"train.micro_batch_size={half}", replace(layout, micro_batch_size=half, num_microbatches=twice)))
+    if layout.vpp > 1:
+        found.append(("parallel.vpp=1", replace(layout, vpp=1)))
+    if layout.dp > 1 and layout.dp % 2 == 0:
+        fewer = {"dp": layout.dp // 2, "num_microbatches": 2 * layout.num_microbatches}
+        found.append((f"parallel.tp={2 * layout.tp}", replace(layout, tp=2 * layout.tp, **fewer)))
+        found.append((f"parallel.pp={2 * layout.pp}", replace(layout, pp=2 * layout.pp, offload=(), **fewer)))
+    return found
+
+
+def _joined(base: Layout, first: Layout, second: Layout) -> Layout | None:
+    """Both changes; None where they change the same thing."""
+    changes = [
+        {name: value for name in Layout.__dataclass_fields__ if (value := getattr(one, name)) != getattr(base, name)}
+        for one in (first, second)
+    ]
+    return None if changes[0].keys() & changes[1].keys() else replace(base, **changes[0], **changes[1])
+
+
+def check_plans(
+    config: RunConfig, plans: Sequence[Plan], cluster: ClusterSpec, kind: type[Platform]
+) -> Iterator[tuple[Plan, list[Rehearsed], str]]:
+    """Rehearse planned layouts; gives each plan, what its ranks did, and a line on it."""
+    for plan in plans:
+        own = updated_config(config, plan.layout)
+        found = list(rehearse(own, cluster, kind, world_size=cluster.devices))
+        most = max(found, key=lambda one: one.placed.reserved)
+        over = [one for one in found if not one.fits]
+        if over:
+            line = overflow_message(over[0], cluster)
+        else:
+            needed = most.placed.reserved + cluster.device.hbm_bytes - (most.limit or 0)
+            line = f"fits: stage {most.stage} takes {needed / GIB:.1f} GiB, {plan.peak_bytes / GIB:.1f} planned"
+        yield plan, found, f"{plan.layout.describe()}: {line}"
+
+
+def rehearsed_kind(name: str) -> type[Platform]:
+    """The platform of this name, whether or not this machine has its devices.
+
+    Raises:
+        ConfigError: no platform is called so.
+        PlatformError: a plug-in is broken.
+    """
+    known = candidates()
+    if name not in known:
+        raise ConfigError(f"--device {name!r}: no platform is called so (known: {', '.join(known)})")
+    return known[name].load()

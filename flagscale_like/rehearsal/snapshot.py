@@ -1,0 +1,127 @@
+"""A rank's memory placed by the allocator's model: what is reserved, what breaks it, and a file for torch's visualiser."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flagscale_like.rehearsal.allocator import Block, CachingAllocator
+from flagscale_like.rehearsal.components import ticks
+from flagscale_like.rehearsal.memory import Allocation, Memory
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a rank's allocations lie in the device's memory.
+
+    Attributes:
+        reserved: most bytes that were reserved from the device.
+        allocated: most bytes that were in use, each rounded up to the allocator's sizes.
+        broke: the allocation that the device had no memory for; None where all fit.
+        in_use: bytes in use when it broke.
+        trace: the events for torch's visualiser.
+    """
+
+    reserved: int
+    allocated: int
+    broke: Allocation | None
+    in_use: int
+    allocator: CachingAllocator
+    trace: list[dict[str, Any]]
+
+    @property
+    def fragmentation(self) -> float:
+        """The share of what is reserved at most that was in use at no time."""
+        return 1 - self.allocated / self.reserved if self.reserved else 0.0
+
+
+def place(memory: Memory, *, limit: int | None = None) -> Placed:
+    """Run the allocations and freeings of a memory through the allocator's model.
+
+    Args:
+        limit: bytes that the device has for them; the first that does not fit ends it. None: as many as they take.
+    """
+    allocator, trace = CachingAllocator(limit), []
+    held: dict[int, Block] = {}
+    for tick, nbytes, found in ticks(memory):
+        if nbytes < 0 or (nbytes == 0 and id(found) in held):
+            block = held.pop(id(found), None)
+            if block is not None:
+                trace += [_event(kind, block, tick, found) for kind in ("free_requested", "free_completed")]
+                allocator.release(block)
+            continue
+        opened = allocator.opened
+        block = allocator.allocate(found.nbytes, tag=found)
+        if block is None:
+            return Placed(
+                allocator.peak_reserved, allocator.peak_allocated, found, allocator.allocated, allocator, trace
+            )
+        if allocator.opened > opened:
+            segment = block.segment
+            trace.append(_event("segment_alloc", Block(segment, segment.address, segment.size), tick, found))
+        held[id(found)] = block
+        trace.append(_event("alloc", block, tick, found))
+    return Placed(allocator.peak_reserved, allocator.peak_allocated, None, allocator.allocated, allocator, trace)
+
+
+def _event(action: str, block: Block, tick: int, found: Allocation) -> dict[str, Any]:
+    size = block.size if action.startswith("segment") else found.nbytes
+    return {
+        "action": action,
+        "addr": block.address,
+        "size": size,
+        "stream": 0,
+        "time_us": tick,
+        "frames": _frames(found),
+    }
+
+
+def _frames(found: Allocation) -> list[Mapping[str, Any]]:
+    file, _, rest = found.where.rpartition(":")
+    line, _, function = rest.partition(" ")
+    here = {"filename": file or "?", "line": int(line) if line.isdecimal() else 0, "name": f"{function} ({found.op})"}
+    return [here, {"filename": found.part, "line": 0, "name": found.component or "step"}]
+
+
+def write_snapshot(placed: Placed, path: Path) -> None:
+    """Write what torch.cuda.memory._dump_snapshot writes, for https://pytorch.org/memory_viz and torch.cuda._memory_viz."""
+    segments = []
+    for segment in placed.allocator.segments.values():
+        blocks = [_block(block) for block in segment.blocks()]
+        used = sum(block["size"] for block in blocks if block["state"] == "active_allocated")
+        segments.append(
+            {
+                "device": 0,
+                "address": segment.address,
+                "total_size": segment.size,
+                "allocated_size": used,
+                "active_size": used,
+                "requested_size": sum(block["requested_size"] for block in blocks),
+                "stream": 0,
+                "segment_type": "small" if segment.small else "large",
+                "segment_pool_id": (0, 0),
+                "is_expandable": False,
+                "frames": [],
+                "blocks": blocks,
+            }
+        )
+    found = {
+        "segments": segments,
+        "device_traces": [placed.trace],
+        "allocator_settings": {},
+        "external_annotations": [],
+    }
+    path.write_bytes(pickle.dumps(found))
+
+
+def _block(block: Block) -> dict[str, Any]:
+    return {
+        "address": block.address,
+        "size": block.size,
+        "requested_size": 0 if block.free else block.requested,
+        "state": "inactive" if block.free else "active_allocated",
+        "frames": [] if block.free else _frames(block.tag),
+    }

@@ -1,0 +1,215 @@
+"""Whole runs of task rl: equal on every layout, exact after a kill in any phase, and better at what is rewarded."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.config import load_config
+from flagscale_like.training.metrics import read_metrics
+from tests import faults
+from tests.harness import run_ranks, tiny_config
+from tests.rl.runs import make_folder, numbers, rl_config, run_all
+
+PPO = {"algorithm": "ppo", "epochs": 2, "minibatches": 2, "rollout": {"samples": 1}, "kl": {"coefficient": 0.05}}
+GROUPS = {
+    "algorithm": "grpo",
+    "dynamic_sampling": True,
+    "kl": {"coefficient": 0.05, "into": "loss", "estimator": "k3"},
+    "overlong": {"buffer": 4},
+}
+TWO = {"train__steps": 2}
+STALE = PPO | {"staleness": 1, "kl": {"coefficient": 0.05, "target": 0.01, "horizon": 100}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("rl"))
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tmp_path_factory):
+    """Runs of one process: two iterations each; the last one four, with a checkpoint after each."""
+    runs = tmp_path_factory.mktemp("one")
+    start = rl_config(runs / "start", folder, PPO, train__steps=1, checkpoint={"interval": 1})
+    load = {"checkpoint": {"interval": 0, "load": str(runs / "start")}} | TWO
+    configs = {"start": start, "ppo": rl_config(runs / "ppo", folder, PPO, **load)}
+    configs["groups"] = rl_config(runs / "groups", folder, GROUPS, **load)
+    configs["unpacked"] = rl_config(runs / "unpacked", folder, PPO, train__seq_length=32, **load)
+    configs["stale"] = rl_config(runs / "stale", folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
+    ((*found,),) = run_ranks(1, run_all, list(configs.values()))
+    assert [error for _, error in found] == [None] * len(configs)
+    return configs
+
+
+def close(found, wanted, rel=2e-3):
+    """Equal but for rounding, over all iterations."""
+    assert len(found) == len(wanted)
+    for own, other in zip(found, wanted, strict=True):
+        shares = {name for name in own if name.endswith("clip-share")}  # one token at the bound is a step of its own
+        assert {name: own[name] for name in shares} == pytest.approx({name: other[name] for name in shares}, abs=0.01)
+        rest = own.keys() - shares
+        assert {name: own[name] for name in rest} == pytest.approx(
+            {name: other[name] for name in rest}, rel=rel, abs=2e-4
+        )
+
+
+def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder, tmp_path):
+    load = {"checkpoint": {"interval": 0, "load": one_process["start"].run_dir}} | TWO
+    layouts = {"tp2sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2": {}, "cp2": {"cp": 2}}
+    configs = [rl_config(tmp_path / name, folder, PPO, parallel=layout, **load) for name, layout in layouts.items()]
+    configs.append(rl_config(tmp_path / "groups dp2", folder, GROUPS, **load))
+    other = shutil.copytree(one_process["stale"].run_dir, tmp_path / "other", ignore=shutil.ignore_patterns("*3", "*4"))
+    configs.append(rl_config(other, folder, STALE, train__steps=4, parallel={"tp": 2}))
+    apart = STALE | {"rollout": {"samples": 1, "apart": 1}}
+    configs.append(rl_config(tmp_path / "apart", folder, apart, train__steps=4, checkpoint={"interval": 2}))
+    for found in run_ranks(2, run_all, configs):
+        assert [error for _, error in found] == [None] * len(configs)
+    wanted = numbers(one_process["ppo"].run_dir)
+    assert wanted[0]["reward/mean"] > 0
+    assert wanted[-1]["policy/engine-difference"] < 1e-5
+    for name in layouts:
+        close(numbers(tmp_path / name), wanted)
+    close(numbers(tmp_path / "groups dp2"), numbers(one_process["groups"].run_dir))
+    close(numbers(one_process["unpacked"].run_dir), wanted)
+    # One rank draws while the other learns, what the same rank does in turns.
+    assert numbers(tmp_path / "apart") == numbers(one_process["stale"].run_dir)
+    runs = (tmp_path / "apart", Path(one_process["stale"].run_dir))
+    apart, in_turns = (CheckpointReader(run / "checkpoints" / "step_00000004").state["rl"] for run in runs)
+    assert apart == in_turns
+    close(numbers(other)[-2:], numbers(one_process["stale"].run_dir)[-2:])  # from step 2, saved on one process
+
+
+@pytest.mark.parametrize("phase", ["generate", "score", "update"])
+def test_a_kill_in_any_phase_loses_nothing(phase, one_process, folder, tmp_path):
+    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a coefficient."""
+    wanted = one_process["stale"]
+    run = shutil.copytree(wanted.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("*3", "*4"))
+    config = rl_config(run, folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(1, run_all, [config], phase)
+    ((*found,),) = run_ranks(1, run_all, [config])
+    ((said, error),) = found
+    assert error is None
+    assert [line for line in said if line.startswith("resuming from step 2")]
+    assert numbers(run)[-2:] == numbers(wanted.run_dir)[-2:]
+    readers = [CheckpointReader(Path(path) / "checkpoints" / "step_00000004") for path in (run, wanted.run_dir)]
+    assert readers[0].state["rl"] == readers[1].state["rl"]
+    assert readers[0].state["rl"]["coefficient"] != 0.05
+    assert readers[0].state["prompts"] == readers[1].state["prompts"]
+    for prefix in ("", "critic/", "reference/"):
+        keys = readers[0].keys(prefix)
+        assert keys
+        for key in keys:
+            for kind in ("param", *(("exp_avg", "exp_avg_sq") if prefix != "reference/" else ())):
+                assert readers[0].full(key, kind).equal(readers[1].full(key, kind)), (key, kind)
+
+
+def rewards(run_dir):
+    return [record for record in read_metrics(Path(run_dir)) if "iteration-time" in record]
+
+
+def rise(run_dir, rollouts):
+    """Of the mean reward from the first five iterations to the last five, and its standard error."""
+    records = rewards(run_dir)
+    first, last = records[:5], records[-5:]
+    mean = sum(r["reward/mean"] for r in last) / 5 - sum(r["reward/mean"] for r in first) / 5
+    error = math.sqrt(sum(r["reward/deviation"] ** 2 / rollouts for r in first + last)) / 5
+    return mean, error
+
+
+def test_the_reward_rises_and_with_shuffled_rewards_it_does_not(folder, tmp_path):
+    changes = {"train__steps": 16, "train__seq_length": 128, "optimizer": {"lr": 8e-3, "schedule": "constant"}}
+    shuffled = {"kind": "function", "function": "tests.rl.runs:shuffled"}
+    configs = {
+        "ppo": rl_config(tmp_path / "ppo", folder, {"algorithm": "ppo", "rollout": {"samples": 1}}, **changes),
+        "grpo": rl_config(tmp_path / "grpo", folder, {"algorithm": "grpo"}, **changes),
+        "shuffled": rl_config(tmp_path / "shuffled", folder, {"algorithm": "grpo", "reward": shuffled}, **changes),
+    }
+    ((*found,),) = run_ranks(1, run_all, list(configs.values()))
+    assert [error for _, error in found] == [None] * 3
+    for name, config in configs.items():
+        mean, error = rise(config.run_dir, 32)
+        if name == "shuffled":
+            assert abs(mean) < 4 * error, (name, mean, error)
+        else:
+            assert mean > 4 * error, (name, mean, error)
+
+
+def test_what_cannot_be_learned_from_is_refused_or_said(folder, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "plain words " * 20}) + "\n")
+    reward = {"kind": "function", "function": "tests.rl.runs:{}"}
+    wrong = {
+        "long": {"data__prompts": [str(long)]},
+        "tokenizer": {"model__vocab_size": 200},
+        "nan": {"rl__reward": {**reward, "function": "tests.rl.runs:not_numbers"}},
+        "equal": {"rl__reward": {**reward, "function": "tests.rl.runs:always_one"}},
+    }
+    configs = []
+    for name, changes in wrong.items():
+        given = {"reward": changes.pop("rl__reward")} if "rl__reward" in changes else {}
+        configs.append(rl_config(tmp_path / name, folder, given, **changes))
+    ((*found,),) = run_ranks(1, run_all, configs)
+    by_name = dict(zip(wrong, found, strict=True))
+    assert f"{long}:1: the prompt has" in by_name["long"][1]
+    assert "it is another model's tokenizer" in by_name["tokenizer"][1]
+    assert "a score is nan, for sample" in by_name["nan"][1]
+    said, error = by_name["equal"]
+    assert error is None
+    assert (
+        len([line for line in said if "nothing to learn from the rollouts: all of their scores are equal" in line]) == 3
+    )
+
+
+def test_the_reference_by_swapped_weights_or_adapters_off_and_models_of_another_role(one_process, folder, tmp_path):
+    start = one_process["start"].run_dir
+    load = {"checkpoint": {"interval": 0, "load": start}} | TWO
+    swapped = PPO | {"kl": {"coefficient": 0.05, "memory": "host"}}
+    value = {"algorithm": "ppo", "rollout": {"samples": 1}, "critic": {"lr": 3e-3, "load": start}}
+    example = load_config(
+        "examples/rl/tiny.yaml", [f"run_dir={tmp_path / 'example'}", "train.steps=2", "optimizer.warmup_steps=0"]
+    )
+    group = {"algorithm": "grpo", "kl": {"coefficient": 0.0}}
+    configs = [
+        rl_config(tmp_path / "swapped", folder, swapped, **load),
+        rl_config(tmp_path / "lora", folder, {"algorithm": "grpo"}, lora={"rank": 4}, **load),
+        rl_config(tmp_path / "critic", folder, value, **load),
+        example,
+        rl_config(tmp_path / "group", folder, group, train__steps=1, checkpoint={"interval": 1}),
+        rl_config(tmp_path / "group", folder, PPO),
+    ]
+    ((*found,),) = run_ranks(1, run_all, configs)
+    *errors, last = [error for _, error in found]
+    assert errors == [None] * 5
+    assert numbers(tmp_path / "swapped") == numbers(one_process["ppo"].run_dir)
+    first, second = numbers(tmp_path / "lora")
+    assert abs(first["kl/reference"]) < 1e-6 < abs(second["kl/reference"])
+    assert [line for line in found[2][0] if line == f"the critic's weights are from {start}/checkpoints/step_00000001"]
+    assert f"{tmp_path / 'group'}/checkpoints/step_00000001: holds no critic, and rl.algorithm ppo trains one" in last
+    assert numbers(tmp_path / "example")[-1]["reward/mean"] > 0
+    plain = tiny_config(tmp_path / "group", model__num_layers=2, model__vocab_size=260)
+    ((_, error),) = run_ranks(1, faults.train_and_listen, plain)
+    assert "is of a run of task rl, and the configuration says train" in error
+
+
+@pytest.mark.parametrize(
+    ("rl", "says"),
+    [
+        ({"rollout": {"temperature": 0}}, "temperature 0 draws the same rollout every time"),
+        ({"rollout": {"samples": 1}}, "algorithm grpo compares the rollouts of a prompt, and rollout.samples is 1"),
+        ({"algorithm": "ppo", "dynamic_sampling": True, "rollout": {"samples": 1}}, "dynamic_sampling compares"),
+        ({"rollout": {"samples": 5}}, "it must be divisible by rl.rollout.samples (5)"),
+        ({"rollout": {"max_new_tokens": 64}}, "leaves a prompt no room in train.seq_length (64)"),
+        ({"kl": {"into": "loss"}}, "estimator k1 in the loss has a gradient whose mean is 0"),
+        ({"kl": {"coefficient": 0, "target": 3}}, "target steers the coefficient, and coefficient 0 stays 0"),
+        ({"overlong": {"buffer": 11}}, "overlong.buffer (11) exceeds rollout.max_new_tokens (10)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(folder, tmp_path, rl, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rl_config(tmp_path, folder, rl)
