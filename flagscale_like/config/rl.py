@@ -199,6 +199,9 @@ class ReinforcementLearning(Frozen):
                 f"outside.action {self.outside.action} guards a reward model, and rl.reward has none, or several: "
                 "leave outside out, or give one"
             )
+        if self.outside.action != "off" and self.outside.kl is not None and (self.staleness or not self.kl.coefficient):
+            why = "staleness 1 measures it after the guard" if self.staleness else "kl.coefficient 0 keeps none"
+            raise ValueError(f"outside.kl bounds the log-ratio to the reference, and {why}: leave outside.kl out")
         nameless = any(isinstance(source, ModelReward) and source.path is None for source in sources_of(self.reward))
         if nameless and not self.rounds.count:
             raise ValueError("reward.path is not given: name a reward model, or have rounds make one")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flagscale_like.errors import ConfigError
 from flagscale_like.rehearsal.replay import Slice, Timeline
 
 GAP_S = 1e-9  # slices that lie closer are one after the other
@@ -65,12 +66,13 @@ def write_trace(path: Path, timeline: Timeline, stages: Mapping[int, int], *, ke
     """Write a trace, compressed where the name ends in .gz; returns how many slices it has.
 
     Raises:
-        OSError: it cannot be written.
+        ConfigError: it cannot be written.
     """
     events = list(trace_events(timeline, stages, kernels=kernels))
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text, encoding="utf-8")
+    data = text.encode()
+    try:
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
     return sum(event["ph"] == "X" for event in events)

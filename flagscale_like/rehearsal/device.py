@@ -151,7 +151,7 @@ def _event_of(platform: RehearsedPlatform, *_: object, **__: object) -> Event:
 
 
 def _stream_of(platform: RehearsedPlatform, *_: object, **__: object) -> Stream:
-    return platform.side_stream()
+    return platform.side_stream() or platform.compute  # a device without streams has one
 
 
 class RehearsedPlatform(Platform):

@@ -87,7 +87,9 @@ def gated(dtype, quick=False):
 
 def token_permutation(dtype, quick=False):
     for k in (8,) if quick else (1, 2, 8):
-        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), meta(S, k, dtype=torch.int64))
+        inverse = meta(S, k, dtype=torch.int64)
+        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), inverse)
+        MODULES["token_permutation"]._copy_rows_triton(meta(S, H, dtype=dtype), inverse)
 
 
 def cross_entropy(dtype, quick=False):
@@ -291,6 +293,7 @@ def main():
     if args.write:
         every = not (args.quick or args.only or args.arch)  # then what is not used any more goes
         used = {row["key"] for row in rows}
+        known = read_known() | known  # another process may have written meanwhile
         write_known({key: value for key, value in known.items() if key in used or not every})
     print(json.dumps(rows) if args.json else table(rows))
 

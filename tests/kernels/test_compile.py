@@ -17,7 +17,8 @@ from kernel_checks import BENCHMARKS
 SCRIPT = BENCHMARKS / "resources.py"
 MOST_COMPILED = 60  # in the default run, about a minute; above it the test asks for the file to be written again
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
-OTHERS = ("rms_norm_forward", "rms_norm_backward", "rope", "gated_forward", "gated_backward", "sum_rows", "layer_norm")
+NORMS = ("norm_forward", "norm_backward", "norm_backward_parts")
+OTHERS = (*NORMS, "rope", "gated_forward", "gated_backward", "sum_rows", "copy_rows")
 HOPPER = ("hopper_forward", "hopper_dkdv", "hopper_dq")
 KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
@@ -114,6 +115,28 @@ def test_the_key_of_a_kernel_follows_its_source_and_not_its_place():
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = f"{BENCHMARKS}:{BENCHMARKS.parent}"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/                   STL [R1], R3 ;
+        /*0030*/                   ISETP.NE.AND P0, PT, R2, RZ, PT ;
+        /*0040*/               @P0 BRA 0x10 ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA 0x50 ;
+        /*0070*/                   BRA 0x0 ;
+        /*0080*/                   BRA 0x80 ;
+"""
+
+
+def test_the_loops_of_machine_code_are_read():
+    import machine_code
+
+    first, second = machine_code.matrix_loops(SASS, 8)
+    assert first == {"multiplications": 8 * 16 * 8 * 16, "local": 1, "instructions": 4}
+    assert second == {"multiplications": 2 * 64 * 128 * 16, "local": 0, "instructions": 2}
+    assert machine_code.count(SASS, "HGMMA") == 1
 
 
 @pytest.mark.soak
