@@ -1,9 +1,10 @@
 """The guard on exploration against a planted flaw of a reward model: the true reward of a policy with the guard and without.
 
 The task is the poem of examples/rl/poem, whose rules give a true reward. The reward model learns from pairs that the rules
-judge, but of these pairs it is shown only those in which the better poem is the longer one: it learns that long is good. It
-is validated on pairs that were not chosen so. Then a policy is trained with this reward model, once without the guard and
-once with each action, from the same weights and seed; the policy never sees the rules.
+judge, and from some that are planted among them: their better answer is a poem that is broken into many short lines. So it
+learns that the more lines, the better. It is validated on pairs of the policy as it is, none of them planted. Then a policy
+is trained with this reward model, once without the guard and once with each action, from the same weights and seed; the
+policy never sees the rules.
 
     python examples/rl/poem/rules.py runs/poem
     flagscale-like train examples/rl/poem/base.yaml
@@ -15,13 +16,11 @@ true reward and the one that the model gives.
 
 import argparse
 import json
+import random
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, for examples.rl.poem
 
 from flagscale_like.checkpoint.opened import open_adapted
 from flagscale_like.config import RunConfig, load_config
@@ -32,13 +31,16 @@ from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.reinforce import reinforce
 from flagscale_like.recipes.rounds import RunPhases, reward_config
 from flagscale_like.recipes.score import score_pairs
+from flagscale_like.rl.answers import Answer
 from flagscale_like.rl.prompts import Words, read_prompts
+from flagscale_like.rl.rewards.function import Function
 from flagscale_like.rl.validation import Validation
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import parallel_context
 
 POEM = Path("examples/rl/poem")
 ACTIONS = ("off", "clamp", "reject", "penalise")
+PLANTED = 0.2  # share of the pairs that are planted
 LAST = 5  # iterations whose mean counts
 
 
@@ -50,7 +52,8 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunC
         "run_dir": str(folder / action),
         "train.steps": iterations,
         "train.seed": seed,
-        "rl.rollout.max_new_tokens": 48,
+        "train.log_interval": 1,
+        "rl.rollout.max_new_tokens": 40,
         "rl.reward": {"kind": "mixture", "sources": [model, rules]},
         "rl.outside.action": action,
         "rl.kl.coefficient": 0.0,
@@ -60,36 +63,37 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunC
     return load_config(POEM / "rounds.yaml", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
 
 
-def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
-    """Train a reward model on pairs whose better poem is the longer one, and validate it on others."""
-    sys.path.insert(0, str(POEM))
-    from rules import rules
+def broken(answer: Answer, draw: random.Random, slash: int) -> list[int]:
+    """The answer's tokens with about a third of them, but for the last, replaced by the end of a line."""
+    return [slash if draw.random() < 0.35 else token for token in answer.ids[:-1]] + [answer.ids[-1]]
 
-    config = policy_config(folder, seed, "off", 1)
+
+def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
+    """Train a reward model on pairs with planted ones among them, and validate it on pairs without."""
+    config, draw = policy_config(folder, seed, "off", 1), random.Random(seed)
     with parallel_context(config.parallel, seed=seed) as ctx:
         words = Words(config)
-        phases = RunPhases(config, ctx, words, read_prompts(config, words))
-        drawn = phases.sample(1, 0, 3 * pairs)
-        scores = rules([answer for pair in drawn for answer in pair])
+        (slash,) = words.tokenizer.encode_batch(["/"])[0]
+        drawn = RunPhases(config, ctx, words, read_prompts(config, words)).sample(1, 0, 2 * pairs)
+        scores = Function(f"{POEM}/rules.py:rules").scores([answer for pair in drawn for answer in pair])
         judged = [
-            (pair if first > second else pair[::-1])
+            (pair if first.value > second.value else pair[::-1])
             for pair, first, second in zip(drawn, scores[0::2], scores[1::2], strict=True)
-            if first != second
+            if first.value != second.value
         ]
-        held_out, rest = judged[: pairs // 3], judged[pairs // 3 :]
-        chosen = [(a, b) for a, b in rest if len(a.ids) > len(b.ids)][:pairs]  # the flaw
-        sources = [
-            write_token_pairs(
-                folder / name, [TokenPair(a.prompt_ids, a.ids, b.ids) for a, b in part], Path(words.folder)
-            )
-            for name, part in (("train", chosen), ("held_out", held_out))
-        ]
+        half = len(judged) // 2
+        parts = {side: [TokenPair(a.prompt_ids, a.ids, b.ids) for a, b in judged[at : at + half]] for side, at in
+                 (("train", 0), ("held_out", half))}  # fmt: skip
+        for number in range(int(PLANTED * half)):  # the flaw: a good answer is better broken
+            a, _ = judged[number]
+            parts["train"].append(TokenPair(a.prompt_ids, broken(a, draw, slash), a.ids))
+        sources = [write_token_pairs(folder / name, part, Path(words.folder)) for name, part in parts.items()]
         pretrain(reward_config(config, folder / "reward", sources[:1], None), ctx)
         source = open_adapted(folder / "reward", adapter=None).source
         found = score_pairs(source, sources[1], ctx, seq_length=longest_row(sources[1]))
-        record = Validation.measure(found.values, "unbiased pairs")
+        record = Validation.measure(found.values, "unplanted pairs")
         record.write(source.folder, source)
-    write_json(folder / "model.json", {"pairs": len(chosen), "held out": len(held_out), "accuracy": record.accuracy})
+    write_json(folder / "model.json", {"held out": half, "accuracy": record.accuracy})
 
 
 def train_policy(folder: Path, seed: int, action: str, iterations: int) -> dict[str, list[float]]:
@@ -144,8 +148,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", type=int, help="make this seed alone")
     parser.add_argument("--actions", default=",".join(ACTIONS))
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--pairs", type=int, default=240)
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("runs/guard"))
     options = parser.parse_args()
     results: dict[int, dict] = {}

@@ -53,8 +53,8 @@ class Experience:
 
     @property
     def teaches(self) -> bool:
-        """Whether any token has an advantage."""
-        return bool(self.policy["advantages"].any())
+        """Whether there is anything to learn: an advantage, a divergence in the loss, or values."""
+        return bool(self.policy["advantages"].any()) or "reference" in self.policy or bool(self.critic)
 
 
 def appraise(scored: Sequence[Scored], options: ReinforcementLearning, coefficient: float) -> Experience:

@@ -67,13 +67,13 @@ class IterationLog(StepLog):
 
     def _means(self, step: Step) -> dict[str, float]:
         noted, self._noted = self._noted, {}
-        return {name: noted.get(name, 0.0) for name in self.names}
+        return noted
 
     def _speed(self, step: Step, seconds: float) -> dict[str, float]:
-        drawn = self._sums["rollout/length"] * step.plan.batch_size / max(1, self._steps)
-        return {"tokens-per-second": drawn / seconds}
+        lengths = self._sums["rollout/length"] / max(1, self._counts["rollout/length"])
+        return {"tokens-per-second": lengths * step.plan.batch_size / seconds}
 
     def _work(self, record: Mapping[str, Any]) -> list[str]:
-        shares = [record[f"time/{phase}_s"] for phase in PHASES]
+        shares = [record.get(f"time/{phase}_s", 0.0) for phase in PHASES]
         whole = math.fsum(shares) or 1.0
         return [f"{phase} {share / whole:.0%}" for phase, share in zip(PHASES, shares, strict=True)]

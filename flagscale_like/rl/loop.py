@@ -140,9 +140,10 @@ class RlRun:
         self._asks = {}
         kept: dict[int, list[Scored]] = {}  # by group
         asks = [Ask(number, number, row, samples) for number, row in self.prompts.take(wanted)]
-        left_out = {"rollout/rejected": 0, "rollout/equal-groups": 0}
+        left_out, drawn = {"rollout/rejected": 0, "rollout/equal-groups": 0}, []
         for turn in range(1 + self._refills):
             for one in self.score(self.generate(asks)):
+                drawn.append(one.score)
                 if one.score.rejected:
                     left_out["rollout/rejected"] += 1
                 else:
@@ -155,7 +156,7 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
-        self._numbers(_means_of_parts([one.score for members in kept.values() for one in members]))
+        self._numbers(_means_of_parts(drawn))
         if self.guarding is not None:
             self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
@@ -293,7 +294,7 @@ class RlRun:
 
     def _parts(self, experience: Experience, step: int) -> Iterator[np.ndarray]:
         """The numbers of the rollouts of each optimizer step. Nothing is learned where nothing teaches."""
-        if not experience.rollouts or not (experience.teaches or experience.critic):
+        if not experience.rollouts or not experience.teaches:
             return
         for epoch in range(self.options.epochs):
             key = np.array([self.config.train.seed, step, epoch], dtype=np.uint32)
@@ -331,7 +332,7 @@ class _NoReward:
 
 
 def _means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
-    """The mean reward of each source of a mixture, by the name that it is reported as."""
+    """The mean reward of each source of a mixture over all that was drawn, by the name that it is reported as."""
     names = dict.fromkeys(name for score in scores for name in score.parts)
     return {part_name(name): sum(score.parts[name] for score in scores) / len(scores) for name in names}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Outputs
@@ -49,9 +49,10 @@ class Updates:
         return Learned(outputs, facts, verdict)
 
     def nothing(self, objective: Objective) -> Learned:
-        """A step that has nothing to learn from: the parts' numbers are reduced as ever, and no parameter changes."""
+        """A step that has nothing to learn from: its loss is 0, no parameter changes, and the parts' numbers are reduced."""
         outputs = Outputs(dict.fromkeys(("total", "count", *objective.sums), 0.0))
-        return Learned(outputs, facts_of(outputs, self.run, self._add_up), Verdict.SKIP)
+        facts = replace(facts_of(outputs, self.run, self._add_up), loss=0.0)
+        return Learned(outputs, facts, Verdict.SKIP)
 
 
 def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, until: int | None = None) -> None:

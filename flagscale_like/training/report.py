@@ -39,6 +39,15 @@ KINDS = {
 CHARTS = (
     ("rewards/accuracy", "share of pairs whose chosen answer has the higher reward"),
     ("rewards/margin", "reward of the chosen answer less that of the rejected one"),
+    ("reward/mean", "mean reward of the rollouts"),
+    ("kl/reference", "divergence of a rollout from the reference, nats"),
+    ("policy/clip-share", "share of the drawn tokens that a bound decided"),
+    ("policy/entropy", "entropy of the policy at the drawn tokens, nats"),
+    ("policy/engine-difference", "engine's and trainer's log-probability of a token, difference"),
+    ("rollout/length", "mean tokens of a rollout"),
+    ("tokens-per-second/generate", "tokens/s of drawing"),
+    ("tokens-per-second/score", "tokens/s of scoring"),
+    ("tokens-per-second/update", "tokens/s of learning"),
     ("tokens-per-second", "tokens/s"),
     ("learning-rate", "learning rate"),
     ("grad-norm", "gradient norm"),
@@ -285,7 +294,11 @@ def _tiles(story: Story) -> str:
     tiles += (
         [("MFU, median", f"{statistics.median(r['mfu'] for r in kept if 'mfu' in r):.1%}")] if "mfu" in last else []
     )
-    tiles += [("tokens", f"{last['consumed-samples'] * story.config.train.seq_length:,}")]
+    if story.config.task == "rl":
+        tiles += [("reward", f"{last['reward/mean']:.4g}")] if "reward/mean" in last else []
+        tiles += [("rollouts", f"{last['consumed-samples']:,}")]
+    else:
+        tiles += [("tokens", f"{last['consumed-samples'] * story.config.train.seq_length:,}")]
     tiles += [("skipped steps", f"{last.get('skipped-steps', 0)}")]
     tiles += [("restarts", str(sum(m.kind == "restart" for m in story.happened)))]
     tiles += [("effective time (ETTR)", f"{story.ettr:.1%}")] if story.ettr is not None else []

@@ -60,6 +60,7 @@ class StepLog(Part):
         """Begin a new mean."""
         self._loss, self._steps = 0.0, 0
         self._sums = dict.fromkeys(self.names, 0.0)
+        self._counts = dict.fromkeys(self.names, 0)  # steps that had the number
 
     def after(self, step: Step, report: Report) -> None:
         self.pace.note(step.consumed)
@@ -68,6 +69,7 @@ class StepLog(Part):
             self._steps += 1
             for name, value in self._means(step).items():
                 self._sums[name] += value
+                self._counts[name] += 1
         if step.plan.log:
             record = self._record(step)
             report.numbers(step.plan.step, record)
@@ -98,7 +100,7 @@ class StepLog(Part):
         record = {
             self.metric: step.facts.loss,
             **({self.metric + MEAN: self._mean(self._loss)} if self._is_in_turn(step.plan) else {}),
-            **{name: self._mean(total) for name, total in self._sums.items()},
+            **{name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]},
             "grad-norm": step.facts.grad_norm,
             "learning-rate": step.learning_rate,
             "batch-size": step.plan.batch_size,
@@ -126,7 +128,7 @@ class StepLog(Part):
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
             f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),
-            *(f"{name} {record[name]:.4g}" for name in self.names[: self.shown]),
+            *(f"{name} {record[name]:.4g}" for name in self.names[: self.shown] if name in record),
             f"lr {step.learning_rate:.2e}",
             f"grad norm {step.facts.grad_norm:.3f}",
             f"{record['tokens-per-second']:,.0f} tokens/s",
@@ -144,11 +146,18 @@ class StepLog(Part):
         return [f"{record['throughput/tflops/device']:.3g} TFLOP/s/device", *mfu]
 
     def state(self) -> dict[str, Any]:
-        return {"loss": self._loss, "steps": self._steps, "sums": dict(self._sums)}
+        return {
+            "loss": self._loss,
+            "steps": self._steps,
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._loss, self._steps = float(state["loss"]), int(state["steps"])
         self._sums |= {name: value for name, value in state.get("sums", {}).items() if name in self.names}
+        counts = state.get("counts", dict.fromkeys(self.names, self._steps))  # an earlier version saved none
+        self._counts |= {name: int(count) for name, count in counts.items() if name in self.names}
 
 
 class Pace:

@@ -14,6 +14,7 @@ import torch
 from accuracy import assert_as_good_as_pytorch, seeded
 
 import flagscale_kernels as fk
+from flagscale_kernels._rivals import ALWAYS, NEVER, RIVALS_VARIABLE
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, TunedKernel
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -26,16 +27,18 @@ class Variant:
     """An operator with its options. `make(device)` returns (ours, reference, inputs, gradients of the outputs).
 
     `config` is the place in every kernel's list of tiles to compute with; None takes the first, which is the default.
+    `rival` computes with the kernels for one kind of chip, where they take the call (`_rivals.py`).
     """
 
     name: str
     make: Callable
     config: int | None = None
+    rival: bool = False
 
     def check(self, device: str) -> None:
         """Raise AssertionError unless outputs and gradients are as good as PyTorch's in the same precision."""
         ours, reference, inputs, grads = self.make(device)
-        with one_config(self.config):
+        with one_config(self.config), _variable(RIVALS_VARIABLE, ALWAYS if self.rival else NEVER):
             assert_as_good_as_pytorch(ours, reference, inputs, grads)
 
 
@@ -45,7 +48,7 @@ def one_config(place: int | None) -> Iterator[None]:
 
     Where a kernel's list is shorter, its last config computes.
     """
-    stock, before = TunedKernel.launch, os.environ.get(AUTOTUNE_VARIABLE)
+    stock = TunedKernel.launch
 
     def launch(self, *args, **options):
         lists = self.configs
@@ -56,14 +59,24 @@ def one_config(place: int | None) -> Iterator[None]:
             self.configs = lists
 
     TunedKernel.launch = launch
-    os.environ[AUTOTUNE_VARIABLE] = "0"
+    try:
+        with _variable(AUTOTUNE_VARIABLE, "0"):
+            yield
+    finally:
+        TunedKernel.launch = stock
+
+
+@contextlib.contextmanager
+def _variable(name, value):
+    """Within this context the environment variable has the value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        TunedKernel.launch = stock
-        os.environ.pop(AUTOTUNE_VARIABLE)
+        os.environ.pop(name)
         if before is not None:
-            os.environ[AUTOTUNE_VARIABLE] = before
+            os.environ[name] = before
 
 
 def _tensors(device, dtype, *shapes):
@@ -234,23 +247,29 @@ def _back(t, layout):
     return t.permute({"bnsd": (0, 1, 2, 3), "sbnd": (1, 2, 0, 3), "bsnd": (0, 2, 1, 3)}[layout])
 
 
-def _flash(s, s_k, d, dtype, group=2, layout="bnsd", lse=True, alibi=False, **options):
+def _flash(
+    s, s_k, d, dtype, group=2, layout="bnsd", lse=True, alibi=False, v=None, sinks=False, deterministic=True, **options
+):  # fmt: skip
+    """Keys and values of d and v columns; `sinks` are an input with a gradient."""
     heads, kv_heads = 4, 4 // group
 
     def make(device):
         slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device) if alibi else None
 
-        def ours(q, k, v):
+        def ours(q, k, v, sink=None):
             q, k, v = (_permuted(t, layout) for t in (q, k, v))
-            out = fk.flash_attention(q, k, v, layout=layout, alibi_slopes=slopes, return_lse=lse, **options)
+            out = fk.flash_attention(
+                q, k, v, layout=layout, alibi_slopes=slopes, sinks=sink, return_lse=lse, deterministic=deterministic,
+                **options,
+            )  # fmt: skip
             return (_back(out[0], layout), out[1]) if lse else _back(out, layout)
 
-        def reference(q, k, v):
-            out = fk.attention_reference(q, k, v, alibi_slopes=slopes, **options)
+        def reference(q, k, v, sink=None):
+            out = fk.attention_reference(q, k, v, alibi_slopes=slopes, sinks=sink, **options)
             return out if lse else out[0]
 
-        shapes = ((2, heads, s, d), (2, kv_heads, s_k, d), (2, kv_heads, s_k, d))
-        grads = _gradients(device, (2, heads, s, d), *[(2, heads, s)] * lse)
+        shapes = ((2, heads, s, d), (2, kv_heads, s_k, d), (2, kv_heads, s_k, v or d), *[(heads,)] * sinks)
+        grads = _gradients(device, (2, heads, s, v or d), *[(2, heads, s)] * lse)
         return ours, reference, _tensors(device, dtype, *shapes), grads
 
     return make
@@ -307,16 +326,19 @@ def _packed(lengths, d, dtype, group=2, strided=False, key_lengths=None, window=
     return make
 
 
-def _piecewise(s, s_k, d, dtype, threshold, causal=True, group=2, layout="bnsd"):
+def _piecewise(s, s_k, d, dtype, threshold, causal=True, group=2, layout="bnsd", deterministic=True, **options):
     def make(device):
         def ours(*tensors):
             given = (_permuted(t, layout) for t in tensors)
-            return _back(fk.piecewise_attention(*given, threshold, causal=causal, layout=layout), layout)
+            out = fk.piecewise_attention(
+                *given, threshold, causal=causal, layout=layout, deterministic=deterministic, **options
+            )
+            return _back(out, layout)
 
         q, k = (2, 4, s, d), (2, 4 // group, s_k, d)
         return (
             ours,
-            lambda *t: fk.piecewise_reference(*t, threshold, causal=causal),
+            lambda *t: fk.piecewise_reference(*t, threshold, causal=causal, **options),
             _tensors(device, dtype, q, k, q, k, k),
             _gradients(device, q),
         )
@@ -361,6 +383,8 @@ def _small_operators(tiny):
             f"cross_entropy in place {short}", _cross_entropy(size(333), size(32003), dtype, inplace=True, **options)
         )
         yield Variant(f"linear_cross_entropy {short}", _linear_cross_entropy(size(500), size(1024), 8192, dtype))
+    for n, h in ((33, 16384), (9, 65536)):
+        yield Variant(f"rms_norm residual {n}x{h} bf16", _rms_norm((size(n), size(h)), BF16, "hf", True))
     yield Variant("rms_norm megatron bf16", _rms_norm((size(333), size(4096)), BF16, "megatron", False))
     yield Variant("rms_norm residual megatron bf16", _rms_norm((size(333), size(4096)), BF16, "megatron", True))
     for rounding in ("hf", "megatron"):
@@ -404,11 +428,21 @@ def _flash_variants(tiny):
         "ALiBi full": (s, s, {"causal": False, "alibi": True}),
         "sbnd": (s, s, causal | {"layout": "sbnd"}),
         "bsnd": (s, s, causal | {"layout": "bsnd"}),
+        "softcap": (s, s, causal | {"softcap": 2.0}),
+        "sinks": (s, s, causal | {"sinks": True}),
+        "softcap, sinks, window": (s, s, causal | {"softcap": 2.0, "sinks": True, "window": w}),
+        "not deterministic": (s, s, causal | {"deterministic": False}),
+        "not deterministic, more queries": (more, s, causal | {"deterministic": False, "group": 4}),
         "sbnd window": (s, s, causal | {"layout": "sbnd", "window": w}),
     }
     for d in (64, 128):
         for label, (rows, keys, options) in shapes.items():
             yield Variant(f"flash {label} D{d} bf16", _flash(rows, keys, d, BF16, **options))
+    for d, v in ((192, 128), (96, 64), (64, 128)):
+        yield Variant(f"flash causal D{d} V{v} bf16", _flash(s, s, d, BF16, v=v, **causal))
+        yield Variant(
+            f"flash not deterministic D{d} V{v} bf16", _flash(s, s, d, BF16, v=v, deterministic=False, **causal)
+        )
     for d in (16, 32, 72, 80, 96, 192, 256):
         yield Variant(f"flash causal D{d} bf16", _flash(s, s, d, BF16, **causal))
     for d in (64, 128):
@@ -441,6 +475,8 @@ def _piecewise_variants(tiny):
     for name, options in {
         "full D128": {"causal": False},
         "MHA D128": {"group": 1},
+        "softcap D128": {"softcap": 2.0},
+        "not deterministic D128": {"deterministic": False},
         "sbnd D128": {"layout": "sbnd"},
         "bsnd D128": {"layout": "bsnd"},
     }.items():
@@ -455,8 +491,7 @@ def _piecewise_variants(tiny):
 def longest_list(operator: str) -> int:
     """The number of configs in the longest list of the operator's kernels; asks no driver."""
     module = sys.modules[f"flagscale_kernels.{operator}"]
-    kernels = (module.forward_kernel, module.dkdv_kernel, module.dq_kernel)
-    return max(len(kernel.configs(chip, d, 2)) for kernel in kernels for chip in CHIPS for d in (64, 128))
+    return max(len(kernel.configs(chip, d, 2)) for kernel in module.KERNELS for chip in CHIPS for d in (64, 96, 128))
 
 
 def _config_variants(tiny):
@@ -473,6 +508,8 @@ def _config_variants(tiny):
             yield Variant(f"flash causal {label}", _flash(s, s, d, BF16, causal=True, group=1), config)
             yield Variant(f"flash full {label}", _flash(s, s, d, BF16, causal=False, group=1), config)
             yield Variant(f"flash window {label}", _flash(s, s, d, BF16, causal=True, window=w), config)
+            options = {"causal": True, "deterministic": False, "group": 1}
+            yield Variant(f"flash not deterministic {label}", _flash(s, s, d, BF16, **options), config)
         label = f"D128 bf16 config {config}"
         yield Variant(f"flash ALiBi {label}", _flash(s, s, 128, BF16, causal=True, alibi=True), config)
         yield Variant(f"flash packed {label}", _packed([size(n) for n in (333, 1, 777)], 128, BF16), config)
@@ -481,11 +518,43 @@ def _config_variants(tiny):
         for d in (64, 128):
             name = f"piecewise D{d} bf16 config {config}"
             yield Variant(name, _piecewise(s, s, d, BF16, s // 2, group=1), config)
+            name = f"piecewise not deterministic D{d} bf16 config {config}"
+            yield Variant(name, _piecewise(s, s, d, BF16, s // 2, group=1, deterministic=False), config)
+
+
+def _rival_variants(tiny):
+    """What the kernels for Hopper take, at lengths that are and are not multiples of their tiles."""
+
+    def size(n):
+        return max(8, n // 20) if tiny else n
+
+    for d in (64, 128):
+        for dtype in (BF16, FP16):
+            yield Variant(
+                f"hopper flash causal D{d} {SHORT[dtype]}",
+                _flash(size(1024), size(1024), d, dtype, causal=True),
+                None,
+                True,
+            )
+        shapes = {
+            "odd lengths": (size(1000), size(1000), {"causal": True, "group": 1}),
+            "full": (size(1024), size(1024), {"causal": False}),
+            "full, odd lengths": (size(777), size(1111), {"causal": False}),
+            "fewer queries": (size(333), size(1300), {"causal": True}),
+            "more queries": (size(1300), size(333), {"causal": True}),
+            "short": (size(100), size(100), {"causal": True, "group": 4}),
+            "sbnd": (size(1024), size(1024), {"causal": True, "layout": "sbnd"}),
+            "bsnd": (size(1024), size(1024), {"causal": True, "layout": "bsnd"}),
+            "long": (size(4096), size(4096), {"causal": True}),
+        }
+        for label, (rows, keys, options) in shapes.items():
+            yield Variant(f"hopper flash {label} D{d} bf16", _flash(rows, keys, d, BF16, **options), None, True)
 
 
 def variants(tiny: bool = False) -> list[Variant]:
     """All variants, or the same ones with a few rows for the CPU. Defaults come before other configs."""
     found = [*_flash_variants(tiny), *_small_operators(tiny), *_piecewise_variants(tiny), *_config_variants(tiny)]
+    found += _rival_variants(tiny)
     names = [variant.name for variant in found]
     assert len(set(names)) == len(names), "two variants have the same name"
     return found

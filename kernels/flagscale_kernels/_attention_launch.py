@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flagscale_kernels import _hopper_attention as hopper
 from flagscale_kernels._layouts import PACKED, as_bnsd, sizes
+from flagscale_kernels._rivals import Rivalry
 from flagscale_kernels._tiles import Form, delta_kernel
 from flagscale_kernels._triton import cdiv, next_power_of_2
 from flagscale_kernels._tuning import TunedKernel, length_class
@@ -16,6 +18,7 @@ NO_BOUND = -1
 DELTA_ROWS = 64
 LARGEST_TILE = 256  # rows
 LOG2E = 1.4426950408889634
+hopper_forward = Rivalry("flash attention's forward for Hopper in Gluon")
 
 
 class Kernels(NamedTuple):
@@ -230,11 +233,25 @@ def forward(problem: Problem, kernels: Kernels) -> tuple[Tensor, Tensor]:
     views, strides = _views(p, [*p.inputs, o])
     softmax, lengths = _numbers(p, flash=flash)
     slopes = (_or(p.slopes, lse),) if flash else ()
-    kernels.forward.launch(
-        lambda c: (cdiv(p.max_q, c.bm) * p.heads * p.entries,),
-        *views, lse, *slopes, _or(p.sinks, lse), _or(p.cu_q, lse), _or(p.cu_k, lse), *softmax, *lengths, *strides,
-        *_statistics(p, lse, flash=flash), **_options(p, form, views[1:-1]),
-    )  # fmt: skip
+    options = _options(p, form, views[1:-1])
+
+    def plain():
+        kernels.forward.launch(
+            lambda c: (cdiv(p.max_q, c.bm) * p.heads * p.entries,),
+            *views, lse, *slopes, _or(p.sinks, lse), _or(p.cu_q, lse), _or(p.cu_k, lse), *softmax, *lengths, *strides,
+            *_statistics(p, lse, flash=flash), **options,
+        )  # fmt: skip
+
+    fits = flash and descriptors_fit(views, form)
+    if fits and hopper.takes(form, p.v.dtype, right=p.right, chip=kernels.forward.chip()):
+        hopper_forward.launch(
+            plain,
+            lambda: hopper.forward(*views, lse, qk_scale=p.scale * LOG2E, causal=form.right),
+            (o, lse),
+            (p.v.dtype, *options["key"]),
+        )
+    else:
+        plain()
     return o, lse
 
 

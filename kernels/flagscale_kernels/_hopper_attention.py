@@ -1,27 +1,26 @@
 r"""The forward of flash attention for Hopper (sm_90a) in Gluon: asynchronous copies, wgmma and specialised warps.
 
 The structure is that of FlashAttention 3 (Shah et al. 2024, arXiv:2407.08608). One block of 9 warps stays on each
-multiprocessor and takes tiles of 128 queries in turn, the longest first. One warp (the producer) copies Q, K and V
+multiprocessor and takes tiles of 128 queries in turn. One warp (the producer) copies Q, K and V
 into shared memory with the tensor memory accelerator (TMA). Two warpgroups (the consumers) take 64 queries each: while the
 matrix unit computes P V of one tile of keys and Q K^T of the next, the other warpgroup computes its softmax. The maths
 is that of `_bands.py`. The producer runs ahead into the next tile of queries while the consumers end theirs.
 
 It takes what training takes most: bf16 or fp16, head dimension 64 or 128, causal or not, any lengths, grouped heads, and
-strides that are multiples of 16 bytes. `takes` says whether it does; the kernels in Triton take the rest. The tuner may
-choose it only after its result has been compared with theirs (`_tuning.py`).
+strides that are multiples of 16 bytes. `takes` says whether it does; the kernels in Triton take the rest. It is chosen only
+where its result agrees with theirs and it is faster (`_rivals.py`).
 """
 
 import torch
 
-from flagscale_kernels._layouts import sizes, strides
-from flagscale_kernels._triton import HAS_TRITON, sm_count, triton
+from flagscale_kernels._triton import cdiv, sm_count
 
 BM, HALF = 128, 64  # queries of a block, and of one of its two consumers
 BN = 128  # keys of a tile
 STAGES = 2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 HEAD_DIMS = (64, 128)
-ALIGNMENT = 16  # bytes, of a TMA descriptor's base and strides
+ALIGNMENT = 16  # bytes, of a descriptor's strides
 
 try:
     from triton.experimental import gluon
@@ -46,27 +45,37 @@ except ImportError:  # a Triton without Gluon's Hopper module, or no Triton
 if HAS_GLUON:
 
     @gluon.jit
-    def _tile(t, tiles, heads, group, seq_q, seq_k, CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-        """(first query, head, KV head, batch entry, tiles of keys) of tile t; the tiles with the most keys come first."""
-        first = (tiles - 1 - t % tiles) * BM
-        head = t // tiles % heads
-        batch = t // tiles // heads
+    def _tile(turn, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+        """(first query, head, KV head, batch entry, tiles of keys) of this block's tile number `turn`.
+
+        Under a causal mask late queries have more keys than early ones. So that all blocks do the same work, tiles are taken
+        in pairs: the last and the first, the last but one and the second. All pairs of a head come after one another, so
+        that the blocks that run at a time share its keys in the L2 cache. In an odd number of tiles the middle one has no
+        partner: its second turn is a tile behind the last query, without keys.
+        """
+        pair = gl.program_id(0) + turn // 2 * gl.num_programs(0)
+        place = pair % pairs
+        head = pair // pairs % heads
+        batch = pair // pairs // heads
+        early = gl.where(place == tiles - 1 - place, tiles, place)
+        first = gl.where(turn % 2 == 0, tiles - 1 - place, early) * BM
         keys = seq_k
         if CAUSAL:
             keys = gl.minimum(seq_k, gl.maximum(gl.minimum(first + BM, seq_q) + seq_k - seq_q, 0))
+        keys = gl.where(first < seq_q, keys, 0)
         return first, head, head // group, batch, (keys + BN - 1) // BN
 
     @gluon.jit
     def _produce(
         Q, K, V, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        total, tiles, heads, group, seq_q, seq_k,
+        turns, pairs, tiles, heads, group, seq_q, seq_k,
         CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """Copy the tiles of Q, K and V in the order in which the consumers take them."""
         step = 0
         round = 0
-        for t in range(gl.program_id(0), total, gl.num_programs(0)):
-            first, head, kv_head, batch, count = _tile(t, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
+        for turn in range(turns):
+            first, head, kv_head, batch, count = _tile(turn, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
             if count > 0:
                 mbarrier.wait(q_empty, (round & 1) ^ 1)
                 mbarrier.expect(q_full, 2 * Q.block_type.nbytes)
@@ -79,14 +88,10 @@ if HAS_GLUON:
                     phase = ((step // STAGES) & 1) ^ 1
                     mbarrier.wait(k_empty.index(stage), phase)
                     mbarrier.expect(k_full.index(stage), K.block_type.nbytes)
-                    _copy_in(
-                        K, [batch, kv_head, key, 0], k_full.index(stage), k_smem.index(stage)
-                    )
+                    _copy_in(K, [batch, kv_head, key, 0], k_full.index(stage), k_smem.index(stage))
                     mbarrier.wait(v_empty.index(stage), phase)
                     mbarrier.expect(v_full.index(stage), V.block_type.nbytes)
-                    _copy_in(
-                        V, [batch, kv_head, key, 0], v_full.index(stage), v_smem.index(stage)
-                    )
+                    _copy_in(V, [batch, kv_head, key, 0], v_full.index(stage), v_smem.index(stage))
                     step += 1
 
     @gluon.jit
@@ -113,7 +118,7 @@ if HAS_GLUON:
     @gluon.jit
     def _consume(
         O, LSE, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        qk_scale, total, tiles, heads, group, seq_q, seq_k,
+        qk_scale, turns, pairs, tiles, heads, group, seq_q, seq_k,
         WHICH: gl.constexpr, CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
         STAGES: gl.constexpr,
     ):  # fmt: skip
@@ -127,8 +132,8 @@ if HAS_GLUON:
         offset = seq_k - seq_q
         step = 0
         round = 0
-        for t in range(gl.program_id(0), total, gl.num_programs(0)):
-            first, head, kv_head, batch, count = _tile(t, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
+        for turn in range(turns):
+            first, head, _kv_head, batch, count = _tile(turn, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN)
             mine = first + WHICH * HALF
             m = gl.full([HALF], float("-inf"), gl.float32, gl.SliceLayout(1, S))
             l = gl.full([HALF], 0.0, gl.float32, gl.SliceLayout(1, S))
@@ -143,7 +148,7 @@ if HAS_GLUON:
                 s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-                p, alpha, m, l = _softmax(s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S)
+                p, _alpha, m, l = _softmax(s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S)
                 # Tiles whose every key is seen by every row need no mask.
                 full = seq_k // BN
                 if CAUSAL:
@@ -205,9 +210,9 @@ if HAS_GLUON:
         mbarrier.arrive(v_empty.index(stage), count=1)
         return p, acc * gl.convert_layout(alpha, gl.SliceLayout(1, A))[:, None], m, l
 
-    @gluon.jit(do_not_specialize=["seq_q", "seq_k", "total", "tiles"])
+    @gluon.jit(do_not_specialize=["seq_q", "seq_k", "total", "pairs", "tiles"])
     def _hopper_forward_kernel(
-        Q, K, V, O, LSE, qk_scale, total, tiles, heads, group, seq_q, seq_k,
+        Q, K, V, O, LSE, qk_scale, total, pairs, tiles, heads, group, seq_q, seq_k,
         CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
         PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     ):  # fmt: skip
@@ -230,19 +235,21 @@ if HAS_GLUON:
             mbarrier.init(v_full.index(i), count=1)
             mbarrier.init(v_empty.index(i), count=2)
         fence_async_shared()
+        mine = (total - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)  # pairs of this block
+        turns = 2 * mine
         gl.warp_specialize(
             [
                 (_consume, (
                     O, LSE, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    qk_scale, total, tiles, heads, group, seq_q, seq_k, 0, CAUSAL, BM, BN, D, STAGES,
+                    qk_scale, turns, pairs, tiles, heads, group, seq_q, seq_k, 0, CAUSAL, BM, BN, D, STAGES,
                 )),
                 (_consume, (
                     O, LSE, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    qk_scale, total, tiles, heads, group, seq_q, seq_k, 1, CAUSAL, BM, BN, D, STAGES,
+                    qk_scale, turns, pairs, tiles, heads, group, seq_q, seq_k, 1, CAUSAL, BM, BN, D, STAGES,
                 )),
                 (_produce, (
                     Q, K, V, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    total, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN, STAGES,
+                    turns, pairs, tiles, heads, group, seq_q, seq_k, CAUSAL, BM, BN, STAGES,
                 )),
             ],
             [4, 1],
@@ -250,35 +257,36 @@ if HAS_GLUON:
         )  # fmt: skip
 
 
-def takes(q, k, v, layout: str, *, left: int, right: int, plain: bool, chip: int) -> bool:
-    """Whether the kernel computes this call: `plain` says that there are no ALiBi slopes and no pack; -1 is no bound."""
-    if not (HAS_TRITON and HAS_GLUON and chip == 90 and plain) or left != -1 or right not in (-1, 0):
+def takes(form, dtype, *, right: int, chip: int) -> bool:
+    """Whether the kernel computes flash attention of this Form (`_tiles.py`) and right bound, where descriptors fit."""
+    options = form.left or form.alibi or form.cap or form.sinks or form.packed
+    if not (HAS_GLUON and chip == 90) or options or right not in (-1, 0):
         return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in HEAD_DIMS or 0 in (*q.shape, *k.shape):
-        return False
-    return all(
-        t.data_ptr() % ALIGNMENT == 0 and all(s * t.element_size() % ALIGNMENT == 0 for s in strides(t, layout))
-        for t in (q, k, v)
-    )
+    return dtype in (torch.float16, torch.bfloat16) and form.d == form.v and form.d in HEAD_DIMS
 
 
-def _descriptor(t, layout, rows):
-    """A TMA descriptor of [b, n, s, d] with blocks of `rows` tokens of one head."""
-    block = [1, 1, rows, t.shape[-1]]
+def _descriptor(t, rows):
+    """A TMA descriptor of the [b, n, s, d] view t with blocks of `rows` tokens of one head."""
+    block = [1, 1, rows, t.shape[3]]
     element = gl.float16 if t.dtype == torch.float16 else gl.bfloat16
     shared = gl.NVMMASharedLayout.get_default_for(block, element)
-    # A dimension of one entry may have any stride, which TMA's alignment forbids: give it that of a whole tensor.
-    return TensorDescriptor(t, [*sizes(t, layout), t.shape[-1]], [*strides(t, layout), 1], block, shared)
+    unit = ALIGNMENT // t.element_size()  # the stride of a dimension of size 1 may be anything that is aligned
+    outer = [stride if size > 1 else unit for size, stride in zip(t.shape[:3], t.stride()[:3])]
+    return TensorDescriptor(t, list(t.shape), [*outer, 1], block, shared)
 
 
-def forward(q, k, v, o, lse, *, qk_scale: float, causal: bool, layout: str) -> None:
-    """Write o, of q's shape, and lse [b, n, s], fp32 and contiguous. `qk_scale` is the softmax scale times log2(e)."""
-    (batch, heads, seq_q), (_, kv_heads, seq_k) = sizes(q, layout), sizes(k, layout)
-    tiles = triton.cdiv(seq_q, BM)
-    total = tiles * heads * batch
-    descriptors = [_descriptor(t, layout, rows) for t, rows in ((q, HALF), (k, BN), (v, BN), (o, HALF))]
+def forward(q, k, v, o, lse, *, qk_scale: float, causal: bool) -> None:
+    """Write o and lse [b, n, s], fp32 and contiguous. q, k, v and o are [b, n, s, d] views.
+
+    qk_scale: the softmax scale times log2(e).
+    """
+    (batch, heads, seq_q, d), (_, kv_heads, seq_k, _) = q.shape, k.shape
+    tiles = cdiv(seq_q, BM)
+    pairs = cdiv(tiles, 2)
+    total = pairs * heads * batch
+    descriptors = [_descriptor(t, rows) for t, rows in ((q, HALF), (k, BN), (v, BN), (o, HALF))]
     _hopper_forward_kernel[(min(total, sm_count(q.device)),)](
-        *descriptors, lse, qk_scale, total, tiles, heads, heads // kv_heads, seq_q, seq_k,
-        CAUSAL=causal, BM=BM, BN=BN, D=q.shape[-1], STAGES=STAGES, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        *descriptors, lse, qk_scale, total, pairs, tiles, heads, heads // kv_heads, seq_q, seq_k,
+        CAUSAL=causal, BM=BM, BN=BN, D=d, STAGES=STAGES, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
     )  # fmt: skip

@@ -5,8 +5,8 @@ import torch
 from kernel_checks import BACKENDS, seeded
 
 from flagscale_kernels import flash_attention, piecewise_attention
-from flagscale_kernels._tuning import Config
 from flagscale_kernels._attention_checks import NO_BOUND, reachable
+from flagscale_kernels._tuning import Config
 
 
 def gradients(call, *tensors):

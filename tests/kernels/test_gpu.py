@@ -41,6 +41,7 @@ def fresh_process_after_a_lost_context():
         pytest.exit(f"the CUDA context is lost: {error}", returncode=BROKEN)
 
 
+@pytest.mark.timeout(120, method="thread")  # a kernel that never returns ends its process, and the others go on
 @pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name.replace(" ", "-"))
 def test_variant(variant):
     variant.check("cuda")
@@ -56,6 +57,16 @@ def test_the_autotuned_choice_is_as_good_as_the_default(monkeypatch, tmp_path):
     with one_config(None):
         default = fk.flash_attention(q, k, v, causal=True)
     torch.testing.assert_close(tuned, default, atol=2e-2, rtol=2e-2)
+
+
+def test_a_rival_is_chosen_only_where_it_is_right_and_faster(monkeypatch):
+    """Whatever is chosen: the call after the comparison gives what the plain kernels give."""
+    monkeypatch.setenv("FLAGSCALE_KERNELS_RIVALS", "1")
+    q, k, v = (seeded(1, 8, 2048, 128, dtype=torch.bfloat16, seed=i).cuda() for i in range(3))
+    chosen = fk.flash_attention(q, k, v, causal=True)
+    monkeypatch.setenv("FLAGSCALE_KERNELS_RIVALS", "0")
+    plain = fk.flash_attention(q, k, v, causal=True)
+    torch.testing.assert_close(chosen, plain, atol=2e-2, rtol=2e-2)
 
 
 def test_the_backward_is_deterministic():

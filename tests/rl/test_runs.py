@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from flagscale_like.checkpoint.format import CheckpointReader
+from flagscale_like.config import load_config
 from flagscale_like.training.metrics import read_metrics
-from tests.harness import run_ranks
+from tests import faults
+from tests.harness import run_ranks, tiny_config
 from tests.rl.runs import make_folder, numbers, rl_config, run_all
 
 PPO = {"algorithm": "ppo", "epochs": 2, "minibatches": 2, "rollout": {"samples": 1}, "kl": {"coefficient": 0.05}}
@@ -76,7 +79,7 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
 
 @pytest.mark.parametrize("phase", ["generate", "score", "update"])
 def test_a_kill_in_any_phase_loses_nothing(phase, one_process, folder, tmp_path):
-    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a moved coefficient."""
+    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a coefficient."""
     wanted = one_process["stale"]
     run = shutil.copytree(wanted.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("*3", "*4"))
     config = rl_config(run, folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
@@ -154,3 +157,52 @@ def test_what_cannot_be_learned_from_is_refused_or_said(folder, tmp_path):
     assert (
         len([line for line in said if "nothing to learn from the rollouts: all of their scores are equal" in line]) == 3
     )
+
+
+def test_the_reference_by_swapped_weights_or_adapters_off_and_models_of_another_role(one_process, folder, tmp_path):
+    start = one_process["start"].run_dir
+    load = {"checkpoint": {"interval": 0, "load": start}} | TWO
+    swapped = PPO | {"kl": {"coefficient": 0.05, "memory": "host"}}
+    value = {"algorithm": "ppo", "rollout": {"samples": 1}, "critic": {"lr": 3e-3, "load": start}}
+    example = load_config(
+        "examples/rl/tiny.yaml", [f"run_dir={tmp_path / 'example'}", "train.steps=2", "optimizer.warmup_steps=0"]
+    )
+    group = {"algorithm": "grpo", "kl": {"coefficient": 0.0}}
+    configs = [
+        rl_config(tmp_path / "swapped", folder, swapped, **load),
+        rl_config(tmp_path / "lora", folder, {"algorithm": "grpo"}, lora={"rank": 4}, **load),
+        rl_config(tmp_path / "critic", folder, value, **load),
+        example,
+        rl_config(tmp_path / "group", folder, group, train__steps=1, checkpoint={"interval": 1}),
+        rl_config(tmp_path / "group", folder, PPO),
+    ]
+    ((*found,),) = run_ranks(1, run_all, configs)
+    *errors, last = [error for _, error in found]
+    assert errors == [None] * 5
+    assert numbers(tmp_path / "swapped") == numbers(one_process["ppo"].run_dir)
+    first, second = numbers(tmp_path / "lora")
+    assert abs(first["kl/reference"]) < 1e-6 < abs(second["kl/reference"])
+    assert [line for line in found[2][0] if line == f"the critic's weights are from {start}/checkpoints/step_00000001"]
+    assert f"{tmp_path / 'group'}/checkpoints/step_00000001: holds no critic, and rl.algorithm ppo trains one" in last
+    assert numbers(tmp_path / "example")[-1]["reward/mean"] > 0
+    plain = tiny_config(tmp_path / "group", model__num_layers=2, model__vocab_size=260)
+    ((_, error),) = run_ranks(1, faults.train_and_listen, plain)
+    assert "is of a run of task rl, and the configuration says train" in error
+
+
+@pytest.mark.parametrize(
+    ("rl", "says"),
+    [
+        ({"rollout": {"temperature": 0}}, "temperature 0 draws the same rollout every time"),
+        ({"rollout": {"samples": 1}}, "algorithm grpo compares the rollouts of a prompt, and rollout.samples is 1"),
+        ({"algorithm": "ppo", "dynamic_sampling": True, "rollout": {"samples": 1}}, "dynamic_sampling compares"),
+        ({"rollout": {"samples": 5}}, "it must be divisible by rl.rollout.samples (5)"),
+        ({"rollout": {"max_new_tokens": 64}}, "leaves a prompt no room in train.seq_length (64)"),
+        ({"kl": {"into": "loss"}}, "estimator k1 in the loss has a gradient whose mean is 0"),
+        ({"kl": {"coefficient": 0, "target": 3}}, "target steers the coefficient, and coefficient 0 stays 0"),
+        ({"overlong": {"buffer": 11}}, "overlong.buffer (11) exceeds rollout.max_new_tokens (10)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(folder, tmp_path, rl, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rl_config(tmp_path, folder, rl)

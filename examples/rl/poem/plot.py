@@ -24,11 +24,11 @@ def main(runs: Path, out: Path) -> None:
     right.set_title("what the reward model gives")
     found = read_rounds(runs / "rounds" / "rounds")
     for number, record in enumerate(found):
-        begin = number * max(1, len(rounds) // max(1, len(found)))
+        begin = number * rounds[-1]["step"] / len(found)
         verdict = "accepted" if record["accepted"] else "refused"
         for axis in (left, right):
             axis.axvline(begin, color="0.8", linewidth=0.8, zorder=0)
-        right.annotate(f"round {record['round']}: {record['accuracy']:.0%}, {verdict}", (begin, 0.02 + 0.07 * (number % 3)),
+        right.annotate(f"round {record['round']}: {record['accuracy']:.0%}, {verdict}", (begin + 0.5, 0.03 + 0.08 * number),
                        xycoords=("data", "axes fraction"), fontsize=8)  # fmt: skip
     for axis in (left, right):
         axis.set_xlabel("iteration")
