@@ -29,9 +29,17 @@ class Version:
 
 VERSIONS = {
     "0.16.1": Version("3.10", "all tests, on Python 3.11"),
-    "0.17.1": Version("3.12", "training steps, dense and with experts"),
-    "0.18.2": Version("3.12", "training steps, dense and with experts"),
-    "0.19.2": Version("3.12", ""),
+    "0.17.1": Version(
+        "3.12",
+        "training steps, latent attention on every layout, a plug-in of the CPU",
+        "a layer of experts tells its router whether it predicts several tokens",
+    ),
+    "0.18.2": Version("3.12", "as 0.17.1", "as 0.17.1"),
+    "0.19.2": Version(
+        "3.12",
+        "the tests of layouts, kills, resume, models, engine and runtime, on Python 3.12",
+        "gives attention a name; a step asks for torch.cuda.current_stream; the import loads torch's inductor",
+    ),
 }
 
 # (module, dotted name) -> the file that uses it, and what for
