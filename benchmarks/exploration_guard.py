@@ -56,7 +56,8 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunC
         "rl.rollout.max_new_tokens": 40,
         "rl.reward": {"kind": "mixture", "sources": [model, rules]},
         "rl.outside.action": action,
-        "rl.kl.coefficient": 0.0,
+        "rl.outside.kl": 12.0,
+        "rl.kl.coefficient": 0.001,  # nearly nothing: the reference is there for the guard's bound
         "rl.rounds": {"count": 0, "reward_model": str(POEM / "reward.yaml")},
         "checkpoint.interval": 0,
     }
@@ -106,7 +107,16 @@ def train_policy(folder: Path, seed: int, action: str, iterations: int) -> dict[
     with parallel_context(config.parallel, seed=seed) as ctx:
         reinforce(config, ctx)
     records = [r for r in read_records(done) if "reward/rules" in r]
-    return {name: [r.get(name, 0.0) for r in records] for name in ("reward/rules", "reward/model", "outside/share")}
+    return {name: filled([r.get(name) for r in records]) for name in ("reward/rules", "reward/model", "outside/share")}
+
+
+def filled(values: list[float | None]) -> list[float]:
+    """Without gaps: an iteration in which every rollout was rejected learns nothing, and logs no means."""
+    last, found = 0.0, []
+    for value in values:
+        last = last if value is None else value
+        found.append(last)
+    return found
 
 
 def plot(results: dict[int, dict], out: Path) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def model_values():
         "num_query_groups": 4,
         "ffn_hidden_size": 2 * HIDDEN,
         "vocab_size": VOCAB,
+        "max_position_embeddings": 1024,
         "family": "llama",
         "tie_embeddings": False,
     }
@@ -84,15 +86,14 @@ def make(folder: Path):
     model = AutoModelForSequenceClassification.from_pretrained(hf, num_labels=1)
     model.config.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder / "reward")
-    tokenizer.save_pretrained(folder / "reward")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(hf / name, folder / "reward" / name)
     prompts = [" ".join(draw.choices(words, k=draw.randint(2, 8))) for _ in range(64)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
 
 
 def ours(folder: Path, kind: str, iterations: int):
     """Seconds of each iteration, and what its log says of the last one."""
-    import shutil
-
     from flagscale_like.config import load_config
     from flagscale_like.recipes.reinforce import reinforce
     from flagscale_like.runtime.parallel import parallel_context

@@ -48,6 +48,9 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         f"layout       {ranks} ranks = tp {par.tp} x pp {par.pp} x cp {par.cp} x dp {dp}; vpp {par.vpp}, sp {par.sp}"
         f"{f', ep {par.ep}' if model.experts else ''}{f', cp_kind {par.cp_kind}' if par.cp > 1 else ''}"
     )
+    if config.rl is not None:
+        _describe_rl(config, data)
+        return
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
         f"{layout.num_microbatches} micro-batches of {train.micro_batch_size} a rank; "
@@ -61,6 +64,23 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     _print_time(plan, goal, cluster)
     if config.objective.head == "hidden":
         typer.echo(f"note         {EMBEDDING_NOTE}")
+    typer.echo("the configuration is valid")
+
+
+def _describe_rl(config: RunConfig, data: str) -> None:
+    """Print what an iteration of reinforcement learning is. Memory and time are not planned for it."""
+    rl, train = config.rl, config.train
+    drawing = rl.rollout
+    models = ["policy"] + ["critic"] * rl.has_critic + ["reference"] * bool(rl.kl.coefficient and config.lora is None)
+    typer.echo(
+        f"iteration    {train.global_batch_size} rollouts: {train.global_batch_size // drawing.samples} prompts, "
+        f"{drawing.samples} of each, at most {drawing.max_new_tokens} tokens; {rl.algorithm}, "
+        f"{rl.epochs * rl.minibatches} updates from rows of {train.seq_length}"
+    )
+    typer.echo(f"models       {', '.join(models)}; reward: {rl.reward.kind}")
+    typer.echo(f"run          {train.steps:,} iterations, {train.precision}")
+    typer.echo(f"data         {data}")
+    typer.echo("memory, time not planned for task rl: the policy learns as in a run of task train with the same layout")
     typer.echo("the configuration is valid")
 
 
@@ -121,6 +141,10 @@ def _describe_data(config: RunConfig, *, local: bool) -> str:
     try:
         if config.data.prepare:
             return _describe_inputs(config)
+        if config.data.prompts:
+            from flagscale_like.rl.prompts import Words, read_prompts
+
+            return f"{len(read_prompts(config, Words(config)))} prompts"
         from flagscale_like.data.pretrain import check_sources  # loads torch and megatron-core
 
         check_sources(config)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
 from flagscale_like.cli.describe import find_cluster
 from flagscale_like.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flagscale_like.cluster import ClusterSpec
+    from flagscale_like.config import RunConfig
+    from flagscale_like.planner.search import Plan
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
@@ -37,6 +44,9 @@ def plan(  # typer makes an option of every parameter
     offload: Annotated[
         bool, typer.Option("--offload", help="Try activation offload for layouts that do not fit the memory.")
     ] = False,
+    rehearse: Annotated[
+        int, typer.Option(min=0, help="Check this many of the fastest layouts with a rehearsal (see `rehearse`).")
+    ] = 0,
     write: Annotated[Path | None, typer.Option(help="File to write the YAML of the best layout to.")] = None,
 ) -> None:
     """Rank the layouts of a model on a cluster by expected tokens per second, and say why the other layouts are slower."""
@@ -53,6 +63,10 @@ def plan(  # typer makes an option of every parameter
     )
     from flagscale_like.planner.search import Goal, rank_layouts
 
+    if rehearse and cluster.lower().endswith("xthis"):
+        raise ConfigError(
+            "--rehearse uses no device, and --cluster names this machine's: name another, such as 1x8xH100"
+        )
     config = load_config(config_file, overrides or (), model_of_source)
     place = find_cluster(cluster, config, 1)
     if network_gb_per_s is not None:
@@ -73,9 +87,21 @@ def plan(  # typer makes an option of every parameter
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if cuda:
         typer.echo(describe_evidence(best, goal, place))
+    if rehearse:
+        check_by_rehearsal(config, ranking.plans[:rehearse], place)
     if write is not None:
         try:
             write.write_text(updated_config(config, best.layout).to_yaml(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--write {write}: cannot be written: {error.strerror}") from None
         typer.echo(f"wrote {write}")
+
+
+def check_by_rehearsal(config: RunConfig, plans: Sequence[Plan], cluster: ClusterSpec) -> None:
+    """Rehearse plans, and print a line on each."""
+    os.environ["FLAGSCALE_LIKE_DEVICE"] = "cpu"  # before torch and megatron-core are set up: no device is used
+    from flagscale_like.recipes.rehearse import check_plans, rehearsed_kind
+
+    typer.echo("\nrehearsed:")
+    for _, _, line in check_plans(config, plans, cluster, rehearsed_kind("cuda" if cluster.device.is_gpu else "cpu")):
+        typer.echo(line)

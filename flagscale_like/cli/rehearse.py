@@ -25,7 +25,10 @@ def rehearse(  # typer makes an option of every parameter
     ] = "1x8xH100",
     ranks: Annotated[
         str,
-        typer.Option(help="Ranks to rehearse: auto (one of each kind of stage), all, or numbers with commas: 0,3,511."),
+        typer.Option(
+            help="Ranks to rehearse: auto (one of each kind of stage), stages (one of each stage), all, or numbers with commas: "
+            "0,3,511. With stages or all their operations are matched, and the step is replayed in time."
+        ),
     ] = "auto",
     device: Annotated[
         str, typer.Option(help="Platform of the devices, by the name that FLAGSCALE_LIKE_DEVICE takes.")
@@ -34,23 +37,31 @@ def rehearse(  # typer makes an option of every parameter
         Path | None,
         typer.Option(help="Folder for each rank's memory (JSON, plot, torch's snapshot) and events (JSON)."),
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="File to write the replayed step to, as a Chrome trace. Needs stages or all.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print what the ranks say while they run.")] = False,
 ) -> None:
     """Take two steps as ranks of a run of any size, without its devices: memory, waits, collectives. Nothing is computed."""
     os.environ["FLAGSCALE_LIKE_DEVICE"] = "cpu"  # before torch and megatron-core are set up: no device is used
     from flagscale_like.cluster import GIB, parse_cluster, with_devices
     from flagscale_like.config import load_config
-    from flagscale_like.errors import DoesNotFitError
+    from flagscale_like.errors import ConfigError, DoesNotFitError
     from flagscale_like.recipes.rehearse import nearest_change, rehearse, rehearsed_kind
+    from flagscale_like.rehearsal.chrome_trace import write_trace
     from flagscale_like.rehearsal.rehearse import overflow_message
     from flagscale_like.rehearsal.report import describe, write
+    from flagscale_like.rehearsal.timing import describe_timed, time_step
 
     config = load_config(config_file, overrides or (), model_of_source)
     place = parse_cluster(cluster)
     world = world_size or place.devices
     place = with_devices(place, world)
+    whole = ranks in ("stages", "all")
+    if trace is not None and not whole:
+        raise ConfigError(f"--trace {trace} replays a whole pipeline: give --ranks stages (it is {ranks})")
     say = typer.echo if verbose else lambda _: None
-    problems = []
+    problems, records = [], []
     for found in rehearse(config, place, rehearsed_kind(device), world_size=world, ranks=ranks, say=say):
         typer.echo(describe(found))
         typer.echo(f"this process has taken {found.process_bytes / GIB:.1f} GiB at most\n")
@@ -60,6 +71,12 @@ def rehearse(  # typer makes an option of every parameter
             message = overflow_message(found, place)
             typer.echo(f"{message}\n")
             problems.append((found, message))
+        records += [found.record] if whole else []
+    if whole:
+        timed = time_step(records, config, place, keep_slices=trace is not None)
+        typer.echo(describe_timed(timed) + "\n")
+        if trace is not None:
+            typer.echo(f"wrote {trace}: {write_trace(trace, timed.timeline, timed.stages):,} slices")
     if problems:
         found, message = problems[0]
         raise DoesNotFitError(f"{message}; {nearest_change(config, place, found, world)}")

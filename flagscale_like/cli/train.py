@@ -67,7 +67,7 @@ def train(
             )
         _train_here(config)
         return
-    processes = nproc_per_node or default_processes(config.parallel.smallest_world)
+    processes = nproc_per_node or default_processes(config.parallel.smallest_world + config.ranks_apart)
     ranks = (world_size if dry_run else None) or processes
     dp = config.data_parallel_size(ranks)
     if dry_run:
@@ -84,7 +84,7 @@ def train(
 def _train_here(config: RunConfig) -> None:
     from flagscale_like.data.pretrain import prepare_once
     from flagscale_like.recipes.pretrain import pretrain
-    from flagscale_like.recipes.reinforce import reinforce
+    from flagscale_like.recipes.reinforce import draw, reinforce
     from flagscale_like.recipes.rounds import run_rounds
     from flagscale_like.runtime.launched import current_launch
     from flagscale_like.runtime.parallel import agree, parallel_context
@@ -92,7 +92,10 @@ def _train_here(config: RunConfig) -> None:
 
     rank = current_launch()
     config.data_parallel_size(rank.world_size if rank else 1)
-    with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+    with parallel_context(config.parallel, seed=config.train.seed, apart=config.ranks_apart) as ctx:
+        if ctx.bridge is not None and ctx.bridge.is_apart:
+            draw(config, ctx)
+            return
         _make_run_folder(config, ctx)
         with _held(config, ctx):
             # Rank 0 makes the files. If it fails, `agree` raises its error on every rank.

@@ -26,6 +26,8 @@ class Drawing(Frozen):
             tokens, so that a value below 1 biases the ratio of the two.
         top_k: draw among so many of the likeliest tokens; 0: among all.
         stop_strings: texts that end a rollout, beside the tokenizer's end of text.
+        apart: ranks that only draw, the last ones of the launch, while the others learn; they have the same layout. 0: all
+            ranks draw and learn in turns. Needs staleness 1.
         rows: the most rollouts that are under way at a time on each copy of the policy, with engine own.
     """
 
@@ -36,6 +38,7 @@ class Drawing(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     stop_strings: tuple[str, ...] = ()
+    apart: int = Field(default=0, ge=0)
     rows: int = Field(default=64, gt=0)
 
 
@@ -196,6 +199,9 @@ class ReinforcementLearning(Frozen):
                 f"outside.action {self.outside.action} guards a reward model, and rl.reward has none, or several: "
                 "leave outside out, or give one"
             )
+        if self.outside.action != "off" and self.outside.kl is not None and (self.staleness or not self.kl.coefficient):
+            why = "staleness 1 measures it after the guard" if self.staleness else "kl.coefficient 0 keeps none"
+            raise ValueError(f"outside.kl bounds the log-ratio to the reference, and {why}: leave outside.kl out")
         nameless = any(isinstance(source, ModelReward) and source.path is None for source in sources_of(self.reward))
         if nameless and not self.rounds.count:
             raise ValueError("reward.path is not given: name a reward model, or have rounds make one")
@@ -206,6 +212,11 @@ class ReinforcementLearning(Frozen):
         if self.overlong and self.overlong.buffer > drawing.max_new_tokens:
             raise ValueError(
                 f"overlong.buffer ({self.overlong.buffer}) exceeds rollout.max_new_tokens ({drawing.max_new_tokens})"
+            )
+        if drawing.apart and not self.staleness:
+            raise ValueError(
+                f"rollout.apart ({drawing.apart}) draws on some ranks while the others learn from what earlier weights drew: "
+                "give staleness 1"
             )
         if self.dynamic_sampling and not self.max_refills:
             raise ValueError("dynamic_sampling draws again for what it leaves out: max_refills must be above 0")

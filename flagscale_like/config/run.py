@@ -323,6 +323,12 @@ class RunConfig(Frozen):
             ConfigError: the world size, the batch sizes or the ramp-up do not fit the layout.
         """
         par, train = self.parallel, self.train
+        world_size -= self.ranks_apart
+        if world_size < par.smallest_world or self.ranks_apart % par.smallest_world:
+            raise ConfigError(
+                f"rl.rollout.apart ({self.ranks_apart}) leaves {world_size} ranks that learn: both must be multiples of "
+                f"{par.divisor}, and above 0"
+            )
         if world_size % par.smallest_world:
             raise ConfigError(
                 f"world size ({world_size}) must be divisible by {par.divisor}: "
@@ -356,6 +362,11 @@ class RunConfig(Frozen):
                     f"({train.ramp_up.start}) must be divisible by train.ramp_up.increment ({train.ramp_up.increment})"
                 )
         return dp
+
+    @property
+    def ranks_apart(self) -> int:
+        """Ranks of a launch that only draw rollouts; see Drawing.apart."""
+        return self.rl.rollout.apart if self.rl is not None else 0
 
     def flops_per_token(self, *, causal: bool = False) -> float:
         """Model FLOPs of one token's forward and backward; see ModelArch.flops_per_token()."""

@@ -76,7 +76,10 @@ def rehearsal_config(config: RunConfig, folder: str) -> RunConfig:
             f"a rehearsal makes up its tokens, and objective.kind {config.objective.kind} reads {config.objective.reads}: "
             "rehearse the model without the group objective; passes of a reference come on top"
         )
-    return benchmark_config(config, folder, STEPS, checkpoint=False)
+    changes = {"train": config.train.model_copy(update={"profile": None})}
+    if getattr(config.objective, "per", "token") == "conversation":  # other weights, the same shapes
+        changes["objective"] = config.objective.model_copy(update={"per": "token"})
+    return benchmark_config(config.model_copy(update=changes), folder, STEPS, checkpoint=False)
 
 
 def nearest_change(config: RunConfig, cluster: ClusterSpec, found: Rehearsed, world_size: int) -> str:

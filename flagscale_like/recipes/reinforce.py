@@ -18,6 +18,7 @@ from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
+from flagscale_like.rl.apart import DrawnApart, draw_for_others
 from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.iteration_log import IterationLog
 from flagscale_like.rl.loop import RlRun
@@ -51,6 +52,8 @@ def own_generator(config: RunConfig, engine: Engine, words: Words) -> Generation
         ConfigError: another engine is asked for.
     """
     drawing = config.rl.rollout
+    if engine.ctx.bridge is not None and not engine.ctx.bridge.is_apart:
+        return DrawnApart(engine, engine.ctx.bridge)
     if drawing.engine != "own":
         raise ConfigError(f"rl.rollout.engine {drawing.engine} is not yet to be had in a run: use own")
     return OwnEngine(engine, rows=drawing.rows, room=config.train.seq_length, decode=words.tokenizer.decode)
@@ -97,6 +100,17 @@ def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple
     return OwnEngine(engine, decode=Tokenizer(opened.tokenizer).decode), opened.tokenizer
 
 
+def draw(config: RunConfig, ctx: ParallelContext) -> None:
+    """What the ranks of rl.rollout.apart do: draw rollouts for those that learn, until these are done.
+
+    Raises:
+        PeerLostError: the ranks that learn have ended without a word.
+    """
+    words, engine = Words(config), Engine.build(ModelSpec.of(config), ctx)
+    assert ctx.bridge is not None
+    draw_for_others(own_generator(config, engine, words), engine, ctx.bridge)
+
+
 def reinforce(
     config: RunConfig,
     ctx: ParallelContext,
@@ -128,6 +142,7 @@ def reinforce(
         announce(run, [*begun.notes, f"{len(rows)} prompts"])
         run.parts.begin(run.reporter)
         iterations.iterate()
+        iterations.close()
         run.parts.finish(run.reporter)
         if run.progress.step < last_step(config):
             run.reporter.say(f"stopped at step {run.progress.step}; {what_remains(config)}")
@@ -161,8 +176,8 @@ def assemble(
         *monitors_of(config, engine),
         log,
         LiveLine(config, reporter.console),
+        state,  # it may have rollouts drawn, which take prompts
         prompts,
-        state,
         *([guarding] if guarding else []),
         guard,
         *ledger,

@@ -11,7 +11,8 @@ def chosen_ranks(config: RunConfig, world_size: int, asked: str = "auto") -> lis
     """The ranks to rehearse.
 
     Args:
-        asked: `auto` takes the first rank of one stage of each kind; `all` every rank; or numbers with commas.
+        asked: `auto` takes the first rank of one stage of each kind; `stages` that of each stage; `all` every rank; or
+            numbers with commas.
 
     Raises:
         ConfigError: a rank is not of the world, or the text is none of these; see RunConfig.data_parallel_size as well.
@@ -19,11 +20,13 @@ def chosen_ranks(config: RunConfig, world_size: int, asked: str = "auto") -> lis
     config.data_parallel_size(world_size)
     if asked == "all":
         return list(range(world_size))
+    if asked == "stages":
+        return [stage * world_size // config.parallel.pp for stage in range(config.parallel.pp)]
     if asked == "auto":
         return [stage * world_size // config.parallel.pp for stage in unlike_stages(config, world_size)]
     parts = [part.strip() for part in asked.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--ranks {asked!r}: write auto, all, or ranks with commas, for example 0,3,511")
+        raise ConfigError(f"--ranks {asked!r}: write auto, stages, all, or ranks with commas, for example 0,3,511")
     ranks = sorted({int(part) for part in parts})
     if ranks[-1] >= world_size:
         raise ConfigError(f"--ranks: there is no rank {ranks[-1]} among {world_size}: the last one is {world_size - 1}")

@@ -11,11 +11,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from flagscale_kernels import stand_for_cuda
 from flagscale_like.cluster import DeviceSpec
+from flagscale_like.rehearsal.expected import Expected
 from flagscale_like.runtime.platforms import Platform
 
 DEVICE = "rehearsed"
@@ -149,7 +151,7 @@ def _event_of(platform: RehearsedPlatform, *_: object, **__: object) -> Event:
 
 
 def _stream_of(platform: RehearsedPlatform, *_: object, **__: object) -> Stream:
-    return platform.side_stream()
+    return platform.side_stream() or platform.compute  # a device without streams has one
 
 
 class RehearsedPlatform(Platform):
@@ -161,6 +163,7 @@ class RehearsedPlatform(Platform):
 
     Attributes:
         observer: who is told of waits and streams.
+        expected: what is known of the tensors.
     """
 
     torch_type, backend = DEVICE, "fake"
@@ -173,6 +176,7 @@ class RehearsedPlatform(Platform):
             setattr(self, name, getattr(of, name))
         self.name, self._of, self._spec = of.name, of, spec
         self.observer: Observer = Silent()
+        self.expected = Expected()
         self.compute = self.current = Stream(self, "compute")
         self._side_streams = 0
 
@@ -193,6 +197,14 @@ class RehearsedPlatform(Platform):
     def all_gather_object(self, values: list, value: object) -> None:
         """What the other ranks would say is what this one says."""
         values[:] = [value] * len(values)
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As megatron-core does it on CUDA: it waits for the stream of the copies later."""
+        return tensor.to("cpu", non_blocking=self.has_streams)
+
+    def to_numpy(self, tensor: torch.Tensor) -> np.ndarray:
+        """What is expected of it."""
+        return np.array(self.expected.numbers(self.to_host(tensor))).reshape(tuple(tensor.shape))
 
     def describe(self) -> str:
         return f"{self._spec.name} (rehearsed)"

@@ -153,6 +153,11 @@ class Expected:
         place = tensor.storage_offset()
         return math.floor(found * (place + 1) + 1e-9) - math.floor(found * place + 1e-9)
 
+    def trues(self, mask: Tensor) -> int | None:
+        """How many elements of a mask are set; None where that is not known."""
+        found = self._known.get(mask)
+        return round(found * mask.numel()) if isinstance(found, float) else None
+
     def numbers(self, tensor: Tensor) -> list[int]:
         """The elements of a tensor of whole numbers, shared out as by `number`."""
         found = self._known.get(tensor, 1.0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+
+from flagscale_kernels._layouts import LAYOUTS
 
 NO_BOUND = -1
 
@@ -14,8 +16,10 @@ NO_BOUND = -1
 def flops_of(function: Any, args: Sequence, kwargs: Mapping[str, Any], outs: Sequence[Tensor]) -> int:
     """Multiplications and additions of one call; 0 for what memory limits."""
     if function.namespace == "flagscale_kernels":
-        formula = OURS.get(function._schema.name.partition("::")[2])
-        return formula(*args) if formula else 0
+        if function._schema.name.partition("::")[2] not in ATTENTION:
+            return 0
+        names = (argument.name for argument in function._schema.arguments)
+        return _attention(dict(zip(names, args, strict=False)) | dict(kwargs))
     if function._schema.name in ("aten::_grouped_mm", "aten::grouped_mm"):
         return _grouped(args, outs)
     formula = flop_registry.get(function._overloadpacket)
@@ -42,26 +46,22 @@ def _pairs(max_q: int, max_k: int, left: int, right: int) -> float:
     return min(seen, whole)
 
 
-def _attention(q: Tensor, v: Tensor, cu_q: Tensor | None, shape: Sequence[Any], products: tuple[int, int]) -> int:
-    """2 FLOPs for each pair, head and channel of a product: `products` have q's channels, and v's."""
-    max_q, max_k, _, left, right, layout, _ = shape
-    channels = products[0] * q.shape[-1] + products[1] * v.shape[-1]
-    heads = q.shape[1] if layout == "bnsd" else q.shape[-2]
-    # A sequence of a pack is taken to be as long as the longest: what a pack's sequences are is data.
-    tokens = q.numel() // (heads * q.shape[-1])
-    return int(2 * channels * heads * (tokens / max_q) * _pairs(max_q, max_k, left, right))
+def _attention(given: Mapping[str, Any]) -> int:
+    """2 FLOPs for each pair, head and channel of a product: two products forward, five backward.
+
+    A sequence of a pack is taken to be as long as the longest: what a pack's sequences are is data.
+    """
+    q = given["q"] if "q" in given else given["q1"]
+    v, layout, backward = given["v"], given["layout"], "do" in given
+    channels = 3 * q.shape[-1] + 2 * v.shape[-1] if backward else q.shape[-1] + v.shape[-1]
+    heads = q.shape[LAYOUTS[layout].head]
+    max_q, max_k = given["max_q"], given["max_k"]
+    if "left" in given:
+        left, right = given["left"], given["right"]
+    else:
+        left, right = NO_BOUND, 0 if given["causal"] else NO_BOUND
+    sequences = q.numel() / (heads * q.shape[-1] * max_q)
+    return int(2 * channels * heads * sequences * _pairs(max_q, max_k, left, right))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, slopes: Any, cu_q: Any, cu_k: Any, *shape: Any) -> int:
-    return _attention(q, v, cu_q, shape, (1, 1))
-
-
-def _backward(do: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, o: Any, lse: Any, *rest: Any) -> int:
-    _, cu_q, _, *shape = rest
-    return _attention(q, v, cu_q, shape, (3, 2))
-
-
-OURS: dict[str, Callable[..., int]] = {
-    "flash_attention": _forward,
-    "flash_attention_backward": _backward,
-}
+ATTENTION = ("flash_attention", "flash_attention_backward", "piecewise_attention", "piecewise_attention_backward")

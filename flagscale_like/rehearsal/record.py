@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flagscale_like.errors import DataError
-from flagscale_like.json_files import BAD_VALUES, write_json
+from flagscale_like.json_files import BAD_VALUES, replace_file
 
 Kind = Literal["compute", "collective", "send", "receive", "wait", "host_wait", "copy", "mark"]
 
@@ -84,10 +84,10 @@ class RankRecord:
 
     def write(self, path: Path) -> None:
         """Write the events as JSON; the memory has files of its own."""
-        events = [[*asdict(event).values()] for event in self.events]
         columns = list(Event.__dataclass_fields__)
+        events = [[getattr(event, name) for name in columns] for event in self.events]
         own = {"rank": self.rank, "world_size": self.world_size, "stage": self.stage, "step_starts": self.step_starts}
-        write_json(path, {**own, "columns": columns, "events": events})
+        replace_file(path, json.dumps({**own, "columns": columns, "events": events}).encode())
 
     @classmethod
     def read(cls, path: Path) -> RankRecord:

@@ -48,6 +48,8 @@ NAMES = {
     "recv_": "irecv",
 }
 READ = torch.ops.aten._local_scalar_dense.default
+# Operators whose output is as large as their input's values say: the host waits to allocate it.
+CHOOSING = (torch.ops.aten.masked_select.default, torch.ops.aten.nonzero.default)
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 # Operators that touch no memory of the device, or none that is worth a kernel.
 SILENT = {
@@ -177,6 +179,8 @@ class Recorder(TorchDispatchMode):
             return self._communicates(function, args, kwargs)
         if function is READ and args[0].device.type == self._device:
             self.host_waits("read a number")
+        elif function in CHOOSING and args[0].device.type == self._device:
+            self.host_waits(f"the shape of {function.overloadpacket}")
         out = self._call(function, args, kwargs)
         if function.is_view or function is READ:
             return out
@@ -188,7 +192,7 @@ class Recorder(TorchDispatchMode):
                     self.memory.allocated(tensor, str(function), line, self.places.part(line), self.places.layer())
         if function in COPIES:
             self._copies(function, args, kwargs, out)
-        elif self._computes and function not in SILENT:
+        elif self._computes and function not in SILENT and function.namespace != "prim":
             self._computed(function, args, kwargs, outs)
         return out
 
@@ -206,10 +210,11 @@ class Recorder(TorchDispatchMode):
                 f"{function} at {line}: values decide the shape of its output. Such a step cannot be rehearsed, and on a GPU "
                 "it waits for the device: give the output a fixed shape"
             ) from None
-        except UnsupportedOperatorException:
-            line = self.places.line()
+        except (UnsupportedOperatorException, RuntimeError) as error:
+            if not isinstance(error, UnsupportedOperatorException) and "no fake impl registered" not in str(error):
+                raise
             raise RehearsalError(
-                f"{function} at {line}: has no implementation for tensors without data: register one with "
+                f"{function} at {self.places.line()}: has no implementation for tensors without data: register one with "
                 "torch.library.register_fake"
             ) from None
 
@@ -247,7 +252,7 @@ class Recorder(TorchDispatchMode):
         ranks, label = self._group(dist.ProcessGroup.unbox(boxed))
         op = schema.name.removeprefix("c10d::")
         source = _source(op, given)
-        asynchronous = bool(given.get("async_op", given.get("asyncOp", op in ("send", "recv_"))))
+        asynchronous = bool(given.get("async_op", True))  # the dispatcher leaves out what has its default value
         handle = self._handle()
         kind, peer = "collective", None
         if op in ("send", "recv_"):

@@ -26,6 +26,8 @@ HOST_NUMBERS = 1 << 24
 # Sums that are not 0, whatever this rank adds to them: a step of which nothing counts is not updated.
 COUNTED = ("total", "count", "grad-square")
 READ = torch.ops.aten._local_scalar_dense.default
+WIDE_PRODUCT = torch.ops.aten.addmm.dtype_out
+SELECT = torch.ops.aten.masked_select.default
 # c10d's operators that torch leaves without an implementation for tensors without data.
 _missing = torch.library.Library("c10d", "IMPL")
 for _name in (
@@ -62,15 +64,19 @@ class Host(TorchDispatchMode):
     It stands over torch's FakeTensorMode, which takes what is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Expected) -> None:
         super().__init__()
-        self.expected = Expected()
+        self.expected = expected
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if function is READ and isinstance(args[0], FakeTensor):
             return self.expected.number(args[0])
+        if function is WIDE_PRODUCT:
+            return kwargs["out"]  # torch has it for CUDA alone
+        if function is SELECT and (chosen := self.expected.trues(args[1])) is not None:
+            return args[0].new_empty(chosen)
         if self._is_the_hosts(function, tensors, args, kwargs):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
@@ -115,7 +121,7 @@ def rehearsed_rank(
         with (
             torch.autograd.set_multithreading_enabled(False),  # so that a backward pass is in the caller's stack
             WithoutData(allow_non_fake_inputs=True),
-            Host(),
+            Host(platform.expected),
             grid(platform, layout, world_size, seed, 1800.0, local_rank, kind=RehearsedContext) as ctx,
         ):
             yield ctx

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +44,7 @@ class Experience:
     divergence: float = math.nan
     numbers: dict[str, float] = field(default_factory=dict)
 
-    def rows(self, fields: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    def rows(self, fields: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """By name, of each rollout the numbers of its drawn tokens."""
         lengths = [len(rollout.ids) for rollout in self.rollouts]
         return {

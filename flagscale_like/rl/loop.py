@@ -7,18 +7,21 @@ run.update(experience)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from flagscale_like.config import RunConfig
+from flagscale_like.data.batch import Batch
+from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.objectives.value import ValueLoss
 from flagscale_like.rl.algorithms import next_coefficient
 from flagscale_like.rl.answers import Answer, RewardSource, Score
+from flagscale_like.rl.apart import DrawnApart
 from flagscale_like.rl.experience import Experience, appraise
 from flagscale_like.rl.guarding import Guarding
 from flagscale_like.rl.iteration_log import part_name
@@ -122,27 +125,50 @@ class RlRun:
         """Begin a checkpoint of everything that the run needs to go on."""
         self.run.save()
 
+    def close(self) -> None:
+        """Let ranks that only draw end; the run is over."""
+        self.state.collect()
+        if isinstance(self.generator, DrawnApart):
+            self.generator.close()
+
     def _iteration(self, plan: StepPlan) -> Learned:
         if not self.options.staleness:
-            scored = self.draw()
-        else:
-            scored = self.draw() if self.state.waiting is None else self.state.waiting
-            self.state.waiting = self.draw()  # before the update: it is learned from when the weights have changed once
-            scored = self.measure(scored)
-        return self.update(self.appraise(scored), plan)
+            return self.update(self.appraise(self.draw()), plan)
+        self.state.collect()
+        scored = self.draw() if self.state.waiting is None else self.state.waiting
+        self._draw_ahead()
+        return self.update(self.appraise(self.measure(scored)), plan)
+
+    def _draw_ahead(self) -> None:
+        """Draw what is learned from when the weights have changed once: now, or on other ranks while these learn."""
+        if not isinstance(self.generator, DrawnApart):
+            self.state.waiting = self.draw()
+            return
+        asks = self._new_asks()
+        under_way = self.generate(asks)
+        self.state.waiting, self.state.under_way = None, lambda: self.draw(asks, under_way)
 
     # Rollouts
 
-    def draw(self) -> list[Scored]:
-        """Draw and score the rollouts of an iteration. What is left out is made up for, as often as rl.max_refills allows."""
+    def _new_asks(self) -> list[Ask]:
+        """The next prompts, as many as an iteration needs."""
         samples = self.options.rollout.samples
         wanted = self.config.train.global_batch_size // samples
         self._asks = {}
-        kept: dict[int, list[Scored]] = {}  # by group
-        asks = [Ask(number, number, row, samples) for number, row in self.prompts.take(wanted)]
+        return [Ask(number, number, row, samples) for number, row in self.prompts.take(wanted)]
+
+    def draw(self, asks: list[Ask] | None = None, under_way: Iterator[Rollout] | None = None) -> list[Scored]:
+        """Draw and score the rollouts of an iteration. What is left out is made up for, as often as rl.max_refills allows.
+
+        Args:
+            asks, under_way: what is drawn already; without them, the next prompts are asked for.
+        """
+        asks = self._new_asks() if asks is None else asks
+        wanted, kept = len(asks), {}  # by group
         left_out, drawn = {"rollout/rejected": 0, "rollout/equal-groups": 0}, []
         for turn in range(1 + self._refills):
-            for one in self.score(self.generate(asks)):
+            rollouts = under_way if under_way is not None and not turn else self.generate(asks)
+            for one in self.score(rollouts):
                 drawn.append(one.score)
                 if one.score.rejected:
                     left_out["rollout/rejected"] += 1
@@ -185,23 +211,26 @@ class RlRun:
     def generate(self, asks: Sequence[Ask]) -> Iterator[Rollout]:
         """Draw rollouts of this data-parallel rank's share of the prompts; each comes as it ends."""
         self._asks |= {ask.number: ask for ask in asks}
-        if self.generator.version != self.progress.step:
-            self.generator.load(self._weights(), self.progress.step)
-        own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
-        prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
+        version = self.progress.step
         with self.phases.phase("generate"):
-            self.run.watchdog.beat(self.progress.step, "drawing rollouts")
+            self.run.watchdog.beat(version, "drawing rollouts")
+            if self.generator.version != version:
+                self.generator.load(self._weights(), version)
+            own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
+            prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
             self.generator.wake()
-        rollouts = iter(self.generator.generate(prompts, self.sampling) if prompts else ())
+            rollouts = iter(self.generator.generate(prompts, self.sampling))
+        return self._taken(rollouts, version)
+
+    def _taken(self, rollouts: Iterator[Rollout], version: int) -> Iterator[Rollout]:
         while True:
             with self.phases.phase("generate"):
                 rollout = next(rollouts, None)
                 if rollout is None:
                     self.generator.sleep()
                     return
-            assert rollout.version == self.progress.step, (
-                f"drawn by weights {rollout.version}, not {self.progress.step}"
-            )
+            self.run.watchdog.beat(self.progress.step, "drawing rollouts")
+            assert rollout.version == version, f"drawn by weights {rollout.version}, not {version}"
             self.phases.tokens["generate"] += len(rollout.ids)
             yield rollout
 
@@ -225,6 +254,7 @@ class RlRun:
                 scorer.add(rollout)
             self.phases.tokens["score"] += places_of(rollout)
         with self.phases.phase("score"):
+            self.run.watchdog.beat(self.progress.step, "scoring rollouts")
             found = scorer.finish()
         return found if self.guarding is None else self.guarding.apply(self.progress.step + 1, found, self._answer)
 
@@ -270,8 +300,8 @@ class RlRun:
         value_loss = ValueLoss(options.clip.value)
         learned: list[Learned] = []
         with self.phases.phase("update"):
-            self.run.watchdog.beat(self.progress.step, "learning")
             for members in self._parts(experience, plan.step):
+                self.run.watchdog.beat(self.progress.step, "learning")
                 learned.append(self._learn(experience, members, objective))
                 if self._critic is not None and not learned[-1].stops:
                     self._critic(
@@ -307,7 +337,15 @@ class RlRun:
         self.phases.tokens["update"] += sum(places_of(experience.rollouts[number]) for number in members)
         return self._updates(batches, objective, count)
 
-    def _batches(self, experience, members, fields, engine, *, weights=None):  # noqa: ANN001, ANN202
+    def _batches(
+        self,
+        experience: Experience,
+        members: np.ndarray,
+        fields: Mapping[str, Tensor],
+        engine: Engine,
+        *,
+        weights: str | None = None,
+    ) -> tuple[Iterator[Batch], int]:
         """This rank's micro-batches of some rollouts, and how many there are: the same number on every rank."""
         rollouts = [experience.rollouts[number] for number in members]
         deal = Deal.of([places_of(rollout) for rollout in rollouts], engine.spec, engine.ctx.dp)

@@ -180,7 +180,7 @@ class RoundsRun:
         if not 0 < held_out < len(pairs):
             raise DataError(
                 f"{folder}: {len(pairs)} of {len(verdicts)} pairs are decided ({counts}), too few to learn from and to hold "
-                "out: give more rl.rounds.pairs, or another judge"
+                "out: remove the folder, and give more rl.rounds.pairs or another judge"
             )
         order = np.random.RandomState(np.array([self.seed, number], dtype=np.uint32)).permutation(len(pairs)).tolist()
         parts = {"held_out": order[:held_out], "train": order[held_out:]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ class RlState(Part):
     Attributes:
         coefficient: on the divergence from the reference, as it is steered.
         waiting: rollouts that were drawn before the last update and are learned from next; with rl.staleness.
+        under_way: gets them from the ranks that draw them; None where none are under way.
     """
 
     name = "rl"
@@ -28,13 +29,22 @@ class RlState(Part):
     def __init__(self, coefficient: float) -> None:
         self.coefficient = coefficient
         self.waiting: list[Scored] | None = None
+        self.under_way: Callable[[], list[Scored]] | None = None
+
+    def collect(self) -> None:
+        """Wait for what is under way. All ranks call it alike."""
+        if self.under_way is not None:
+            under_way, self.under_way = self.under_way, None
+            self.waiting = under_way()
 
     def state(self) -> dict[str, Any]:
+        self.collect()
         waiting = None if self.waiting is None else [_record(one) for one in self.waiting]
         return {"coefficient": self.coefficient, "waiting": waiting}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.coefficient = float(state["coefficient"])
+        self.collect()  # given up: other rollouts take its place
         waiting: Sequence[Mapping[str, Any]] | None = state["waiting"]
         self.waiting = None if waiting is None else [_scored(record) for record in waiting]
 

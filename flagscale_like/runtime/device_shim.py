@@ -241,11 +241,11 @@ def bind_missing_names() -> None:
         module.te_general_gemm = None
 
 
-def _to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _to_numbers(platform: Platform, tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Stands for maybe_move_tensor_to_cpu on a device whose tensors are not CUDA's: see 7. in the module's docstring."""
     if not torch.is_tensor(tensor):
         return tensor
-    return tensor.cpu().numpy() if as_numpy else tensor.cpu()
+    return platform.to_numpy(tensor) if as_numpy else platform.to_host(tensor)
 
 
 _installed: Platform | None = None
@@ -277,7 +277,8 @@ def install(platform: Platform) -> None:
     transformer_module._HALF_TYPES = _tensors_of(torch.float16)
     transformer_module._BF16_TYPES = _tensors_of(torch.bfloat16)
 
-    importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _to_numbers
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = functools.partial(_to_numbers, platform)
 
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = _WeightGradient

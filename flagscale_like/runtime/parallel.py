@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError
 from flagscale_like.runtime import device_shim
+from flagscale_like.runtime.bridge import Bridge
 from flagscale_like.runtime.launched import Launch, current_launch
 from flagscale_like.runtime.platforms import Platform, get_platform
 from flagscale_like.runtime.row_cut import RowCut, row_cut
@@ -41,6 +42,7 @@ class ParallelContext:
         dp: data-parallel degree.
         local_rank: among the ranks of this node.
         groups: megatron-core's process groups.
+        bridge: to the other world of the launch, where it has two.
     """
 
     platform: Platform
@@ -50,6 +52,7 @@ class ParallelContext:
     world_size: int
     local_rank: int
     groups: ProcessGroupCollection
+    bridge: Bridge | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -203,8 +206,14 @@ def agree_on_a_launch(store: dist.Store, rank: int, world: int, timeout_s: float
     return mine
 
 
-def _meet(platform: Platform, launch: Launch | None, timeout_s: float) -> int:
-    """Start torch.distributed: with the other ranks at torchrun's address, or alone. Returns the world size.
+def _meet(platform: Platform, launch: Launch | None, timeout_s: float, apart: int) -> tuple[int, Bridge | None]:
+    """Start torch.distributed: with the other ranks at torchrun's address, or alone.
+
+    Args:
+        apart: ranks, the last ones, that form a world of their own.
+
+    Returns:
+        The size of this rank's world, and the bridge to the other one where there are two.
 
     Raises:
         PlatformError: the port is taken, or nobody answers there.
@@ -213,23 +222,27 @@ def _meet(platform: Platform, launch: Launch | None, timeout_s: float) -> int:
     options = {"timeout": timeout, "device_id": platform.group_device}
     if launch is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-        return 1
+        return 1, None
     launch.check_address()
     try:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(agree_on_a_launch(store, rank, world, timeout_s), store)
+        store, bridge = dist.PrefixStore(agree_on_a_launch(store, rank, world, timeout_s), store), None
+        if apart:
+            bridge = Bridge(dist.PrefixStore("bridge", store), rank, world, apart, timeout_s)
+            store = dist.PrefixStore("apart" if bridge.is_apart else "together", store)
+            rank, world = bridge.world
         dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
         raise PlatformError(
             f"the ranks cannot meet at {launch.endpoint}: {cause} ({str(error).splitlines()[0]})"
         ) from None
-    return world
+    return world, bridge
 
 
 @contextmanager
 def parallel_context(
-    layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0, alone: bool = False
+    layout: Parallel, *, seed: int = 1234, timeout_s: float = 1800.0, alone: bool = False, apart: int = 0
 ) -> Iterator[ParallelContext]:
     """Start torch.distributed and the model-parallel groups, and stop them at the end.
 
@@ -239,6 +252,7 @@ def parallel_context(
         seed: of the model-parallel random streams (dropout).
         timeout_s: after this long in one collective a rank gives up.
         alone: be a world of one under torchrun as well.
+        apart: so many of the launch's ranks, the last ones, are a world of their own, beyond the context's bridge.
 
     Raises:
         ConfigError: the world size is no multiple of tp * pp * cp.
@@ -247,14 +261,19 @@ def parallel_context(
     """
     launch = None if alone else current_launch()
     world = launch.world_size if launch else 1
-    if world % layout.smallest_world:
+    if apart and not 0 < apart < world:
         raise ConfigError(
-            f"world size ({world}) must be divisible by {layout.divisor}: start a multiple of {layout.smallest_world} "
+            f"{apart} of {world} ranks are to be a world of their own: leave at least {layout.smallest_world} for the rest"
+        )
+    if world % layout.smallest_world or apart % layout.smallest_world:
+        size = f"{world - apart} + {apart}" if apart else world
+        raise ConfigError(
+            f"world size ({size}) must be divisible by {layout.divisor}: start a multiple of {layout.smallest_world} "
             "processes, or change parallel.*"
         )
-    world = _meet(prepare(get_platform()), launch, timeout_s)
+    world, bridge = _meet(prepare(get_platform()), launch, timeout_s, apart)
     with grid(get_platform(), layout, world, seed, timeout_s, launch.local_rank if launch else 0) as ctx:
-        yield ctx
+        yield replace(ctx, bridge=bridge)
 
 
 def prepare(platform: Platform) -> Platform:

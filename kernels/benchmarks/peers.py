@@ -7,7 +7,11 @@ import importlib.util
 
 import torch
 
+from flagscale_kernels._rivals import ALWAYS, RIVALS_VARIABLE
+
 OURS = "flagscale_kernels"
+GLUON = f"{OURS} in Gluon"  # our kernels for Hopper, chosen or not
+ENVIRONMENT = {GLUON: {RIVALS_VARIABLE: ALWAYS}}  # the variables that a provider runs with
 
 
 def _installed(package):
@@ -19,6 +23,8 @@ def providers(workload):
     found = {OURS: lambda w: w.ours, "torch": lambda w: w.reference}
     if not torch.cuda.is_available():
         return found
+    if workload.operator == "flash_attention" and torch.cuda.get_device_capability()[0] == 9:
+        found = {OURS: found.pop(OURS), GLUON: lambda w: w.ours} | found
     found |= {} if "attention" in workload.operator else {"torch.compile": _compiled}
     found |= {
         name: provider

@@ -1,5 +1,6 @@
 """The rows of the benchmark in the order of their worth, and how one is computed."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import config_times
 import goals
 import peers
 import torch
+import variant
 import variants
 import workloads
 
@@ -64,24 +66,31 @@ def passes(workload, provider):
 
 def _times(workload, name, provider):
     def compute(device):
-        for direction, call in passes(workload, provider).items():
-            times = device.times(call)
-            time_ms = times["milliseconds"]
-            row = {"kind": "time", "operator": workload.operator, "shape": workload.shape, "provider": name,
-                   "direction": direction, **times}  # fmt: skip
-            work = workload.flops or workload.traffic_bytes
-            amount = work["forward"] + work["backward"] if direction == "both" else work[direction]
-            yield row | ({"tflop_per_s": amount / time_ms / 1e9} if workload.flops else
-                         {"gb_per_s": amount / time_ms / 1e6})  # fmt: skip
+        with contextlib.ExitStack() as variables:
+            for variable, value in peers.ENVIRONMENT.get(name, {}).items():
+                variables.enter_context(variant.environment(variable, value))
+            yield from _measured(workload, name, provider, device)
 
     return compute
 
 
+def _measured(workload, name, provider, device):
+    work = workload.flops or workload.traffic_bytes
+    for direction, call in passes(workload, provider).items():
+        times = device.times(call)
+        amount = work["forward"] + work["backward"] if direction == "both" else work[direction]
+        row = {"kind": "time", "operator": workload.operator, "shape": workload.shape, "provider": name,
+               "direction": direction, **times}  # fmt: skip
+        time_ms = times["milliseconds"]
+        rate = {"tflop_per_s": amount / time_ms / 1e9} if workload.flops else {"gb_per_s": amount / time_ms / 1e6}
+        yield row | rate
+
+
 def checks(tiny: bool, parts: list[str]) -> Iterator[Row]:
     """A row for each variant of each operator."""
-    for variant in variants.variants(tiny):
-        if not parts or any(part in variant.name for part in parts):
-            yield Row(f"check {variant.name}", _check(variant))
+    for one in variants.variants(tiny):
+        if not parts or any(part in one.name for part in parts):
+            yield Row(f"check {one.name}", _check(one))
 
 
 def timings(device_name: str, tiny: bool, parts: list[str]) -> Iterator[Row]:
@@ -94,7 +103,7 @@ def timings(device_name: str, tiny: bool, parts: list[str]) -> Iterator[Row]:
         for ours in (True, False):
             for workload in part:
                 for name, provider in peers.providers(workload).items():
-                    if (name == peers.OURS) == ours:
+                    if name.startswith(peers.OURS) == ours:
                         row = Row(f"time {workload.operator} {workload.shape} {name}", _times(workload, name, provider))
                         yield replace(row, seconds=180.0) if ours or "compile" in name else row
 

@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/resources.py             every kernel, variant and config: the table in docs/kernels.md
     python kernels/benchmarks/resources.py --quick     one variant of each kernel, with its default config
-    python kernels/benchmarks/resources.py --json      the same as JSON, for the tests
+    python kernels/benchmarks/resources.py --write     also writes known_resources.json, for the tests
+    python kernels/benchmarks/resources.py --json      JSON instead of a table
 
 The default config is the one that runs without autotuning; an asterisk marks it in the table. Triton keeps what it
 compiled, by source and config, in its cache folder (TRITON_CACHE_DIR): a second run compiles what has changed.
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
 from flagscale_kernels import _attention_launch as launch  # noqa: E402
+from flagscale_kernels._rivals import ALWAYS, RIVALS_VARIABLE  # noqa: E402
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, run_every_config  # noqa: E402
 
 NAMES = (
@@ -36,6 +38,7 @@ NAMES = (
     "piecewise_attention",
 )
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
+KNOWN = Path(__file__).resolve().with_name("known_resources.json")
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
 
@@ -84,7 +87,9 @@ def gated(dtype, quick=False):
 
 def token_permutation(dtype, quick=False):
     for k in (8,) if quick else (1, 2, 8):
-        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), meta(S, k, dtype=torch.int64))
+        inverse = meta(S, k, dtype=torch.int64)
+        MODULES["token_permutation"]._sum_rows_triton(meta(S * k, H, dtype=dtype), inverse)
+        MODULES["token_permutation"]._copy_rows_triton(meta(S, H, dtype=dtype), inverse)
 
 
 def cross_entropy(dtype, quick=False):
@@ -117,6 +122,22 @@ def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False,
     )  # fmt: skip
 
 
+def hopper_attention(dtype, d, causal=True):
+    """The kernels in Gluon, which take these calls on sm_90 (`_rivals.py`)."""
+    before = os.environ.pop(RIVALS_VARIABLE, None)
+    os.environ[RIVALS_VARIABLE] = ALWAYS
+    try:
+        q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
+        problem = launch.Problem(
+            pairs=((q, k),), v=k, layout="sbnd", max_q=S, max_k=S, scale=d**-0.5, right=0 if causal else -1
+        )
+        run_attention(problem, MODULES["flash_attention"].KERNELS, both=False)
+    finally:
+        os.environ.pop(RIVALS_VARIABLE)
+        if before is not None:
+            os.environ[RIVALS_VARIABLE] = before
+
+
 def piecewise_attention(dtype, d, causal=True):
     q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
     for threshold in (S // 2, S // 2 + 1, 1):  # compiled once: the threshold is not part of the code
@@ -140,6 +161,11 @@ def cases(quick):
     ]
     if quick:
         return found
+    found += [
+        (f"hopper {'causal' if causal else 'full'} D{d}", lambda d=d, causal=causal: hopper_attention(bf16, d, causal))
+        for d in (64, 128)
+        for causal in (True, False)
+    ]
     fp16, fp32 = torch.float16, torch.float32
     return [
         *found,
@@ -172,25 +198,65 @@ def configs_to_compile(quick):
     return contextlib.nullcontext()
 
 
-def collect(quick=False, only=None, archs=(80, 90)):
-    """Compile the cases and return one row per compiled kernel: its resources, its config and its case."""
-    rows = []
+def read_known():
+    """{key: resources} of the kernels that have been compiled; `--write` writes it."""
+    return json.loads(KNOWN.read_text(encoding="utf-8")) if KNOWN.exists() else {}
+
+
+def write_known(known):
+    lines = [f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known)]
+    KNOWN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def products(kernel, form):
+    """The multiplications per pair of a query and a key that the kernel's matrix products need in one pass of a loop."""
+    d, v = form.d_a + form.d_b, form.v_a + form.v_b
+    if "forward" in kernel:
+        return d + v
+    if "dq_kernel" in kernel:
+        return 2 * d + v
+    return 2 * d + 2 * v
+
+
+def _row(label, launch, known):
+    """A row of the launch: its resources, its config, and what the loops execute over what they need."""
+    if launch.kernel is not None:
+        known[launch.key] = offline.resources(launch.kernel)
+    row, options = {"case": label, "key": launch.key, **known[launch.key]}, launch.options
+    row["adds_dq"] = bool(options.get("ADD_DQ"))
+    row |= {"bm": options.get("BM"), "bn": options.get("BN"), "edge": options.get("EDGE", "-")}
+    if "FORM" not in options:  # not one tile for each pass of a loop
+        row |= {"bm": None, "bn": None}
+    elif row["bn"]:
+        needed = products(row["kernel"], options["FORM"])
+        needed += (options["FORM"].d_a + options["FORM"].d_b) * row["adds_dq"]
+        needed *= row["bm"] * row["bn"]
+        row["executed"] = [round(loop["multiplications"] / needed, 2) for loop in row["loops"]]
+    return row
+
+
+def collect(quick=False, only=None, archs=(80, 90), known=None):
+    """Compile the cases and return one row per compiled kernel: its resources, its config and its case.
+
+    Kernels in `known`, {key: resources}, are not compiled; what is compiled is added to it.
+    """
+    rows, known = [], {} if known is None else known
     for arch in archs:
         for label, case in cases(quick):
             if only and not any(part in label for part in only.split(",")):
                 continue
-            with offline.compile_only(arch) as compiled, configs_to_compile(quick):
+            with offline.compile_only(arch, known) as launches, configs_to_compile(quick):
                 case()
-            seen, hashes = set(), set()
-            for kernel, options in compiled:
-                if kernel.hash in hashes:
+            seen, keys = set(), set()
+            for one in launches:
+                if one.key in keys:
                     continue
-                hashes.add(kernel.hash)
-                row = {"case": label, **offline.resources(kernel), "bm": options.get("BM"), "bn": options.get("BN")}
-                row["edge"] = options.get("EDGE", "-")
+                keys.add(one.key)
+                row = _row(label, one, known)
                 # A kernel's first launch in a case has the first config of its list, which is the default.
-                row["chosen"] = row["kernel"] not in seen or row["bn"] is None
-                seen.add(row["kernel"])
+                name = (row["kernel"], row["adds_dq"])
+                row["chosen"] = name not in seen or row["bn"] is None
+                seen.add(name)
                 rows.append(row)
     return rows
 
@@ -214,9 +280,36 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel, with its default config")
     parser.add_argument("--only", help="comma-separated parts of the labels of cases to compile")
     parser.add_argument("--arch", type=int, choices=sorted(offline.SHARED_BYTES))
+    parser.add_argument("--known", action="store_true", help="compile only what known_resources.json does not have")
+    parser.add_argument("--write", action="store_true", help="as --known, and write what was compiled into that file")
+    parser.add_argument(
+        "--most", type=int, default=10**9, help="with --known: refuse to compile more kernels than this"
+    )
     args = parser.parse_args()
-    rows = collect(args.quick, args.only, (args.arch,) if args.arch else (80, 90))
+    archs = (args.arch,) if args.arch else (80, 90)
+    before = read_known() if args.known or args.write else {}
+    known = Limited(before, args.most)
+    rows = collect(args.quick, args.only, archs, known)
+    if args.write:
+        every = not (args.quick or args.only or args.arch)  # then what is not used any more goes
+        used = {row["key"] for row in rows}
+        known = read_known() | known  # another process may have written meanwhile
+        write_known({key: value for key, value in known.items() if key in used or not every})
     print(json.dumps(rows) if args.json else table(rows))
+
+
+class Limited(dict):
+    """A dictionary that takes at most `most` new keys."""
+
+    def __init__(self, items, most):
+        super().__init__(items)
+        self.room = most
+
+    def __setitem__(self, key, value):
+        self.room -= key not in self
+        if self.room < 0:
+            sys.exit("too many kernels have changed: python kernels/benchmarks/resources.py --write")
+        super().__setitem__(key, value)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ def workloads(device, tiny=False):
             tensors=lambda n=n, h=h: [rand(n, h), rand(n, h), rand(h)],
             reference=lambda x, r, w: (fk.rms_norm_reference(x + r, w), x + r), traffic_bytes=both(n * h, 8, 8),
         ))  # fmt: skip
+    for n, h in [(8, 64)] if tiny else [(4096, 8192), (16384, 2048)]:
+        found.append(Workload(
+            operator="layer_norm", shape=f"{n}x{h}", tensors=lambda n=n, h=h: [rand(n, h), rand(h), rand(h)],
+            differentiable=(0, 1, 2), ours=fk.layer_norm,
+            reference=lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), traffic_bytes=both(n * h, 4, 6),
+        ))  # fmt: skip
     for s, b, n, n_kv, d in [(8, 1, 4, 2, 16)] if tiny else [(8192, 1, 32, 32, 128), (4096, 4, 32, 8, 128)]:
         cos, sin = (t.to(device) for t in fk.rope_tables(fk.rope_frequencies(d)[0], s))
         found.append(Workload(
@@ -62,6 +68,11 @@ def workloads(device, tiny=False):
         found.append(Workload(
             operator="swiglu", shape=f"{n}x{f}", tensors=lambda n=n, f=f: [rand(n, 2 * f)], differentiable=(0,),
             ours=fk.swiglu, reference=fk.swiglu_reference, traffic_bytes=both(n * f, 6, 10),
+        ))  # fmt: skip
+    for n, f in [(8, 64)] if tiny else [(8192, 11008)]:
+        found.append(Workload(
+            operator="geglu", shape=f"{n}x{f}", tensors=lambda n=n, f=f: [rand(n, 2 * f)], differentiable=(0,),
+            ours=fk.geglu, reference=fk.geglu_reference, traffic_bytes=both(n * f, 6, 10),
         ))  # fmt: skip
     for n, h, k in [(8, 64, 2)] if tiny else [(8192, 4096, 2), (8192, 2048, 8)]:
         token, inverse = fk.token_order(torch.rand(n, 2 * k, device=device).topk(k).indices)

@@ -114,7 +114,7 @@ def _flash_dkdv_kernel(
             zeros(BN, FORM.d_a, FORM.d_b), zeros(BN, FORM.v_a, FORM.v_b), k, v, q_rows, do_rows, dq_rows,
             LSE + row, DELTA + row, SLOPES + entry * slope_batch_stride,
             q_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, terms,
-            FORM.left, FORM.right, FORM, BM, BN, DESCRIPTORS, ADD_DQ,
+            FORM.left, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
         )  # fmt: skip
         store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)
         store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN, False)

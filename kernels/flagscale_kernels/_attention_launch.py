@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flagscale_kernels import _hopper_attention as hopper
+from flagscale_kernels import _hopper_attention as hopper_attention
+from flagscale_kernels import _hopper_backward as hopper_backward
 from flagscale_kernels._layouts import PACKED, as_bnsd, sizes
 from flagscale_kernels._rivals import Rivalry
 from flagscale_kernels._tiles import Form, delta_kernel
@@ -18,7 +19,9 @@ NO_BOUND = -1
 DELTA_ROWS = 64
 LARGEST_TILE = 256  # rows
 LOG2E = 1.4426950408889634
-hopper_forward = Rivalry("flash attention's forward for Hopper in Gluon")
+hopper_forward, hopper_dkdv, hopper_dq = (
+    Rivalry(f"flash attention's {name} for Hopper in Gluon") for name in ("forward", "dK and dV", "dQ")
+)
 
 
 class Kernels(NamedTuple):
@@ -223,6 +226,13 @@ def _or(tensor, other):
     return other if tensor is None else tensor
 
 
+def hopper_takes(problem: Problem, form: Form, kernels: Kernels, views: list[Tensor]) -> bool:
+    """Whether the kernels for Hopper compute this problem from these views."""
+    chip = kernels.forward.chip()
+    flash = len(problem.pairs) == 1 and hopper_attention.takes(form, problem.v.dtype, right=problem.right, chip=chip)
+    return flash and descriptors_fit(views, form)
+
+
 def forward(problem: Problem, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """(o, LSE) by the Triton kernels."""
     p, flash = problem, len(problem.pairs) == 1
@@ -242,11 +252,10 @@ def forward(problem: Problem, kernels: Kernels) -> tuple[Tensor, Tensor]:
             *_statistics(p, lse, flash=flash), **options,
         )  # fmt: skip
 
-    fits = flash and descriptors_fit(views, form)
-    if fits and hopper.takes(form, p.v.dtype, right=p.right, chip=kernels.forward.chip()):
+    if hopper_takes(p, form, kernels, views):
         hopper_forward.launch(
             plain,
-            lambda: hopper.forward(*views, lse, qk_scale=p.scale * LOG2E, causal=form.right),
+            lambda: hopper_attention.forward(*views, lse, qk_scale=p.scale * LOG2E, causal=form.right),
             (o, lse),
             (p.v.dtype, *options["key"]),
         )
@@ -294,16 +303,36 @@ def backward(
     rest = (lse2, delta, *slopes, _or(p.cu_q, lse), _or(p.cu_k, lse), p.scale, *softmax, *lengths, *strides)
     statistics = _statistics(p, lse, flash=flash)
     over_queries = _options(p, form, [*views[:-2:2], views[-1]])
-    (kernels.dkdv if deterministic else kernels.backward).launch(
-        lambda c: (cdiv(p.max_k, c.bn) * p.kv_heads * p.entries,),
-        *views, *dq_views, *dk_views, *dv_view, *rest, *dq_strides, *dk_strides, *dv_strides, *statistics, **over_queries,
-    )  # fmt: skip
-    if deterministic:
+
+    def over_keys(kernel):
+        kernel.launch(
+            lambda c: (cdiv(p.max_k, c.bn) * p.kv_heads * p.entries,),
+            *views, *dq_views, *dk_views, *dv_view, *rest, *dq_strides, *dk_strides, *dv_strides, *statistics,
+            **over_queries,
+        )  # fmt: skip
+
+    def plain_dq():
         kernels.dq.launch(
             lambda c: (cdiv(p.max_q, c.bm) * p.heads * p.entries,),
             *views, *dq_views, *rest, *dq_strides, *statistics, **_options(p, form, [*views[1:-2:2], views[-2]]),
         )  # fmt: skip
+
+    if not deterministic:
+        over_keys(kernels.backward)
+    elif hopper_takes(p, form, kernels, [*views, *dq_views, *dk_views, *dv_view]):
+        given = {"scale": p.scale, "qk_scale": p.scale * LOG2E, "causal": form.right}
+        outputs, key = (*dk_views, *dv_view), (p.v.dtype, *over_queries["key"])
+        hopper_dkdv.launch(
+            lambda: over_keys(kernels.dkdv),
+            lambda: hopper_backward.dkdv(*views, *outputs, lse2, delta, **given),
+            outputs,
+            key,
+        )
+        hopper_dq.launch(plain_dq, lambda: hopper_backward.dq(*views, *dq_views, lse2, delta, **given), dq_views, key)
     else:
+        over_keys(kernels.dkdv)
+        plain_dq()
+    if not deterministic:
         for dq, total in zip(dqs, sums):
             torch.mul(total, p.scale, out=dq)
     return gradients, None if p.sinks is None else sink_gradient(p.sinks, lse, delta)

@@ -12,8 +12,8 @@ With a cap c (Gemma 2, arXiv:2408.00118), s is c tanh(scale q . k / c) instead, 
 
 exp is computed as exp2. Over keys (forward and dQ), tiles that lie inside the band need no mask. The loops over the few
 tiles at its edges have their own pipeline depth, EDGE; a depth of 1 next to a deeper main loop makes ptxas serialise all
-products on sm_90. Over queries (dK and dV) all tiles are masked if there is a band: one loop needs fewer registers than
-three, and the tiles at the edges are in the same pipeline.
+products on sm_90. Over queries (dK and dV) the same holds, or with an EDGE of 0 all tiles are masked if there is a band: one
+loop has fewer registers and half the code, and a third more instructions for a tile.
 """
 
 from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores, store_rows
@@ -119,8 +119,8 @@ def dq_band(
 @triton.jit
 def _dkdv_tile(
     dk, dv, k, v, Q, DO, DQ, LSE, DELTA, m, keys, terms,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    ADD_DQ: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
     rows = m + tl.arange(0, BM)
     # Rows beyond seq_q need no mask: their lse is +inf, so p is 0.
@@ -128,8 +128,7 @@ def _dkdv_tile(
     lse = tl.load(LSE + rows, mask=rows < terms.seq_q, other=float("inf"))
     delta = tl.load(DELTA + rows, mask=rows < terms.seq_q, other=0.0)
     positions = (rows + (terms.seq_k - terms.seq_q))[None, :]
-    # dQ sums over the keys, so that keys beyond seq_k must not count; rows of dK and dV beyond it are not stored.
-    s, slope = scores(k, q, positions, keys, terms, LEFT, RIGHT, LEFT or RIGHT or ADD_DQ, FORM)  # [BN, BM]
+    s, slope = scores(k, q, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)  # [BN, BM]
     p = tl.exp2(s * terms.to_log2 - lse[None, :])
     do = load_rows(DO, m, terms.seq_q, FORM.v, FORM.v_a, FORM.v_b, BM, True, DESCRIPTORS)
     dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM.precision)
@@ -149,28 +148,14 @@ def _dkdv_tile(
 
 
 @triton.jit
-def dkdv_band(
+def _dkdv_tiles(
     dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
-    first_head, group, first_key, terms,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    lo, hi, first_head, group, keys, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
-
-    ADD_DQ: also add dS K, without the softmax scale, to DQ in memory, in fp32 and in the order in which programs come to it.
-    terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
-    """
-    keys = (first_key + tl.arange(0, BN))[:, None]
-    offset = terms.seq_k - terms.seq_q  # query m has position m + offset
-    last_key = tl.minimum(first_key + BN, terms.seq_k) - 1
-    lo = 0
-    hi = terms.seq_q
-    if RIGHT:  # query m sees the key if m + offset + right >= key
-        lo = tl.maximum(first_key - terms.right - offset, 0) // BM * BM
-    if LEFT:  # and if m + offset - left <= key
-        hi = tl.minimum(terms.seq_q, last_key + terms.left - offset + 1)
+    """Process query tiles [lo, hi) of every query head of the group in one loop: two nested loops need more registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
-    for i in range(0, tiles * group):  # one loop over heads and tiles: two nested loops need more registers
+    for i in tl.range(0, tiles * group, num_stages=STAGES):
         head = tl.cast(first_head + i // tiles, tl.int64)
         m = lo + (i % tiles) * BM
         slope = 0.0
@@ -184,6 +169,63 @@ def dkdv_band(
         dq_rows = of_head(DQ, head, dq_head_stride, False)
         dk, dv = _dkdv_tile(
             dk, dv, k, v, q_rows, do_rows, dq_rows, LSE + head * lse_head_stride, DELTA + head * lse_head_stride,
-            m, keys, head_terms, LEFT, RIGHT, FORM, BM, DESCRIPTORS, ADD_DQ,
+            m, keys, head_terms, LEFT, RIGHT, MASKED, FORM, BM, DESCRIPTORS, ADD_DQ,
         )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def dkdv_band(
+    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+    first_head, group, first_key, terms,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+):  # fmt: skip
+    """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
+
+    ADD_DQ: also add dS K, without the softmax scale, to DQ in memory, in fp32 and in the order in which programs come to it.
+    terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
+    """
+    keys = (first_key + tl.arange(0, BN))[:, None]
+    offset = terms.seq_k - terms.seq_q  # query m has position m + offset
+    last_key = tl.minimum(first_key + BN, terms.seq_k) - 1
+    lo = 0
+    full_lo = 0
+    hi = terms.seq_q
+    full_hi = terms.seq_q
+    if RIGHT:  # query m sees the key if m + offset + right >= key
+        lo = tl.maximum(first_key - terms.right - offset, 0) // BM * BM
+        full_lo = (tl.maximum(last_key - terms.right - offset, 0) + BM - 1) // BM * BM
+    if LEFT:  # and if m + offset - left <= key
+        hi = tl.minimum(terms.seq_q, last_key + terms.left - offset + 1)
+        full_hi = tl.minimum(terms.seq_q, tl.maximum(first_key + terms.left - offset + 1, 0)) // BM * BM
+    if (
+        ADD_DQ
+    ):  # dQ sums over the keys, so that those beyond seq_k must be masked; rows of dK and dV are not stored there
+        full_lo = tl.where(first_key + BN > terms.seq_k, tl.maximum(hi, full_lo), full_lo)
+    if EDGE == 0:
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+            lo, hi, first_head, group, keys, terms, LEFT, RIGHT, LEFT or RIGHT or ADD_DQ,
+            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+        )  # fmt: skip
+    else:
+        full_hi = tl.maximum(full_hi, full_lo)
+        if RIGHT or ADD_DQ:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
+                lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+            )  # fmt: skip
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+            full_lo, tl.minimum(full_hi, hi), first_head, group, keys, terms, LEFT, RIGHT, False,
+            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+        )  # fmt: skip
+        if LEFT:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
+                lse_head_stride, full_hi, hi, first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+            )  # fmt: skip
     return dk, dv

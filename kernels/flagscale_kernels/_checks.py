@@ -33,6 +33,11 @@ def stand_for_cuda(device_type: str) -> None:
     _stand_ins.add(device_type)
 
 
+def takes_cudas_way(x: Tensor) -> bool:
+    """Whether what is written for CUDA tensors alone is for this one."""
+    return x.is_cuda or x.device.type in _stand_ins
+
+
 def choose_backend(x: Tensor, backend: str | None, *, lacks: str = "") -> str:
     """Return "triton" or "torch": `backend` where given, else "triton" for CUDA tensors and "torch" for others.
 

@@ -97,9 +97,9 @@ if HAS_GLUON:
     @gluon.jit
     def _softmax(
         s, m, l, key, first_pos, seq_k, qk_scale, MASKED: gl.constexpr, CAUSAL: gl.constexpr, HALF: gl.constexpr,
-        BN: gl.constexpr, S: gl.constexpr,
+        BN: gl.constexpr, S: gl.constexpr, P: gl.constexpr, dtype: gl.constexpr,
     ):  # fmt: skip
-        """(p, alpha, m, l) of the online softmax after a tile of scores s."""
+        """(p, alpha, m, l) of the online softmax after a tile of scores s; p is the left operand of a product."""
         if MASKED:
             keys = key + gl.arange(0, BN, layout=gl.SliceLayout(0, S))
             allowed = (keys < seq_k)[None, :]
@@ -113,7 +113,8 @@ if HAS_GLUON:
             safe_m = gl.where(new_m == float("-inf"), 0.0, new_m)
         p = gl.exp2(s * qk_scale - safe_m[:, None])
         alpha = gl.exp2(m - safe_m)
-        return p, alpha, new_m, l * alpha + gl.sum(p, 1)
+        l = l * alpha + gl.sum(p, 1)
+        return gl.convert_layout(p.to(dtype), P), alpha, new_m, l
 
     @gluon.jit
     def _consume(
@@ -148,7 +149,9 @@ if HAS_GLUON:
                 s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-                p, _alpha, m, l = _softmax(s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S)
+                p, _alpha, m, l = _softmax(
+                    s, m, l, key, mine + offset, seq_k, qk_scale, True, CAUSAL, HALF, BN, S, P, dtype
+                )
                 # Tiles whose every key is seen by every row need no mask.
                 full = seq_k // BN
                 if CAUSAL:
@@ -169,8 +172,7 @@ if HAS_GLUON:
                 mbarrier.arrive(q_empty, count=1)
                 mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
                 v = v_smem.index(step % STAGES).reshape([BN, D])
-                operand = gl.convert_layout(p.to(dtype), P)
-                acc = warpgroup_mma(operand, v, acc, is_async=True)
+                acc = warpgroup_mma(p, v, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(v_empty.index(step % STAGES), count=1)
                 step += 1
@@ -201,11 +203,10 @@ if HAS_GLUON:
         zero = gl.full([HALF, BN], 0.0, gl.float32, S)
         s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(stage), phase)
-        operand = gl.convert_layout(p.to(dtype), P)
-        acc = warpgroup_mma(operand, v_smem.index(stage).reshape([BN, D]), acc, is_async=True)
+        acc = warpgroup_mma(p, v_smem.index(stage).reshape([BN, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(later), count=1)
-        p, alpha, m, l = _softmax(s, m, l, key, first_pos, seq_k, qk_scale, MASKED, CAUSAL, HALF, BN, S)
+        p, alpha, m, l = _softmax(s, m, l, key, first_pos, seq_k, qk_scale, MASKED, CAUSAL, HALF, BN, S, P, dtype)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
         return p, acc * gl.convert_layout(alpha, gl.SliceLayout(1, A))[:, None], m, l

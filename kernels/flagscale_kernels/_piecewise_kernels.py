@@ -90,7 +90,7 @@ def _piecewise_dkdv_kernel(
         dk, dv = dkdv_band(
             zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, dq_rows, LSE + row, DELTA + row, LSE,
             q1_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, near,
-            True, FORM.right, FORM, BM, BN, DESCRIPTORS, ADD_DQ,
+            True, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
         )  # fmt: skip
         dk_rows = rows_at(DK1, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
         store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)
@@ -103,7 +103,7 @@ def _piecewise_dkdv_kernel(
         dk, dv = dkdv_band(
             zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, dq_rows, LSE + row, DELTA + row, LSE,
             q2_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, far,
-            False, True, FORM, BM, BN, DESCRIPTORS, ADD_DQ,
+            False, True, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
         )  # fmt: skip
         dk_rows = rows_at(DK2, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
         store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)

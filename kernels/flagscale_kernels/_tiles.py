@@ -195,13 +195,14 @@ def add_product(acc, p, x, B: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _inside(distance, keys, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether each pair is in the band; `distance` is p - j, negative for a key after the query."""
-    ok = keys < terms.seq_k
-    if LEFT:
-        ok = ok & (distance <= terms.left)
+def _inside(positions, keys, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether each pair is in the band: one comparison for each bound, as the limits are numbers of a query."""
+    last = positions * 0 + (terms.seq_k - 1)
     if RIGHT:
-        ok = ok & (distance >= -terms.right)
+        last = tl.minimum(last, positions + terms.right)
+    ok = keys <= last
+    if LEFT:
+        ok = ok & (keys >= positions - terms.left)
     return ok
 
 
@@ -220,12 +221,10 @@ def scores(
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(s * terms.to_cap))
         slope = 1.0 - tanh * tanh
         s = tanh * terms.from_cap
-    if MASKED or FORM.alibi:
-        distance = positions - keys
-        if FORM.alibi:
-            s -= terms.slope * tl.abs(distance).to(tl.float32)
-        if MASKED:
-            s = tl.where(_inside(distance, keys, terms, LEFT, RIGHT), s, float("-inf"))
+    if FORM.alibi:
+        s -= terms.slope * tl.abs(positions - keys).to(tl.float32)
+    if MASKED:
+        s = tl.where(_inside(positions, keys, terms, LEFT, RIGHT), s, float("-inf"))
     return s, slope
 
 

@@ -28,7 +28,8 @@ class Config:
     """A tile of `bm` queries by `bn` keys, and the options that Triton compiles it with.
 
     `stages` is the pipeline depth of the main loop, `edge` that of the loops over the tiles at the edges of a band. An
-    `edge` of 1 needs fewer registers on some chips and more on others; on sm_90 it serialises the products of all loops.
+    `edge` of 1 needs fewer registers on some chips and more on others; on sm_90 it serialises the products of all loops. In
+    the kernel of dK and dV an `edge` of 0 masks all tiles in the main loop.
     `descriptors`: the loop's tiles are loaded by tensor descriptors (TMA on sm_90) where the tensors allow it.
     """
 

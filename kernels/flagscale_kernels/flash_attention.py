@@ -83,11 +83,12 @@ forward_kernel = TunedKernel(
         },
         sm90={
             128: [
-                Config(bm=128, bn=128, warps=8, stages=2, edge=2),
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=128, bn=64, warps=8, stages=3, edge=2, descriptors=True),
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=3, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=3, edge=2),
             ],
-            256: [Config(bm=128, bn=32, warps=8, stages=2)],
+            256: [Config(bm=128, bn=32, warps=8, stages=2, edge=2)],
         },
         other={
             128: [Config(bm=64, bn=64, warps=4, stages=2)],
@@ -101,21 +102,24 @@ dkdv_kernel = TunedKernel(
     Launcher(_flash_dkdv_kernel, "_flash_dkdv_kernel", descriptors={0: "BM", 3: "BM"}, ADD_DQ=False),
     tile_lists(
         sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=0), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=0), Config(bm=64, bn=128, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         sm90={
-            64: [Config(bm=64, bn=128, warps=8, stages=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            128: [
+                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
+                Config(bm=32, bn=128, warps=8, stages=2, edge=0),
+            ],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1)],
+            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         },
-        float32=Config(bm=32, bn=32, warps=4, stages=1),
-        interpreter=Config(bm=32, bn=64),
+        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=0),
     ),
 )
 dq_kernel = TunedKernel(
@@ -128,8 +132,10 @@ dq_kernel = TunedKernel(
         },
         sm90={
             128: [
+                Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=2, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
             ],
             256: [Config(bm=128, bn=32, warps=8, stages=1)],
         },
@@ -145,19 +151,23 @@ backward_kernel = TunedKernel(
     Launcher(_flash_dkdv_kernel, "_flash_backward_kernel", descriptors={0: "BM", 3: "BM"}, zeroed=(4,), ADD_DQ=True),
     tile_lists(
         sm80={
-            128: [Config(bm=64, bn=64, warps=4, stages=2), Config(bm=64, bn=128, warps=8, stages=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+            128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         sm90={
-            128: [Config(bm=32, bn=128, warps=8, stages=2), Config(bm=64, bn=128, warps=8, stages=2, descriptors=True)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1)],
+            128: [
+                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
+            ],
+            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
         },
         other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1)],
+            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         },
-        float32=Config(bm=32, bn=32, warps=4, stages=1),
-        interpreter=Config(bm=32, bn=64),
+        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=2),
     ),
 )
 KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flagscale_kernels._checks import check_float, check_same, choose_backend, require
+from flagscale_kernels._checks import check_float, check_same, choose_backend, require, takes_cudas_way
 from flagscale_kernels._operators import autocast_to, autocasting, launching_on
 from flagscale_kernels.cross_entropy import (
     check_loss_options,
@@ -89,7 +89,7 @@ def _set_or_add_product(total, a, b, *, add):
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=int(add))
-    elif a.is_cuda and HAS_WIDE_ADDMM and total.dtype == torch.float32:
+    elif takes_cudas_way(a) and HAS_WIDE_ADDMM and total.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=int(add), out=total)
     elif add:
         total.add_(a @ b)

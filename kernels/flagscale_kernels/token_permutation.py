@@ -47,12 +47,37 @@ def _sum_rows_kernel(X, INVERSE, Y, h, x_stride, K: tl.constexpr, BLOCK: tl.cons
     tl.store(Y + row * h + cols, total.to(Y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _copy_rows_kernel(X, INVERSE, Y, h, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < h
+    x = tl.load(X + row * x_stride + cols, mask=mask)
+    for j in range(K):
+        place = tl.load(INVERSE + row * K + j).to(tl.int64)
+        tl.store(Y + place * h + cols, x, mask=mask)
+
+
+def _block(h):
+    block = min(MAX_BLOCK, next_power_of_2(h))
+    return block, min(8, max(1, block // 256))
+
+
+def _copy_rows_triton(x, inverse):
+    (t, k), h = inverse.shape, x.shape[-1]
+    y = torch.empty((t * k, h), dtype=x.dtype, device=x.device)
+    if y.numel():
+        block, warps = _block(h)
+        inverse = inverse.contiguous()
+        _copy_rows_kernel[(t, cdiv(h, block))](x, inverse, y, h, x.stride(0), K=k, BLOCK=block, num_warps=warps)
+    return y
+
+
 def _sum_rows_triton(x, inverse):
     (t, k), h = inverse.shape, x.shape[-1]
     y = torch.empty((t, h), dtype=x.dtype, device=x.device)
     if y.numel():
-        block = min(MAX_BLOCK, next_power_of_2(h))
-        warps = min(8, max(1, block // 256))
+        block, warps = _block(h)
         inverse = inverse.contiguous()
         _sum_rows_kernel[(t, cdiv(h, block))](x, inverse, y, h, x.stride(0), K=k, BLOCK=block, num_warps=warps)
     return y
@@ -72,7 +97,7 @@ def _sum_rows(x, inverse, backend):
 
 @operator("spread_tokens")
 def _spread_op(x: Tensor, token: Tensor, inverse: Tensor, backend: str) -> Tensor:
-    return x.index_select(0, token)
+    return x.index_select(0, token) if backend == "torch" else _copy_rows_triton(x, inverse)
 
 
 @operator("collect_tokens")
@@ -100,7 +125,7 @@ def _spread_autograd(ctx, dy):
 
 
 def _collect_autograd(ctx, dy):
-    return _spread_op(dy, *ctx.saved_tensors, ctx.backend), None, None, None
+    return _spread_op(_dense_rows(dy), *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 def _dense_rows(x):
@@ -131,7 +156,7 @@ def spread_tokens(x: Tensor, token: Tensor, inverse: Tensor, *, backend: str | N
     token, inverse: see token_order. Raises ValueError for a shape, dtype or device that does not fit.
     """
     backend = _check(x, token, inverse, backend, rows=inverse.shape[0])
-    return _spread_op(x, token, inverse, backend)
+    return _spread_op(_dense_rows(x), token, inverse, backend)
 
 
 def collect_tokens(x: Tensor, token: Tensor, inverse: Tensor, *, backend: str | None = None) -> Tensor:

@@ -447,7 +447,9 @@ def test_the_pages_kernel_leaves_its_input_takes_strides_and_refuses_integers(op
     assert operator.relu_squared(torch.empty(0, 8), backend=backend).shape == (0, 8)
     with pytest.raises(ValueError, match=r"x\.dtype \(torch\.int64\) must be one of"):
         operator.relu_squared(torch.ones(3, dtype=torch.int64), backend=backend)
-    torch.library.opcheck(torch.ops.flagscale_kernels.relu_squared.default, (torch.randn(3, 4, requires_grad=True), backend))
+    torch.library.opcheck(
+        torch.ops.flagscale_kernels.relu_squared.default, (torch.randn(3, 4, requires_grad=True), backend)
+    )
 
 
 def test_the_pages_row_of_the_benchmark_computes_one_thing(operator):

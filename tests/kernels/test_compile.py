@@ -1,22 +1,29 @@
 """The kernels compile for the chips they are meant for, and need the registers, memory and units that they should.
 
-By default: one variant of each kernel (bf16, head dimension 128) with its default config, for sm_80 and sm_90.
-With `make soak`: every variant (head dimensions, dtypes, masks, packing) with every config of its list.
-Triton caches what it compiled, so a second run only compiles the kernels that have changed.
+Every variant (head dimensions, dtypes, masks, packing) with every config of its list, for sm_80 and sm_90. What a kernel
+compiles to is in kernels/benchmarks/known_resources.json under a key of its source, arguments and options, so that only
+kernels that have changed are compiled here. `make soak` compiles all of them, whatever the file says. After a change of
+kernels, `python kernels/benchmarks/resources.py --write` writes the file again.
 """
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from kernel_checks import BENCHMARKS
 
-SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "resources.py"
+SCRIPT = BENCHMARKS / "resources.py"
+MOST_COMPILED = 60  # in the default run, about a minute; above it the test asks for the file to be written again
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
-OTHERS = ("norm_forward", "norm_backward", "norm_backward_parts", "rope", "gated_forward", "gated_backward", "sum_rows")
+NORMS = ("norm_forward", "norm_backward", "norm_backward_parts")
+OTHERS = (*NORMS, "rope", "gated_forward", "gated_backward", "sum_rows", "copy_rows")
+HOPPER = ("hopper_forward", "hopper_dkdv", "hopper_dq")
 KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
+
+# What does not hold, and why: {(a part of the row's name, the gate): reason}. Each must fail, or it is to be taken out.
+KNOWN_FAILURES = {}
 
 
 def compiled(*options):
@@ -28,11 +35,42 @@ def compiled(*options):
 
 
 def named(row):
-    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}, {row['bm']}x{row['bn']}, {row['warps']} warps"
+    tile = f", {row['bm']}x{row['bn']}, {row['warps']} warps, {row['stages']} stages" if row["bn"] else ""
+    summed = ", adding dQ" if row.get("adds_dq") else ""
+    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}{tile}{summed}"
 
 
 def is_attention(row):
-    return any(name in row["kernel"] for name in ATTENTION)
+    return any(name in row["kernel"] for name in (*ATTENTION, *HOPPER)) and "fp32" not in row["case"]
+
+
+def gates(row):
+    """{gate: whether the row passes} of the gates that it has to pass."""
+    found = {"fits": row["fits"]}
+    if is_attention(row):
+        wanted, other = ("HGMMA", "HMMA") if row["arch"] == 90 else ("HMMA", "HGMMA")
+        found |= {
+            "uses the chip's matrix unit": row[wanted] > 0 and row[other] == 0,
+            # ptxas waits after each product where it cannot keep one in flight: as many beginnings as products.
+            "products are not serialised": row["HGMMA"] == 0 or row["WARPGROUP.ARRIVE"] < row["HGMMA"],
+            # Warps that share rows compute the same products more than once.
+            "no spill inside a loop": bool(row["loops"]) and not any(loop["local"] for loop in row["loops"]),
+        }
+        if row["bn"]:  # the others walk over tiles of two sizes
+            # Warps that share rows compute the same products more than once.
+            found["no product is computed twice"] = set(row["executed"]) == {1.0}
+    elif "fp32" not in row["case"]:
+        found["no spill"] = row["stack"] == 0
+    return found
+
+
+def failures(rows):
+    return {(named(row), gate): row for row in rows for gate, passed in gates(row).items() if not passed}
+
+
+def known(failure):
+    name, gate = failure
+    return next((key for key in KNOWN_FAILURES if key[0] in name and key[1] == gate), None)
 
 
 def check(rows):
@@ -40,33 +78,68 @@ def check(rows):
         names = {row["kernel"] for row in rows if row["arch"] == arch}
         missing = [kernel for kernel in KERNELS if not any(kernel in name for name in names)]
         assert not missing, f"not compiled for sm_{arch}: {missing}"
-    for row in rows:
-        assert row["fits"], f"{named(row)}: {row['shared']} bytes of shared memory"
-        # fp32 is for tests, and head dimensions above 128 do not fit: docs/kernels.md says by how much.
-        if row["chosen"] and "fp32" not in row["case"] and "D256" not in row["case"]:
-            assert row["stack"] == 0, f"{named(row)} is chosen and spills {row['stack']} bytes"
-        if is_attention(row) and "fp32" not in row["case"]:
-            wanted, other = ("HGMMA", "HMMA") if row["arch"] == 90 else ("HMMA", "HGMMA")
-            assert row[wanted] > 0, f"{named(row)} has no {wanted}"
-            assert row[other] == 0, f"{named(row)} has {other}"
+    assert {name for name in HOPPER if any(name in row["kernel"] for row in rows)} == set(HOPPER)
+    found = failures(rows)
+    new = [f"{name}: not so: {gate}" for name, gate in found if not known((name, gate))]
+    assert not new, "\n".join(new)
+    mended = set(KNOWN_FAILURES) - {known(failure) for failure in found}
+    assert not mended, f"these hold now, so take them out of KNOWN_FAILURES: {sorted(mended)}"
 
 
 @pytest.fixture(scope="module")
-def default_rows():
-    return compiled("--quick")
+def rows():
+    return compiled("--known", "--most", str(MOST_COMPILED))
 
 
-def test_the_default_configs_fit_do_not_spill_and_use_the_matrix_units(default_rows):
-    assert all(row["chosen"] for row in default_rows)
-    check(default_rows)
+def test_every_variant_and_config_keeps_the_matrix_units_busy(rows):
+    check(rows)
 
 
-def test_a_new_threshold_of_piecewise_attention_compiles_nothing(default_rows):
-    piecewise = [(row["arch"], row["kernel"]) for row in default_rows if "piecewise" in row["kernel"]]
-    assert len(piecewise) == len(set(piecewise)) == 6, piecewise
+def test_a_new_threshold_of_piecewise_attention_compiles_nothing(rows):
+    d128 = [row for row in rows if row["case"] == "D128" and "piecewise" in row["kernel"] and row["chosen"]]
+    distinct = {(row["arch"], row["kernel"], row.get("adds_dq")) for row in d128}
+    assert len(d128) == len(distinct) == 8, d128
+
+
+def test_the_key_of_a_kernel_follows_its_source_and_not_its_place():
+    code = """if True:
+        import offline
+        from flagscale_kernels import _bands, _tiles
+        kernel = _bands.attend_band
+        before = offline.source(kernel)
+        tile = _tiles._load.fn if hasattr(_tiles._load, "fn") else _tiles._load
+        assert "def _load" in before and "def attend_band" in before
+        kernel.starting_line_number = 1
+        assert offline.source(kernel) == before
+    """
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = f"{BENCHMARKS}:{BENCHMARKS.parent}"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/                   STL [R1], R3 ;
+        /*0030*/                   ISETP.NE.AND P0, PT, R2, RZ, PT ;
+        /*0040*/               @P0 BRA 0x10 ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA 0x50 ;
+        /*0070*/                   BRA 0x0 ;
+        /*0080*/                   BRA 0x80 ;
+"""
+
+
+def test_the_loops_of_machine_code_are_read():
+    import machine_code
+
+    first, second = machine_code.matrix_loops(SASS, 8)
+    assert first == {"multiplications": 8 * 16 * 8 * 16, "local": 1, "instructions": 4}
+    assert second == {"multiplications": 2 * 64 * 128 * 16, "local": 0, "instructions": 2}
+    assert machine_code.count(SASS, "HGMMA") == 1
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_every_variant_and_config_fits_and_the_default_configs_do_not_spill():
+def test_every_variant_and_config_compiles_to_what_the_file_says():
     check(compiled())

@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 from kernel_checks import seeded
-from variants import one_config, variants
+from variant import one_config
+from variants import variants
 
 import flagscale_kernels as fk
 
@@ -41,8 +42,12 @@ def fresh_process_after_a_lost_context():
         pytest.exit(f"the CUDA context is lost: {error}", returncode=BROKEN)
 
 
-@pytest.mark.timeout(120, method="thread")  # a kernel that never returns ends its process, and the others go on
-@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name.replace(" ", "-"))
+def limited(variant):
+    """The variant with the time after which its process is ended: a kernel may never return. The other tests go on."""
+    return pytest.param(variant, marks=pytest.mark.timeout(30 if variant.rival else 120, method="thread"))
+
+
+@pytest.mark.parametrize("variant", map(limited, variants()), ids=lambda variant: variant.name.replace(" ", "-"))
 def test_variant(variant):
     variant.check("cuda")
 
@@ -59,6 +64,7 @@ def test_the_autotuned_choice_is_as_good_as_the_default(monkeypatch, tmp_path):
     torch.testing.assert_close(tuned, default, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.timeout(60, method="thread")
 def test_a_rival_is_chosen_only_where_it_is_right_and_faster(monkeypatch):
     """Whatever is chosen: the call after the comparison gives what the plain kernels give."""
     monkeypatch.setenv("FLAGSCALE_KERNELS_RIVALS", "1")

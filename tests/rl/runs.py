@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.generation.engine import OwnEngine
-from flagscale_like.recipes.reinforce import reinforce
+from flagscale_like.recipes.reinforce import draw, reinforce
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.scoring import Scorer
 from flagscale_like.runtime.parallel import parallel_context
@@ -87,9 +87,9 @@ def run_all(configs: Sequence[RunConfig], phase: str = "") -> list[tuple[list[st
         Reporter.say = lambda self, text, said=said: said.append(text)
         error = None
         try:
-            with parallel_context(config.parallel, seed=config.train.seed) as ctx:
+            with parallel_context(config.parallel, seed=config.train.seed, apart=config.ranks_apart) as ctx:
                 Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-                reinforce(config, ctx)
+                (draw if ctx.bridge is not None and ctx.bridge.is_apart else reinforce)(config, ctx)
         except ValueError as problem:
             error = f"{type(problem).__name__}: {problem}"
         found.append((said, error))

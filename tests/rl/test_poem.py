@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from examples.rl.poem.rules import LINES, make_data, quality, rules, write_poem
+from examples.rl.poem.rules import LINES, make_poems, quality, rules, write_poem
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.rl.answers import Answer
 from flagscale_like.rl.rewards.function import Function
@@ -29,14 +29,15 @@ def test_the_rules(text, expected):
 
 
 def test_the_data_is_what_the_rules_are_about(tmp_path):
-    make_data(tmp_path, poems=200)
-    tokenizer = Tokenizer(tmp_path / "tokenizer")
-    texts = [json.loads(line)["text"] for line in (tmp_path / "poems.jsonl").read_text().splitlines()]
+    make_poems(tmp_path / "x" / "poems.jsonl", poems=200)
+    poem = REPOSITORY / "examples" / "rl" / "poem"
+    tokenizer = Tokenizer(poem / "tokenizer")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "x" / "poems.jsonl").read_text().splitlines()]
     scores = [quality(text[2:], int(text[0])) for text in texts]
     assert 0.5 < sum(scores) / len(scores) < 0.95  # they keep the rules now and then
     assert all(tokenizer.decode(tokenizer.encode_batch([text])[0]) == text for text in texts)
     assert all(len(tokenizer.encode_batch([text])[0]) == len(text) for text in texts)  # a token is a letter
-    prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line) for line in (poem / "prompts.jsonl").read_text().splitlines()]
     assert [prompt["prompt"] for prompt in prompts] == ["3:", "4:", "5:"]
     careful = write_poem(random.Random(1), 4, care=1.0)
     assert quality(careful, 4) >= 0.95

@@ -25,6 +25,7 @@ from flagscale_like.rl.rewards.judge import (
 )
 from flagscale_like.rl.rewards.mixture import WeightedSum
 from tests.data.pairs import write_pairs
+from tests.rl.runs import rl_config
 
 ANSWERS = [Answer("how many?", text, {"right": 4}) for text in ("four", "fourteen", "4")]
 
@@ -338,3 +339,40 @@ def test_no_server_and_no_key(server, monkeypatch):
 def test_options_that_make_no_reward_are_refused(values, words):
     with pytest.raises(ValidationError, match=words):
         TypeAdapter(Reward).validate_python(values)
+
+
+@pytest.mark.parametrize(
+    ("rl", "words"),
+    [
+        ({"reward": {"kind": "model"}}, "reward.path is not given"),
+        ({"outside": {"action": "clamp"}}, "rl.reward has none, or several"),
+        (
+            {"reward": {"kind": "judge", "url": "http://x"}, "rollout": {"samples": 1}, "algorithm": "ppo"},
+            "give 2 or more",
+        ),
+        ({"rounds": {"count": 1, "iterations": 1}}, "rounds.judge is not given"),
+        (
+            {
+                "rounds": {
+                    "count": 1,
+                    "iterations": 1,
+                    "reward_model": "x.yaml",
+                    "judge": {"kind": "function", "function": "a:b"},
+                }
+            },
+            "rounds renew the one reward model",
+        ),
+        (
+            {
+                "reward": {"kind": "model", "path": "x"},
+                "outside": {"action": "clamp", "kl": 9},
+                "kl": {"coefficient": 0},
+            },
+            "kl.coefficient 0 keeps none",
+        ),
+        ({"outside": {"action": "clamp", "scores": [0.9, 0.1]}}, "two quantiles that rise"),
+    ],
+)
+def test_groups_of_rl_that_do_not_fit_are_refused(rl, words, tmp_path):
+    with pytest.raises(ValidationError, match=words):
+        rl_config(tmp_path / "run", tmp_path, rl)

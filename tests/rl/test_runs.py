@@ -65,6 +65,8 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     configs.append(rl_config(tmp_path / "groups dp2", folder, GROUPS, **load))
     other = shutil.copytree(one_process["stale"].run_dir, tmp_path / "other", ignore=shutil.ignore_patterns("*3", "*4"))
     configs.append(rl_config(other, folder, STALE, train__steps=4, parallel={"tp": 2}))
+    apart = STALE | {"rollout": {"samples": 1, "apart": 1}}
+    configs.append(rl_config(tmp_path / "apart", folder, apart, train__steps=4, checkpoint={"interval": 2}))
     for found in run_ranks(2, run_all, configs):
         assert [error for _, error in found] == [None] * len(configs)
     wanted = numbers(one_process["ppo"].run_dir)
@@ -74,6 +76,11 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
         close(numbers(tmp_path / name), wanted)
     close(numbers(tmp_path / "groups dp2"), numbers(one_process["groups"].run_dir))
     close(numbers(one_process["unpacked"].run_dir), wanted)
+    # One rank draws while the other learns, what the same rank does in turns.
+    assert numbers(tmp_path / "apart") == numbers(one_process["stale"].run_dir)
+    runs = (tmp_path / "apart", Path(one_process["stale"].run_dir))
+    apart, in_turns = (CheckpointReader(run / "checkpoints" / "step_00000004").state["rl"] for run in runs)
+    assert apart == in_turns
     close(numbers(other)[-2:], numbers(one_process["stale"].run_dir)[-2:])  # from step 2, saved on one process
 
 

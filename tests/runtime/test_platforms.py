@@ -350,7 +350,7 @@ def kernels_asked(folder: Path, platform: type) -> set:
 def test_without_triton_every_operator_of_a_step_is_told_to_take_its_torch_path(tmp_path):
     (without,) = run_ranks(1, kernels_asked, tmp_path, CpuPlatform)
     (with_triton,) = run_ranks(1, kernels_asked, tmp_path, Interpreting)
-    layers = {"rms_norm", "swiglu", "rope", "flash_attention"}
+    layers = {"rms_norm", "_gated", "rope", "flash_attention"}  # modules: SwiGLU is one of the gated activations
     assert without == {(operator, "torch") for operator in (*layers, "cross_entropy")}
     # Chosen by the tensor's device; where Triton runs, output layer and loss are one operator.
     assert with_triton == {(operator, None) for operator in (*layers, "linear_cross_entropy")}

@@ -5,7 +5,8 @@ A poem is four lines, with `/` between them. The prompt says how long each line 
 
     4:abca/dbba/cdad/bacd
 
-`python examples/rl/poem/rules.py FOLDER` writes what the YAML files beside it read.
+`python examples/rl/poem/rules.py FOLDER` writes the poems that base.yaml reads. A token of tokenizer/ is a letter: its ids are
+the 256 bytes and the end of a text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.rl.answers import Answer
 
 LETTERS, LENGTHS, LINES = "abcdefgh", (3, 4, 5), 4
@@ -53,19 +53,15 @@ def write_poem(draw: random.Random, length: int, *, care: float) -> str:
     return "/".join(lines)
 
 
-def make_data(folder: Path, *, poems: int = 4000, care: float = 0.7, seed: int = 0) -> None:
-    """Write tokenizer/, poems.jsonl (texts to begin with, which keep the rules now and then) and prompts.jsonl."""
+def make_poems(path: Path, *, poems: int = 4000, care: float = 0.7, seed: int = 0) -> None:
+    """Write texts to begin with, which keep the rules now and then, each with its prompt before it."""
     draw = random.Random(seed)
-    train_bpe(["abcdefgh"], 257, folder / "tokenizer")  # 256 bytes and the end of a text: a token is a letter
     texts = [f"{length}:{write_poem(draw, length, care=care)}" for length in draw.choices(LENGTHS, k=poems)]
-    prompts = [{"prompt": f"{length}:", "length": length} for length in LENGTHS]
-    for name, records in (("poems", [{"text": text} for text in texts]), ("prompts", prompts)):
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True, exist_ok=True)
-    make_data(target)
-    print(f"wrote {target}/tokenizer, poems.jsonl and prompts.jsonl")
+    target = Path(sys.argv[1]) / "poems.jsonl"
+    make_poems(target)
+    print(f"wrote {target}")

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -137,6 +138,14 @@ class Platform:
     def all_gather_object(self, values: list, value: object) -> None:
         """Fill `values` with every rank's `value`, which can be pickled."""
         dist.all_gather_object(values, value)
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, of numbers that the host is about to read."""
+        return tensor.cpu()
+
+    def to_numpy(self, tensor: torch.Tensor) -> np.ndarray:
+        """The numbers of a tensor on the device, which the host waits for."""
+        return self.to_host(tensor).numpy()
 
     # What it is.
 

@@ -1,0 +1,108 @@
+"""Seconds of what a record lists: a roofline for each kernel, latency and bandwidth for each collective and message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flagscale_like.cluster import ClusterSpec
+from flagscale_like.planner.throughput import EFFICIENCIES, FP32_PRODUCTS, Efficiency
+from flagscale_like.rehearsal.record import Event
+
+# Operators of a dense layer's forward pass that are no views: what the planner's launch overhead of a layer is shared out to.
+KERNELS_OF_A_LAYER = 26
+ATTENTION = ("flash_attention", "piecewise_attention", "scaled_dot_product")
+# Passes over the ring: of the whole tensor, relative to an all-gather.
+PASSES = {"all_reduce": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a cluster's devices and links take for the events of a record.
+
+    Attributes:
+        kernel_s: of each kernel beside its roofline: launch and host work.
+        call_s: of each collective and message beside its transfer, on the rank that asks for it.
+        fp32: of the bf16 peak that products of fp32 reach; 1 where the peak is fp32's own.
+    """
+
+    cluster: ClusterSpec
+    eff: Efficiency
+    kernel_s: float
+    call_s: float = 0.0
+    fp32: float = FP32_PRODUCTS
+
+    @classmethod
+    def of(cls, cluster: ClusterSpec, eff: Efficiency | None = None) -> Costs:
+        """Those of a cluster, with the planner's constants for its kind of device."""
+        eff = eff or EFFICIENCIES[cluster.device.efficiency]
+        own = 1.0 if cluster.device.efficiency == "cpu" else FP32_PRODUCTS
+        return cls(cluster=cluster, eff=eff, kernel_s=eff.layer_overhead_s / KERNELS_OF_A_LAYER, fp32=own)
+
+    def compute(self, event: Event) -> float:
+        """Seconds of a kernel: the longer of its products and its memory traffic, and its launch."""
+        device, eff = self.cluster.device, self.eff
+        moved = event.bytes / (device.hbm_gb_per_s * 1e9 * eff.memory)
+        if not event.flops:
+            return moved + self.kernel_s
+        return max(moved, event.flops / (device.bf16_flops * self._reached(event))) + self.kernel_s
+
+    def _reached(self, event: Event) -> float:
+        """The share of the peak that a product or an attention reaches."""
+        eff = self.eff
+        if any(name in event.op for name in ATTENTION):
+            return eff.attention
+        outputs = math.prod(event.shape)
+        inner = event.flops / (2 * outputs) if outputs else 1.0
+        rate = self.fp32 if event.dtype == "float32" else 1.0
+        return rate * eff.gemm * inner / (inner + eff.gemm_k) * outputs / (outputs + eff.gemm_mn)
+
+    def copy(self, event: Event) -> float:
+        """Seconds of a copy between host and device."""
+        return event.bytes / (self.cluster.device.host_gb_per_s * 1e9)
+
+    def meeting(self, event: Event, rank: int) -> float:
+        """Seconds of a collective or a message once all take part.
+
+        Args:
+            rank: whose event it is.
+        """
+        if event.kind != "collective":
+            peer = event.peer if event.peer is not None else rank
+            return self._link((rank, peer), event.bytes) + 4 * self.eff.latency_s
+        ranks = len(event.group)
+        if ranks < 2:
+            return 0.0
+        steps = (ranks - 1) * PASSES.get(event.op, 1)
+        if event.op == "barrier":
+            return steps * self.eff.latency_s
+        if event.op.startswith("all_to_all"):
+            return self._exchange(event) + steps * self.eff.latency_s
+        whole = event.bytes * ranks if event.op.startswith("all_gather") else event.bytes
+        return self._link(event.group, whole * steps / ranks) + steps * self.eff.latency_s
+
+    def _node(self, rank: int) -> int:
+        return rank // self.cluster.devices_per_node
+
+    def _link(self, ranks: Sequence[int], nbytes: float) -> float:
+        """Seconds for bytes that each rank sends to its neighbour in a ring."""
+        inside = len({self._node(rank) for rank in ranks}) == 1
+        if inside:
+            return nbytes / (self.cluster.device.link_gb_per_s * 1e9 * self.eff.link)
+        return nbytes / (self.cluster.network_gb_per_s * 1e9 * self.eff.network)
+
+    def _exchange(self, event: Event) -> float:
+        """Of an all-to-all: what goes to other nodes takes the network, beside what stays inside the node."""
+        ranks = len(event.group)
+        near = max(sum(self._node(other) == self._node(rank) for other in event.group) for rank in event.group)
+        inside = event.bytes * (near - 1) / ranks / (self.cluster.device.link_gb_per_s * 1e9 * self.eff.link)
+        outside = event.bytes * (ranks - near) / ranks / (self.cluster.network_gb_per_s * 1e9 * self.eff.network)
+        return max(inside, outside)
+
+
+def with_constants(costs: Costs, **changes: float) -> Costs:
+    """The same costs with other constants of the device's efficiency, or of its own."""
+    own = {name: value for name, value in changes.items() if name in ("kernel_s", "call_s", "fp32")}
+    eff = replace(costs.eff, **{name: value for name, value in changes.items() if name not in own})
+    return replace(costs, eff=eff, **own)
