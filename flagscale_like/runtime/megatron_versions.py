@@ -20,11 +20,13 @@ class Version:
         python: the least Python that its wheels are for.
         tested: what has been run with it.
         differs: what it does otherwise than 0.16.1, as far as it meets our code.
+        asks: what a training step asks of torch.cuda, and with it of a chip's namespace, that 0.16.1 does not ask.
     """
 
     python: str
     tested: str
     differs: str = ""
+    asks: frozenset[str] = frozenset()
 
 
 VERSIONS = {
@@ -34,11 +36,14 @@ VERSIONS = {
         "training steps, latent attention on every layout, a plug-in of the CPU",
         "a layer of experts tells its router whether it predicts several tokens",
     ),
-    "0.18.2": Version("3.12", "as 0.17.1", "as 0.17.1"),
+    "0.18.2": Version(
+        "3.12", "as 0.17.1", "as 0.17.1; norms of q and k in the spec need a switch in the configuration"
+    ),
     "0.19.2": Version(
         "3.12",
         "the tests of layouts, kills, resume, models, engine and runtime, on Python 3.12",
-        "gives attention a name; a step asks for torch.cuda.current_stream; the import loads torch's inductor",
+        "as 0.18.2; gives attention a name; the import loads torch's inductor",
+        frozenset({"current_stream"}),
     ),
 }
 
