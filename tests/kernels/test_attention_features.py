@@ -137,6 +137,19 @@ def test_five_products_give_the_gradients_of_seven(options, s_k):
     assert torch.equal(found[False][1], found[True][1])
 
 
+def test_keys_beyond_the_last_do_not_count_where_their_exponentials_overflow():
+    # The scores are -1600, so exp(0 - LSE) of a key of zeros behind the last one is infinite.
+    q, k, v = torch.full((1, 1, 5, 16), 20.0), torch.full((1, 1, 5, 16), -20.0), seeded(1, 1, 5, 16)
+    found = []
+    for deterministic in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = flash_attention(*leaves, causal=False, backend="triton", deterministic=deterministic)
+        found.append(torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3)))
+    for seven, five in zip(*found):
+        assert five.isfinite().all()
+        torch.testing.assert_close(five, seven)
+
+
 @pytest.mark.parametrize("kernels", [FLASH, PIECEWISE], ids=["flash", "piecewise"])
 @pytest.mark.parametrize("layout", ["bnsd", "sbnd"])
 @pytest.mark.parametrize("s_k", [69, 100])
