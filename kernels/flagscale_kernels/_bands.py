@@ -59,7 +59,7 @@ def _attend_tile(
     if FORM.v_b > 0:
         b = acc[1] * alpha[:, None]
     acc = (a, b)
-    return add_product(acc, p.to(v[0].dtype), v, FORM.v_b, FORM.precision), l, new_m
+    return add_product(acc, p.to(v[0].dtype), v, FORM.v_b, FORM), l, new_m
 
 
 @triton.jit
@@ -89,11 +89,11 @@ def _dq_tile(
     keys = n + tl.arange(0, BN)[None, :]
     s, slope = scores(q, k, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)
     p = tl.exp2(s * terms.to_log2 - lse[:, None])
-    dp = product(do, v, FORM.v_b, FORM.precision)
+    dp = product(do, v, FORM.v_b, FORM)
     ds = p * (dp - delta[:, None])
     if FORM.cap:
         ds *= slope
-    return add_product(dq, ds.to(k[0].dtype), k, FORM.d_b, FORM.precision)
+    return add_product(dq, ds.to(k[0].dtype), k, FORM.d_b, FORM)
 
 
 @triton.jit
@@ -131,13 +131,13 @@ def _dkdv_tile(
     s, slope = scores(k, q, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)  # [BN, BM]
     p = tl.exp2(s * terms.to_log2 - lse[None, :])
     do = load_rows(DO, m, terms.seq_q, FORM.v, FORM.v_a, FORM.v_b, BM, True, DESCRIPTORS)
-    dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM.precision)
-    dp = product(v, do, FORM.v_b, FORM.precision)
+    dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM)
+    dp = product(v, do, FORM.v_b, FORM)
     ds = p * (dp - delta[None, :])
     if FORM.cap:
         ds *= slope
     ds = ds.to(q[0].dtype)
-    dk = add_product(dk, ds, q, FORM.d_b, FORM.precision)
+    dk = add_product(dk, ds, q, FORM.d_b, FORM)
     if ADD_DQ:
         a = tl.dot(tl.trans(ds), k[0], input_precision=FORM.precision)
         b = a

@@ -176,21 +176,21 @@ def zeros(ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def product(x, y, B: tl.constexpr, PRECISION: tl.constexpr):
+def product(x, y, B: tl.constexpr, FORM: tl.constexpr):
     """x y^T of two pairs of tiles: [rows of x, rows of y]."""
-    s = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    s = tl.dot(x[0], tl.trans(y[0]), input_precision=FORM.precision)
     if B > 0:
-        s = tl.dot(x[1], tl.trans(y[1]), s, input_precision=PRECISION)
+        s = tl.dot(x[1], tl.trans(y[1]), s, input_precision=FORM.precision)
     return s
 
 
 @triton.jit
-def add_product(acc, p, x, B: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(acc, p, x, B: tl.constexpr, FORM: tl.constexpr):
     """acc + p x, where acc and x are pairs of tiles."""
-    a = tl.dot(p, x[0], acc[0], input_precision=PRECISION)
+    a = tl.dot(p, x[0], acc[0], input_precision=FORM.precision)
     b = a
     if B > 0:
-        b = tl.dot(p, x[1], acc[1], input_precision=PRECISION)
+        b = tl.dot(p, x[1], acc[1], input_precision=FORM.precision)
     return a, b
 
 
@@ -214,7 +214,7 @@ def scores(
 
     -inf outside of the band, if MASKED. The derivative is 1 where the scores have no cap.
     """
-    s = product(x, y, FORM.d_b, FORM.precision)
+    s = product(x, y, FORM.d_b, FORM)
     slope = 1.0
     if FORM.cap:
         # tanh(z) = 1 - 2 / (1 + exp(2 z))
