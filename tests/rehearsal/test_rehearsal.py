@@ -56,7 +56,8 @@ CASES = {
 
 
 def config_of(changes: dict, folder: Path):
-    return tiny_config(folder, train__global_batch_size=4, checkpoint__interval=0, **changes)
+    layers = {} if "pp" in changes.get("parallel", {}) else {"model__num_layers": 2}
+    return tiny_config(folder, **{"train__global_batch_size": 4, "checkpoint__interval": 0, **layers, **changes})
 
 
 def rehearse_cases(folder: str, names: list[str]) -> dict:
@@ -89,7 +90,7 @@ def _unwaited(events) -> set:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("rehearsals")
-    (found,) = run_ranks(1, rehearse_cases, str(folder), list(CASES))
+    (found,) = run_ranks(1, rehearse_cases, str(folder), list(CASES), timeout_s=400)
     return found
 
 
