@@ -62,6 +62,8 @@ setup(
             "pytrec_eval-terrier>=0.5.7",
             "faiss-cpu>=1.9",
             "lm-eval>=0.4.12,<0.5",
+            "uvicorn>=0.30,<1",
+            "starlette>=0.46,<2",
             "mkdocs-material>=9.5,<10",
             "wandb>=0.22",
             "mlflow-skinny>=3",
@@ -72,6 +74,7 @@ setup(
         "rag": ["faiss-cpu>=1.9"],
         "eval": ["lm-eval>=0.4.12,<0.5"],
         "vllm": ["vllm>=0.32"],  # draws rollouts on a GPU; not in dev, and not yet run
+        "serve": ["uvicorn>=0.30,<1", "starlette>=0.46,<2"],
         "quantized": ["compressed-tensors>=0.15"],  # transformers loads INT4 and INT8 folders with it
     },
     entry_points={"console_scripts": ["flagscale-like=flagscale_like.cli:main"]},

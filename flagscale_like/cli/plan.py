@@ -54,6 +54,7 @@ def plan(  # typer makes an option of every parameter
 
     from flagscale_like.config import load_config
     from flagscale_like.planner.evidence import describe_evidence
+    from flagscale_like.planner.generation import describe_generation, generation_memory
     from flagscale_like.planner.report import (
         EMBEDDING_NOTE,
         describe_memory,
@@ -85,6 +86,10 @@ def plan(  # typer makes an option of every parameter
         typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
+    if config.rl is not None and config.rl.rollout.engine == "own":
+        asked = {"rows": config.rl.rollout.rows, "room": config.train.seq_length}
+        found = generation_memory(config.model, best.layout, best.memory, precision=config.train.precision, **asked)
+        typer.echo(describe_generation(found, **asked))
     if cuda:
         typer.echo(describe_evidence(best, goal, place))
     if rehearse:

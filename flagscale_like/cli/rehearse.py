@@ -26,8 +26,8 @@ def rehearse(  # typer makes an option of every parameter
     ranks: Annotated[
         str,
         typer.Option(
-            help="Ranks to rehearse: auto (one of each kind of stage), stages (one of each stage), all, or numbers with commas: "
-            "0,3,511. With stages or all their operations are matched, and the step is replayed in time."
+            help="Ranks to rehearse: auto (one of each kind of stage), stages (one of each stage), all, or numbers with "
+            "commas: 0,3,511. With stages or all their operations are matched, and the step is replayed in time."
         ),
     ] = "auto",
     device: Annotated[

@@ -11,6 +11,7 @@ from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, op
 from flagscale_like.cli.generate import GeneratedPrecision, Rows
 from flagscale_like.errors import ConfigError, PlatformError
 
+BACKLOG = 2048  # connections that wait while the model is loaded
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -53,6 +54,7 @@ def serve(  # typer makes an option of every parameter
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         raise PlatformError(
             f"cannot listen at {host}:{port}: {error.strerror}: give another --host or --port"

@@ -73,6 +73,7 @@ class Engine:
         optimizer: None for a model that is only run.
         left: what a load that was not strict left at its initial values, in words.
         base: of a model with LoRA, the record of the weights that its adapters belong to; None where they were drawn.
+        asleep: what only training needs is in host memory; see engine.asleep.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine:
         self.chunks: list[MegatronModule] = list(models)
         self.optimizer: MegatronOptimizer | None = None
         self.base: dict[str, Any] | None = None
+        self.asleep, self._evaluating = False, False
 
     @classmethod
     def build(  # what a model is built of, and what it is called
@@ -159,6 +161,9 @@ class Engine:
         Afterwards the reduced gradients, divided by the objective's count over all ranks, lie with the optimizer's fp32
         weights (OwnedShard.main.grad).
         """
+        self._be_awake()
+        if self._evaluating:
+            raise RuntimeError("the engine evaluates or generates: end that before a training step")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -179,6 +184,7 @@ class Engine:
             clip: largest norm of the gradient, which is scaled down to it; 0 does not clip.
             grad_norm: of the gradient, over all ranks.
         """
+        self._be_awake()
         scale = clip / (grad_norm + 1e-6)
         if 0 < scale < 1:
             parameters = itertools.chain.from_iterable(
@@ -205,15 +211,23 @@ class Engine:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Within it the model is in evaluation mode, and its parameters are whole on every rank."""
+        """Within it the model is in evaluation mode, and its parameters are whole on every rank.
+
+        It may be entered again within it, which changes nothing; all ranks enter the outermost one together.
+        """
+        if self._evaluating:
+            yield
+            return
         gathers = self.optimizer is not None and self.chunks[0].ddp_config.overlap_param_gather
         for chunk in self.chunks:
             if gathers:
                 chunk.disable_forward_pre_hook()
             chunk.eval()
+        self._evaluating = True
         try:
             yield
         finally:
+            self._evaluating = False
             for chunk in self.chunks:
                 chunk.train()
                 if gathers:
@@ -320,11 +334,16 @@ class Engine:
 
         With LoRA the trained ones alone: the others are the base's.
         """
+        self._be_awake()
         if self.optimizer is not None:
             ensure_moments(self.optimizer)
         for shard in self.owned:
             if self._is_saved(shard.name):
                 yield from shard.fragments()
+
+    def _be_awake(self) -> None:
+        if self.asleep:
+            raise RuntimeError("the engine is asleep: its states are in host memory; call TrainingMemory.wake() first")
 
     def _is_saved(self, name: str) -> bool:
         return self.spec.lora is None or not self.spec.is_frozen(name)

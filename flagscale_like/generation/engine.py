@@ -94,7 +94,8 @@ class OwnEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         """Draw the rollouts of all prompts. Each comes as it ends, in one order on all ranks that share the model.
 
-        Between two rollouts the model is as it was before, and may be used for other things, but not be changed.
+        Between two rollouts the model may be used for forward passes, in evaluation mode. It must not be changed before the
+        last one has come, or the iterator is closed.
 
         Raises:
             ConfigError: a prompt is empty or leaves no room for a token, numbers are repeated, or the sampling has a number
@@ -104,26 +105,30 @@ class OwnEngine:
 
     def generate_each(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
         """As generate(), with each prompt's own sampling."""
+        self._check_all(asked)
+        return self._generate(asked)
+
+    def _check_all(self, asked: Sequence[tuple[Prompt, Sampling]]) -> None:
         numbers = [prompt.number for prompt, _ in asked]
         if len(set(numbers)) < len(numbers):
             twice = next(number for number in numbers if numbers.count(number) > 1)
             raise ConfigError(f"two prompts have the number {twice}: it seeds their draws, give each its own")
         for prompt, sampling in asked:
             self.check(prompt, sampling)
-        return self._generate(asked)
 
     def _generate(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
         texts = set(itertools.chain.from_iterable(self.add(prompt, sampling) for prompt, sampling in asked))
-        left = self._any_left(bool(texts))
         try:
-            while left:
-                ended: list[Text] = []
-                with self.forward.ready():
-                    while left and not ended:
-                        ended = [text for text in self.step() if text.rollout.finish and text in texts]
-                        texts.difference_update(ended)
-                        left = self._any_left(bool(texts))
-                yield from (text.rollout for text in ended)
+            with self.engine.evaluation():  # once: ranks have different numbers of rollouts
+                left = self._any_left(bool(texts))
+                while left:
+                    ended: list[Text] = []
+                    with self.forward.ready():
+                        while left and not ended:
+                            ended = [text for text in self.step() if text.rollout.finish and text in texts]
+                            texts.difference_update(ended)
+                            left = self._any_left(bool(texts))
+                    yield from (text.rollout for text in ended)
         finally:
             self.cancel(texts)
 
@@ -192,7 +197,11 @@ class OwnEngine:
             tokens += group.prompt.ids[part.start : part.start + part.count]
             if part.start + part.count == part.length:
                 wanted.append(part.at + part.count - 1)
-        found = self._pass(tokens, decoding, [part for part, _ in plan.prompts], wanted) if tokens else None
+        found = None
+        if tokens:
+            found = self._pass(tokens, decoding, [part for part, _ in plan.prompts], wanted)
+        else:
+            self._stand_in()
         logits = None
         if self.forward.stage == self.forward.stages - 1:
             first = found[: len(decoding)] if found is not None else None
@@ -221,7 +230,7 @@ class OwnEngine:
         return self.forward.logits(hidden, wanted) if hidden is not None and wanted else None
 
     def _stand_in(self) -> None:
-        """Compute a token that nobody asked for, where other ranks need this one's experts."""
+        """Compute a token that nobody asked for, in a row without a text, where other ranks need this one's experts."""
         if self.together is not None:
             self.cache.reserve(1, self.room)
             self.forward.hidden([0], cached_step(self.cache, [], [PromptPart(0, 0, 0, 1, 1)]))

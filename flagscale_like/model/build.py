@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
@@ -131,6 +132,7 @@ class LanguageModel(GPTModel):
         fused_loss: see LanguageModelHead.
         pre, post: this chunk holds the embedding; the head.
         vp_stage: number of the chunk where a stage holds several.
+        groups: the process groups of its layout.
     """
 
     def __init__(
@@ -142,13 +144,14 @@ class LanguageModel(GPTModel):
         pre: bool,
         post: bool,
         vp_stage: int | None,
+        groups: ProcessGroupCollection,
     ) -> None:
         # setup_embeddings_and_output_layer() reads them while GPTModel is built
         self.spec, self.arch, self.fused_loss = spec, spec.arch, fused_loss
         self.dtype = DTYPES[spec.precision]
         super().__init__(
             config,
-            block_spec(spec.arch, spec.kernels, config, vp_stage, spec.micro_batch_size),
+            block_spec(spec.arch, spec.kernels, config, groups.pp.rank(), vp_stage, spec.micro_batch_size),
             vocab_size=spec.arch.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.seq_length,
             pre_process=pre,
@@ -156,6 +159,7 @@ class LanguageModel(GPTModel):
             position_embedding_type="none",
             share_embeddings_and_output_weights=spec.tied,
             vp_stage=vp_stage,
+            pg_collection=groups,
         )
 
     @functools.cached_property
@@ -245,6 +249,7 @@ def build_chunks(spec: ModelSpec, ctx: ParallelContext, *, meta: bool = False) -
                     pre=is_pp_first_stage(ctx.groups.pp) and is_vp_first_stage(vp_stage, vpp),
                     post=ctx.is_last_stage and is_vp_last_stage(vp_stage, vpp),
                     vp_stage=vp_stage,
+                    groups=ctx.groups,
                 )
             )
     if spec.lora is not None:

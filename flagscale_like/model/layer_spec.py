@@ -127,14 +127,15 @@ def norm_spec(kernels: Kernels) -> ModuleSpec:
 
 
 def block_spec(
-    arch: ModelArch, kernels: Kernels, config: TransformerConfig, vp_stage: int | None, rows: int
+    arch: ModelArch, kernels: Kernels, config: TransformerConfig, stage: int, vp_stage: int | None, rows: int
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk on this pipeline stage, and the final norm.
 
     Args:
+        stage: of the pipeline.
         rows: of a micro-batch.
     """
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    layers = arch.layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
+    layers = arch.layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)]
     specs = {layer: layer_spec(layer, arch, kernels, rows) for layer in set(layers)}
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm_spec(kernels))

@@ -201,7 +201,7 @@ def read_rows(path: Path, writer: TextGenerator, wishes: Wishes, samples: int, s
         except (ConfigError, DataError) as error:
             raise type(error)(f"{where}: {error}") from None
         of = json.dumps([model, ids, dataclasses.astuple(sampling)])
-        found.append(Row(number, fields, prompt, sampling, xxhash.xxh3_64_hexdigest(of)))
+        found.append(Row(number, fields, prompt, sampling, xxhash.xxh3_64_hexdigest(of.encode())))
     if not found:
         raise DataError(f"{path}: holds no prompt")
     return found

@@ -28,23 +28,20 @@ def name_states(memory: Memory, engine: Engine) -> None:
                 memory.belongs("optimizer", (value for value in state.values() if hasattr(value, "untyped_storage")))
 
 
-def component_of(found: Allocation, ends: int) -> str:
+def component_of(found: Allocation) -> str:
     """The component of an allocation.
 
     A step's tensor is an activation where a forward pass made it and it outlived the layer that made it; of the loss it is
-    logits; what was there before the first step and stays is a buffer; all else is temporary.
-
-    Args:
-        ends: the last tick; what lives then counts as freed there.
+    logits; what is never freed is a buffer; all else is temporary.
     """
     if found.component:
         return found.component
+    if found.died is None:
+        return "buffers"  # made once and kept, such as tables of angles
     if found.part.startswith("loss"):
         return "logits"
-    died = ends if found.died is None else found.died
-    if found.part.endswith("forward") or found.part in ("embedding", "pipeline"):
-        return "activations" if found.outlived(died) else "temporaries"
-    return "buffers" if found.died is None else "temporaries"
+    forward = found.part.endswith("forward") or found.part in ("embedding", "pipeline")
+    return "activations" if forward and found.outlived() else "temporaries"
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def ticks(memory: Memory) -> Iterator[tuple[int, int, Allocation]]:
 def report(memory: Memory, *, points: int = 400, largest: int = 12) -> MemoryReport:
     """The report of a memory whose states were named."""
     ends = memory.tick
-    named = {id(found): component_of(found, ends) for found in memory.allocations}
+    named = {id(found): component_of(found) for found in memory.allocations}
     first, last = (memory.steps[0], memory.steps[-1]) if memory.steps else (0, 0)
     now: Counter[str] = Counter()
     peak, timeline, every = Moment(0, {}), [], max(1, (ends - last) // points)

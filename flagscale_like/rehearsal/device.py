@@ -167,7 +167,7 @@ class RehearsedPlatform(Platform):
     """
 
     torch_type, backend = DEVICE, "fake"
-    claims = False
+    claims = holds_data = False
 
     def __init__(self, of: type[Platform], spec: DeviceSpec) -> None:
         make_device()

@@ -31,9 +31,9 @@ class Allocation:
     component: str = ""
     layer_ended: int | None = None
 
-    def outlived(self, died: int) -> bool:
-        """Whether it lived, until `died`, longer than the layer, or the part of the step, that made it."""
-        return self.layer_ended is not None and died > self.layer_ended
+    def outlived(self) -> bool:
+        """Whether it was freed after the layer, or the part of the step, that made it had ended."""
+        return self.layer_ended is not None and self.died is not None and self.died > self.layer_ended
 
 
 class Memory:

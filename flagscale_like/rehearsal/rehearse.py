@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine
@@ -144,8 +146,8 @@ def planned_memory(config: RunConfig, platform: Platform, rank: int, world_size:
 
 
 def group_names(ctx: ParallelContext) -> dict[str, str]:
-    """torch's names of the process groups -> megatron-core's."""
-    names: dict[str, str] = {}
+    """torch's names of the process groups -> megatron-core's; all ranks are `world`."""
+    names: dict[str, str] = {dist.group.WORLD.group_name: "world"}
     for name in ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expt_dp", "tp_ep", "tp_cp", "mp", "embd", "tp_dp_cp"):
         group = getattr(ctx.groups, name, None)
         if hasattr(group, "group_name"):

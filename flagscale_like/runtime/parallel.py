@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 import time
@@ -155,6 +156,16 @@ class ParallelContext:
         values: list = [None] * self.world_size if self.is_main else []
         dist.gather_object(value, values if self.is_main else None, 0)
         return values
+
+
+def whole_on_each_rank(ctx: ParallelContext) -> ParallelContext:
+    """The same ranks with another layout beside ctx's: each holds a whole model. All ranks call it."""
+    own = dist.new_group([ctx.rank], use_local_synchronization=True)
+    names = {field.name for field in dataclasses.fields(ProcessGroupCollection)}
+    replicas = {"dp", "dp_cp", "tp_dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"} & names
+    alone = dict.fromkeys(names - replicas, own) | {"hcp": [own]}
+    groups = ProcessGroupCollection(**alone, **dict.fromkeys(replicas, dist.group.WORLD))
+    return dataclasses.replace(ctx, layout=Parallel(), dp=ctx.world_size, groups=groups)
 
 
 def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:

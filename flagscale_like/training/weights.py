@@ -22,7 +22,7 @@ FIXED = ("rank", "alpha", "targets", "rslora", "dora")
 
 
 def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: ParallelContext) -> WeightSource | None:
-    """The source of a run's weights; None where they are drawn. All ranks call it.
+    """The source of a run's weights; None where they are drawn, or are shapes alone. All ranks call it.
 
     Args:
         reader: the run's own newest checkpoint, if it has one.
@@ -39,6 +39,8 @@ def weights_to_load(config: RunConfig, reader: CheckpointReader | None, ctx: Par
                 "with `convert export --merge`"
             )
         return source
+    if source is None and not ctx.platform.holds_data:
+        return None
     if source is None:
         raise ConfigError(NO_BASE)
     if not isinstance(source, CheckpointReader) or not holds_adapters(source):

@@ -235,10 +235,11 @@ def _row(label, launch, known):
     return row
 
 
-def collect(quick=False, only=None, archs=(80, 90), known=None):
+def collect(quick=False, only=None, archs=(80, 90), known=None, after_case=lambda: None):
     """Compile the cases and return one row per compiled kernel: its resources, its config and its case.
 
-    Kernels in `known`, {key: resources}, are not compiled; what is compiled is added to it.
+    Kernels in `known`, {key: resources}, are not compiled; what is compiled is added to it. `after_case` is called after each
+    case.
     """
     rows, known = [], {} if known is None else known
     for arch in archs:
@@ -258,6 +259,7 @@ def collect(quick=False, only=None, archs=(80, 90), known=None):
                 row["chosen"] = name not in seen or row["bn"] is None
                 seen.add(name)
                 rows.append(row)
+            after_case()
     return rows
 
 
@@ -289,12 +291,16 @@ def main():
     archs = (args.arch,) if args.arch else (80, 90)
     before = read_known() if args.known or args.write else {}
     known = Limited(before, args.most)
-    rows = collect(args.quick, args.only, archs, known)
-    if args.write:
-        every = not (args.quick or args.only or args.arch)  # then what is not used any more goes
+
+    def write(keep=lambda key: True):
+        # Another process may have written meanwhile. A run that is ended keeps the cases that it has compiled.
+        both = read_known() | known
+        write_known({key: value for key, value in both.items() if keep(key)})
+
+    rows = collect(args.quick, args.only, archs, known, write if args.write else lambda: None)
+    if args.write and not (args.quick or args.only or args.arch):
         used = {row["key"] for row in rows}
-        known = read_known() | known  # another process may have written meanwhile
-        write_known({key: value for key, value in known.items() if key in used or not every})
+        write(used.__contains__)  # what is not used any more goes
     print(json.dumps(rows) if args.json else table(rows))
 
 

@@ -92,7 +92,8 @@ forward_kernel = TunedKernel(
                 Config(bm=64, bn=64, warps=4, stages=3, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=3, edge=2),
             ],
-            256: [Config(bm=128, bn=32, warps=8, stages=2, edge=2)],
+            192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            256: [Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True)],
         },
         other={
             128: [Config(bm=64, bn=64, warps=4, stages=2)],
@@ -106,9 +107,9 @@ dkdv_kernel = TunedKernel(
     Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, ADD_DQ=False),
     tile_lists(
         sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=0), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=0), Config(bm=64, bn=128, warps=8, stages=2, edge=0)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         },
         sm90={
             128: [
@@ -116,7 +117,8 @@ dkdv_kernel = TunedKernel(
                 Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
                 Config(bm=32, bn=128, warps=8, stages=2, edge=0),
             ],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+            192: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],
+            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0, descriptors=True)],
         },
         other={
             128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
@@ -141,7 +143,8 @@ dq_kernel = TunedKernel(
                 Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=2, edge=2),
             ],
-            256: [Config(bm=128, bn=32, warps=8, stages=1)],
+            192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            256: [Config(bm=128, bn=64, warps=8, stages=1, descriptors=True)],
         },
         other={
             128: [Config(bm=64, bn=32, warps=8, stages=2)],

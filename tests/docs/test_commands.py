@@ -67,6 +67,7 @@ def place(tmp_path_factory):
     for n in range(60):  # enough for the two hundredths that are for validation
         (folder / "text" / f"{n}.txt").write_text(TEXT * (n % 12 + 8))
     (folder / "heldout.txt").write_text(TEXT * 20)
+    (folder / "prompts.jsonl").write_text('{"prompt": "def main("}\n{"prompt": "class", "temperature": 0}\n')
     (folder / "hosts.txt").write_text("node1 slots=8\nnode2 slots=8    # comments are allowed\n")
     tiny = "examples/aquila2/tiny.yaml"
     prepared = ["preprocess", "text", "--train-tokenizer", "300", "--out", "corpus"]

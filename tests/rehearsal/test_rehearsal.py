@@ -45,7 +45,11 @@ CASES = {
     ),
     "all to all": ({"parallel": {"cp": 2, "cp_kind": "a2a"}, "train__precision": "bf16"}, 2, 1),
     "experts": ({"model__experts": EXPERTS, "parallel": {"ep": 2}, "train__precision": "bf16"}, 4, 3),
-    "experts and tp": ({"model__experts": EXPERTS, "parallel": {"tp": 2, "sp": True, "ep": 2}}, 4, 0),
+    "experts and tp": (
+        {"model__experts": EXPERTS, "parallel": {"tp": 2, "sp": True, "ep": 2}, "train__precision": "bf16"},
+        4,
+        0,
+    ),
     "adapters": ({"lora": {"rank": 4}, "train__precision": "bf16"}, 2, 0),
     "tied": ({"model__tie_embeddings": True, "parallel": {"pp": 2}, "train__precision": "bf16"}, 2, 1),
 }
@@ -158,12 +162,13 @@ def rehearse_as_cpu(folder: str, changes: dict, world: int) -> list[tuple]:
 
 
 def _traffic(record: RankRecord) -> list:
-    kinds = ("collective", "send", "receive", "wait")
+    """The traffic of both steps. Objects that the ranks exchange, as at the first sum of a run, are not rehearsed."""
+    kinds, objects = ("collective", "send", "receive", "wait"), "all_gather"
     return [
         [
             (e.kind, e.op, e.where, e.group, e.group_name, e.peer, e.dtype, e.shape, e.bytes)
             for e in step
-            if e.kind in kinds
+            if e.kind in kinds and e.op != objects
         ]
         for step in (record.step(0), record.step(1))
     ]
@@ -189,10 +194,10 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
     changes = {
         "model__hidden_size": 8192, "model__ffn_hidden_size": 28672, "model__num_attention_heads": 64,
         "model__num_query_groups": 8, "model__num_layers": 4, "train__seq_length": 8192, "train__precision": "bf16",
-        "parallel": {"tp": 8, "sp": True}, "train__micro_batch_size": 4,
+        "parallel": {"tp": 2, "sp": True}, "train__micro_batch_size": 4,
     }  # fmt: skip
     path = write_yaml(config_of(changes, tmp_path), tmp_path / "big.yaml")
-    done = cli("rehearse", str(path), "--world-size", "8", "--cluster", "1x8xA100-40")
+    done = cli("rehearse", str(path), "--world-size", "2", "--cluster", "1x2xA100-40")
     assert done.returncode == DoesNotFitError.exit_code, done.stderr
     assert "stage 0 (rank 0) does not fit A100-40: " in done.stderr
     assert "the nearest change that fits: train." in done.stderr

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
+from flagscale_kernels.linear_cross_entropy import _set_or_add_product
 from flagscale_like.cluster import parse_cluster
-from flagscale_like.recipes.benchmark import measure
+from flagscale_like.recipes.benchmark import measure, peak_flops
 from flagscale_like.recipes.rehearse import rehearse, rehearsed_kind
-from flagscale_like.rehearsal.device import RehearsedPlatform
+from flagscale_like.rehearsal.device import DEVICE, RehearsedPlatform
 from flagscale_like.rehearsal.world import rehearsed_rank
 from flagscale_like.runtime import launch
 from flagscale_like.runtime.copies import CopyStream, HostPool
 from flagscale_like.runtime.doctor import _platform, _shim
 from flagscale_like.runtime.host_copy import HostCopies
-from flagscale_like.runtime.platforms import Surveyed, base, cuda
+from flagscale_like.runtime.platforms import CHIPS, Surveyed, base, cuda
+from flagscale_like.runtime.platforms.table import platform_of
 from flagscale_like.runtime.roofline import measure_device
 from tests.harness import REPOSITORY, run_ranks, tiny_config
 
@@ -90,6 +92,15 @@ def lines_of_cuda(path: Path) -> set[int]:
     return found
 
 
+def files_of_cuda() -> Iterator[tuple[Path, set[int]]]:
+    """The files that have such lines, and the lines."""
+    for root in ROOTS:
+        for path in sorted(root.rglob("*.py")):
+            name = str(path.relative_to(root))
+            if name not in ELSEWHERE and not name.startswith("rehearsal/") and (found := lines_of_cuda(path)):
+                yield path, found
+
+
 class Recorded:
     """Answers for torch.cuda, torch.accelerator and a stream: notes what it is asked."""
 
@@ -147,6 +158,7 @@ def use_the_platform(asked: set[str]) -> None:
     platform.make_current()
     with platform.on_stream(platform.side_stream()), platform.on_stream(None):
         pass
+    assert base.Platform.side_stream(platform) is not None
     assert platform.fuses_main_grad is False
     assert platform.total_memory_bytes() == 80 << 30
     for ask in (
@@ -173,19 +185,19 @@ def use_the_platform(asked: set[str]) -> None:
     launch.choose = lambda: cuda.CudaPlatform
     assert launch.default_processes(4) == 1
     assert "as released" in _shim(cuda.CudaPlatform)
+    quiet = platform_of(next(chip for chip in CHIPS if chip.torch_type == "cuda" and not chip.claims))
+    assert "not told from cuda" in _platform(Surveyed(quiet.name, "table", quiet, 1, None)).detail
     assert "H100" in _platform(Surveyed("cuda", "built in", cuda.CudaPlatform, 1, None)).detail
 
 
 def run_cuda_lines(folder: str) -> tuple[dict[str, set[int]], set[str]]:
     """Run all of it; the lines of our files that ran, and what the stand-in was asked."""
-    seen: dict[str, set[int]] = {}
-    roots = tuple(str(root) for root in ROOTS)
+    seen: dict[str, set[int]] = {str(path): set() for path, _ in files_of_cuda()}
 
     def trace(frame: types.FrameType, event: str, _: Any) -> Any:
-        name = frame.f_code.co_filename
-        if not name.startswith(roots) or "/rehearsal/" in name:
+        lines_ = seen.get(frame.f_code.co_filename)
+        if lines_ is None:
             return None
-        lines_ = seen.setdefault(name, set())
 
         def local(frame: types.FrameType, event: str, _: Any) -> Any:
             if event == "line":
@@ -206,6 +218,11 @@ def run_cuda_lines(folder: str) -> tuple[dict[str, set[int]], set[str]]:
         with rehearsed_rank(platform, alone.parallel, 0, 1) as ctx:
             assert measure_device(platform, "bf16").efficiency == "hopper"
             assert measure(alone, ctx, steps=1, warmup=1).dynamic is not None
+            platform.data_sheet = lambda: None
+            assert "not a known device" in peak_flops(alone, ctx)[1]
+            # The gradient of the output layer, where the products are added to fp32 gradients (with apex).
+            wide, narrow = (torch.zeros(4, 4, dtype=t, device=DEVICE) for t in (torch.float32, torch.bfloat16))
+            _set_or_add_product(wide, narrow, narrow, add=True)
         use_the_platform(asked)
     finally:
         sys.settrace(None)
@@ -215,14 +232,9 @@ def run_cuda_lines(folder: str) -> tuple[dict[str, set[int]], set[str]]:
 def test_every_line_of_cuda_has_run(tmp_path):
     ((seen, asked),) = run_ranks(1, run_cuda_lines, str(tmp_path))
     missed, count = [], 0
-    for root in ROOTS:
-        for path in sorted(root.rglob("*.py")):
-            name = str(path.relative_to(root))
-            if name in ELSEWHERE or name.startswith("rehearsal/"):
-                continue
-            wanted = lines_of_cuda(path)
-            count += len(wanted)
-            missed += [f"{name}:{line}" for line in sorted(wanted - seen.get(str(path), set()))]
+    for path, wanted in files_of_cuda():
+        count += len(wanted)
+        missed += [f"{path.relative_to(REPOSITORY)}:{line}" for line in sorted(wanted - seen[str(path)])]
     print(f"{count - len(missed)} of {count} lines that only CUDA reaches have run")
     assert not missed, f"{len(missed)} of {count} lines that only CUDA reaches have not run: {', '.join(missed)}"
     assert {"Stream", "stream", "wait_stream", "wait_event", "record", "synchronize", "pinned", "set_device"} <= asked

@@ -62,6 +62,8 @@ class Platform:
     """The ranks of a node share one device, its cores and its memory."""
     triton: ClassVar[bool] = False
     """Our Triton kernels run here; where not, `auto` is each operator's torch path."""
+    holds_data: ClassVar[bool] = True
+    """Tensors have values; those of a rehearsed device have none, so that no weights have to be read."""
     bf16: ClassVar[bool] = True
     """Matrix products in bf16."""
     profiler_activity: ClassVar[torch.profiler.ProfilerActivity | None] = None

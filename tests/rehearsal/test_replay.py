@@ -1,0 +1,124 @@
+"""The replay against times that are known by hand: kernels, overlap, bubbles, waits, links; and its trace."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from flagscale_like.cluster import parse_cluster
+from flagscale_like.errors import DataError
+from flagscale_like.rehearsal.chrome_trace import write_trace
+from flagscale_like.rehearsal.costs import Costs, with_constants
+from flagscale_like.rehearsal.matching import match
+from flagscale_like.rehearsal.record import Event, RankRecord
+from flagscale_like.rehearsal.replay import BUBBLE, SKEW, replay
+
+CLUSTER = parse_cluster("2x8xA100-80")
+# Round numbers: 1e12 bytes/s of memory, 1e11 of links, 1e10 of the network; nothing else takes time.
+DEVICE = replace(CLUSTER.device, hbm_gb_per_s=1000, link_gb_per_s=100, bf16_flops=1e14, host_gb_per_s=10)
+ROUND = {"kernel_s": 0.0, "memory": 1.0, "link": 1.0, "network": 1.0, "latency_s": 0.0, "gemm_k": 0.0, "gemm_mn": 0.0}
+COSTS = with_constants(Costs.of(replace(CLUSTER, device=DEVICE, network_gb_per_s=10)), gemm=1.0, attention=0.5, **ROUND)
+MS = 1e-3
+
+
+def kernel(ms, part="layer 1 forward", stream="compute"):
+    return Event("compute", "aten::add", "model.py:1 forward", bytes=int(ms * 1e9), part=part, stream=stream)
+
+
+def reduction(ms, group, name="tp", handle=None):
+    """On links of one node: 2 (n - 1) / n of its bytes go to the neighbour."""
+    nbytes = int(ms * 1e8 * len(group) / (2 * (len(group) - 1)))
+    more = {"asynchronous": handle is not None, "handle": handle, "dtype": "float32"}
+    return Event("collective", "all_reduce", "model.py:2 forward", group, name, bytes=nbytes, **more)
+
+
+def message(kind, ms, peer, group=(0, 1)):
+    return Event(kind, f"i{kind}", "pipe.py:3 exchange", group, "pp", peer, "bfloat16", bytes=int(ms * 1e8))
+
+
+def wait(handle, stream="compute"):
+    return Event("wait", "wait", "model.py:4 backward", handle=handle, stream=stream)
+
+
+def timeline(*events, **more):
+    records = [RankRecord(rank, len(events), list(own), [0]) for rank, own in enumerate(events)]
+    return replay(match(records), COSTS, **more)
+
+
+def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic():
+    product = Event("compute", "aten::mm", "", dtype="bfloat16", shape=(1000, 1000), bytes=10**6, flops=2 * 10**9)
+    assert COSTS.compute(product) == pytest.approx(2e-5)
+    assert COSTS.compute(replace(product, bytes=10**9)) == pytest.approx(1e-3)
+    assert COSTS.compute(replace(product, dtype="float32")) == pytest.approx(16 * 2e-5)
+    assert COSTS.compute(replace(product, op="flagscale_kernels::flash_attention")) == pytest.approx(4e-5)
+    assert COSTS.compute(replace(product, flops=0)) == pytest.approx(1e-6)
+
+
+def test_links_are_those_of_the_ranks_that_take_part():
+    inside, outside = (replace(reduction(1, (0, 1)), group=group) for group in ((0, 7), (0, 8)))
+    assert COSTS.meeting(inside, 0) == pytest.approx(1 * MS)
+    assert COSTS.meeting(outside, 0) == pytest.approx(10 * MS)
+    gather = replace(inside, op="all_gather_into_tensor", bytes=10**8)
+    assert COSTS.meeting(gather, 0) == pytest.approx(1 * MS)
+    assert COSTS.meeting(message("send", 2, 8), 0) == pytest.approx(20 * MS)
+    tokens = replace(inside, op="all_to_all_single", group=tuple(range(16)), bytes=16 * 10**7)
+    assert COSTS.meeting(tokens, 0) == pytest.approx(8 * MS)  # half of it goes to the other node
+
+
+def test_what_is_asked_for_asynchronously_hides_behind_kernels():
+    own = [kernel(1), reduction(4, (0, 1), handle=1), kernel(3), wait(1)]
+    found = timeline(own, own)
+    assert found.seconds == pytest.approx(5 * MS)
+    assert found.parts[0]["compute"] == pytest.approx(4 * MS)
+    assert found.parts[0]["tp"] == pytest.approx(1 * MS)
+    blocking = [kernel(1), reduction(4, (0, 1)), kernel(3)]
+    assert timeline(blocking, blocking).seconds == pytest.approx(8 * MS)
+
+
+def test_collectives_of_one_group_follow_one_another_and_those_of_two_do_not():
+    for other, ms in (("tp", 8), ("dp", 4)):
+        own = [reduction(4, (0, 1), handle=1), reduction(4, (0, 1), other, handle=2), wait(1), wait(2)]
+        assert timeline(own, own).seconds == pytest.approx(ms * MS)
+
+
+def test_a_pipeline_has_its_bubble_and_a_group_waits_for_its_slowest_rank():
+    first, last = [kernel(5), message("send", 1, 1)], [message("receive", 1, 0), kernel(5)]
+    found = timeline(first, last)
+    assert found.seconds == pytest.approx(11 * MS)
+    assert found.parts[1] == {
+        "pp": pytest.approx(1 * MS),
+        BUBBLE: pytest.approx(5 * MS),
+        "compute": pytest.approx(5 * MS),
+    }
+    uneven = timeline([kernel(2), reduction(1, (0, 1))], [kernel(5), reduction(1, (0, 1))])
+    assert uneven.parts[0][SKEW] == pytest.approx(3 * MS)
+    assert uneven.seconds == pytest.approx(6 * MS)
+    assert uneven.share("tp") == pytest.approx(1 / 6)
+
+
+def test_streams_run_side_by_side_and_a_host_that_waits_holds_all_of_them_up():
+    copy = Event("copy", "copy to the host", "", bytes=4 * 10**7, stream="side 1")  # 4 ms
+    mark = Event("mark", "record event", "", stream="side 1", handle=9)
+    assert timeline([copy, kernel(3)]).seconds == pytest.approx(4 * MS)
+    assert timeline([copy, mark, wait(9), kernel(3)]).seconds == pytest.approx(7 * MS)
+    assert timeline([copy, Event("host_wait", "synchronize", ""), kernel(3)]).seconds == pytest.approx(7 * MS)
+
+
+def test_records_that_do_not_fit_are_not_replayed():
+    with pytest.raises(DataError, match="different sizes meet"):
+        timeline([reduction(1, (0, 1))], [reduction(2, (0, 1))])
+
+
+def test_a_trace_has_a_process_for_each_stage_and_joins_the_kernels_of_a_part(tmp_path):
+    own = [kernel(1), kernel(2), kernel(1, "layer 2 forward"), reduction(1, (0, 1))]
+    found = timeline(own, own, keep_slices=True)
+    assert write_trace(tmp_path / "t.json", found, {0: 0, 1: 1}) == 6
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {"stage 0 (rank 0)", "stage 1 (rank 1)"}
+    slices = [(e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["pid"] == 0 and e["tid"] == 0]
+    assert slices == [
+        ("layer 1 forward", 0, pytest.approx(3000)),
+        ("layer 2 forward", pytest.approx(3000), pytest.approx(1000)),
+    ]
+    assert write_trace(tmp_path / "t.json.gz", found, {0: 0, 1: 1}, kernels=True) == 8
