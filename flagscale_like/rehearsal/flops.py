@@ -24,7 +24,9 @@ def flops_of(function: Any, args: Sequence, kwargs: Mapping[str, Any], outs: Seq
     if function._schema.name in ("aten::_grouped_mm", "aten::grouped_mm"):
         return _grouped(args, outs)
     formula = flop_registry.get(function._overloadpacket)
-    if "dtype" in function._overloadname:  # of a product with an output of another dtype, which torch's formulas do not know
+    if (
+        "dtype" in function._overloadname
+    ):  # of a product with an output of another dtype, which torch's formulas do not know
         args = [value for value in args if not isinstance(value, torch.dtype)]
     return int(formula(*args, **kwargs, out_val=outs[0] if len(outs) == 1 else tuple(outs))) if formula else 0
 

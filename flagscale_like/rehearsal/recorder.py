@@ -177,6 +177,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "c10d":
             return self._communicates(function, args, kwargs)
+        if function.namespace == "prim":
+            return function(*args, **kwargs)  # asks a tensor for its device
         if function is READ and args[0].device.type == self._device:
             self.host_waits("read a number")
         elif function in CHOOSING and args[0].device.type == self._device:
@@ -192,7 +194,7 @@ class Recorder(TorchDispatchMode):
                     self.memory.allocated(tensor, str(function), line, self.places.part(line), self.places.layer())
         if function in COPIES:
             self._copies(function, args, kwargs, out)
-        elif self._computes and function not in SILENT and function.namespace != "prim":
+        elif self._computes and function not in SILENT:
             self._computed(function, args, kwargs, outs)
         return out
 
@@ -241,6 +243,8 @@ class Recorder(TorchDispatchMode):
         line = self.places.line()
         first = changed[0]
         name = function._schema.name
+        if "dtype" in function._overloadname:  # the output is wider than what is multiplied
+            name += ".dtype"
         self._add("compute", name, line, first, nbytes=nbytes, flops=flops_of(function, args, kwargs, outs))
 
     # Collectives
