@@ -28,7 +28,9 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
-        "megatron-core==0.16.1",
+        # runtime/megatron_versions.py says which have been tested.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "transformers>=5.3,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
@@ -82,6 +84,7 @@ setup(
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

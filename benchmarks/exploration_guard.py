@@ -44,8 +44,12 @@ PLANTED = 0.2  # share of the pairs that are planted
 LAST = 5  # iterations whose mean counts
 
 
-def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunConfig:
-    """The run of rounds.yaml without rounds, with the flawed reward model of a seed."""
+def policy_config(folder: Path, seed: int, action: str, iterations: int, kl: float) -> RunConfig:
+    """The run of rounds.yaml without rounds, with the flawed reward model of a seed.
+
+    Args:
+        kl: the guard's bound on an answer's log-ratio to the reference, in nats; 0 for none.
+    """
     model = {"kind": "model", "path": str(folder / "reward")}
     rules = {"kind": "function", "name": "rules", "weight": 0.0, "function": f"{POEM}/rules.py:rules"}
     changes = {
@@ -56,8 +60,8 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int) -> RunC
         "rl.rollout.max_new_tokens": 40,
         "rl.reward": {"kind": "mixture", "sources": [model, rules]},
         "rl.outside.action": action,
-        "rl.outside.kl": 12.0,
-        "rl.kl.coefficient": 0.001,  # nearly nothing: the reference is there for the guard's bound
+        "rl.outside.kl": kl or None,
+        "rl.kl.coefficient": 0.001 if kl else 0.0,  # nearly nothing: the reference is there for the guard's bound
         "rl.rounds": {"count": 0, "reward_model": str(POEM / "reward.yaml")},
         "checkpoint.interval": 0,
     }
@@ -71,7 +75,7 @@ def broken(answer: Answer, draw: random.Random, slash: int) -> list[int]:
 
 def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
     """Train a reward model on pairs with planted ones among them, and validate it on pairs without."""
-    config, draw = policy_config(folder, seed, "off", 1), random.Random(seed)
+    config, draw = policy_config(folder, seed, "off", 1, 0.0), random.Random(seed)
     with parallel_context(config.parallel, seed=seed) as ctx:
         words = Words(config)
         (slash,) = words.tokenizer.encode_batch(["/"])[0]
@@ -97,9 +101,9 @@ def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
     write_json(folder / "model.json", {"held out": half, "accuracy": record.accuracy})
 
 
-def train_policy(folder: Path, seed: int, action: str, iterations: int) -> dict[str, list[float]]:
+def train_policy(folder: Path, seed: int, action: str, iterations: int, kl: float) -> dict[str, list[float]]:
     """True and believed reward of each iteration, and the share of rollouts outside."""
-    config = policy_config(folder, seed, action, iterations)
+    config = policy_config(folder, seed, action, iterations, kl)
     done = RunFolder(config.run_dir).metrics
     if done.is_file():
         done.unlink()
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="make this seed alone")
     parser.add_argument("--actions", default=",".join(ACTIONS))
     parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--kl", type=float, default=12.0, help="nats from the reference that are inside; 0: any")
     parser.add_argument("--pairs", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("runs/guard"))
     options = parser.parse_args()
@@ -172,7 +177,7 @@ def main() -> None:
             flawed_reward_model(folder, seed, options.pairs)
         for action in options.actions.split(","):
             if action not in found:
-                found[action] = train_policy(folder, seed, action, options.iterations)
+                found[action] = train_policy(folder, seed, action, options.iterations, options.kl)
                 write_json(path, found)
         results[seed] = found
     plot(results, options.out)

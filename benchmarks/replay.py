@@ -101,7 +101,7 @@ def main() -> None:
         costs = Costs.of(one)
         plain, twice = (replayed(alone, with_constants(costs, kernel_s=s), 1) for s in (0.0, 1e-5))
         kernel_s = max(0.0, (measured - plain) / (twice - plain) * 1e-5)
-        call_s = max(run_ranks(RANKS, call_seconds, run_config(given.hidden, 1, {}, f"{folder}/call")))
+        call_s = max(run_ranks(RANKS, call_seconds, run_config(given.hidden, given.steps, {}, f"{folder}/call")))
         print(f"one rank: {measured:.3f} s a step, {plain:.3f} without launches: {kernel_s * 1e6:.1f} us a kernel")
         print(f"an all-reduce of {RANKS} ranks: {call_s * 1e6:.0f} us")
         crowd = max(1.0, RANKS / cores)

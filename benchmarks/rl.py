@@ -2,7 +2,8 @@
 
 The policy is a small Llama that was trained on documents of geometric length, so that the lengths of its rollouts have a long
 tail. Each side runs in a process of its own on the same machine, in turns; the figure is the ratio of the medians of whole
-iterations: drawing, scoring, learning. trl's PPO trainer is last in 1.12.0:
+iterations: drawing, scoring, learning. Processor time is given beside wall time: with one thread (OMP_NUM_THREADS=1) they are
+the same on a quiet machine, and others' jobs disturb it less. trl's PPO trainer is last in 1.12.0:
 
     pip install trl==1.12.0
     python -m benchmarks.rl FOLDER --rounds 2 --iterations 3
@@ -96,6 +97,7 @@ def ours(folder: Path, kind: str, iterations: int):
     """Seconds of each iteration, and what its log says of the last one."""
     from flagscale_like.config import load_config
     from flagscale_like.recipes.reinforce import reinforce
+    from flagscale_like.rl.loop import RlRun
     from flagscale_like.runtime.parallel import parallel_context
     from flagscale_like.training.metrics import read_metrics
 
@@ -122,7 +124,15 @@ def ours(folder: Path, kind: str, iterations: int):
     path.write_text(json.dumps(values))
     from flagscale_like.cli.base import model_of_source
 
-    config = load_config(path, (), model_of_source)
+    config, cpu, learn = load_config(path, (), model_of_source), [], RlRun._iteration
+
+    def clocked(self, plan):
+        began = time.process_time()
+        found = learn(self, plan)
+        cpu.append(time.process_time() - began)
+        return found
+
+    RlRun._iteration = clocked
     with parallel_context(config.parallel) as ctx:
         reinforce(config, ctx)
     records = [record for record in read_metrics(run) if "iteration-time" in record]
@@ -131,7 +141,7 @@ def ours(folder: Path, kind: str, iterations: int):
         for name, value in records[-1].items()
         if name.startswith(("time/", "tokens-per-second/", "rollout/"))
     }
-    return [record["iteration-time"] for record in records], phases
+    return [record["iteration-time"] for record in records], cpu, phases
 
 
 def trls(folder: Path, kind: str, iterations: int):
@@ -143,15 +153,16 @@ def trls(folder: Path, kind: str, iterations: int):
     tokenizer = AutoTokenizer.from_pretrained(hf, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    ended: list[float] = [time.perf_counter()]
+    ended, cpu = [time.perf_counter()], [time.process_time()]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             if len(ended) == 1:
-                ended[0] = time.perf_counter()
+                ended[0], cpu[0] = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_, **__):
             ended.append(time.perf_counter())
+            cpu.append(time.process_time())
 
     common = {
         "output_dir": str(folder / "trl"),
@@ -223,8 +234,8 @@ def trls(folder: Path, kind: str, iterations: int):
         )
         ended[0] = time.perf_counter()
         trainer.train()
-    seconds = [after - before for before, after in zip(ended, ended[1:], strict=False)]
-    return seconds, {"rollout/length": statistics.fmean(lengths)} if lengths else {}
+    walls, processor = ([after - before for before, after in zip(x, x[1:], strict=False)] for x in (ended, cpu))
+    return walls, processor, {"rollout/length": statistics.fmean(lengths)} if lengths else {}
 
 
 def part(folder: Path, side: str, kind: str, iterations: int):
@@ -252,22 +263,23 @@ def main():
         make(folder)
         return
     if options.side:
-        seconds, more = (ours if options.side == "ours" else trls)(folder, options.kind, options.iterations)
-        print(json.dumps({"seconds": seconds[1:], **more}))
+        wall, cpu, more = (ours if options.side == "ours" else trls)(folder, options.kind, options.iterations)
+        print(json.dumps({"wall": wall[1:], "cpu": cpu[1:], **more}))
         return
     if not (folder / "prompts.jsonl").is_file():
         make(folder)
     for kind in [options.kind] if options.kind else KINDS:
-        seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+        seconds = {side: {"wall": [], "cpu": []} for side in ("ours", "trl")}
         for _ in range(options.rounds):
-            for side in seconds:
+            for side, own in seconds.items():
                 found = part(folder, side, kind, options.iterations)
-                seconds[side] += found.pop("seconds")
-                print(f"{kind} {side}: {[round(s, 2) for s in seconds[side]]} s an iteration; {found}", flush=True)
-        medians = {side: statistics.median(values) for side, values in seconds.items()}
-        print(
-            f"{kind}: ours {medians['ours']:.2f} s, trl {medians['trl']:.2f} s: {medians['trl'] / medians['ours']:.2f} times"
-        )
+                for clock in own:
+                    own[clock] += found.pop(clock)
+                rounded = {clock: [round(value, 2) for value in values] for clock, values in own.items()}
+                print(f"{kind} {side}: {rounded} s an iteration; {found}", flush=True)
+        for clock in ("wall", "cpu"):
+            ours_s, trl_s = (statistics.median(seconds[side][clock]) for side in seconds)
+            print(f"{kind}, {clock}: ours {ours_s:.2f} s, trl {trl_s:.2f} s: {trl_s / ours_s:.2f} times", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         add_qkv_bias=arch.qkv_bias,
         # It adds up the gradients of norms that all tensor-parallel ranks hold; see model.modules.ProjectionNorm.
         qk_layernorm=arch.qk_norm and arch.qk_norm_over == "head",
+        # From 0.18 on it takes the spec's norms only with this switch or that one; 0.16 and 0.17 do not read this one.
+        qk_l2_norm=arch.qk_norm and arch.qk_norm_over == "projection",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

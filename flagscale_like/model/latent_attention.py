@@ -49,6 +49,7 @@ class LatentSelfAttention(MegatronModule):
         core_attention: Callable[..., nn.Module],
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,  # newer versions of megatron-core name the module
     ) -> None:
         super().__init__(config)
         self.latent, self.pg_collection = block.latent, pg_collection

@@ -55,7 +55,10 @@ class Costs:
             return eff.attention
         outputs = math.prod(event.shape)
         inner = event.flops / (2 * outputs) if outputs else 1.0
-        rate = self.fp32 if event.dtype == "float32" else 1.0
+        wide = event.dtype == "float32" and not event.op.endswith(
+            ".dtype"
+        )  # else products of 16 bits, added up in fp32
+        rate = self.fp32 if wide else 1.0
         return rate * eff.gemm * inner / (inner + eff.gemm_k) * outputs / (outputs + eff.gemm_mn)
 
     def copy(self, event: Event) -> float:

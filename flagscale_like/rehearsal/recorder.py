@@ -243,6 +243,8 @@ class Recorder(TorchDispatchMode):
         line = self.places.line()
         first = changed[0]
         name = function._schema.name
+        if "dtype" in function._overloadname:  # the output is wider than what is multiplied
+            name += ".dtype"
         self._add("compute", name, line, first, nbytes=nbytes, flops=flops_of(function, args, kwargs, outs))
 
     # Collectives

@@ -86,7 +86,10 @@ class Scorer:
         ctx, spec = models.policy.ctx, models.policy.spec
         self.ctx, self.with_old = ctx, with_old
         self.is_first = ctx.tp_rank == 0 and ctx.cp_rank == 0 and ctx.is_last_stage  # of the ranks that share a model
-        self.pass_places = 0.9 * spec.seq_length * spec.micro_batch_size * max(1, 2 * (spec.parallel.pp - 1))
+        rows = spec.micro_batch_size * max(1, 2 * (spec.parallel.pp - 1))
+        # Places that a pass fills: all of one row; of several, what best fit is sure to find room for.
+        self.pass_places = spec.seq_length if rows == 1 else 0.9 * rows * spec.seq_length
+        self._places = 0  # of the rollouts that the reference has not scored
         self.overlaps = not spec.arch.experts  # whose ranks exchange tokens, and make all passes together
         self.rollouts: list[Rollout] = []
         self.numbers: dict[str, list[Tensor]] = {}
@@ -98,10 +101,11 @@ class Scorer:
 
     def add(self, rollout: Rollout) -> None:
         """A rollout has ended."""
-        self.rollouts.append(rollout)
-        self._ask(rollout)
-        if self.overlaps and sum(places_of(one) for one in self.rollouts[self._done :]) >= self.pass_places:
+        if self.overlaps and self._places + places_of(rollout) > self.pass_places:
             self._score_new()
+        self.rollouts.append(rollout)
+        self._places += places_of(rollout)
+        self._ask(rollout)
 
     def _ask(self, rollout: Rollout) -> None:
         """Ask the reward about a prompt whose rollouts are all there, on one of the ranks that share them."""
@@ -115,7 +119,7 @@ class Scorer:
 
     def _score_new(self) -> None:
         new, reference = self.rollouts[self._done :], self.models.reference
-        self._done = len(self.rollouts)
+        self._done, self._places = len(self.rollouts), 0
         if reference and not reference.waits:
             with reference.scoring() as engine:
                 self._note("reference", engine, TokenLogProbabilities(), new)

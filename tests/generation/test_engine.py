@@ -41,7 +41,7 @@ def sharpened(engine):
     return engine
 
 
-def some_prompts(count=7, longest=20, vocab=250):
+def some_prompts(count=5, longest=20, vocab=250):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
@@ -93,9 +93,9 @@ def every_kind():
 def test_texts_and_log_probabilities_are_those_of_full_context_passes():
     (found,) = run_ranks(1, every_kind)
     for name, (wrong, worst, different, count, texts, recomputed) in found.items():
-        assert (name, wrong, different, count, recomputed) == (name, [], [], 28, 0)
+        assert (name, wrong, different, count, recomputed) == (name, [], [], 20, 0)
         assert worst < 2e-5, name
-        assert texts > 20, name
+        assert texts > 14, name
 
 
 def of_layout(layout, changes):
@@ -141,7 +141,7 @@ def test_every_layout_draws_the_texts_of_one_process():
             drawn, training, sequence_parallel = found[number]
             assert all(training), layout
             assert sequence_parallel == layout.get("sp", False), layout
-            assert len(drawn) == (8 if layout.get("ep") and rank >= 2 else 14), (layout, rank)
+            assert len(drawn) == (4 if layout.get("ep") and rank >= 2 else 10), (layout, rank)
             for prompt, sample, ids, logprobs in drawn:
                 assert ids == one[prompt, sample][0], (layout, rank, prompt, sample)
                 assert logprobs == pytest.approx(one[prompt, sample][1], abs=2e-5), (layout, rank)

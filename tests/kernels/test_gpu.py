@@ -47,7 +47,9 @@ def limited(variant):
     return pytest.param(variant, marks=pytest.mark.timeout(30 if variant.rival else 120, method="thread"))
 
 
-@pytest.mark.parametrize("variant", map(limited, variants()), ids=lambda variant: variant.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "variant", [limited(variant) for variant in variants()], ids=lambda variant: variant.name.replace(" ", "-")
+)
 def test_variant(variant):
     variant.check("cuda")
 

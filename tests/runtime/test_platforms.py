@@ -16,6 +16,7 @@ from flagscale_like.errors import ConfigError, PlatformError
 from flagscale_like.model.build import check_platform, kernels_of
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime import launch
+from flagscale_like.runtime.megatron_versions import VERSIONS, installed
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platforms import CHIPS, Chip, Platform, choose, get_platform, prepared, survey
 from flagscale_like.runtime.platforms.choice import candidates
@@ -34,7 +35,7 @@ LAYOUTS = (
 )
 
 # What megatron-core asks of torch.cuda in the steps of LAYOUTS, beside the current device: what a chip's namespace must have.
-ASKED = {"get_rng_state", "manual_seed", "synchronize"}
+ASKED = {"get_rng_state", "manual_seed", "synchronize"} | VERSIONS[installed()].asks
 
 # Whatever would touch a CUDA device.
 REAL = (

@@ -5,8 +5,8 @@ A poem is four lines, with `/` between them. The prompt says how long each line 
 
     4:abca/dbba/cdad/bacd
 
-`python examples/rl/poem/rules.py FOLDER` writes the poems that base.yaml reads. A token of tokenizer/ is a letter: its ids are
-the 256 bytes and the end of a text.
+`python examples/rl/poem/rules.py FOLDER` writes the poems that base.yaml reads. A token of tokenizer/ is a letter: its ids
+are the 256 bytes and the end of a text.
 """
 
 from __future__ import annotations
