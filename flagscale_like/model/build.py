@@ -66,8 +66,8 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         use_te_activation_func=True,  # megatron-core's name for "take activation_func from the layer spec"
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        # It adds up the gradients of norms that all tensor-parallel ranks hold (see model.modules.ProjectionNorm). From 0.18 on
-        # megatron-core takes the spec's norms only with one of these two switches.
+        # It adds up the gradients of norms that all tensor-parallel ranks hold; see model.modules.ProjectionNorm. From 0.18
+        # on, megatron-core takes the spec's norms only with one of these two switches.
         qk_layernorm=qk_norm == "head",
         qk_l2_norm=qk_norm == "projection",
         hidden_dropout=0.0,
