@@ -15,7 +15,9 @@ import pytest
 from kernel_checks import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "resources.py"
-MOST_COMPILED = 60  # in the default run, about a minute; above it the test asks for the file to be written again
+MOST_COMPILED = (
+    220  # kernels that the file does not have, a second each; above it the test asks for the file to be written
+)
 # Accesses to local memory over all instructions of a loop: a few pointers read again each time round cost less than the
 # smaller tile that would hold them in registers (14 of 925 in the fastest sm_80 tile of dK and dV, by arithmetic).
 LOCAL_SHARE = 0.03
@@ -34,6 +36,23 @@ KNOWN_FAILURES = [
     (("dkdv_kernel", "D256"), {SPILL, TWICE, UNIT}, FILLED),
     (("_flash_dkdv_kernel", "D192"), {SPILL, TWICE, UNIT}, FILLED),
     (("_flash_dkdv_kernel", "D96"), {SPILL}, FILLED),
+    (("adding dQ",), {SPILL, TWICE, UNIT}, SUMS),
+    (
+        ("dq_kernel", "D192 V128", "sm_80"),
+        {SPILL, TWICE},
+        "64 rows of 192 columns do not fit into the registers of 4 warps",
+    ),
+    (("dq_kernel", "D256", "sm_80"), {SPILL, TWICE}, "64 rows of 256 columns do not fit into the registers of 4 warps"),
+    (
+        ("_flash_dkdv_kernel", "softcap", "sm_80"),
+        {SPILL},
+        "the slope of the capped scores takes registers besides them",
+    ),
+    (
+        ("_piecewise_dq_kernel (D128)", "128x128"),
+        {SPILL},
+        "not the default; the tuner takes it only where it is faster",
+    ),
 ]
 
 
