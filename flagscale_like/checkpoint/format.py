@@ -303,8 +303,8 @@ class CheckpointReader:
         return [key for key in self._table.keys() if key.startswith(prefix) and "/" not in key[len(prefix) :]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the global tensors."""
-        return {key: self._table.global_shape(key) for key in self.keys()}
+        """Names and shapes of the global tensors of all models."""
+        return {key: self._table.global_shape(key) for key in self._table.keys()}
 
     def global_shape(self, key: str) -> tuple[int, ...]:
         """Shape of a global tensor, its vocabulary padded as it was saved.

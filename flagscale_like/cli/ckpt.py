@@ -94,7 +94,7 @@ def ckpt_show(
     if reader.notes:
         shown["notes"] = list(reader.notes)
     files = {record.name: record.size_bytes for record in read_manifest(folder)}
-    summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.keys()), "file_bytes": files}
+    summary = {"folder": str(folder), **shown, "holds": held, "tensors": len(reader.shapes()), "file_bytes": files}
     typer.echo(yaml.safe_dump(summary, sort_keys=False), nl=False)
     if tensors:
         for key, shape in reader.shapes().items():

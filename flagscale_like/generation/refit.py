@@ -240,15 +240,12 @@ class RefitEngine(OwnEngine):
         """Give back the memory of the weights, keys and values. Afterwards load() has to bring the weights again."""
         super().sleep()
         for parameter in self.engine.model.parameters():
-            storage = parameter.untyped_storage()
-            if storage.nbytes():
-                self._asleep[parameter] = storage.nbytes()
-                storage.resize_(0)
+            self._asleep.setdefault(parameter, parameter.shape)
+            parameter.data = parameter.new_empty(0)
         self.current = False
 
     def wake(self) -> None:
         """Take the memory of the weights again; they are those of the next load()."""
-        for parameter, size in self._asleep.items():
-            parameter.untyped_storage().resize_(size)
-            parameter.detach().zero_()
+        for parameter, shape in self._asleep.items():
+            parameter.data = parameter.new_zeros(shape)
         self._asleep.clear()

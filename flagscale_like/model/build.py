@@ -39,6 +39,9 @@ from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
 from flagscale_like.runtime.precision import DTYPES
 
+# megatron-core's own fusions, none of which is used: our kernels take their place.
+FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion")
+
 
 def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = False) -> TransformerConfig:
     """megatron-core's description of the model and its layout.
@@ -46,9 +49,9 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
     Args:
         meta: leave the device open, for building under torch.device("meta").
     """
-    arch, par = spec.arch, spec.parallel
-    dtype = DTYPES[spec.precision]
-    interleaved = par.vpp > 1
+    arch, par, dtype = spec.arch, spec.parallel, DTYPES[spec.precision]
+    interleaved, recomputes_all = par.vpp > 1, spec.recompute == "full"
+    qk_norm = arch.qk_norm_over if arch.qk_norm else None
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -63,10 +66,10 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         use_te_activation_func=True,  # megatron-core's name for "take activation_func from the layer spec"
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        # It adds up the gradients of norms that all tensor-parallel ranks hold; see model.modules.ProjectionNorm.
-        qk_layernorm=arch.qk_norm and arch.qk_norm_over == "head",
-        # From 0.18 on it takes the spec's norms only with this switch or that one; 0.16 and 0.17 do not read this one.
-        qk_l2_norm=arch.qk_norm and arch.qk_norm_over == "projection",
+        # It adds up the gradients of norms that all tensor-parallel ranks hold; see model.modules.ProjectionNorm. From 0.18
+        # on, megatron-core takes the spec's norms only with one of these two switches.
+        qk_layernorm=qk_norm == "head",
+        qk_l2_norm=qk_norm == "projection",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -86,8 +89,8 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
         recompute_granularity=None if spec.recompute == "none" else spec.recompute,
-        recompute_method="uniform" if spec.recompute == "full" else None,
-        recompute_num_layers=1 if spec.recompute == "full" else None,
+        recompute_method="uniform" if recomputes_all else None,
+        recompute_num_layers=1 if recomputes_all else None,
         calculate_per_token_loss=True,
         # initialize_weights() fills the weights, alike on every layout. megatron-core's own initialisation still has to run:
         # it marks which parameters are tensor-parallel, without which the gradient norm leaves shards out.
@@ -96,10 +99,7 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         output_layer_init_method=_leave,
         use_cpu_initialization=meta,
         gradient_accumulation_fusion=platform.fuses_main_grad and not meta,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        **dict.fromkeys(FUSIONS, False),
         **(expert_options(spec) if arch.experts else {}),
     )
 

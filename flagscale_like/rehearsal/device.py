@@ -154,8 +154,19 @@ def _stream_of(platform: RehearsedPlatform, *_: object, **__: object) -> Stream:
     return platform.side_stream() or platform.compute  # a device without streams has one
 
 
+class _Now:
+    """What belongs to the rehearsal that runs, whichever platform is asked.
+
+    megatron-core is told of the first platform of a process, and asks that one in later rehearsals as well (device_shim).
+    """
+
+    observer: Observer = Silent()
+    expected = Expected()
+    stream: Stream | None = None
+
+
 class RehearsedPlatform(Platform):
-    """A device of the kind `of`, without data.
+    """A device of the kind `of`, without data. The one that was made last is the one that is rehearsed on.
 
     Args:
         of: the platform whose capabilities it has.
@@ -175,10 +186,25 @@ class RehearsedPlatform(Platform):
         for name in CAPABILITIES:
             setattr(self, name, getattr(of, name))
         self.name, self._of, self._spec = of.name, of, spec
-        self.observer: Observer = Silent()
-        self.expected = Expected()
-        self.compute = self.current = Stream(self, "compute")
+        self.compute = Stream(self, "compute")
         self._side_streams = 0
+        self.observer, _Now.expected, _Now.stream = Silent(), Expected(), self.compute
+
+    @property
+    def observer(self) -> Observer:
+        return _Now.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        _Now.observer = observer
+
+    @property
+    def expected(self) -> Expected:
+        return _Now.expected
+
+    @property
+    def current(self) -> Stream:
+        return _Now.stream
 
     @property
     def fuses_main_grad(self) -> bool:
@@ -233,12 +259,12 @@ class RehearsedPlatform(Platform):
         if stream is None:
             yield
             return
-        before, self.current = self.current, stream
+        before, _Now.stream = _Now.stream, stream
         try:
             with self.observer.on_stream(stream.name):
                 yield
         finally:
-            self.current = before
+            _Now.stream = before
 
     def compute_stream(self) -> Stream:
         return self.compute

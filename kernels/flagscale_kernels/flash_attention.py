@@ -82,11 +82,16 @@ forward_kernel = TunedKernel(
             256: [Config(bm=64, bn=64, warps=8, stages=1)],
         },
         sm90={
+            64: [
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=3, edge=2, descriptors=True),
+                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+            ],
             128: [
+                Config(bm=128, bn=64, warps=8, stages=3, edge=2),
                 Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
                 Config(bm=128, bn=64, warps=8, stages=3, edge=2, descriptors=True),
                 Config(bm=64, bn=64, warps=4, stages=3, edge=2, descriptors=True),
-                Config(bm=128, bn=64, warps=8, stages=3, edge=2),
             ],
             192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
             256: [Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True)],
@@ -108,6 +113,11 @@ dkdv_kernel = TunedKernel(
             256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         },
         sm90={
+            64: [
+                Config(bm=64, bn=64, warps=4, stages=2, edge=0),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
+                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+            ],
             128: [
                 Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
                 Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
@@ -133,11 +143,15 @@ dq_kernel = TunedKernel(
             256: [Config(bm=64, bn=32, warps=8, stages=1)],
         },
         sm90={
+            64: [
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
+                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
+            ],
             128: [
+                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
                 Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
                 Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
                 Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
             ],
             192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
             256: [Config(bm=128, bn=64, warps=8, stages=1, descriptors=True)],

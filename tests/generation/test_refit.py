@@ -30,7 +30,7 @@ def trained(layout, changes, ctx):
 
 
 def weights_of(engine):
-    return {name: parameter.detach().numpy().copy() for name, parameter in named_shards(engine.model).items()}
+    return {name: parameter.detach().clone().numpy() for name, parameter in named_shards(engine.model).items()}
 
 
 def drawn(own):

@@ -56,7 +56,9 @@ CASES = {
 
 
 def config_of(changes: dict, folder: Path):
-    return tiny_config(folder, train__global_batch_size=4, checkpoint__interval=0, **changes)
+    layers = {} if "pp" in changes.get("parallel", {}) else {"model__num_layers": 2}
+    rows = 4 if changes.get("parallel") == TWICE or "model__experts" in changes else 2
+    return tiny_config(folder, **{"train__global_batch_size": rows, "checkpoint__interval": 0, **layers, **changes})
 
 
 def rehearse_cases(folder: str, names: list[str]) -> dict:
@@ -89,7 +91,7 @@ def _unwaited(events) -> set:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("rehearsals")
-    (found,) = run_ranks(1, rehearse_cases, str(folder), list(CASES))
+    (found,) = run_ranks(1, rehearse_cases, str(folder), list(CASES), timeout_s=400)
     return found
 
 
@@ -194,7 +196,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
     changes = {
         "model__hidden_size": 8192, "model__ffn_hidden_size": 28672, "model__num_attention_heads": 64,
         "model__num_query_groups": 8, "model__num_layers": 4, "train__seq_length": 8192, "train__precision": "bf16",
-        "parallel": {"tp": 2, "sp": True}, "train__micro_batch_size": 4,
+        "parallel": {"tp": 2, "sp": True}, "train__micro_batch_size": 4, "train__global_batch_size": 4,
     }  # fmt: skip
     path = write_yaml(config_of(changes, tmp_path), tmp_path / "big.yaml")
     done = cli("rehearse", str(path), "--world-size", "2", "--cluster", "1x2xA100-40")

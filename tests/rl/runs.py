@@ -102,11 +102,11 @@ def run_all(configs: Sequence[RunConfig], phase: str = "") -> list[tuple[list[st
 def kill_in(phase: str) -> None:
     """SIGKILL to this process in the middle of a phase of the third iteration."""
     iteration = {"now": 0}
-    draw, generate, reference, learn = RlRun.draw, OwnEngine._generate, Scorer._score_new, RlRun._learn
+    drawn, generate, reference, learn = RlRun.draw, OwnEngine.generate, Scorer._score_new, RlRun._learn
 
-    def counted(run: RlRun) -> list:
+    def counted(run: RlRun, *given) -> list:
         iteration["now"] = run.progress.step + 1
-        return draw(run)
+        return drawn(run, *given)
 
     def die(name: str, after: int = 0) -> None:
         calls = iteration.setdefault(name, 0)
@@ -115,12 +115,12 @@ def kill_in(phase: str) -> None:
             if calls == after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def generating(engine: OwnEngine, prompts, sampling):
-        for rollout in generate(engine, prompts, sampling):
+    def generating(engine: OwnEngine, *given):
+        for rollout in generate(engine, *given):
             die("generate", after=5)
             yield rollout
 
-    RlRun.draw, OwnEngine._generate = counted, generating
+    RlRun.draw, OwnEngine.generate = counted, generating
     Scorer._score_new = lambda scorer: (die("score"), reference(scorer))
     RlRun._learn = lambda *given: (die("update", after=1), learn(*given))[1]
 
