@@ -153,7 +153,7 @@ class LanguageModel(GPTModel):
         self.dtype = DTYPES[spec.precision]
         super().__init__(
             config,
-            block_spec(spec.arch, spec.kernels, config, groups.pp.rank(), vp_stage, spec.micro_batch_size),
+            block_spec(spec.arch, spec.kernels, config, groups, vp_stage, spec.micro_batch_size),
             vocab_size=spec.arch.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.seq_length,
             pre_process=pre,

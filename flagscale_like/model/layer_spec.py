@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -127,15 +128,24 @@ def norm_spec(kernels: Kernels) -> ModuleSpec:
 
 
 def block_spec(
-    arch: ModelArch, kernels: Kernels, config: TransformerConfig, stage: int, vp_stage: int | None, rows: int
+    arch: ModelArch,
+    kernels: Kernels,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None,
+    rows: int,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk on this pipeline stage, and the final norm.
 
     Args:
-        stage: of the pipeline.
+        groups: the process groups of the layout.
         rows: of a micro-batch.
     """
+    stage = groups.pp.rank()
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
     layers = arch.layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)]
     specs = {layer: layer_spec(layer, arch, kernels, rows) for layer in set(layers)}
+    for spec in specs.values():  # megatron-core hands them to its own layer of experts alone
+        if spec.submodules.mlp.module is ExpertLayer:
+            spec.submodules.mlp.params = {"pg_collection": groups}
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm_spec(kernels))
