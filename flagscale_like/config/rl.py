@@ -29,6 +29,8 @@ class Drawing(Frozen):
         apart: ranks that only draw, the last ones of the launch, while the others learn; they have the same layout. 0: all
             ranks draw and learn in turns. Needs staleness 1.
         rows: the most rollouts that are under way at a time on each copy of the policy, with engine own.
+        training_sleeps: while rollouts are drawn, the gradient buffers of policy and critic are freed, and where the device
+            has memory of its own, their optimizer states wait in host memory. Not with `apart`, whose ranks learn meanwhile.
     """
 
     engine: Literal["own", "vllm"] = "own"
@@ -40,6 +42,7 @@ class Drawing(Frozen):
     stop_strings: tuple[str, ...] = ()
     apart: int = Field(default=0, ge=0)
     rows: int = Field(default=64, gt=0)
+    training_sleeps: bool = True
 
 
 class Divergence(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,7 +43,9 @@ class TrainingMemory:
         for chunk in engine.chunks:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:
                 freed += buffer.grad_data.untyped_storage().nbytes()
-            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # megatron-core asks one for its size
+                chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
         engine.asleep = True
         return freed + (self._move_out() if self.moves else 0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.batch import Batch
+from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
@@ -105,6 +106,9 @@ class RlRun:
         self._updates = Updates(run)
         self._critic = CriticUpdates(models.critic.engine, run.config) if models.critic else None
         self._asks: dict[int, Ask] = {}
+        trained = [models.policy, *([models.critic.engine] if models.critic else [])]
+        sleeps = drawing.training_sleeps and not isinstance(generator, DrawnApart)
+        self._sleeping = [TrainingMemory(engine) for engine in trained] if sleeps else []
 
     @property
     def config(self) -> RunConfig:
@@ -218,6 +222,8 @@ class RlRun:
                 self.generator.load(self._weights(), version)
             own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
             prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
+            for memory in self._sleeping:
+                memory.sleep()
             self.generator.wake()
             rollouts = iter(self.generator.generate(prompts, self.sampling))
         return self._taken(rollouts, version)
@@ -228,6 +234,8 @@ class RlRun:
                 rollout = next(rollouts, None)
                 if rollout is None:
                     self.generator.sleep()
+                    for memory in self._sleeping:
+                        memory.wake()
                     return
             self.run.watchdog.beat(self.progress.step, "drawing rollouts")
             assert rollout.version == version, f"drawn by weights {rollout.version}, not {version}"
