@@ -16,7 +16,7 @@ from kernel_checks import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "resources.py"
 MOST_COMPILED = (
-    220  # kernels that the file does not have, a second each; above it the test asks for the file to be written
+    60  # kernels that the file does not have, seconds each; above it the test asks for the file to be written
 )
 # Accesses to local memory over all instructions of a loop: a few pointers read again each time round cost less than the
 # smaller tile that would hold them in registers (14 of 925 in the fastest sm_80 tile of dK and dV, by arithmetic).
@@ -31,12 +31,15 @@ KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
 FILLED = "the sums of dK and dV alone fill the registers of so wide a head; a smaller tile computes products twice"
 SUMS = "dQ's product is added to memory from registers that the sums of dK and dV need"
+AHEAD = "an H200 had this tile ahead of 32x128, which spills nothing (2026-11-26, dense, an earlier kernel)"
 # What does not hold: (parts of the row's name, gates, reason). An entry that nothing needs any more fails the test.
 KNOWN_FAILURES = [
     (("dkdv_kernel", "D256"), {SPILL, TWICE, UNIT}, FILLED),
     (("_flash_dkdv_kernel", "D192"), {SPILL, TWICE, UNIT}, FILLED),
     (("_flash_dkdv_kernel", "D96"), {SPILL}, FILLED),
     (("adding dQ",), {SPILL, TWICE, UNIT}, SUMS),
+    (("_flash_dkdv_kernel", "packed D128", "sm_90", "64x128"), {SPILL}, AHEAD),
+    (("_flash_dkdv_kernel", "softcap and sinks D128", "sm_90", "64x128"), {SPILL}, AHEAD),
     (
         ("dq_kernel", "D192 V128", "sm_80"),
         {SPILL, TWICE},
@@ -49,7 +52,7 @@ KNOWN_FAILURES = [
         "the slope of the capped scores takes registers besides them",
     ),
     (
-        ("_piecewise_dq_kernel (D128)", "128x128"),
+        ("_piecewise_dq_kernel", "D128)", "128x128"),
         {SPILL},
         "not the default; the tuner takes it only where it is faster",
     ),
