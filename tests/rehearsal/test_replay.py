@@ -13,7 +13,7 @@ from flagscale_like.rehearsal.matching import match
 from flagscale_like.rehearsal.record import Event, RankRecord
 from flagscale_like.rehearsal.replay import BUBBLE, SKEW, replay
 from tests.commands import invoke
-from tests.harness import tiny_config, write_yaml
+from tests.harness import cli, tiny_config, write_yaml
 
 CLUSTER = parse_cluster("2x8xA100-80")
 # Round numbers: 1e12 bytes/s of memory, 1e11 of links, 1e10 of the network; nothing else takes time.
@@ -130,11 +130,11 @@ def test_the_command_matches_and_replays_a_rank_of_each_stage(tmp_path):
     parallel = {"tp": 2, "pp": 2, "vpp": 2, "sp": True}
     file = write_yaml(tiny_config(tmp_path / "run", parallel=parallel, train__precision="bf16"), tmp_path / "x.yaml")
     arguments = ["rehearse", str(file), "--world-size", "8", "--cluster", "1x8xH100"]
-    found = invoke([*arguments, "--ranks", "stages", "--trace", str(tmp_path / "step.json")])
-    assert found.exit_code == 0, found.error
-    assert "all operations meet; replayed on 1x8xH100: " in found.printed
-    assert "tokens/s/device, MFU" in found.printed
-    assert "bubble" in found.printed
+    found = cli(*arguments, "--ranks", "stages", "--trace", str(tmp_path / "step.json"))
+    assert found.returncode == 0, found.stderr
+    assert "all operations meet; replayed on 1x8xH100: " in found.stdout
+    assert "tokens/s/device, MFU" in found.stdout
+    assert "bubble" in found.stdout
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 4}
     wrong = invoke([*arguments, "--trace", str(tmp_path / "other.json")])
