@@ -97,25 +97,12 @@ def model_of_source(values: dict) -> dict | None:
 def open_model(
     path: Path, *, hugging_face: bool = False, adapter: Path | None, base: Path | None = None, force: bool = False
 ) -> OpenedModel:
-    """Open the weights at a path, with adapters where it holds some or `adapter` does.
-
-    Args:
-        path: a run, a checkpoint or a Hugging Face folder.
-        hugging_face: it can only be the last.
-        adapter: a run, a checkpoint of adapters or a folder in peft's format, whose base is at `path`.
-        base: where the base of a checkpoint's adapters is now; None for where it was.
-        force: take a base that is not the one the adapters were trained on.
-
-    Raises:
-        CheckpointError, ConversionError: something cannot be read, or does not belong together.
-    """
+    """checkpoint.opened.open_adapted, whose arguments and errors these are; rank 0 prints its notes on stderr."""
     from flagscale_like.checkpoint.opened import open_adapted
     from flagscale_like.runtime.launched import current_launch
 
-    opened, launch = (
-        open_adapted(path, hugging_face=hugging_face, adapter=adapter, base=base, force=force),
-        current_launch(),
-    )
+    opened = open_adapted(path, hugging_face=hugging_face, adapter=adapter, base=base, force=force)
+    launch = current_launch()
     for note in opened.notes if launch is None or launch.rank == 0 else ():
         typer.echo(note, err=True)
     return opened.source, opened.tokenizer

@@ -18,7 +18,8 @@ class Drawing(Frozen):
     """How rollouts are drawn.
 
     Attributes:
-        engine: what draws them: `own` generates with the trainer's weights in place, `vllm` is the vLLM engine.
+        engine: what draws them: `own` generates with the trainer's weights in place; `vllm` is refused: its adapter
+            (generation.vllm) has not been run on a GPU, and no run makes one.
         samples: rollouts of each prompt. The group algorithms compare them, and need 2 or more.
         max_new_tokens: the most tokens that are drawn after a prompt.
         temperature: divides the logits, in drawing and in training alike; above 0.

@@ -22,9 +22,8 @@ from flagscale_like.generation.sampling import Draws, check_sampling, uniforms
 from flagscale_like.generation.schedule import Plan, Schedule, Text
 from flagscale_like.model.kv_cache import KeyValueCache, PromptPart, cached_step
 
-STOP_MARGIN = (
-    4  # tokens before those of a stop string that are read with it: a token's text can depend on the one before
-)
+# Tokens before those of a stop string that are read with it: a token's text can depend on the one before.
+STOP_MARGIN = 4
 
 
 @dataclass

@@ -104,88 +104,92 @@ forward_kernel = TunedKernel(
         interpreter=Config(bm=64, bn=32),
     ),
 )
+# The tiles of the backward kernels. Piecewise attention takes them as well.
+DKDV_TILES = tile_lists(
+    sm80={
+        64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+        256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+    },
+    sm90={
+        64: [
+            Config(bm=64, bn=64, warps=4, stages=2, edge=0),
+            Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
+            Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+        ],
+        128: [
+            Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+            Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
+            Config(bm=32, bn=128, warps=8, stages=2, edge=0),
+        ],
+        192: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],
+        256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0, descriptors=True)],
+    },
+    other={
+        128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+        256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+    },
+    float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+    interpreter=Config(bm=32, bn=64, edge=0),
+)
 dkdv_kernel = TunedKernel(
     Launcher(_flash_dkdv_kernel, "_flash_dkdv_kernel", descriptors={0: "BM", 3: "BM"}, ADD_DQ=False),
-    tile_lists(
-        sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
-            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        sm90={
-            64: [
-                Config(bm=64, bn=64, warps=4, stages=2, edge=0),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-            ],
-            128: [
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
-                Config(bm=32, bn=128, warps=8, stages=2, edge=0),
-            ],
-            192: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],
-            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0, descriptors=True)],
-        },
-        other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
-        interpreter=Config(bm=32, bn=64, edge=0),
-    ),
+    DKDV_TILES,
+)
+DQ_TILES = tile_lists(
+    sm80={
+        64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
+        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+        256: [Config(bm=64, bn=32, warps=8, stages=1)],
+    },
+    sm90={
+        64: [
+            Config(bm=64, bn=64, warps=4, stages=2, edge=2),
+            Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
+        ],
+        128: [
+            Config(bm=128, bn=64, warps=8, stages=2, edge=2),
+            Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
+            Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+            Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
+        ],
+        192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+        256: [Config(bm=128, bn=64, warps=8, stages=1, descriptors=True)],
+    },
+    other={
+        128: [Config(bm=64, bn=32, warps=8, stages=2)],
+        256: [Config(bm=64, bn=32, warps=8, stages=1)],
+    },
+    float32=Config(bm=32, bn=32, warps=4, stages=1),
+    interpreter=Config(bm=64, bn=32),
 )
 dq_kernel = TunedKernel(
     Launcher(_flash_dq_kernel, "_flash_dq_kernel", descriptors={1: "BN", 2: "BN"}),
-    tile_lists(
-        sm80={
-            64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-            256: [Config(bm=64, bn=32, warps=8, stages=1)],
-        },
-        sm90={
-            64: [
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-            ],
-            128: [
-                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
-                Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-            ],
-            192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-            256: [Config(bm=128, bn=64, warps=8, stages=1, descriptors=True)],
-        },
-        other={
-            128: [Config(bm=64, bn=32, warps=8, stages=2)],
-            256: [Config(bm=64, bn=32, warps=8, stages=1)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1),
-        interpreter=Config(bm=64, bn=32),
-    ),
+    DQ_TILES,
+)
+BACKWARD_TILES = tile_lists(
+    sm80={
+        64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+    },
+    sm90={
+        128: [
+            Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
+            Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
+        ],
+        256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+    },
+    other={
+        128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+        256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+    },
+    float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+    interpreter=Config(bm=32, bn=64, edge=2),
 )
 backward_kernel = TunedKernel(
     Launcher(_flash_dkdv_kernel, "_flash_backward_kernel", descriptors={0: "BM", 3: "BM"}, zeroed=(4,), ADD_DQ=True),
-    tile_lists(
-        sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
-        },
-        sm90={
-            128: [
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
-            ],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
-        },
-        other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
-        interpreter=Config(bm=32, bn=64, edge=2),
-    ),
+    BACKWARD_TILES,
 )
 KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)
 

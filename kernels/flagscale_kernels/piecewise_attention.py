@@ -37,7 +37,13 @@ from flagscale_kernels._piecewise_kernels import (
     _piecewise_forward_kernel,
 )
 from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
-from flagscale_kernels.flash_attention import fake_output, run_backward
+from flagscale_kernels.flash_attention import (
+    BACKWARD_TILES,
+    DKDV_TILES,
+    DQ_TILES,
+    fake_output,
+    run_backward,
+)
 
 
 def piecewise_reference(
@@ -110,63 +116,11 @@ forward_kernel = TunedKernel(
 )
 dkdv_kernel = TunedKernel(
     Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, ADD_DQ=False),
-    tile_lists(
-        sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
-            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        sm90={
-            64: [
-                Config(bm=64, bn=64, warps=4, stages=2, edge=0),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-            ],
-            128: [
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
-                Config(bm=32, bn=128, warps=8, stages=2, edge=0),
-            ],
-            192: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],
-            256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0, descriptors=True)],
-        },
-        other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
-        interpreter=Config(bm=32, bn=64, edge=0),
-    ),
+    DKDV_TILES,
 )
 dq_kernel = TunedKernel(
     Launcher(_piecewise_dq_kernel, "_piecewise_dq_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
-    tile_lists(
-        sm80={
-            64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
-            128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-            256: [Config(bm=64, bn=32, warps=8, stages=1)],
-        },
-        sm90={
-            64: [
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-            ],
-            128: [
-                Config(bm=128, bn=64, warps=8, stages=2, edge=2),
-                Config(bm=128, bn=64, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=128, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=64, warps=4, stages=2, edge=2, descriptors=True),
-            ],
-            192: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-            256: [Config(bm=128, bn=64, warps=8, stages=1, descriptors=True)],
-        },
-        other={
-            128: [Config(bm=64, bn=32, warps=8, stages=2)],
-            256: [Config(bm=64, bn=32, warps=8, stages=1)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1),
-        interpreter=Config(bm=64, bn=32),
-    ),
+    DQ_TILES,
 )
 backward_kernel = TunedKernel(
     Launcher(
@@ -176,26 +130,7 @@ backward_kernel = TunedKernel(
         zeroed=(6, 7),
         ADD_DQ=True,
     ),
-    tile_lists(
-        sm80={
-            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
-        },
-        sm90={
-            128: [
-                Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-                Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
-            ],
-            256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
-        },
-        other={
-            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
-            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-        },
-        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
-        interpreter=Config(bm=32, bn=64, edge=2),
-    ),
+    BACKWARD_TILES,
 )
 KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)
 
