@@ -12,8 +12,8 @@ import math
 import random
 from dataclasses import replace
 
+from flagscale_like.planner.efficiency import AMPERE, Efficiency
 from flagscale_like.planner.published import BAICHUAN_7B, KORTHIKANTI_2022, NARAYANAN_2021
-from flagscale_like.planner.throughput import AMPERE, Efficiency
 
 ROWS = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B]
 BOUNDS = {

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from flagscale_like.arch import Experts, LatentAttention, ModelArch
 from flagscale_like.cluster import EfficiencyKind, parse_cluster
+from flagscale_like.planner.efficiency import Efficiency
 from flagscale_like.planner.layout import Layout, Recompute, Shape
-from flagscale_like.planner.throughput import Efficiency, Software, StepTime, step_time
+from flagscale_like.planner.throughput import Software, StepTime, step_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,5 +400,5 @@ LLAMA3_PRODUCTION = [
     ),
 ]
 
-# Those that the constants of throughput.py were chosen by: Ampere's by a fit (benchmarks/planner/fit.py), Hopper's by hand.
+# Those that the constants of efficiency.py were chosen by: Ampere's by a fit (benchmarks/planner/fit.py), Hopper's by hand.
 FITTED: list[Row] = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]

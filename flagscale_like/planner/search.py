@@ -10,6 +10,7 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import GIB, ClusterSpec, with_devices
 from flagscale_like.config import ContextParallelKind, RunConfig, parts_of_row
 from flagscale_like.errors import ConfigError
+from flagscale_like.planner.efficiency import Efficiency
 from flagscale_like.planner.layout import IMBALANCE, RECOMPUTE, Layout, Shape
 from flagscale_like.planner.memory import (
     RankMemory,
@@ -22,7 +23,7 @@ from flagscale_like.planner.memory import (
     waiting_share,
 )
 from flagscale_like.planner.saved import FUSED_ON_GPU, Operators, operators_of
-from flagscale_like.planner.throughput import Efficiency, Held, Software, StepTime, step_time
+from flagscale_like.planner.throughput import Held, Software, StepTime, step_time
 
 # Context parallelism is for long rows: the search cuts none into parts of fewer tokens than this.
 MIN_TOKENS_OF_A_PART = 4096

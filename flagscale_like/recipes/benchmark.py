@@ -32,8 +32,8 @@ from flagscale_like.families import find_family
 from flagscale_like.families.family import features
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.choice import objective_of
+from flagscale_like.planner.efficiency import MEASURED, Efficiency
 from flagscale_like.planner.search import Goal, configured_layout, evaluate
-from flagscale_like.planner.throughput import MEASURED, Efficiency
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.precision import DTYPES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import ClusterSpec
-from flagscale_like.planner.throughput import EFFICIENCIES, FP32_PRODUCTS, Efficiency
+from flagscale_like.planner.efficiency import EFFICIENCIES, FP32_PRODUCTS, Efficiency
 from flagscale_like.rehearsal.record import Event
 
 # Operators of a dense layer's forward pass that are no views: what the planner's launch overhead of a layer is shared out to.

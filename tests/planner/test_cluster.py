@@ -4,7 +4,7 @@ import pytest
 
 from flagscale_like.cluster import find_device, parse_cluster, with_devices
 from flagscale_like.errors import ConfigError
-from flagscale_like.planner.throughput import EFFICIENCIES, HOPPER
+from flagscale_like.planner.efficiency import EFFICIENCIES, HOPPER
 from flagscale_like.runtime import roofline
 from flagscale_like.runtime.platforms.cpu import CpuPlatform
 from flagscale_like.runtime.roofline import measure_device

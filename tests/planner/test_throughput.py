@@ -6,7 +6,9 @@ import pytest
 
 from flagscale_like.arch import ModelArch, active, parameters
 from flagscale_like.cluster import parse_cluster
+from flagscale_like.planner.efficiency import AMPERE, HOPPER, all_to_all_seconds, gemm_seconds
 from flagscale_like.planner.layout import Layout, Shape
+from flagscale_like.planner.passes import KEYS_OF_A_TILE, front_share, layer_passes
 from flagscale_like.planner.published import (
     BAICHUAN_7B,
     EXPERTS_H100,
@@ -18,19 +20,7 @@ from flagscale_like.planner.published import (
     NARAYANAN_2021,
     QWEN3_30B_A3B,
 )
-from flagscale_like.planner.throughput import (
-    AMPERE,
-    HOPPER,
-    KEYS_OF_A_TILE,
-    PARTS_OF_STEP,
-    Held,
-    Software,
-    all_to_all_seconds,
-    front_share,
-    gemm_seconds,
-    layer_passes,
-    step_time,
-)
+from flagscale_like.planner.throughput import PARTS_OF_STEP, Held, Software, step_time
 
 ROWS = [*NARAYANAN_2021, *KORTHIKANTI_2022, BAICHUAN_7B, *GPT3_H100]
 CLUSTER = parse_cluster("2x8xA100-80")
