@@ -19,7 +19,9 @@ from flagscale_like.planner.search import USABLE, Goal, Plan, configured_layout,
 from flagscale_like.recipes.benchmark import benchmark_config
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.rehearsal.choice import chosen_ranks
+from flagscale_like.rehearsal.record import RankRecord
 from flagscale_like.rehearsal.rehearse import Rehearsed, overflow_message, rehearse_rank
+from flagscale_like.rehearsal.repeats import record_rank
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
 from flagscale_like.runtime.platforms.choice import candidates
@@ -58,6 +60,16 @@ def rehearse(
             for line in said.getvalue().splitlines():
                 say(line)
         yield found
+        gc.collect()
+
+
+def record(
+    config: RunConfig, cluster: ClusterSpec, kind: type[Platform], *, world_size: int, ranks: str = "stages"
+) -> Iterator[RankRecord]:
+    """The records of rehearse(), without memory: of micro-batches that repeat, one is run. Arguments are the same."""
+    for rank in chosen_ranks(config, world_size, ranks):
+        with tempfile.TemporaryDirectory(prefix="flagscale-rehearsal-") as folder, redirect_stdout(StringIO()):
+            yield record_rank(rehearsal_config(config, folder), cluster, kind, rank, world_size, _train)
         gc.collect()
 
 

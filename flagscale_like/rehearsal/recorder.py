@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.record, self.memory, self.places = record, memory, Places()
         self._device, self._computes = device, computes
-        self._stream = "compute"
+        self._stream, self._muted = "compute", False
         self._handles: dict[int, _Handle] = {}
         self._next_handle = 1
         self._groups: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -146,7 +147,7 @@ class Recorder(TorchDispatchMode):
 
     def marks(self, stream: str) -> int:
         """A handle of the point at which a stream is."""
-        handle = self._handle()
+        handle = 0 if self._muted else self._handle()
         self._add("mark", "record event", self.places.line(), stream=stream, handle=handle)
         return handle
 
@@ -163,6 +164,31 @@ class Recorder(TorchDispatchMode):
         """Most bytes of the device that were in use."""
         return self.memory.peak if self.memory is not None else 0
 
+    def position(self) -> tuple[int, int]:
+        """How many events there are, and the handle that comes next."""
+        return len(self.record.events), self._next_handle
+
+    def write_again(self, events: Sequence[Event], handles: int) -> None:
+        """Write down what was done before.
+
+        Args:
+            events: their handles count from 0 on.
+            handles: how many there are.
+        """
+        first = self._next_handle
+        self.record.events += [e if e.handle is None else replace(e, handle=e.handle + first) for e in events]
+        self._next_handle += handles
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Inside, nothing is written down."""
+        before = self._muted
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = before
+
     def name_groups(self, names: Mapping[str, str]) -> None:
         """Give process groups names for people.
 
@@ -175,6 +201,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         kwargs = kwargs or {}
+        if self._muted:
+            return function(*args, **kwargs)
         if function.namespace == "c10d":
             return self._communicates(function, args, kwargs)
         if function.namespace == "prim":
@@ -295,6 +323,8 @@ class Recorder(TorchDispatchMode):
     def _add(
         self, kind: Any, op: str, line: str, tensor: Tensor | None = None, *, nbytes: int = 0, **more: Any
     ) -> None:
+        if self._muted:
+            return
         more.setdefault("stream", self._stream)
         self.record.events.append(
             Event(
