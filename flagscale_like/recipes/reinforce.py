@@ -67,7 +67,7 @@ def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSo
 def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surroundings:
     """What the rewards and judges of a run are built in."""
 
-    def open_engine(options: JudgeReward) -> tuple[GenerationEngine, Path]:
+    def open_engine(options: JudgeReward) -> tuple[OwnEngine, Path]:
         return open_generator(Path(options.path or ""), ctx, precision=config.train.precision)
 
     return Surroundings(
@@ -79,7 +79,7 @@ def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surro
     )
 
 
-def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple[GenerationEngine, Path]:
+def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple[OwnEngine, Path]:
     """A generation engine on a model's own weights, on the layout of the run, and the folder of its tokenizer.
 
     Raises:

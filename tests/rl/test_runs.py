@@ -13,7 +13,7 @@ from flagscale_like.config import load_config
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import run_ranks, tiny_config
-from tests.rl.runs import make_folder, numbers, rl_config, run_all
+from tests.rl.runs import close, make_folder, numbers, rl_config, run_all
 
 PPO = {"algorithm": "ppo", "epochs": 2, "minibatches": 2, "rollout": {"samples": 1}, "kl": {"coefficient": 0.05}}
 GROUPS = {
@@ -44,18 +44,6 @@ def one_process(folder, tmp_path_factory):
     ((*found,),) = run_ranks(1, run_all, list(configs.values()))
     assert [error for _, error in found] == [None] * len(configs)
     return configs
-
-
-def close(found, wanted, rel=2e-3):
-    """Equal but for rounding, over all iterations."""
-    assert len(found) == len(wanted)
-    for own, other in zip(found, wanted, strict=True):
-        shares = {name for name in own if name.endswith("clip-share")}  # one token at the bound is a step of its own
-        assert {name: own[name] for name in shares} == pytest.approx({name: other[name] for name in shares}, abs=0.01)
-        rest = own.keys() - shares
-        assert {name: own[name] for name in rest} == pytest.approx(
-            {name: other[name] for name in rest}, rel=rel, abs=2e-4
-        )
 
 
 def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder, tmp_path):

@@ -14,7 +14,7 @@ from flagscale_like.config import (
     ModelReward,
     Reward,
 )
-from flagscale_like.generation.rollout import GenerationEngine
+from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.rl.answers import RewardSource
 from flagscale_like.rl.rewards.chat_engine import ChatEngine
 from flagscale_like.rl.rewards.chat_server import ChatServer
@@ -27,7 +27,7 @@ from flagscale_like.rl.rewards.model import build_reward_model
 from flagscale_like.runtime.parallel import ParallelContext
 
 # A judge's options -> a generation engine with the weights at its path, and its tokenizer's folder.
-OpenEngine = Callable[[JudgeReward], tuple[GenerationEngine, Path]]
+OpenEngine = Callable[[JudgeReward], tuple[OwnEngine, Path]]
 
 
 @dataclass(frozen=True)
