@@ -144,7 +144,10 @@ def _describe_data(config: RunConfig, *, local: bool) -> str:
         if config.data.prompts:
             from flagscale_like.rl.prompts import Words, read_prompts
 
-            return f"{len(read_prompts(config, Words(config)))} prompts"
+            words = Words(config)
+            held_out = read_prompts(config, words, config.data.eval_prompts)
+            apart = f", {len(held_out)} held out" if held_out else ""
+            return f"{len(read_prompts(config, words))} prompts{apart}"
         from flagscale_like.data.pretrain import check_sources  # loads torch and megatron-core
 
         check_sources(config)

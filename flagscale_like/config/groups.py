@@ -149,7 +149,7 @@ class Train(Frozen):
         exit_at_step: save and stop after this step. The schedules stay planned for `steps`, so that the run can resume.
         log_interval: steps between log lines.
         eval_interval: steps between evaluations on the validation data; 0 turns evaluation off.
-        eval_steps: global batches that one evaluation reads.
+        eval_steps: global batches that one evaluation reads. One of task rl answers all of data.eval_prompts.
         frozen: shell patterns of parameter names, such as `embedding.*` or `decoder.layers.0.*`. Training does not change
             these parameters.
         gc_interval: steps between runs of Python's garbage collector, at the same step on every rank; 0 leaves garbage
@@ -300,6 +300,7 @@ class Data(Frozen):
         prepare: raw text to tokenize before the first step.
         synthetic: train on random tokens, for benchmarks.
         prompts: files of prompts, for reinforcement learning; see docs/rl.md.
+        eval_prompts: files of held-out prompts, which the policy answers every train.eval_interval iterations.
         tokenizer: the Hugging Face tokenizer folder that the sources were tokenized with. Required with `sources` and
             `prompts`.
         split: shares of the documents for training, validation and test. If evaluation is on and the test share is above 0,
@@ -315,6 +316,7 @@ class Data(Frozen):
     prepare: Prepare | None = None
     synthetic: bool = False
     prompts: list[PathText] = Field(default_factory=list)
+    eval_prompts: list[PathText] = Field(default_factory=list)
     tokenizer: PathText | None = None
     split: str = "98,2,0"
     num_workers: int = Field(default=0, ge=0)

@@ -114,6 +114,26 @@ class Critic(Frozen):
     gae_lambda: float = Field(default=1.0, ge=0, le=1)
 
 
+class Evaluating(Frozen):
+    """How data.eval_prompts are answered, every train.eval_interval iterations.
+
+    Attributes:
+        samples: answers to each prompt.
+        temperature: divides the logits; 0 takes the likeliest token.
+    """
+
+    samples: int = Field(default=1, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluating:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"evaluation.temperature 0 gives the same answer {self.samples} times: give one above 0, or samples 1"
+            )
+        return self
+
+
 class Overlong(Frozen):
     """DAPO's overlong shaping (Yu et al. 2025, equation 13): a rollout that comes near its room loses reward.
 
@@ -157,6 +177,7 @@ class ReinforcementLearning(Frozen):
         dynamic_sampling: replace groups whose scores are all equal, which teach nothing (DAPO, Yu et al. 2025).
         max_refills: how often the drawing goes on in an iteration to replace what was left out.
         overlong: overlong shaping.
+        evaluation: how held-out prompts are answered.
         template: file of the chat template (Jinja) for prompts that are messages; without it, that of data.tokenizer.
     """
 
@@ -179,6 +200,7 @@ class ReinforcementLearning(Frozen):
     dynamic_sampling: bool = False
     max_refills: int = Field(default=4, ge=0)
     overlong: Overlong | None = None
+    evaluation: Evaluating = Evaluating()
     template: PathText | None = None
 
     @property

@@ -24,6 +24,7 @@ from flagscale_like.config.groups import (
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
 from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.rewards import judges
 from flagscale_like.config.rl import ReinforcementLearning
 from flagscale_like.config.trackers import Logging
 from flagscale_like.errors import ConfigError
@@ -255,18 +256,25 @@ class RunConfig(Frozen):
             given = "task rl reads data.prompts" if self.task == "rl" else "data.prompts is for task: rl"
             raise ValueError(f"{given}: files of prompts, as docs/rl.md describes them")
         if self.rl is None:
+            if self.data.eval_prompts:
+                raise ValueError("data.eval_prompts are for task: rl; data.split says what another run is evaluated on")
             return
         train = self.train
         unfit = {
             "objective": self.objective != NextTokenLoss(),
             "train.ramp_up": train.ramp_up is not None,
-            "train.eval_interval": bool(train.eval_interval),
+            "train.eval_interval without data.eval_prompts": bool(train.eval_interval and not self.data.eval_prompts),
             "data.selection": self.data.selection is not None,
             "init.salience": self.init.salience is not None,
             "offload": self.offload is not None,
         }
         if named := [name for name, given in unfit.items() if given]:
             raise ValueError(f"{named[0]} is not for task rl: leave it out")
+        if train.eval_interval and judges(self.rl.reward):
+            raise ValueError(
+                "train.eval_interval: a judge compares the policy's answers with each other, and their mean says nothing of "
+                "the policy: leave it out, or give another reward"
+            )
         self.rl.check_run(rollouts=train.global_batch_size, places=train.seq_length)
 
     def _check_pairs(self) -> None:

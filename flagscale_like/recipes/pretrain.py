@@ -29,7 +29,7 @@ from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import source_record
 from flagscale_like.training.clock import Clock
-from flagscale_like.training.evaluation import Evaluation, evaluate
+from flagscale_like.training.evaluation import Measured, evaluate
 from flagscale_like.training.expert_loads import ExpertMonitor
 from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.live import LiveLine
@@ -199,15 +199,15 @@ def evaluation_samples(config: RunConfig) -> int:
     return config.train.eval_steps * config.train.global_batch_size if config.train.eval_interval else 0
 
 
-def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None) -> Callable[[str], Evaluation]:
+def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None) -> Callable[[str], Measured]:
     """The loss on a split, by its name: always on the same samples of it."""
     config, ctx, train = run.config, run.ctx, run.config.train
 
-    def evaluate_split(split: str) -> Evaluation:
+    def evaluate_split(split: str) -> Measured:
         data = valid_data if split == "validation" else build_dataset(config, ctx, "test", evaluation_samples(config))
         if reference is not None:
             reference.attach(data)
-        return evaluate(
+        found = evaluate(
             run.engine,
             run.objective,
             micro_batches(data, config, ctx),
@@ -216,6 +216,7 @@ def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None)
             sources=config.data.source_names,
             on_step=functools.partial(run.watchdog.beat, run.progress.step, "evaluation"),
         )
+        return found.measured(run.objective, split)
 
     return evaluate_split
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog,
 from flagscale_like.rl.answers import RewardSource
 from flagscale_like.rl.apart import DrawnApart, draw_for_others
 from flagscale_like.rl.guarding import build_guarding
+from flagscale_like.rl.held_out import HeldOut
 from flagscale_like.rl.iteration_log import IterationLog
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.models import build_models
-from flagscale_like.rl.prompts import Prompts, Words, read_prompts
+from flagscale_like.rl.prompts import Prompts, Row, Words, read_prompts
 from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.state import RlState
 from flagscale_like.run_folder import RunFolder
@@ -137,6 +138,10 @@ def reinforce(
             make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
         run = iterations.run
+        if config.train.eval_interval:
+            run.evaluate = held_out(
+                iterations, agree(ctx, lambda: read_prompts(config, words, config.data.eval_prompts))
+            )
         if config.checkpoint.interval:
             run.store.reserve(run.fragments)
         announce(run, [*begun.notes, f"{len(rows)} prompts"])
@@ -154,6 +159,21 @@ def reinforce(
             )
         run.reporter.say(f"done: step {run.progress.step}; everything is in {config.run_dir}")
     return run.progress
+
+
+def held_out(iterations: RlRun, rows: Sequence[Row]) -> HeldOut:
+    """What a run measures on held-out prompts."""
+    run, models, asleep = iterations.run, iterations.models, iterations.config.rl.rollout.training_sleeps
+    trained = [models.policy, *([models.critic.engine] if models.critic else [])] if asleep else []
+    return HeldOut(
+        run.config,
+        models.policy,
+        iterations.words,
+        lambda answers: iterations.reward.scores(answers),
+        rows,
+        trained=trained,
+        beat=lambda: run.watchdog.beat(run.progress.step, "evaluation"),
+    )
 
 
 def assemble(

@@ -95,8 +95,8 @@ class Words:
         return text[: min(found)] if found else text
 
 
-def read_prompts(config: RunConfig, words: Words) -> list[Row]:
-    """The prompts of data.prompts, file by file.
+def read_prompts(config: RunConfig, words: Words, files: Sequence[str] | None = None) -> list[Row]:
+    """The prompts of some files, or of data.prompts, file by file.
 
     Raises:
         DataError: a file cannot be read or has no prompt; or a line is no prompt, or leaves no room for
@@ -106,7 +106,7 @@ def read_prompts(config: RunConfig, words: Words) -> list[Row]:
     room = config.train.seq_length - new
     if config.model.longest_sequence:
         room = min(room, config.model.longest_sequence - new)
-    for path in map(Path, config.data.prompts):
+    for path in map(Path, config.data.prompts if files is None else files):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

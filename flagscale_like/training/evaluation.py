@@ -13,6 +13,20 @@ from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
 from flagscale_like.runtime.reduction import NamedSum
+from flagscale_like.training.step_log import SHOWN_SUMS, Named
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation reports, the same on every rank.
+
+    Attributes:
+        numbers: for the records, by name.
+        line: for people.
+    """
+
+    numbers: dict[str, float]
+    line: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,15 @@ class Evaluation:
     count: int
     by_source: dict[str, float] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
+
+    def measured(self, objective: Named, split: str) -> Measured:
+        """What is reported of a split."""
+        metric = f"{objective.metric} {split}"
+        by_source = {f"{metric}/{source}": value for source, value in self.by_source.items()}
+        means = {f"{name} {split}": value for name, value in self.means.items()}
+        parts = "".join(f" | {name} {self.means[name]:.4g}" for name in objective.sums[:SHOWN_SUMS])
+        parts += "".join(f" | {source} {value:.4f}" for source, value in self.by_source.items())
+        return Measured({metric: self.loss, **by_source, **means}, f"{split} loss {self.loss:.4f}{parts}")
 
 
 def evaluate(

@@ -14,7 +14,6 @@ from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.training.parts import Facts, Step, Verdict
 from flagscale_like.training.plan import StepPlan, next_step
 from flagscale_like.training.run import Run
-from flagscale_like.training.step_log import SHOWN_SUMS
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,10 @@ def rewind_or_stop(run: Run, step: Step) -> None:
 
 
 def evaluate(run: Run, split: str) -> None:
-    """Report the loss on a split, and on the sources of a blend."""
-    found, step, metric = run.evaluate(split), run.progress.step, f"{run.objective.metric} {split}"
-    by_source = {f"{metric}/{source}": value for source, value in found.by_source.items()}
-    means = {f"{name} {split}": value for name, value in found.means.items()}
-    run.reporter.numbers(step, {metric: found.loss, **by_source, **means})
-    parts = "".join(f" | {name} {found.means[name]:.4g}" for name in run.objective.sums[:SHOWN_SUMS])
-    parts += "".join(f" | {source} {value:.4f}" for source, value in found.by_source.items())
-    run.reporter.say(f"step {step} | {split} loss {found.loss:.4f}{parts}")
+    """Report what the run measures on a split."""
+    found, step = run.evaluate(split), run.progress.step
+    run.reporter.numbers(step, found.numbers)
+    run.reporter.say(f"step {step} | {found.line}")
 
 
 def save(run: Run, *, final: bool) -> None:

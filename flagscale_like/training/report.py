@@ -65,7 +65,7 @@ class Story:
         loss: what the records call the loss.
         kept: one record of metrics.jsonl for each step, without the steps that a rewind discarded.
         given_up: the records of discarded steps, one list for each rewind.
-        validation: (step, validation loss).
+        validation: (step, what an evaluation found).
         by_source: the last validation loss of each data source, by name.
         happened: the events, in the order of their steps.
         ettr: effective training time ratio; None if the run folder has no resilience.jsonl.
@@ -86,6 +86,11 @@ class Story:
         title = "loss, nats/token" if self.loss == "lm loss" else self.loss
         drawn = {name for record in self.kept[-100:] for name in record}
         return [(self.loss, title), *((name, title) for name, title in CHARTS if name in drawn)]
+
+    @property
+    def validated(self) -> str:
+        """The number that the evaluations are compared with: the loss, or the reward of task rl."""
+        return "reward/mean" if self.config.task == "rl" else self.loss
 
     @property
     def last(self) -> dict[str, Any]:
@@ -120,8 +125,8 @@ def read_story(run_dir: Path) -> Story:
     measured = {r["step"]: r for r in records if "experts/entropy" in r}  # a part's own record of a step
     for record in records:
         step = record["step"]
-        if f"{loss} validation" in record:
-            validation[step] = record[f"{loss} validation"]
+        if (measure := "eval/reward" if config.task == "rl" else f"{loss} validation") in record:
+            validation[step] = record[measure]
         if "checkpoint/stall_s" in record:
             text = f"step {step}: checkpoint; training waited {record['checkpoint/stall_s']:.2f} s"
             happened.append(Mark(step=step, kind="checkpoint", text=text))
@@ -289,7 +294,8 @@ def _tiles(story: Story) -> str:
     speed = statistics.median(r["tokens-per-second"] for r in kept)
     losses = loss_curve(kept, story.loss)
     tiles = [("loss", f"{losses[-1][1]:.4f}" if losses else "not finite")]
-    tiles += [("validation loss", f"{story.validation[-1][1]:.4f}")] if story.validation else []
+    held_out = "validation loss" if story.validated == story.loss else "reward on held-out prompts"
+    tiles += [(held_out, f"{story.validation[-1][1]:.4f}")] if story.validation else []
     tiles += [("tokens/s, median", f"{speed:,.0f}")]
     tiles += (
         [("MFU, median", f"{statistics.median(r['mfu'] for r in kept if 'mfu' in r):.1%}")] if "mfu" in last else []
@@ -314,7 +320,7 @@ def _points(story: Story, records: Sequence[dict[str, Any]], name: str) -> list[
 def _chart(story: Story, name: str, title: str) -> str:
     curves = [Curve(name="given up", points=_points(story, part, name), style="given-up") for part in story.given_up]
     curves.append(Curve(name="training", points=_points(story, story.kept, name)))
-    if name == story.loss:
+    if name == story.validated:
         curves.append(Curve(name="validation", points=story.validation, style="second", dots=True))
     return chart(name, title, curves, story.happened, last_step=story.last["step"])
 

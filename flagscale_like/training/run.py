@@ -32,7 +32,7 @@ from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.watchdog import Watchdog
 from flagscale_like.training.changes import check_held_out, describe_changes
 from flagscale_like.training.clock import Clock
-from flagscale_like.training.evaluation import Evaluation
+from flagscale_like.training.evaluation import Measured
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.learning_rate import build_scheduler
 from flagscale_like.training.metrics import Reporter
@@ -87,7 +87,7 @@ class Run:
         feed: the micro-batches; None where the run's steps make their own.
         beside: the models beside the engine's.
         begun: whether this start of the run has made a step.
-        evaluate: the loss on a split of the data, by the split's name; None where the run does not evaluate.
+        evaluate: what is measured on a split of the data, by the split's name; None where the run does not evaluate.
         clock: of the steps since the last log line.
         documents: see changes.source_record.
         origin: see Start.
@@ -107,7 +107,7 @@ class Run:
     feed: Feed | None = None
     beside: Sequence[Beside] = ()
     begun: bool = False
-    evaluate: Callable[[str], Evaluation] | None = None
+    evaluate: Callable[[str], Measured] | None = None
     clock: Clock = field(default_factory=Clock)
     documents: dict[str, int] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)

@@ -15,7 +15,7 @@ from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.families import read_config
 from flagscale_like.recipes.reinforce import open_generator
 from flagscale_like.rl.rewards import Surroundings, open_judge
-from flagscale_like.rl.rewards.judge import Comparison, Verdict
+from flagscale_like.rl.rewards.judge import Comparison
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import run_ranks
 from tests.rl.runs import close, make_folder, numbers, rl_config, run_all
