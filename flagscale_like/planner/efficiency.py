@@ -85,12 +85,26 @@ def move_seconds(bytes_: float, device: DeviceSpec, eff: Efficiency) -> float:
 
 
 def ring_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficiency, *, stride: int = 1) -> float:
-    """One all-gather or reduce-scatter of `bytes_` (the whole tensor) over a ring; an all-reduce is two."""
-    if ranks == 1 or not bytes_:
-        return 0.0
-    inside = ranks * stride <= cluster.devices_per_node
-    rate = cluster.link_gb_per_s(ranks, stride) * 1e9 * (eff.link if inside else eff.network)
-    return bytes_ * (ranks - 1) / ranks / rate + (ranks - 1) * eff.latency_s
+    """One all-gather or reduce-scatter of `bytes_` (the whole tensor) over a ring; an all-reduce is two.
+
+    Args:
+        stride: ranks of the group lie so far apart.
+    """
+    near = min(ranks, max(1, cluster.devices_per_node // stride))
+    return group_seconds(bytes_, ranks, near, cluster, eff) if ranks > 1 and bytes_ else 0.0
+
+
+def group_seconds(bytes_: float, ranks: int, near: int, cluster: ClusterSpec, eff: Efficiency) -> float:
+    """The same of a group of which `near` ranks are in each node.
+
+    NCCL lays as many rings as there are ports: each of the `near` ranks sends its share to another node through its own port,
+    beside what goes from rank to rank inside the node (NCCL's user guide, NCCL_CROSS_NIC: "rings/trees to use different
+    NICs").
+    """
+    passed = bytes_ * (ranks - 1) / ranks
+    inside = passed / (cluster.device.link_gb_per_s * 1e9 * eff.link) if near > 1 else 0.0
+    outside = passed / (near * cluster.network_gb_per_s * 1e9 * eff.network) if near < ranks else 0.0
+    return max(inside, outside) + (ranks - 1) * eff.latency_s
 
 
 def all_to_all_seconds(bytes_: float, ranks: int, cluster: ClusterSpec, eff: Efficiency) -> float:

@@ -150,7 +150,7 @@ def evaluate(
         held=Held(*max(elements, key=sum)),
         offloaded_bytes=moved,
         eff=eff,
-        software=Software(logits_twice=goal.ops.linear_cross_entropy),
+        software=Software(logits_twice=goal.ops.linear_cross_entropy, fused_gradients=False),
     )
     return Plan(layout=layout, time=time, memory=memory)
 

@@ -79,11 +79,14 @@ class Software:
         scatter_gather: stages exchange 1/tp of an activation a rank and gather it inside the node (Narayanan et al. 2021,
             section 4.1). megatron-core sends it whole, unless sequence parallelism has split it.
         logits_twice: the backward pass computes the logits again (Operators.linear_cross_entropy).
+        fused_gradients: products add their weight's gradient to what is there, as with apex; otherwise a kernel of its own
+            does, for each micro-batch.
     """
 
     overlap_dp: bool = True
     scatter_gather: bool = False
     logits_twice: bool = False
+    fused_gradients: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,12 @@ def step_time(
     if offloaded_bytes:
         copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
         offload = m * max(max(0.0, copy - stage.seconds) for copy, stage in zip(copies, stages, strict=True))
+    adding = 0.0 if software.fused_gradients else move_seconds(10 * (held.dense + held.experts), device, eff)
     tokens = layout.dp * m * layout.micro_batch_size * seq_length
     # AdamW over its part of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
     owned = held.dense / layout.replicas + held.experts / layout.expert_replicas
     return StepTime(
-        compute=m * (busy.compute - repeated.compute),
+        compute=m * (busy.compute - repeated.compute + adding),
         recompute=m * repeated.seconds,
         tp=m * (busy.tp - repeated.tp),
         cp=m * (busy.cp - repeated.cp),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import ClusterSpec
-from flagscale_like.planner.efficiency import EFFICIENCIES, FP32_PRODUCTS, Efficiency
+from flagscale_like.planner.efficiency import EFFICIENCIES, FP32_PRODUCTS, Efficiency, group_seconds
 from flagscale_like.rehearsal.record import Event
 
 # Operators of a dense layer's forward pass that are no views: what the planner's launch overhead of a layer is shared out to.
 KERNELS_OF_A_LAYER = 26
 ATTENTION = ("flash_attention", "piecewise_attention", "scaled_dot_product")
+# What adds a weight's gradient up where no product does.
+ADDS_UP, GRADIENTS = "aten::add_", "megatron/core/distributed/distributed_data_parallel.py"
 # Passes over the ring: of the whole tensor, relative to an all-gather.
 PASSES = {"all_reduce": 2}
 
@@ -24,6 +27,8 @@ class Costs:
     Attributes:
         kernel_s: of each kernel beside its roofline: launch and host work.
         call_s: of each collective and message beside its transfer, on the rank that asks for it.
+        fused_gradients: the products of the weights' gradients add them up, as with apex, whatever was recorded: without it a
+            kernel of its own adds each up, which reads 6 bytes an element and writes 4.
         fp32: of the bf16 peak that products of fp32 reach; 1 where the peak is fp32's own.
     """
 
@@ -31,6 +36,7 @@ class Costs:
     eff: Efficiency
     kernel_s: float
     call_s: float = 0.0
+    fused_gradients: bool = False
     fp32: float = FP32_PRODUCTS
 
     @classmethod
@@ -43,6 +49,8 @@ class Costs:
     def compute(self, event: Event) -> float:
         """Seconds of a kernel: the longer of its products and its memory traffic, and its launch."""
         device, eff = self.cluster.device, self.eff
+        if self.fused_gradients and event.op == ADDS_UP and event.where.startswith(GRADIENTS) and len(event.shape) > 1:
+            return 0.0
         moved = event.bytes / (device.hbm_gb_per_s * 1e9 * eff.memory)
         if not event.flops:
             return moved + self.kernel_s
@@ -73,7 +81,7 @@ class Costs:
         """
         if event.kind != "collective":
             peer = event.peer if event.peer is not None else rank
-            return self._link((rank, peer), event.bytes) + 4 * self.eff.latency_s
+            return self._message(rank, peer, event.bytes) + 4 * self.eff.latency_s
         ranks = len(event.group)
         if ranks < 2:
             return 0.0
@@ -83,22 +91,25 @@ class Costs:
         if event.op.startswith("all_to_all"):
             return self._exchange(event) + steps * self.eff.latency_s
         whole = event.bytes * ranks if event.op.startswith("all_gather") else event.bytes
-        return self._link(event.group, whole * steps / ranks) + steps * self.eff.latency_s
+        return PASSES.get(event.op, 1) * group_seconds(whole, ranks, self._near(event.group), self.cluster, self.eff)
 
     def _node(self, rank: int) -> int:
         return rank // self.cluster.devices_per_node
 
-    def _link(self, ranks: Sequence[int], nbytes: float) -> float:
-        """Seconds for bytes that each rank sends to its neighbour in a ring."""
-        inside = len({self._node(rank) for rank in ranks}) == 1
-        if inside:
-            return nbytes / (self.cluster.device.link_gb_per_s * 1e9 * self.eff.link)
-        return nbytes / (self.cluster.network_gb_per_s * 1e9 * self.eff.network)
+    def _near(self, group: Sequence[int]) -> int:
+        """The most ranks of a group that are in one node."""
+        return max(Counter(map(self._node, group)).values())
+
+    def _message(self, rank: int, peer: int, nbytes: int) -> float:
+        device, eff = self.cluster.device, self.eff
+        if self._node(rank) == self._node(peer):
+            return nbytes / (device.link_gb_per_s * 1e9 * eff.link)
+        return nbytes / (self.cluster.network_gb_per_s * 1e9 * eff.network)
 
     def _exchange(self, event: Event) -> float:
         """Of an all-to-all: what goes to other nodes takes the network, beside what stays inside the node."""
         ranks = len(event.group)
-        near = max(sum(self._node(other) == self._node(rank) for other in event.group) for rank in event.group)
+        near = self._near(event.group)
         inside = event.bytes * (near - 1) / ranks / (self.cluster.device.link_gb_per_s * 1e9 * self.eff.link)
         outside = event.bytes * (ranks - near) / ranks / (self.cluster.network_gb_per_s * 1e9 * self.eff.network)
         return max(inside, outside)

@@ -6,7 +6,7 @@ import pytest
 
 from flagscale_like.arch import ModelArch, active, parameters
 from flagscale_like.cluster import parse_cluster
-from flagscale_like.planner.efficiency import AMPERE, HOPPER, all_to_all_seconds, gemm_seconds
+from flagscale_like.planner.efficiency import AMPERE, HOPPER, all_to_all_seconds, gemm_seconds, ring_seconds
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.passes import KEYS_OF_A_TILE, front_share, layer_passes
 from flagscale_like.planner.published import (
@@ -108,12 +108,31 @@ def test_recompute_costs_a_forward_pass_and_offload_only_what_does_not_hide():
 
 
 def test_traffic_over_a_slower_network_takes_longer():
-    layout = Layout(tp=1, dp=16)
+    layout = Layout(tp=8, dp=2)
     fast = step_time(SHAPE, layout, CLUSTER, seq_length=1024, software=Software(overlap_dp=False))
     slow = step_time(
         SHAPE, layout, replace(CLUSTER, network_gb_per_s=2.5), seq_length=1024, software=Software(overlap_dp=False)
     )
     assert slow.dp == pytest.approx(10 * fast.dp, rel=0.05)
+
+
+def test_ranks_of_a_group_in_one_node_have_a_port_each():
+    """16 ranks of two nodes send over 8 ports a node at once, and as much inside the node; 2 ranks over one."""
+    eff = replace(AMPERE, latency_s=0.0, link=1.0, network=1.0)
+    port, link = CLUSTER.network_gb_per_s * 1e9, CLUSTER.device.link_gb_per_s * 1e9
+    assert ring_seconds(16e9, 2, CLUSTER, eff, stride=8) == pytest.approx(8e9 / port)
+    assert ring_seconds(16e9, 4, CLUSTER, eff, stride=4) == pytest.approx(12e9 / (2 * port))
+    assert ring_seconds(16e9, 16, CLUSTER, eff) == pytest.approx(max(15e9 / (8 * port), 15e9 / link))
+    assert ring_seconds(16e9, 8, CLUSTER, eff) == pytest.approx(14e9 / link)
+
+
+def test_gradients_that_no_product_adds_up_take_memory_traffic_for_each_micro_batch():
+    layout = Layout(num_microbatches=4)
+    fused, apart = (
+        step_time(SHAPE, layout, CLUSTER, seq_length=1024, software=Software(fused_gradients=on)) for on in (True, False)
+    )
+    moved = 4 * 10 * Held.of(SHAPE, layout).dense
+    assert apart.seconds - fused.seconds == pytest.approx(moved / (2039e9 * AMPERE.memory), rel=1e-6)
 
 
 def test_a_sliding_window_saves_the_attention_that_lies_outside_it():
@@ -173,7 +192,10 @@ def test_expert_parallelism_adds_its_traffic_and_the_fullest_rank_holds_up_the_o
     one = all_to_all_seconds(sent, 8, TWO_NODES, HOPPER)
     assert times[8].ep == pytest.approx(4 * 32 * 4 * one)
     # What is reduced, and the states that are updated, are an eighth of the experts.
-    assert times[8].dp < 0.3 * times[1].dp
+    whole, own = Held.of(MIXTRAL, layout), Held.of(MIXTRAL, replace(layout, ep=8))
+    assert own.experts == whole.experts / 8
+    # Of 2 copies of an expert over two nodes, each has a port; of 16, the 8 of a node share theirs, so NVLink is as slow.
+    assert times[8].dp < 0.45 * times[1].dp
     assert times[8].optimizer < 0.5 * times[1].optimizer
     full = step_time(MIXTRAL, replace(layout, ep=8, imbalance=1.5), TWO_NODES, seq_length=4096)
     assert full.ep == pytest.approx(1.5 * times[8].ep, rel=0.05)  # but for the latency

@@ -1,0 +1,190 @@
+"""Replays published runs: the step our software would take on their clusters, beside the formulas and what was published.
+
+    python -m benchmarks.replay_published [ROW]... [--list] [--keep FOLDER] [--out FILE.json]
+
+Each row's stages are rehearsed in a process of its own, without memory. --keep leaves their records in a folder, and takes
+them from there where they are: replaying with other constants takes seconds. The rows are those of planner/published.py whose
+models can be built. GPT-3's is built with a gated MLP of 8/3 h in the place of one of 4 h, which has the same products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.planner.report import AQUILA2, markdown
+from flagscale_like.arch import ModelArch
+from flagscale_like.cluster import parse_cluster
+from flagscale_like.config import RunConfig
+from flagscale_like.planner import published as rows
+from flagscale_like.planner.published import Row
+
+RESULTS = Path(__file__).parent / "results" / "replay_published.json"
+GPT3 = ModelArch(
+    num_layers=96, hidden_size=12288, num_attention_heads=96, ffn_hidden_size=8 * 12288 // 3, vocab_size=131072
+)
+BAICHUAN = ModelArch(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008, vocab_size=64000)
+MODELS: list[tuple[Row, ModelArch]] = [
+    (rows.BAICHUAN_7B, BAICHUAN),
+    (rows.AQUILA2_34B, AQUILA2["34B"]),
+    *((row, GPT3) for row in rows.GPT3_H100),
+    *((row, rows.LLAMA3_70B if "70B" in row.name else rows.LLAMA3_405B) for row in rows.LLAMA3_H100),
+    *((row, rows.LLAMA3_405B) for row in rows.LLAMA3_PRODUCTION),
+]
+
+
+def config_of(row: Row, arch: ModelArch) -> RunConfig:
+    """The run of a row, whose logits are computed once. A last stage with fewer layers has as many as the others."""
+    layout = row.layout
+    if layout.vpp > 1 and layout.first_stage_layers:  # stages are of one length where they have chunks
+        layout = replace(layout, first_stage_layers=None, last_stage_layers=None)
+        each = layout.pp * layout.vpp
+        arch = arch.model_copy(update={"num_layers": -(-arch.num_layers // each) * each})
+    names = ("tp", "pp", "vpp", "cp", "ep", "sp", "first_stage_layers", "last_stage_layers")
+    parallel = {name: value for name in names if (value := getattr(layout, name)) is not None}
+    batch = layout.dp * layout.num_microbatches * layout.micro_batch_size
+    train = {"steps": 2, "micro_batch_size": layout.micro_batch_size, "global_batch_size": batch}
+    train |= {"seq_length": row.seq_length, "precision": "bf16", "recompute": layout.recompute}
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": arch.model_dump() | {"max_position_embeddings": row.seq_length},
+            "parallel": parallel,
+            "train": train,
+            "optimizer": {"lr": 1e-4, "warmup_steps": 0},
+            "data": {"synthetic": True},
+            "kernels": {"linear_cross_entropy": "off"},
+        }
+    )
+
+
+def published_seconds(row: Row) -> float:
+    """Seconds of the published step."""
+    return row.figure if row.unit == "seconds" else row.plan().seconds * row.ours() / row.figure
+
+
+def replayed(number: int, keep: Path | None) -> dict[str, Any]:
+    """A row's replay, in this process.
+
+    Args:
+        number: of the row in MODELS.
+        keep: folder of the records.
+    """
+    os.environ["FLAGSCALE_LIKE_DEVICE"] = "cpu"
+    from flagscale_like.recipes.rehearse import record, rehearsed_kind
+    from flagscale_like.rehearsal.costs import Costs
+    from flagscale_like.rehearsal.timing import time_step
+
+    row, arch = MODELS[number]
+    config, cluster = config_of(row, arch), parse_cluster(row.cluster)
+    began, file = time.process_time(), keep / f"{number}.pickle" if keep is not None else None
+    if file is not None and file.exists():
+        records, rehearsal_s = pickle.loads(file.read_bytes())
+    else:
+        records = list(record(config, cluster, rehearsed_kind("cuda"), world_size=cluster.devices))
+        rehearsal_s = time.process_time() - began
+        if file is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(pickle.dumps((records, rehearsal_s)))
+    began = time.process_time()
+    costs = Costs.of(cluster)
+    alone = time_step(records, config, cluster, costs=costs)
+    timed = time_step(records, config, cluster, costs=replace(costs, fused_gradients=True))
+    line = timed.timeline
+    parts: Counter[str] = Counter()
+    for own in line.parts.values():
+        parts.update({name: seconds / len(line.parts) for name, seconds in own.items()})
+    kernels: Counter[str] = Counter()
+    for own in line.kernels.values():
+        for name, seconds in own.items():
+            words = name.split()
+            kernels[" ".join(words[2:]) if words[0] == "layer" else name] += seconds / len(line.kernels)
+    return {
+        "row": row.name,
+        "cluster": row.cluster,
+        "layout": row.layout.describe(),
+        "replayed_s": line.seconds,
+        "formula_s": row.plan().seconds,
+        "ours_s": alone.timeline.seconds,
+        "ours_formula_s": alone.planned_s,
+        "published_s": published_seconds(row),
+        "mfu": timed.mfu,
+        "parts_s": dict(parts),
+        "kernels_s": dict(kernels.most_common()),
+        "events": sum(len(record.step(-1)) for record in records),
+        "rehearsal_s": rehearsal_s,
+        "replay_s": time.process_time() - began,
+    }
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each row."""
+    lines = []
+    for one in found:
+        ours, theirs = one["replayed_s"], one["published_s"]
+        parts = sorted(one["parts_s"].items(), key=lambda part: -part[1])
+        shares = ", ".join(f"{name} {seconds / ours:.0%}" for name, seconds in parts if seconds > 0.015 * ours)
+        lines.append(
+            (
+                one["row"],
+                f"{ours:.2f}",
+                f"{one['formula_s']:.2f}",
+                f"{theirs:.2f}",
+                f"{theirs / ours - 1:+.1%}",
+                f"{theirs / one['formula_s'] - 1:+.1%}",
+                shares,
+            )
+        )
+    header = (
+        "model",
+        "replayed, s",
+        "formula, s",
+        "published, s",
+        "replayed speed",
+        "formula's",
+        "of the replayed step",
+    )
+    return markdown(header, lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="numbers of rows, see --list; all without")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.list:
+        for number, (row, _) in enumerate(MODELS):
+            print(number, row.describe())
+        return 0
+    if given.one is not None:
+        print(json.dumps(replayed(given.one, given.keep)))
+        return 0
+    found = {one["row"]: one for one in json.loads(given.out.read_text())} if given.out.exists() else {}
+    for number in map(int, given.rows or range(len(MODELS))):
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.replay_published", "--one", str(number)]
+        command += ["--keep", str(given.keep)] if given.keep else []
+        own = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        found[own["row"]] = own
+        print(f"{own['row']}: rehearsed in {own['rehearsal_s']:.0f} s, {own['events']:,} events", flush=True)
+    ordered = [found[row.name] for row, _ in MODELS if row.name in found]
+    given.out.parent.mkdir(exist_ok=True)
+    given.out.write_text(json.dumps(ordered, indent=1) + "\n")
+    print(table(ordered))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
