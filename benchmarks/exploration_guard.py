@@ -61,7 +61,7 @@ def policy_config(folder: Path, seed: int, action: str, iterations: int, kl: flo
         "rl.reward": {"kind": "mixture", "sources": [model, rules]},
         "rl.outside.action": action,
         "rl.outside.kl": kl or None,
-        "rl.kl.coefficient": 0.001 if kl else 0.0,  # nearly nothing: the reference is there for the guard's bound
+        "rl.kl.coefficient": 0.001,  # nearly nothing: the reference is there for the guard
         "rl.rounds": {"count": 0, "reward_model": str(POEM / "reward.yaml")},
         "checkpoint.interval": 0,
     }
@@ -96,7 +96,9 @@ def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
         pretrain(reward_config(config, folder / "reward", sources[:1], None), ctx)
         source = open_adapted(folder / "reward", adapter=None).source
         found = score_pairs(source, sources[1], ctx, seq_length=longest_row(sources[1]))
-        record = Validation.measure(found.values, "unplanted pairs")
+        base = open_adapted(Path(config.checkpoint.load), adapter=None).source
+        likely = score_pairs(base, sources[1], ctx, seq_length=longest_row(sources[1]))
+        record = Validation.measure(found.values, "unplanted pairs", surprise=likely.surprise(sources[1]))
         record.write(source.folder, source)
     write_json(folder / "model.json", {"held out": half, "accuracy": record.accuracy})
 
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="make this seed alone")
     parser.add_argument("--actions", default=",".join(ACTIONS))
     parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--kl", type=float, default=12.0, help="nats from the reference that are inside; 0: any")
+    parser.add_argument("--kl", type=float, default=0.0, help="nats from the reference that are inside; 0: any")
     parser.add_argument("--pairs", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("runs/guard"))
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from flagscale_like.arch import ModelArch
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
+    from flagscale_like.planner.iteration import Beside, Iteration
     from flagscale_like.planner.search import Goal, Plan
 
 
@@ -50,6 +52,9 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     )
     if config.rl is not None:
         _describe_rl(config, data)
+        plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
+        fits(describe_iteration(config, plan, cluster, cuda=cuda), cluster)
+        typer.echo("the configuration is valid")
         return
     typer.echo(
         f"batch        {train.global_batch_size} sequences of {train.seq_length} = "
@@ -68,7 +73,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
 
 
 def _describe_rl(config: RunConfig, data: str) -> None:
-    """Print what an iteration of reinforcement learning is. Memory and time are not planned for it."""
+    """Print what an iteration of reinforcement learning is."""
     rl, train = config.rl, config.train
     drawing = rl.rollout
     models = ["policy"] + ["critic"] * rl.has_critic + ["reference"] * bool(rl.kl.coefficient and config.lora is None)
@@ -80,8 +85,76 @@ def _describe_rl(config: RunConfig, data: str) -> None:
     typer.echo(f"models       {', '.join(models)}; reward: {rl.reward.kind}")
     typer.echo(f"run          {train.steps:,} iterations, {train.precision}")
     typer.echo(f"data         {data}")
-    typer.echo("memory, time not planned for task rl: the policy learns as in a run of task train with the same layout")
-    typer.echo("the configuration is valid")
+
+
+def describe_iteration(config: RunConfig, plan: Plan, cluster: ClusterSpec | None, *, cuda: bool) -> Iteration:
+    """Print memory and time of an iteration of reinforcement learning on a planned layout, and return them."""
+    from flagscale_like.planner.iteration import describe_phases, describe_seconds, plan_iteration
+
+    rewards, notes = reward_models(config)
+    prompt, read = prompt_tokens(config)
+    found = plan_iteration(config, plan.layout, plan.memory, rewards, prompt=prompt, cluster=cluster, cuda=cuda)
+    typer.echo(f"memory       planned peak of each phase, on the rank that needs most\n{describe_phases(found)}")
+    for note in [
+        *notes,
+        *([] if read else [f"the prompts are not read: {prompt} tokens are taken, half of their room"]),
+    ]:
+        typer.echo(f"note         {note}")
+    if cluster is None:
+        typer.echo("time         not planned: give --cluster, for example 64x8xH100, for the expected seconds")
+    else:
+        typer.echo(f"time         on {cluster.describe()}: {describe_seconds(found)}")
+    return found
+
+
+def fits(found: Iteration, cluster: ClusterSpec | None) -> None:
+    """Refuse an iteration that needs more memory than the device has.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if cluster is not None and found.peak_bytes > cluster.device.hbm_bytes:
+        raise ConfigError(
+            f"a rank needs {found.peak_bytes / 2**30:.1f} GiB, {cluster.device.name} has "
+            f"{cluster.device.hbm_bytes / 2**30:.1f}: `flagscale-like plan` finds a layout that fits"
+        )
+
+
+def reward_models(config: RunConfig) -> tuple[list[Beside], list[str]]:
+    """The models that score a run's rollouts, and what is to be said of them."""
+    from flagscale_like.checkpoint.format import value_heads_of
+    from flagscale_like.checkpoint.opened import open_adapted
+    from flagscale_like.config import JudgeReward, ModelReward
+    from flagscale_like.config.rewards import sources_of
+    from flagscale_like.errors import CheckpointError, ConversionError
+    from flagscale_like.planner.iteration import Beside
+
+    found, notes = [], []
+    for one in sources_of(config.rl.reward):
+        if not isinstance(one, ModelReward | JudgeReward) or (isinstance(one, JudgeReward) and one.path is None):
+            continue
+        heads = int(isinstance(one, ModelReward))
+        precision = getattr(one, "precision", config.train.precision)
+        arch = config.model
+        try:
+            source = open_adapted(Path(one.path), adapter=None).source if one.path is not None else None
+            arch, heads = (source.arch, value_heads_of(source)) if source is not None else (arch, heads)
+        except (CheckpointError, ConversionError) as error:
+            notes.append(f"the reward's model {one.name} is taken to be as large as the policy: {error}")
+        found.append(Beside(name=one.name, arch=arch, heads=heads, precision=precision))
+    return found, notes
+
+
+def prompt_tokens(config: RunConfig) -> tuple[int, bool]:
+    """Tokens of a prompt on average, and whether they are read; half of their room where the files are not here."""
+    from flagscale_like.errors import DataError
+    from flagscale_like.rl.prompts import Words, read_prompts
+
+    try:
+        rows = read_prompts(config, Words(config))
+    except DataError:
+        return max(1, (config.train.seq_length - config.rl.rollout.max_new_tokens) // 2), False
+    return round(sum(len(row.ids) for row in rows) / len(rows)), True
 
 
 def _print_time(plan: Plan, goal: Goal, cluster: ClusterSpec | None) -> None:

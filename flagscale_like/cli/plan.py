@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
-from flagscale_like.cli.describe import find_cluster
+from flagscale_like.cli.describe import describe_iteration, find_cluster, reward_models
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
     from flagscale_like.cluster import ClusterSpec
     from flagscale_like.config import RunConfig
-    from flagscale_like.planner.search import Plan
+    from flagscale_like.planner.search import Plan, Ranking
 
 
 @app.command(epilog=example("flagscale-like plan examples/aquila2/34b.yaml --cluster 64x8xA100-40 --write best.yaml"))
@@ -54,7 +55,6 @@ def plan(  # typer makes an option of every parameter
 
     from flagscale_like.config import load_config
     from flagscale_like.planner.evidence import describe_evidence
-    from flagscale_like.planner.generation import describe_generation, generation_memory
     from flagscale_like.planner.report import (
         EMBEDDING_NOTE,
         describe_memory,
@@ -79,17 +79,15 @@ def plan(  # typer makes an option of every parameter
             raise ConfigError(f"--imbalance ({imbalance}) is of experts, and the model has none: leave it out")
         goal = replace(goal, imbalance=imbalance)
     ranking = rank_layouts(goal, place, offload=offload, max_vpp=max_vpp)
-    best = ranking.plans[0]
+    best = ranking.plans[0] if config.rl is None else first_with_room(config, ranking, cuda=cuda)
     if config.lora is not None:
         typer.echo(config.describe_parameters())
     if config.objective.head == "hidden":
         typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
-    if config.rl is not None and config.rl.rollout.engine == "own":
-        asked = {"rows": config.rl.rollout.rows, "room": config.train.seq_length}
-        found = generation_memory(config.model, best.layout, best.memory, precision=config.train.precision, **asked)
-        typer.echo(describe_generation(found, **asked))
+    if config.rl is not None:
+        describe_iteration(config, best, place, cuda=cuda)
     if cuda:
         typer.echo(describe_evidence(best, goal, place))
     if rehearse:
@@ -100,6 +98,30 @@ def plan(  # typer makes an option of every parameter
         except OSError as error:
             raise ConfigError(f"--write {write}: cannot be written: {error.strerror}") from None
         typer.echo(f"wrote {write}")
+
+
+def first_with_room(config: RunConfig, ranking: Ranking, *, cuda: bool) -> Plan:
+    """The fastest plan of the policy's learning that has room for the other models and for drawing as well.
+
+    Raises:
+        ConfigError: none has.
+    """
+    from flagscale_like.planner.iteration import plan_iteration
+
+    rewards, least = reward_models(config)[0], math.inf
+    for place, plan in enumerate(ranking.plans, 1):
+        found = plan_iteration(config, plan.layout, plan.memory, rewards, prompt=1, cluster=None, cuda=cuda)
+        if found.peak_bytes <= ranking.budget_bytes:
+            if place > 1:
+                typer.echo(
+                    f"of the layouts that fit the policy alone, number {place} is the first with room for all models"
+                )
+            return plan
+        least = min(least, found.peak_bytes)
+    raise ConfigError(
+        f"{len(ranking.plans)} layouts fit the policy alone, and none has room for all models of the run: the nearest needs "
+        f"{least / 2**30:.1f} of {ranking.budget_bytes / 2**30:.1f} GiB: give more devices, or fewer rl.rollout.rows"
+    )
 
 
 def check_by_rehearsal(config: RunConfig, plans: Sequence[Plan], cluster: ClusterSpec) -> None:

@@ -30,6 +30,13 @@ def score(  # typer makes an option of every parameter
             "guard of reinforcement learning reads it.",
         ),
     ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --keep: checkpoint or Hugging Face folder of the model that the policy begins as. What it finds "
+            "likely of these answers is kept as well."
+        ),
+    ] = None,
     seq_length: Annotated[
         int | None, typer.Option(help="Places of a row, in which a whole pair fits. Default: the longest pair.", min=2)
     ] = None,
@@ -53,11 +60,14 @@ def score(  # typer makes an option of every parameter
 
     if (checkpoint is None) == (hf is None):
         raise ConfigError("give either --checkpoint or --hf")
+    if reference is not None and not keep:
+        raise ConfigError("--reference is kept beside the reward model: give --keep as well")
     parallel = Parallel(tp=tp, pp=pp)
     processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
     if processes > 1:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
+    from flagscale_like.checkpoint.adapters import open_weights
     from flagscale_like.data.conversations import longest_row
     from flagscale_like.recipes.score import score_pairs
     from flagscale_like.runtime.parallel import parallel_context
@@ -65,15 +75,15 @@ def score(  # typer makes an option of every parameter
     source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
     length = seq_length or longest_row(str(pairs))
     with parallel_context(parallel) as ctx:
-        found = score_pairs(
-            source, str(pairs), ctx, seq_length=length, micro_batch_size=micro_batch_size, precision=precision
-        )
+        options = {"seq_length": length, "micro_batch_size": micro_batch_size, "precision": precision}
+        found = score_pairs(source, str(pairs), ctx, **options)
+        beside = score_pairs(open_weights(reference), str(pairs), ctx, **options) if reference is not None else None
         if found is None:
             return
         if out is not None:
             found.write(out, str(pairs))
         if keep:
-            typer.echo(f"kept {found.keep(source, str(pairs))}")
+            typer.echo(f"kept {found.keep(source, str(pairs), beside)}")
     typer.echo(
         f"{found.kind} of {len(found.values):,} pairs: the chosen answer has the higher one in {found.accuracy:.1%}, by "
         f"{found.margin:.4f} on average" + (f"; wrote {out}" if out else "")

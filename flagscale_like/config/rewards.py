@@ -180,14 +180,17 @@ class Outside(Frozen):
 
         its score is beyond `scores`, quantiles of the record; or in a band whose accuracy is below `accuracy`; or
         its heads disagree more than the quantile `disagreement` of the record; or
+        the reference finds it less likely, by token, than the quantile `surprise` of the record; or
         its log-ratio to the reference is above `kl` nats.
 
     Attributes:
-        action: `off`; `clamp` puts the score on the nearest bound (one that is outside by disagreement, accuracy or KL gets
-            at most the record's median); `reject` leaves the rollout out, and another is drawn; `penalise` clamps, and
-            subtracts `penalty`. A score below the lowest bound is clamped in any case.
+        action: `off`; `clamp` gives the rollout at most the record's median, the score of a typical answer; `reject` leaves
+            it out, and another is drawn; `penalise` clamps, and subtracts `penalty`. A score below the lowest bound is put
+            on it in any case.
         scores: lowest and highest quantile of the record's scores that is inside.
         disagreement: quantile of the record's disagreement; 1 allows any.
+        surprise: quantile of the record's surprise, minus the log-probability under the reference in nats a token; 1 allows
+            any.
         accuracy: least accuracy on held-out pairs of a score's band; 0 allows any.
         kl: highest log-ratio of a whole answer, in nats; without it, the record's quantile `scores[1]` where it has one.
         penalty: standard deviations of the record's scores that are subtracted.
@@ -198,6 +201,7 @@ class Outside(Frozen):
     action: Literal["off", "clamp", "reject", "penalise"] = "off"
     scores: tuple[float, float] = (0.005, 0.995)
     disagreement: float = Field(default=0.99, gt=0, le=1)
+    surprise: float = Field(default=0.995, gt=0, le=1)
     accuracy: float = Field(default=0.0, ge=0, le=1)
     kl: float | None = Field(default=None, gt=0)
     penalty: float = Field(default=1.0, gt=0)

@@ -59,6 +59,13 @@ def mask_of(prefix: str | Path) -> str:
     return f"{prefix}.mask"
 
 
+def answer_lengths(prefix: str | Path) -> np.ndarray:
+    """Tokens of each conversation that training learns from, int64 [conversations]."""
+    weights = np.fromfile(f"{mask_of(prefix)}.bin", dtype=np.uint8).astype(np.int64)
+    ends = np.cumsum(read_lengths(str(prefix)), dtype=np.int64)
+    return np.diff(np.concatenate([[0], np.cumsum(weights)])[np.concatenate([[0], ends])])
+
+
 def pair_values(prefix: str | Path) -> np.ndarray:
     """Margin and weight of each pair, float32 [pairs, 2].
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
-from flagscale_like.arch import ModelArch, Parameter, Role, parameters
+from flagscale_like.arch import OUTPUT_NAME, ModelArch, Parameter, Role, parameters
 from flagscale_like.cluster import GIB
 from flagscale_like.config import Lora
 from flagscale_like.planner.layout import DTYPE_BYTES, IMBALANCE, Layout, Shape
@@ -81,10 +81,13 @@ def _by_layer(arch: ModelArch) -> dict[int | None, tuple[Parameter, ...]]:
     return {layer: tuple(held) for layer, held in found.items()}
 
 
-def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) -> list[Parameter]:
+def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int, heads: int = 0) -> list[Parameter]:
     """The parameters of a model chunk, in the built model's order.
 
     A tied embedding on one stage is one parameter; over several stages the last holds a copy, listed last.
+
+    Args:
+        heads: numbers of a value head, which stands in the place of the output layer; 0 for a language model.
     """
     held = _by_layer(arch)
     embedding, *rest = held[None]
@@ -92,8 +95,10 @@ def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int) ->
     for layer in layout.chunk_layers(arch.num_layers, stage)[chunk]:
         found += held[layer]
     if stage == layout.pp - 1 and chunk == layout.vpp - 1:
-        found += rest
-        if arch.tie_embeddings and layout.pp > 1:
+        found += [parameter for parameter in rest if not heads or parameter.role is not Role.OUTPUT]
+        if heads:
+            found.append(Parameter(OUTPUT_NAME, (heads, arch.hidden_size), Role.NORM, None))  # whole on every rank
+        elif arch.tie_embeddings and layout.pp > 1:
             found.append(embedding)
     return found
 
@@ -177,20 +182,27 @@ def buffer_of(
     return Buffer(tuple(spans), tuple(buckets), replicas)
 
 
-def stage_buffers(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> list[Buffer]:
+def stage_buffers(
+    arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None, heads: int = 0
+) -> list[Buffer]:
     """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only.
 
     With LoRA the adapters alone are in buffers. Experts have a buffer of their own, unless their copies lie where the dense
     parameters' do (see model.experts.mark_expert).
+
+    Args:
+        heads: see chunk_parameters().
     """
     buffers = []
     for chunk in range(layout.vpp):
-        held = chunk_parameters(arch, layout, stage, chunk)
+        held = chunk_parameters(arch, layout, stage, chunk, heads)
         if lora is not None:
             held = chunk_adapters(arch, lora, layout, stage, chunk)
         held = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS]
         apart = [bool(parameter.experts) and layout.cuts_experts for parameter in held]
-        shared = arch.tie_embeddings and layout.pp > 1  # a tied embedding on two stages has a bucket to itself
+        shared = (
+            arch.tie_embeddings and layout.pp > 1 and not heads
+        )  # a tied embedding on two stages has a bucket to itself
         bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         for experts in sorted(set(apart)):
             own = [parameter for parameter, is_apart in zip(held, apart, strict=True) if is_apart == experts]
@@ -225,24 +237,43 @@ def alike_stage(arch: ModelArch, layout: Layout, stage: int) -> int:
 
 
 def state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, *, precision: str, rank: int = 0, lora: Lora | None = None
+    arch: ModelArch,
+    layout: Layout,
+    stage: int,
+    *,
+    precision: str,
+    rank: int = 0,
+    lora: Lora | None = None,
+    heads: int = 0,
 ) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
 
     Args:
         rank: of the stage's ranks, which are numbered tp fastest, then cp and dp.
+        heads: see chunk_parameters().
     """
     stage = stage if lora is not None else alike_stage(arch, layout, stage)
-    return _state_bytes(arch, layout, stage, precision, rank, lora)
+    return _state_bytes(arch, layout, stage, precision, rank, lora, heads)
+
+
+def frozen_bytes(arch: ModelArch, layout: Layout, stage: int, *, precision: str, heads: int = 0) -> int:
+    """Bytes of the weights of a model that is not trained, on one rank; exact. They lie in no buffers.
+
+    Args:
+        heads: see chunk_parameters().
+    """
+    held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk, heads)]
+    size = DTYPE_BYTES[precision]
+    return sum(shard_numel(p, layout) * (4 if p.role is Role.ROUTER_BIAS else size) for p in held)
 
 
 @functools.lru_cache(maxsize=4096)
 def _state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, precision: str, rank: int, lora: Lora | None
+    arch: ModelArch, layout: Layout, stage: int, precision: str, rank: int, lora: Lora | None, heads: int
 ) -> tuple[int, int, int]:
     gradients = optimizer = 0
     weights = sum(_frozen_bytes(arch, layout, stage, chunk, precision, lora) for chunk in range(layout.vpp))
-    for buffer in stage_buffers(arch, layout, stage, lora):
+    for buffer in stage_buffers(arch, layout, stage, lora, heads):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
         # Experts lie over neighbours: the ranks of a copy of them are ep ranks that follow one another.

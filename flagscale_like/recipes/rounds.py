@@ -18,6 +18,7 @@ from flagscale_like.data.conversations import longest_row
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
+from flagscale_like.json_files import write_json
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.reinforce import own_generator, reinforce, surroundings
@@ -26,6 +27,7 @@ from flagscale_like.rl.answers import Answer, RewardSource
 from flagscale_like.rl.guard import Candidates, answer_of
 from flagscale_like.rl.prompts import Row, Words, read_prompts
 from flagscale_like.rl.rewards import build_reward, open_judge
+from flagscale_like.rl.rewards.checked import on_main
 from flagscale_like.rl.rewards.judge import Comparison, Judge, Verdict, prompt_text
 from flagscale_like.rl.rounds import AnswerPair, RoundsRun
 from flagscale_like.rl.validation import Validation
@@ -33,6 +35,8 @@ from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.training.plan import Progress
 from flagscale_like.training.weights import weights_to_load
+
+PLACES = "held_out.json"  # of a round's folder: surprise and log-ratio of each held-out answer
 
 
 def run_rounds(config: RunConfig, ctx: ParallelContext) -> Progress:
@@ -162,12 +166,15 @@ class RunPhases:
 
     def _generator(self, number: int) -> GenerationEngine:
         """What draws with the policy as the last round left it."""
-        config = self.policy_config(number - 1)
-        newest = self.ctx.broadcast(next(step_folders(RunFolder(config.run_dir).checkpoints), None))
-        reader = CheckpointReader(newest) if isinstance(newest, Path) else None
-        source = weights_to_load(self.config, reader, self.ctx)
+        source = weights_to_load(self.config, self._newest(number - 1), self.ctx)
         engine = Engine.build(ModelSpec.of(self.config), self.ctx, source=source)
         return own_generator(self.config, engine, self.words)
+
+    def _newest(self, number: int) -> CheckpointReader | None:
+        """The newest checkpoint of the policy's run that a round goes on with."""
+        config = self.policy_config(number)
+        newest = self.ctx.broadcast(next(step_folders(RunFolder(config.run_dir).checkpoints), None))
+        return CheckpointReader(newest) if isinstance(newest, Path) else None
 
     def _kept(self, number: int) -> list[Answer]:
         """Rollouts that the guard kept in the last round; at most as many as pairs are judged."""
@@ -207,14 +214,61 @@ class RunPhases:
         parts = 2 * self.ctx.layout.tp * self.ctx.layout.cp  # a row may be cut into
         length = -(-max(map(longest_row, sources)) // parts) * parts
         scored = [score_pairs(source, prefix, self.ctx, seq_length=length) for prefix in sources]
+        places = self._places(sources, length)
         found = None
         if self.ctx.is_main:
             values = np.concatenate([one.values for one in scored if one is not None])
-            record = Validation.measure(values, f"the held-out pairs of {len(sources)} rounds")
+            record = Validation.measure(values, f"the held-out pairs of {len(sources)} rounds", **places)
             if Path(path).resolve().is_relative_to(self.folder.rounds.resolve()):
                 record.write(Path(source.folder), source)
             found = record.accuracy
         return float(self.ctx.broadcast(found))  # type: ignore[arg-type]
+
+    def _places(self, sources: Sequence[str], length: int) -> dict[str, list[float]]:
+        """Surprise and log-ratios of the held-out answers, as Validation.measure() takes them; nothing without a reference.
+
+        Those of a round are measured once, as its policy is the one that drew them: they are kept beside its pairs. In the
+        first round that is the reference itself, and the ratios, which are 0, bound nothing.
+        """
+        if not self.config.rl.kl.coefficient:
+            return {}
+        if self._measured(len(sources)) is None:
+            self._measure(len(sources), sources[-1], length)
+        found = [self._measured(number) for number in range(1, len(sources) + 1)]
+        if not all(found):
+            return {}
+        return {
+            "surprise": [value for own in found for value in own["surprise"]],  # type: ignore[index]
+            "kl": [value for own in found[1:] for value in own["kl"]],  # type: ignore[index]
+        }
+
+    def _measured(self, number: int) -> dict[str, list[float]] | None:
+        """What was measured of a round's held-out answers."""
+        path = self.folder.rounds / f"round_{number:04d}" / PLACES
+        return on_main(self.ctx, lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+    def _measure(self, number: int, prefix: str, length: int) -> None:
+        """Measure a round's held-out answers under the policy as it is and as the run began."""
+        begun = weights_to_load(self.config, None, self.ctx)
+        if begun is None:
+            self.say(
+                "the run began with new weights: rl.outside knows neither surprise nor log-ratios of validated answers"
+            )
+            return
+        reader = self._newest(number - 1)
+        train, drawing = self.config.train, self.config.rl.rollout
+        options = {"seq_length": length, "precision": train.precision, "temperature": drawing.temperature}
+        reference = score_pairs(begun, prefix, self.ctx, **options)
+        policy = (
+            score_pairs(weights_to_load(self.config, reader, self.ctx), prefix, self.ctx, **options)
+            if reader
+            else reference
+        )
+        if reference is not None and policy is not None:
+            ratios = (policy.values - reference.values).reshape(-1).tolist()
+            path = self.folder.rounds / f"round_{number:04d}" / PLACES
+            write_json(path, {"surprise": reference.surprise(prefix), "kl": ratios})
+        self.ctx.barrier()
 
     def improve(self, number: int, reward: str) -> bool:
         """See Phases."""

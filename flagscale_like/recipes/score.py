@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flagscale_like.checkpoint.format import value_heads_of
 from flagscale_like.checkpoint.store import WeightSource
-from flagscale_like.data.conversations import check_readable, conversations_at, longest_row
+from flagscale_like.data.conversations import answer_lengths, check_readable, conversations_at, longest_row
 from flagscale_like.data.pairs import PairRows
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.engine.engine import Engine
@@ -53,6 +53,10 @@ class Scores:
         """Mean score of the chosen answers less that of the rejected ones."""
         return float((self.means[:, 0] - self.means[:, 1]).mean())
 
+    def surprise(self, prefix: str) -> list[float]:
+        """Of each answer, minus its log-probability in nats a token: of a language model's scores of these pairs."""
+        return (-self.values.reshape(-1) / answer_lengths(prefix)).tolist()
+
     def write(self, path: Path, prefix: str) -> None:
         """Write a JSON record for each pair: where it comes from, and the scores of both answers."""
         table, lines = DocumentTable(prefix), []
@@ -62,16 +66,23 @@ class Scores:
             lines.append(json.dumps(record) + "\n")
         replace_file(path, "".join(lines).encode("utf-8"))
 
-    def keep(self, source: WeightSource, prefix: str) -> Path:
+    def keep(self, source: WeightSource, prefix: str, reference: Scores | None = None) -> Path:
         """Keep beside a reward model what the scores say of it; see rl.validation.
 
+        Args:
+            reference: of the same pairs, from the language model that the policy begins as.
+
         Raises:
-            CheckpointError: the scores are a language model's, one is not finite, or the file cannot be written.
+            CheckpointError: the scores are a language model's, one is not finite, or the file cannot be written; or the
+                reference is a reward model.
         """
         if self.kind != "rewards":
             raise CheckpointError(f"{source.folder}: is a language model: only a reward model is validated on pairs")
+        if reference is not None and reference.kind == "rewards":
+            raise CheckpointError("the reference is a reward model: give the language model that the policy begins as")
+        surprise = reference.surprise(prefix) if reference is not None else ()
         try:
-            return Validation.measure(self.values, prefix).write(Path(source.folder), source)
+            return Validation.measure(self.values, prefix, surprise=surprise).write(Path(source.folder), source)
         except OSError as error:
             raise CheckpointError(f"{source.folder}: the validation cannot be written: {error.strerror}") from None
 
@@ -84,8 +95,12 @@ def score_pairs(
     seq_length: int,
     micro_batch_size: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    temperature: float = 1.0,
 ) -> Scores | None:
     """Score all pairs of a prefix. All ranks call it; rank 0 gets the scores.
+
+    Args:
+        temperature: divides a language model's logits.
 
     Raises:
         DataError: the prefix holds no pairs, or a pair is longer than a row.
@@ -103,6 +118,7 @@ def score_pairs(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         lora=getattr(source, "lora", None),
+        temperature=temperature,
     )
     engine = Engine.build(spec, ctx, source=source)
     pairs = PairRows(prefix, IndexedDataset(prefix), length=seq_length, pad=0)

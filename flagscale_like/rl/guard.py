@@ -20,8 +20,8 @@ from flagscale_like.json_files import dispensable, keep_records, open_records, r
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.validation import Validation, at_level
 
-Why = Literal["high", "low", "band", "disagreement", "kl"]
-WHYS: tuple[Why, ...] = ("high", "low", "band", "disagreement", "kl")
+Why = Literal["high", "low", "band", "disagreement", "surprise", "kl"]
+WHYS: tuple[Why, ...] = ("high", "low", "band", "disagreement", "surprise", "kl")
 
 
 OUTSIDE = ("outside/share", *(f"outside/{why}" for why in WHYS))  # what is reported: shares of the rollouts
@@ -38,6 +38,19 @@ class Guarded:
 
     scores: list[Score]
     why: list[tuple[Why, ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an answer lies, seen from the reference.
+
+    Attributes:
+        kl: its log-ratio, the whole answer's log-probability under the policy less that under the reference, in nats.
+        surprise: minus its log-probability under the reference, in nats a token.
+    """
+
+    kl: float | None = None
+    surprise: float | None = None
 
 
 class Guard:
@@ -67,28 +80,35 @@ class Guard:
             return self.options.kl
         return at_level(self.record.kl, self.options.scores[1]) if self.record.kl else None
 
-    def apply(self, scores: Sequence[Score], kl: Sequence[float] | None = None) -> Guarded:
+    @property
+    def surprise_bound(self) -> float | None:
+        """The highest surprise that is inside, in nats a token; None where nothing bounds it."""
+        level = self.options.surprise
+        return at_level(self.record.surprise, level) if self.record.surprise and level < 1 else None
+
+    def apply(self, scores: Sequence[Score], places: Sequence[Place] | None = None) -> Guarded:
         """Guard the scores of some answers.
 
         Args:
-            kl: log-ratio of each whole answer to the reference, in nats; None where it is not known.
+            places: where each answer lies; None where that is not known.
         """
-        ratios: Sequence[float | None] = kl if kl is not None else [None] * len(scores)
-        why = [self.reasons(score, ratio) for score, ratio in zip(scores, ratios, strict=True)]
+        known: Sequence[Place] = places if places is not None else [Place()] * len(scores)
+        why = [self.reasons(score, place) for score, place in zip(scores, known, strict=True)]
         guarded = [self._changed(score, own) if own else score for score, own in zip(scores, why, strict=True)]
         return Guarded(guarded, why)
 
-    def reasons(self, score: Score, kl: float | None = None) -> tuple[Why, ...]:
+    def reasons(self, score: Score, place: Place = Place()) -> tuple[Why, ...]:
         """Why an answer is outside; nothing where it is inside."""
         if self.options.action == "off":
             return ()
-        (low, high), value, bound = self.bounds, self._of_model(score), self.kl_bound
+        (low, high), value = self.bounds, self._of_model(score)
         found: dict[Why, bool] = {
             "high": value > high,
             "low": value < low,
             "band": self.record.band_of(value).accuracy < self.options.accuracy,
             "disagreement": self._disagrees(score),
-            "kl": kl is not None and bound is not None and kl > bound,
+            "surprise": _beyond(place.surprise, self.surprise_bound),
+            "kl": _beyond(place.kl, self.kl_bound),
         }
         return tuple(name for name, is_so in found.items() if is_so)
 
@@ -96,19 +116,22 @@ class Guard:
         return score.value if self.part is None else score.parts[self.part[0]]
 
     def _disagrees(self, score: Score) -> bool:
-        if len(score.heads) < 2 or not self.record.disagreement:
+        level = self.options.disagreement
+        if len(score.heads) < 2 or not self.record.disagreement or level == 1:
             return False
-        return statistics.pstdev(score.heads) > at_level(self.record.disagreement, self.options.disagreement)
+        return statistics.pstdev(score.heads) > at_level(self.record.disagreement, level)
 
     def _changed(self, score: Score, why: tuple[Why, ...]) -> Score:
         """The score of an answer that is outside.
 
-        A score below the lowest is put there with any action: left out, a bad answer would go unpunished.
+        The reward model knows nothing of it, so that its score is that of a typical answer, the median, and no more: any
+        higher one, such as the highest that is inside, would make it worth more than most of what is inside, and the policy
+        would go there. A score below the lowest is put there with any action: left out, a bad answer would go unpunished.
         """
-        options, (low, high) = self.options, self.bounds
+        options, (low, _) = self.options, self.bounds
         value = self._of_model(score)
-        inside = min(max(value, low), high)
-        if set(why) - {"high", "low"}:
+        inside = max(value, low)
+        if why != ("low",):
             inside = min(inside, at_level(self.record.scores, 0.5))
         if options.action == "penalise" and why != ("low",):
             inside -= options.penalty * self.record.deviation
@@ -119,6 +142,10 @@ class Guard:
             rejected=score.rejected or (options.action == "reject" and why != ("low",)),
             reason="; ".join(filter(None, (score.reason, f"outside: {', '.join(why)}"))),
         )
+
+
+def _beyond(value: float | None, bound: float | None) -> bool:
+    return value is not None and bound is not None and value > bound
 
 
 def shares(why: Sequence[tuple[Why, ...]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from flagscale_like.config.rewards import Mixture, model_in
 from flagscale_like.errors import ConfigError
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.rl.answers import Answer
-from flagscale_like.rl.guard import Candidates, Guard, Why, shares
+from flagscale_like.rl.guard import Candidates, Guard, Place, Why, shares
 from flagscale_like.rl.scoring import Scored
 from flagscale_like.rl.validation import Validation
 from flagscale_like.run_folder import RunFolder
@@ -36,7 +36,10 @@ class Guarding(Part):
     def begin(self, report: Report) -> None:
         """Say what is inside."""
         (low, high), bound = self.guard.bounds, self.guard.kl_bound
-        limits = f"scores from {low:.3f} to {high:.3f}" + (f", up to {bound:.1f} nats" if bound is not None else "")
+        surprise = self.guard.surprise_bound
+        limits = f"scores from {low:.3f} to {high:.3f}"
+        limits += f", up to {bound:.1f} nats from the reference" if bound is not None else ""
+        limits += f", up to {surprise:.2f} nats of surprise a token" if surprise is not None else ""
         report.say(f"the guard ({self.guard.options.action}) is on: {limits}; validated on {self.guard.record}")
         self.after_rewind()
 
@@ -47,11 +50,7 @@ class Guarding(Part):
 
     def apply(self, step: int, scored: Sequence[Scored], answer_of: Callable[[Rollout], Answer]) -> list[Scored]:
         """The rollouts with guarded scores. All ranks call it alike."""
-        known = bool(scored) and all("reference" in one.numbers for one in scored)
-        ratios = (
-            [sum(one.rollout.raw_logprobs) - float(one.numbers["reference"].sum()) for one in scored] if known else None
-        )
-        found = self.guard.apply([one.score for one in scored], ratios)
+        found = self.guard.apply([one.score for one in scored], [_place(one) for one in scored])
         self._why += found.why
         if self.candidates is not None:
             answers = [answer_of(one.rollout) for one in scored]
@@ -62,6 +61,14 @@ class Guarding(Part):
         """What is reported of the rollouts since the last call."""
         why, self._why = self._why, []
         return shares(why)
+
+
+def _place(scored: Scored) -> Place:
+    """Where a rollout lies; what is not known where its log-probabilities under the reference are not."""
+    if "reference" not in scored.numbers:
+        return Place()
+    reference = float(scored.numbers["reference"].sum())
+    return Place(kl=sum(scored.rollout.raw_logprobs) - reference, surprise=-reference / len(scored.rollout.ids))
 
 
 def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress) -> Guarding | None:

@@ -45,6 +45,8 @@ class Validation:
         disagreement: quantiles of the standard deviation over an answer's heads; empty where there is one head.
         kl: quantiles of the answers' log-ratios to the reference, in nats; empty where they are not known.
         bands: of equal numbers of pairs, by rising score.
+        surprise: quantiles of the answers' surprise, minus the log-probability under the reference in nats a token; empty
+            where it is not known.
     """
 
     of: str
@@ -56,14 +58,18 @@ class Validation:
     disagreement: tuple[float, ...]
     kl: tuple[float, ...]
     bands: tuple[Band, ...]
+    surprise: tuple[float, ...] = ()
 
     @classmethod
-    def measure(cls, values: np.ndarray, of: str, kl: Sequence[float] = ()) -> Validation:
+    def measure(
+        cls, values: np.ndarray, of: str, kl: Sequence[float] = (), surprise: Sequence[float] = ()
+    ) -> Validation:
         """What the scores of held-out pairs say.
 
         Args:
             values: [pairs, 2, k], of the chosen and the rejected answer under k heads.
             kl: log-ratios of answers.
+            surprise: of answers.
 
         Raises:
             CheckpointError: there are no pairs, or a score is not finite.
@@ -83,6 +89,7 @@ class Validation:
             disagreement=_quantiles(values.std(-1)) if heads > 1 else (),
             kl=_quantiles(np.asarray(kl, dtype=np.float64)) if len(kl) else (),
             bands=tuple(_bands(means)),
+            surprise=_quantiles(np.asarray(surprise, dtype=np.float64)) if len(surprise) else (),
         )
 
     def band_of(self, score: float) -> Band:
@@ -138,10 +145,10 @@ class Validation:
         Raises:
             ValueError: they cannot.
         """
-        numbers = [self.mean, self.deviation, self.accuracy, *self.scores, *self.disagreement, *self.kl]
+        numbers = [self.mean, self.deviation, self.accuracy, *self.scores, *self.disagreement, *self.kl, *self.surprise]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise ValueError("a number is not finite")
-        for name in ("scores", "disagreement", "kl"):
+        for name in ("scores", "disagreement", "kl", "surprise"):
             values = getattr(self, name)
             if (values or name == "scores") and (len(values) != len(LEVELS) or list(values) != sorted(values)):
                 raise ValueError(f"{name} are not {len(LEVELS)} numbers that rise")
