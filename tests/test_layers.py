@@ -126,6 +126,16 @@ def large_functions(path: Path, root: Path) -> list[str]:
     return found
 
 
+def test_the_design_notes_list_these_layers():
+    layers: dict[int, list[str]] = {}
+    for name, level in LAYER.items():
+        layers.setdefault(level, []).append(name)
+    layers.pop(LAYER["__main__"])
+    written = " < ".join(f"`{', '.join(names)}`" for _, names in sorted(layers.items()))
+    notes = (PACKAGE.parent / "docs" / "design.md").read_text()
+    assert f"{written}. A module imports only" in " ".join(notes.split())
+
+
 def test_functions_are_short_or_say_why_not():
     paths = sorted(PACKAGE.rglob("*.py"))
     assert [found for path in paths for found in large_functions(path, PACKAGE.parent)] == []
