@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.planner.layout import Layout, Shape
-from flagscale_like.planner.published import AQUILA2_34B, EXPERTS_H100, FITTED, LLAMA3_H100, LLAMA3_PRODUCTION, Row
+from flagscale_like.planner.published import (
+    AQUILA2_34B,
+    BAICHUAN_7B,
+    EXPERTS_H100,
+    FITTED,
+    LLAMA3_H100,
+    LLAMA3_PRODUCTION,
+    Row,
+)
 from flagscale_like.planner.search import Goal, Plan
 
 # What rows are compared by: the name, and the number of a model, its layout and its sequences.
@@ -33,7 +41,9 @@ def describe_evidence(plan: Plan, goal: Goal, cluster: ClusterSpec) -> str:
         return f"evidence: none; no step time is published that the constants of {cluster.device.name} were chosen by"
     shape = Shape.of(goal.arch, plan.layout.tp, goal.ops.lora)
     known = [
-        row for row in (*FITTED, AQUILA2_34B, *EXPERTS_H100, *LLAMA3_H100, *LLAMA3_PRODUCTION) if row.efficiency == kind
+        row
+        for row in (*FITTED, BAICHUAN_7B, AQUILA2_34B, *EXPERTS_H100, *LLAMA3_H100, *LLAMA3_PRODUCTION)
+        if row.efficiency == kind
     ]
     nearest = min(known, key=lambda row: distance(row, shape, plan.layout, goal.seq_length))
     lines = [

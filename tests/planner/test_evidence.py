@@ -28,16 +28,20 @@ def test_an_mfu_above_all_that_is_published_is_said_with_the_row_that_is_highest
     nearest, outside = evidence(Layout(tp=2, dp=4, sp=True, num_microbatches=256))
     assert nearest.startswith("evidence: the nearest of 20 published rows is Baichuan-7B on 126x8xA800")
     assert "MFU 58.3%" in nearest
-    assert outside.startswith("outside of the 19 fitted rows: MFU 6")
-    assert "(the highest published is 58.3%, Baichuan-7B)" in outside
+    assert outside.startswith("outside of the 18 fitted rows: MFU 6")
+    assert "(the highest published is 56.3%, 1T, sp + selective)" in outside
     assert "extrapolation" in outside
 
 
 def test_a_plan_inside_the_rows_has_its_nearest_row_and_no_more():
     arch = BAICHUAN_13B.model_copy(update={"num_layers": 60, "hidden_size": 6144, "num_attention_heads": 48})
-    (line,) = evidence(AQUILA2_34B.layout, parse_cluster("64x8xA100-40"), arch)
+    cluster = parse_cluster("64x8xA100-40")
+    line, outside = evidence(AQUILA2_34B.layout, cluster, arch)
     assert "Aquila2-34B" in line
     assert "MFU 46.2%" in line
+    assert "recompute none (in no row)" in outside
+    inside = replace(AQUILA2_34B.layout, recompute="selective")
+    assert len(evidence(inside, cluster, arch, seq_length=2048)) == 1
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_a_plan_inside_the_rows_has_its_nearest_row_and_no_more():
     [
         (Layout(tp=2, cp=2, dp=2, sp=True, num_microbatches=512), 4096, "context parallelism (in no row)"),
         (Layout(tp=8, num_microbatches=1024, offload=(0.5,)), 4096, "offload (in no row)"),
-        (Layout(tp=8, num_microbatches=1024), 8192, "tokens a sequence 8,192 (2,048 to 4,096)"),
+        (Layout(tp=8, num_microbatches=1024), 8192, "tokens a sequence 8,192 (2,048)"),
     ],
     ids=["context parallelism", "offload", "long sequences"],
 )
@@ -81,4 +85,4 @@ def test_plan_prints_it():
     found = invoke(["plan", str(REPOSITORY / "examples/baichuan/13b.yaml"), "--cluster", "1x8xA100-80", "--top", "1"])
     assert found.exit_code == 0, found.error
     assert "evidence: the nearest of 20 published rows" in found.printed
-    assert "outside of the 19 fitted rows: MFU" in found.printed
+    assert "outside of the 18 fitted rows: MFU" in found.printed
