@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.planner.efficiency import EFFICIENCIES, FP32_PRODUCTS, Efficiency, group_seconds
@@ -16,6 +17,7 @@ KERNELS_OF_A_LAYER = 26
 ATTENTION = ("flash_attention", "piecewise_attention", "scaled_dot_product")
 # What adds a weight's gradient up where no product does.
 ADDS_UP, GRADIENTS = "aten::add_", "megatron/core/distributed/distributed_data_parallel.py"
+MESSAGE = "message"  # what Costs.calls names sends and receives
 # Passes over the ring: of the whole tensor, relative to an all-gather.
 PASSES = {"all_reduce": 2}
 
@@ -26,7 +28,10 @@ class Costs:
 
     Attributes:
         kernel_s: of each kernel beside its roofline: launch and host work.
-        call_s: of each collective and message beside its transfer, on the rank that asks for it.
+        crowd: kernels take so many times longer, because ranks share a host's cores.
+        calls: of ranks that share cores, (operation, ranks of the group) -> seconds of a call, and of each byte of it; {} of
+            devices of their own. A call is work of the rank that asks for it: nothing runs beside it, and a rank that waits
+            for others sleeps.
         fused_gradients: the products of the weights' gradients add them up, as with apex, whatever was recorded: without it a
             kernel of its own adds each up, which reads 6 bytes an element and writes 4.
         fp32: of the bf16 peak that products of fp32 reach; 1 where the peak is fp32's own.
@@ -35,7 +40,8 @@ class Costs:
     cluster: ClusterSpec
     eff: Efficiency
     kernel_s: float
-    call_s: float = 0.0
+    crowd: float = 1.0
+    calls: Mapping[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
     fused_gradients: bool = False
     fp32: float = FP32_PRODUCTS
 
@@ -52,9 +58,17 @@ class Costs:
         if self.fused_gradients and event.op == ADDS_UP and event.where.startswith(GRADIENTS) and len(event.shape) > 1:
             return 0.0
         moved = event.bytes / (device.hbm_gb_per_s * 1e9 * eff.memory)
-        if not event.flops:
-            return moved + self.kernel_s
-        return max(moved, event.flops / (device.bf16_flops * self._reached(event))) + self.kernel_s
+        products = event.flops / (device.bf16_flops * self._reached(event)) if event.flops else 0.0
+        return self.crowd * (max(moved, products) + self.kernel_s)
+
+    def call(self, event: Event) -> float:
+        """Seconds that a collective or a message takes of the rank that asks for it, before the others take part."""
+        if not self.calls or len(event.group) < 2:
+            return 0.0
+        ranks = 2 if event.kind != "collective" else len(event.group)
+        name = MESSAGE if event.kind != "collective" else event.op
+        call_s, byte_s = self.calls.get((name, ranks)) or self.calls["all_reduce", ranks]
+        return call_s + byte_s * event.bytes
 
     def _reached(self, event: Event) -> float:
         """The share of the peak that a product or an attention reaches."""
@@ -79,6 +93,8 @@ class Costs:
         Args:
             rank: whose event it is.
         """
+        if self.calls:
+            return 0.0
         if event.kind != "collective":
             peer = event.peer if event.peer is not None else rank
             return self._message(rank, peer, event.bytes) + 4 * self.eff.latency_s
@@ -115,8 +131,12 @@ class Costs:
         return max(inside, outside)
 
 
-def with_constants(costs: Costs, **changes: float) -> Costs:
+def with_constants(costs: Costs, **changes: Any) -> Costs:
     """The same costs with other constants of the device's efficiency, or of its own."""
-    own = {name: value for name, value in changes.items() if name in ("kernel_s", "call_s", "fp32")}
+    own = {
+        name: value
+        for name, value in changes.items()
+        if name in ("kernel_s", "crowd", "calls", "fused_gradients", "fp32")
+    }
     eff = replace(costs.eff, **{name: value for name, value in changes.items() if name not in own})
     return replace(costs, eff=eff, **own)

@@ -16,7 +16,7 @@ from flagscale_like.rehearsal.execution import Execution
 from flagscale_like.rehearsal.meetings import End, Matched, Meeting
 from flagscale_like.rehearsal.record import Event
 
-BUBBLE, SKEW = "bubble", "waiting for slower ranks"
+BUBBLE, SKEW, CALLS = "bubble", "waiting for slower ranks", "calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Timeline:
     Attributes:
         seconds: of the whole, from the first rank's begin to the last rank's end.
         parts: rank -> seconds of its compute stream by what they go to: `compute`, a group's name (traffic that nothing
-            hides), `bubble` (a message that is not there yet), `waiting for slower ranks`, `copies`.
+            hides), `bubble` (a message that is not there yet), `waiting for slower ranks`, `copies`, `calls` (work for
+            exchanges; see Costs.calls).
         kernels: rank -> seconds of kernels by the part of the step they belong to.
         slices: in no order; [] where they are not kept.
     """
@@ -132,9 +133,9 @@ class _Replay(Execution):
 
     def asked(self, rank: int, place: int, event: Event, meeting: Meeting) -> None:
         begin = self._now(rank, event.stream)
-        if self.costs.call_s:
-            self.clocks[rank][event.stream] = begin = begin + self.costs.call_s
-            self.parts[rank]["compute"] += self.costs.call_s if event.stream == "compute" else 0.0
+        if seconds := self.costs.call(event):
+            self.clocks[rank][event.stream] = begin = begin + seconds
+            self.parts[rank][CALLS] += seconds if event.stream == "compute" else 0.0
         self._asked_at[id(meeting), (rank, event.kind)] = begin, event
 
     def met(self, meeting: Meeting, queues: dict[End, tuple]) -> None:

@@ -11,7 +11,7 @@ from flagscale_like.rehearsal.chrome_trace import write_trace
 from flagscale_like.rehearsal.costs import Costs, with_constants
 from flagscale_like.rehearsal.matching import match
 from flagscale_like.rehearsal.record import Event, RankRecord
-from flagscale_like.rehearsal.replay import BUBBLE, SKEW, replay
+from flagscale_like.rehearsal.replay import BUBBLE, CALLS, SKEW, replay
 from tests.commands import invoke
 from tests.harness import cli, tiny_config, write_yaml
 
@@ -65,6 +65,36 @@ def test_links_are_those_of_the_ranks_that_take_part():
     assert COSTS.meeting(message("send", 2, 8), 0) == pytest.approx(20 * MS)
     tokens = replace(inside, op="all_to_all_single", group=tuple(range(16)), bytes=16 * 10**7)
     assert COSTS.meeting(tokens, 0) == pytest.approx(8 * MS)  # half of it goes to the other node
+
+
+def test_ranks_of_a_group_in_one_node_send_over_a_port_each():
+    two = replace(reduction(1, (0, 8)), op="all_gather_into_tensor", bytes=10**8)
+    four = replace(two, group=(0, 4, 8, 12))
+    assert COSTS.meeting(two, 0) == pytest.approx(10 * MS)
+    assert COSTS.meeting(four, 0) == pytest.approx(30 * MS / 2)  # 3 of 4 parts pass each node's border, over two ports
+
+
+def test_a_gradient_is_added_up_by_its_product_with_apex_alone():
+    where = "megatron/core/distributed/distributed_data_parallel.py:440 hook"
+    adds = Event("compute", "aten::add_", where, dtype="float32", shape=(1000, 1000), bytes=10**7)
+    fused = with_constants(COSTS, fused_gradients=True)
+    assert COSTS.compute(adds) == pytest.approx(1e-5)
+    assert fused.compute(adds) == 0
+    for other in (replace(adds, shape=(1000,)), replace(adds, where="model.py:1 forward")):
+        assert fused.compute(other) == COSTS.compute(other)
+
+
+def test_ranks_that_share_cores_compute_slower_and_do_the_work_of_their_calls():
+    calls = {("all_reduce", 2): (1 * MS, 1e-11), ("message", 2): (2 * MS, 0.0)}
+    shared = with_constants(COSTS, crowd=2.0, calls=calls)
+    hidden = [kernel(1), reduction(4, (0, 1), handle=1), kernel(3), wait(1)]
+    records = [RankRecord(rank, 2, hidden, [0]) for rank in (0, 1)]
+    found = replay(match(records), shared)
+    assert found.seconds == pytest.approx((2 + 1 + 4 + 6) * MS)  # nothing runs beside the call of 4e8 bytes
+    assert found.parts[0] == {"compute": pytest.approx(8 * MS), CALLS: pytest.approx(5 * MS)}
+    first, last = [kernel(5), message("send", 1, 1)], [message("receive", 1, 0), kernel(5)]
+    records = [RankRecord(rank, 2, own, [0]) for rank, own in enumerate((first, last))]
+    assert replay(match(records), shared).seconds == pytest.approx((10 + 2 + 10) * MS)
 
 
 def test_what_is_asked_for_asynchronously_hides_behind_kernels():
