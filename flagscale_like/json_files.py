@@ -19,6 +19,8 @@ BAD_VALUES = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overf
 # A disk that takes no more is no bug of ours, wherever it is met.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+BLOCK_BYTES = 1 << 16
+
 _failing: set[str] = set()
 
 
@@ -89,21 +91,61 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except BAD_JSON:
-            record = None
-        if isinstance(record, dict):
+    for line in path.read_bytes().split(b"\n"):
+        record = _parsed(line)
+        if record is not None:
             records.append(record)
         elif line:
             print(f"{path}: an unreadable line was left out", file=sys.stderr)
     return records
 
 
-def keep_records(path: Path, key: str, last: int) -> None:
-    """Drop the records whose `key` is greater than `last`: the run that goes on from there writes them again."""
+def records_backwards(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of a file from the last one on, each with the byte at which its line begins. No more is read than is taken.
+
+    A line that holds no JSON object is left out, and said.
+    """
     if not path.is_file():
         return
-    kept = [record for record in read_records(path) if record.get(key, 0) <= last]
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode("utf-8"))
+    with open(path, "rb") as file:
+        begin, rest = (
+            file.seek(0, os.SEEK_END),
+            b"",
+        )  # rest: of the file's bytes from `begin` on, the unfinished first line
+        while begin:
+            size = min(BLOCK_BYTES, begin)
+            begin -= size
+            file.seek(begin)
+            block = file.read(size) + rest
+            end, lines = begin + len(block), block.split(b"\n")
+            for line in reversed(lines[1:] if begin else lines):
+                at = end - len(line)
+                end = at - 1
+                record = _parsed(line)
+                if record is not None:
+                    yield at, record
+                elif line:
+                    print(f"{path}: an unreadable line was left out", file=sys.stderr)
+            rest = lines[0]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8", errors="replace")) if line else None
+    except BAD_JSON:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def keep_records(path: Path, key: str, last: int) -> None:
+    """Drop the records at the end whose `key` is greater than `last`: the run that goes on from there writes them again.
+
+    Earlier ones stay, those too that a rewind gave up. A file of any length is read from its end, and cut there.
+    """
+    cut = None
+    for at, record in records_backwards(path):
+        if record.get(key, 0) <= last:
+            break
+        cut = at
+    if cut is not None:
+        os.truncate(path, cut)

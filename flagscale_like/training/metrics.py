@@ -115,6 +115,7 @@ def loss_name(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 MOST_SOURCES = 6  # more lines in one plot tell nothing
+KEPT = "kept-time"  # seconds of all steps until here, without those that a rewind or a restart gave up
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flagscale_like.errors import DivergedError
-from flagscale_like.json_files import append_record, read_records
+from flagscale_like.json_files import append_record, read_records, records_backwards
 from flagscale_like.run_folder import RunFolder
-from flagscale_like.training.metrics import read_metrics
+from flagscale_like.training.metrics import KEPT, read_metrics
 from flagscale_like.training.parts import Part, Report, Step
 
 
@@ -52,8 +52,7 @@ class Ledger(Part):
         self.events = read_ledger(run_dir)
         self.interruption: Interruption | None = None
         if self.events and self.events[-1]["event"] != "stop":
-            steps = [r for r in read_metrics(self.run_dir) if "iteration-time" in r]
-            last = steps[-1] if steps else None
+            last = last_step(self.run_dir)
             alive = max(self.events[-1]["time"], _unix(last["time"]) if last else 0.0)
             self.interruption = Interruption(
                 self.restarts() + 1, max(0, last["step"] - step) if last else 0, down_since=alive
@@ -76,7 +75,7 @@ class Ledger(Part):
             "resilience/restarts": found.restarts,
             "resilience/lost-steps": found.lost_steps,
             "resilience/recovery_s": self._now() - found.down_since,
-            "resilience/ettr": effective_time_ratio(read_metrics(self.run_dir), read_ledger(self.run_dir), self._now()),
+            "resilience/ettr": effective_time_ratio(_counted(self.run_dir), read_ledger(self.run_dir), self._now()),
         }
 
     def after(self, step: Step, report: Report) -> None:
@@ -102,6 +101,18 @@ class Ledger(Part):
         append_record(self.path, event)
 
 
+def last_step(run_dir: Path) -> dict[str, Any] | None:
+    """The last record of a step in metrics.jsonl, which is read from its end."""
+    records = (record for _, record in records_backwards(RunFolder(run_dir).metrics))
+    return next((record for record in records if "iteration-time" in record), None)
+
+
+def _counted(run_dir: Path) -> list[dict[str, Any]]:
+    """The record that says how long all kept steps took; all records of a run that an earlier version began."""
+    last = last_step(run_dir)
+    return [last] if last is not None and KEPT in last else read_metrics(run_dir)
+
+
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
     """The starts and stops of a run that are on record: event, time, step."""
     return [r for r in read_records(RunFolder(run_dir).resilience) if {"event", "time", "step"} <= r.keys()]
@@ -115,13 +126,16 @@ def effective_time_ratio(
     Time after an orderly stop is not counted; saving, evaluating, starting, and steps made twice are lost time.
 
     Args:
-        records: of metrics.jsonl.
+        records: of metrics.jsonl; where the last one says how long all kept steps took, it is enough.
         ledger: see read_ledger().
         now: Unix time, where the run has not stopped yet.
     """
+    told, kept_s = False, 0.0
     kept: list[tuple[int, float]] = []  # (step, time of it and of those since the record before)
     for record in records:
         if "iteration-time" in record:
+            told = KEPT in record
+            kept_s = record.get(KEPT, 0.0)
             while kept and kept[-1][0] >= record["step"]:  # the run went back: these were given up
                 kept.pop()
             steps = record["step"] - (kept[-1][0] if kept else 0)
@@ -134,7 +148,8 @@ def effective_time_ratio(
         elif started is None:
             started = event["time"]
     wall += now - started if started is not None else 0.0
-    return min(1.0, sum(seconds for _, seconds in kept) / wall) if wall > 0 else 1.0
+    kept_s = kept_s if told else sum(seconds for _, seconds in kept)
+    return min(1.0, kept_s / wall) if wall > 0 else 1.0
 
 
 def _unix(text: str) -> float:

@@ -13,7 +13,7 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
-from flagscale_like.training.metrics import MEAN
+from flagscale_like.training.metrics import KEPT, MEAN
 from flagscale_like.training.parts import Part, Report, Step
 from flagscale_like.training.plan import StepPlan
 
@@ -52,6 +52,7 @@ class StepLog(Part):
         self.config, self.ctx, self.clock, self.feed = config, ctx, clock, feed
         self.metric, self.names = objective.metric, tuple(objective.sums)
         self.pace = Pace(config)
+        self._kept_s: float | None = 0.0
         spec = ctx.platform.data_sheet()
         self.peak_flops = spec.bf16_flops if spec else None
         self._begin()
@@ -97,6 +98,8 @@ class StepLog(Part):
         world = self.ctx.world_size
         total, count = self.clock.pop()
         seconds = total / count
+        if self._kept_s is not None:
+            self._kept_s += total
         record = {
             self.metric: step.facts.loss,
             **({self.metric + MEAN: self._mean(self._loss)} if self._is_in_turn(step.plan) else {}),
@@ -107,6 +110,7 @@ class StepLog(Part):
             "world-size": world,
             "consumed-samples": step.consumed,
             "iteration-time": seconds,
+            **({KEPT: self._kept_s} if self._kept_s is not None else {}),
             **self._speed(step, seconds),
             "mem-peak-bytes": self.ctx.platform.peak_memory_bytes(),
             **({"data-wait-share": self.feed.pop_wait() / total} if self.feed is not None else {}),
@@ -151,6 +155,7 @@ class StepLog(Part):
             "steps": self._steps,
             "sums": dict(self._sums),
             "counts": dict(self._counts),
+            "kept_s": None if self._kept_s is None else self._kept_s + self.clock.seconds,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -158,6 +163,9 @@ class StepLog(Part):
         self._sums |= {name: value for name, value in state.get("sums", {}).items() if name in self.names}
         counts = state.get("counts", dict.fromkeys(self.names, self._steps))  # an earlier version saved none
         self._counts |= {name: int(count) for name, count in counts.items() if name in self.names}
+        kept_s = state.get("kept_s")  # an earlier version saved none
+        # What the clock has now is of steps that are given up, and is in its next sum.
+        self._kept_s = None if kept_s is None else float(kept_s) - self.clock.seconds
 
 
 class Pace:

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from flagscale_like import json_files
 from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.config import Monitors
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import PeerLostError
+from flagscale_like.json_files import keep_records, records_backwards
 from flagscale_like.training.guard import Guard
 from flagscale_like.training.metrics import read_metrics
 from flagscale_like.training.parts import Event, Facts, Verdict
@@ -201,7 +203,10 @@ def test_a_run_goes_back_skips_the_batches_in_between_and_a_restart_stays_on_the
     state = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())
     assert (state["consumed_samples"], state["rewinds"]) == (32, 1)
     run_ranks(2, faults.train_run, config)
-    assert [r["consumed-samples"] for r in read_metrics(tmp_path / "run") if "lm loss" in r][-1] == 56
+    found = [r for r in read_metrics(tmp_path / "run") if "lm loss" in r]
+    assert found[-1]["consumed-samples"] == 56
+    kept = [*found[:2], *found[4:]]  # each step is logged
+    assert found[-1]["kept-time"] == pytest.approx(sum(r["iteration-time"] for r in kept), rel=1e-9)
 
 
 def test_caps_end_a_run_that_does_not_get_better(tmp_path):
@@ -287,3 +292,24 @@ def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
     later = Ledger(tmp_path, 6, now=lambda: clock[0])
     assert later.recovered() == {}
     assert effective_time_ratio(read_metrics(tmp_path), read_ledger(tmp_path), clock[0]) == pytest.approx(6 / 20)
+
+
+def test_a_resume_reads_a_long_record_of_steps_from_its_end(tmp_path, monkeypatch):
+    path, steps = tmp_path / "metrics.jsonl", [*range(1, 5001), *range(4001, 6001)]
+    more = {"iteration-time": 1.0, "time": "1970-01-01T01:00:00+00:00", "more": "x" * 100}
+    lines = [json.dumps({"step": step, "kept-time": float(step), **more}) for step in steps]
+    path.write_text("\n".join(lines) + '\n{"step": 6001, "iterat')
+    (tmp_path / "resilience.jsonl").write_text('{"event": "start", "time": 0, "step": 0}\n')
+    reads, read = [], json_files.json.loads
+    monkeypatch.setattr(json_files.json, "loads", lambda text: reads.append(len(text)) or read(text))
+    ledger = Ledger(tmp_path, 5990, now=lambda: 10000.0)
+    assert ledger.interruption.lost_steps == 10
+    keep_records(path, "step", 5990)
+    assert path.read_text().splitlines() == lines[:-10]
+    keep_records(path, "step", 5990)
+    assert path.read_text().splitlines() == lines[:-10]  # what the rewind gave up is still on record
+    assert ledger.recovered()["resilience/ettr"] == 5990 / 10000
+    assert len(reads) < 40
+    assert [record["step"] for _, record in records_backwards(path)] == steps[:-10][::-1]
+    keep_records(path, "step", 0)
+    assert path.read_bytes() == b""
