@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from flagscale_like.arch import ModelArch, is_adapter
 from flagscale_like.checkpoint.companions import Origin
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within
+from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, overlaps
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.manifest import MANIFEST, find_checkpoint, read_manifest
 from flagscale_like.config import Lora
@@ -60,7 +61,7 @@ def identify(base: Base) -> dict[str, Any]:
     else:
         for spec in sorted(base.specs(), key=lambda spec: spec.name):
             digest.update(f"{spec.name} {spec.dtype} {spec.shape}\n".encode())
-            flat = base.hf_tensor(spec.name).reshape(-1).view(torch.uint8)
+            flat = base.hf_tensor(spec.name, whole=False).reshape(-1).view(torch.uint8)
             for begin in (0, len(flat) // 2, max(0, len(flat) - SAMPLE_BYTES)):
                 digest.update(flat[begin : begin + SAMPLE_BYTES].numpy())
             size += spec.nbytes
@@ -94,6 +95,8 @@ class Adapters(Protocol):
     def keys(self) -> list[str]: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def global_shape(self, key: str) -> tuple[int, ...]: ...
 
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -207,6 +210,9 @@ class AdaptedWeights:
     def check(self, target: Fragment) -> None:
         self._source(target.key).check(target)
 
+    def grain(self, target: Fragment) -> int:
+        return 1 if target.key in self._own else self.base.grain(target)
+
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
         self._source(target.key).read(kind, target, out)
 
@@ -215,7 +221,8 @@ class AdaptedWeights:
 
 
 class MergedWeights:
-    """A base's weights with the adapters' product added: W + scale B A, in fp32. Picklable, one tensor at a time.
+    """A base's weights with the adapters' product added: W + scale B A, in fp32. Picklable, one matrix at a time: of stacked
+    experts one expert's.
 
     Raises:
         CheckpointError: the checkpoint holds a head of its own.
@@ -231,7 +238,7 @@ class MergedWeights:
                 f"{self.folder}: holds {left[0]} beside the adapters, which the base has no place for"
             )
         self._adapted = {p.name.rpartition(".lora.")[0] + ".weight" for p in self._lora.parameters(self.base.arch)}
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[str, int | None, Tensor] | None = None
 
     @property
     def arch(self) -> ModelArch:
@@ -255,13 +262,33 @@ class MergedWeights:
         assert kind == "param", kind
         if key not in self._adapted:
             return self.base.full(key, dtype=dtype)
-        at, fp32 = key.removesuffix("weight") + "lora.", torch.float32
-        a, b = self.adapters.full(at + "a", dtype=fp32), self.adapters.full(at + "b", dtype=fp32)
-        add_product = torch.addmm if a.dim() == 2 else torch.baddbmm  # of each expert
-        weight = add_product(self.base.full(key, dtype=fp32), b, a, alpha=self._lora.scale)
+        dtype = dtype or self.base.dtype(key)
+        shape = self.global_shape(key)
+        if len(shape) == 2:
+            return self._merge(key).to(dtype)
+        out = torch.empty(shape, dtype=dtype)
+        for expert in range(shape[0]):
+            out[expert] = self._merge(key, expert)
+        return out
+
+    def _merge(self, key: str, expert: int | None = None) -> Tensor:
+        """One matrix, merged, in fp32 [out, in]: a whole tensor, or one expert's part of it."""
+        at = key.removesuffix("weight") + "lora."
+        a, b = (self._matrix(self.adapters, at + letter, expert) for letter in "ab")
+        weight = torch.addmm(self._matrix(self.base, key, expert), b, a, alpha=self._lora.scale)
         if self._lora.dora:
-            weight *= (self.adapters.full(at + "magnitude", dtype=fp32) / weight.norm(dim=-1))[..., None]
-        return weight.to(dtype or self.base.dtype(key))
+            weight *= (self._matrix(self.adapters, at + "magnitude", expert) / weight.norm(dim=-1))[:, None]
+        return weight
+
+    @staticmethod
+    def _matrix(source: Base | Adapters, key: str, expert: int | None) -> Tensor:
+        """A tensor in fp32, or one expert's part of it; no more of it is read."""
+        if expert is None:
+            return source.full(key, dtype=torch.float32)
+        shape = source.global_shape(key)
+        out = torch.empty(shape[1:], dtype=torch.float32)
+        source.read("param", _part_of(key, shape, expert), out.view(-1))
+        return out
 
     def check(self, target: Fragment) -> None:
         self.base.check(target)
@@ -272,14 +299,30 @@ class MergedWeights:
             self.base.read(kind, target, out)
             return
         self.check(target)
-        if self._last is None or self._last[0] != target.key:
-            self._last = (target.key, self.full(target.key, dtype=torch.float32))
-        full = self._last[1]
-        assert elements_within(target, tuple(full.shape)) == target.numel
-        whole = Fragment(target.key, tuple(full.shape), (0,) * full.dim(), tuple(full.shape), 0, full.numel())
-        copy_overlap(whole, full.reshape(-1), target, out)
+        key, shape = target.key, self.global_shape(target.key)
+        assert elements_within(target, shape) == target.numel
+        for expert in [None] if len(shape) == 2 else range(shape[0]):
+            part = _part_of(key, shape, expert)
+            if next(overlaps(part, target), None) is None:
+                continue
+            if self._last is None or self._last[:2] != (key, expert):  # gate and up are two fragments of one tensor
+                self._last = (key, expert, self._merge(key, expert))
+            copy_overlap(part, self._last[2].view(-1), target, out)
+
+    def grain(self, target: Fragment) -> int:
+        """A matrix is merged whole; see WeightSource."""
+        if target.key not in self._adapted:
+            return self.base.grain(target)
+        return target.numel if len(target.shape) == 2 else prod(target.shape[1:])
 
     def trained(self) -> bool:
         """Whether any adapter changes its matrix: every B is 0 until the first update."""
         names = [p.name for p in self._lora.parameters(self.base.arch) if p.name.endswith(".b")]
         return any(bool(self.adapters.full(name).any()) for name in names)
+
+
+def _part_of(key: str, shape: tuple[int, ...], expert: int | None) -> Fragment:
+    """All elements of a tensor, or those of one of the experts that it stacks."""
+    first, count = (0, shape[0]) if expert is None else (expert, 1)
+    own = (count, *shape[1:])
+    return Fragment(key, shape, (first, *(0 for _ in shape[1:])), own, 0, prod(own))

@@ -371,6 +371,10 @@ class CheckpointReader:
                 f"{self.folder}: {target.key} has shape {saved}, the model's has {target.global_shape}"
             )
 
+    def grain(self, target: Fragment) -> int:
+        """Any range is read for itself; see WeightSource."""
+        return 1
+
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
         """Fill `out`, 1-D in host memory, with the elements of `target`; rows beyond the saved vocabulary become zero.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from math import prod
 from pathlib import Path
 
 import torch
@@ -217,9 +218,13 @@ class HfFolder:
                 f"{self.folder}: config.json has tie_word_embeddings true, but {output} differs from {embedding}"
             )
 
-    def hf_tensor(self, name: str) -> Tensor:
-        """A tensor under its Hugging Face name, mapped from its file."""
-        return self._files[name].get_tensor(name, whole=True)
+    def hf_tensor(self, name: str, *, whole: bool = True) -> Tensor:
+        """A tensor under its Hugging Face name, mapped from its file.
+
+        Args:
+            whole: the caller will read all of it.
+        """
+        return self._files[name].get_tensor(name, whole=whole)
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor with weights, under its Hugging Face name."""
@@ -300,6 +305,10 @@ class HfFolder:
         rows_fit = shape[0] == target.global_shape[0] or is_vocabulary(target.key)
         if shape[1:] != target.global_shape[1:] or not rows_fit:
             raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
+
+    def grain(self, target: Fragment) -> int:
+        """A rule's tensors are rearranged whole: of stacked experts one is read for itself; see WeightSource."""
+        return target.numel if self._by_core[target.key][0].expert is None else prod(target.shape[1:])
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
         """Fill `out`, 1-D, with the elements of `target`; rows beyond the vocabulary become zero.

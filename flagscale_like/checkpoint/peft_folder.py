@@ -178,6 +178,9 @@ class PeftFolder:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
     def full(self, key: str, kind: str = "param", dtype: torch.dtype | None = None) -> Tensor:
         assert kind == "param", kind
         return self._tensors[key].to(dtype or torch.float32)

@@ -55,6 +55,9 @@ class WeightSource(Protocol):
 
     Attributes:
         reads_in_threads: whether several threads may read at once.
+
+    `grain` says of how many elements a fragment's parts are that are read for themselves: 1 where any range is, all of it
+    where a part costs as much as the whole.
     """
 
     folder: Path
@@ -68,6 +71,8 @@ class WeightSource(Protocol):
     def global_shape(self, key: str) -> tuple[int, ...]: ...
 
     def check(self, target: Fragment) -> None: ...
+
+    def grain(self, target: Fragment) -> int: ...
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None: ...
 

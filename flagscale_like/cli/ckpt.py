@@ -186,7 +186,7 @@ def ckpt_plan(  # typer makes an option of every parameter
     loaded = States.of(other, load_world_size or saved.layout.world_size)
     table = planned_index(saved)
     typer.echo(describe_save(table, saved.layout, gb_per_s))
-    typer.echo(describe_load(plan_load(table, loaded), loaded.layout, gb_per_s, node_gb_per_s))
+    typer.echo(describe_load(table, plan_load(table, loaded), loaded.layout, gb_per_s, node_gb_per_s))
     if write is not None:
         try:
             table.save(write)

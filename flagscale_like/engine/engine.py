@@ -102,6 +102,7 @@ class Engine:
         strict: bool = True,
         name: str = "",
         source_name: str | None = None,
+        states: CheckpointReader | None = None,
     ) -> Engine:
         """Build the model on this layout. Weights are drawn only where none are loaded. All ranks call it.
 
@@ -111,9 +112,10 @@ class Engine:
             strict: refuse a source that lacks a tensor or has one too many; otherwise what does not fit is drawn. LoRA
                 adapters are drawn where the source has none, and a value head where it is a language model.
             source_name: what the source calls the model; without it, as the engine is called.
+            states: the checkpoint, of the source's weights, that the optimizer's states are taken from.
 
         Raises:
-            CheckpointError, ConversionError: the source is not of this model.
+            CheckpointError, ConversionError: the source is not of this model, or holds no optimizer states.
             ConfigError: see build_chunks().
         """
         models = build_chunks(spec, ctx)
@@ -128,7 +130,16 @@ class Engine:
                 return not (new_adapters and is_adapter(parameter)) and not (new_head and parameter == OUTPUT_NAME)
 
             unused = frozenset({OUTPUT_NAME} if spec.head == "hidden" else ())
-            left = load_weights(source, models, ctx, strict=strict, prefix=prefix, wanted=wanted, unused=unused)
+            left = load_weights(
+                source,
+                models,
+                ctx,
+                strict=strict,
+                prefix=prefix,
+                wanted=wanted,
+                unused=unused,
+                states_follow=states is not None,
+            )
             if any(prefix + key in keys_of(source, prefix) for key in unused):
                 left.reasons.append(f"{OUTPUT_NAME}: an embedding model has no output layer")
             if new_head:
@@ -145,6 +156,8 @@ class Engine:
             # The optimizer takes its fp32 master weights from the model, so it is built after the weights are there.
             engine.chunks = wrap_chunks(models, spec, ctx)
             engine.optimizer = build_optimizer(engine.chunks, spec, optimizer)
+        if states is not None:
+            engine._load_optimizer(states)
         return engine
 
     @property
@@ -363,12 +376,12 @@ class Engine:
         Raises:
             CheckpointError: it is of another model, or holds no optimizer states.
         """
-        load_weights(reader, self.models, self.ctx, prefix=_prefix(self.name), wanted=self._is_saved)
-        self.load_optimizer(reader)
+        prefix = _prefix(self.name)
+        load_weights(reader, self.models, self.ctx, prefix=prefix, wanted=self._is_saved, states_follow=True)
+        self._load_optimizer(reader)
 
-    def load_optimizer(self, reader: CheckpointReader) -> None:
-        """Take the optimizer states of a checkpoint whose weights are loaded already."""
-        load_optimizer(reader, self.owned, self.optimizer, self.name)
+    def _load_optimizer(self, reader: CheckpointReader) -> None:
+        load_optimizer(reader, self.owned, self.optimizer, self.chunks, self.ctx, self.name)
 
     def state_bytes(self) -> int:
         """Bytes of this rank's weights, gradients and optimizer states, once the moments exist."""

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
+from flagscale_like.checkpoint.dealing import deal
 from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary, keys_of
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.shard import MOMENTS
@@ -23,12 +26,13 @@ from flagscale_like.engine.shards import (
     parameter_pieces,
     set_adam_step,
     set_loss_scaler_state,
+    share_master_weights,
 )
-from flagscale_like.errors import CheckpointError, ConversionError
+from flagscale_like.errors import CheckpointError, ConversionError, UserError
 from flagscale_like.model.build import LanguageModel
-from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.model.experts import is_expert
+from flagscale_like.runtime.parallel import ParallelContext, agree
 from flagscale_like.runtime.random_state import random_states, set_random_states
-from flagscale_like.runtime.storage import memory_of
 
 READERS = 4  # threads: while one copies what it read, the disk works for another
 
@@ -56,17 +60,22 @@ def load_weights(
     prefix: str = "",
     wanted: Callable[[str], bool] | None = None,
     unused: frozenset[str] = frozenset(),
+    states_follow: bool = False,
 ) -> Left:
     """Fill the models' parameters on this layout, in the models' dtype. All ranks call it.
+
+    Each part is read by one of the ranks that hold it, which sends it to the others.
 
     Args:
         strict: every tensor of the model and of the source has its counterpart; otherwise what does not fit is left.
         prefix: of the model's keys in the source; see Engine.name.
         wanted: whether a parameter, by its name, is to come from the source; the others are left.
         unused: names of parameters that the source may have and the model has not.
+        states_follow: check all, and read what is frozen alone: load_optimizer() makes the rest from the master weights.
 
     Raises:
-        CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written.
+        CheckpointError: strict, and tensors are missing, of another shape, or too many; before any is written. Or a rank
+            cannot read its part; on all ranks.
     """
     everything = [
         (p, piece) for model in models for p, held in parameter_pieces(model, ctx, prefix).items() for piece in held
@@ -90,18 +99,51 @@ def load_weights(
             misfits[piece.box.key] = str(error)
     gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
     known = {key for _, keys in gathered for key in keys}
+    unfit = {key for found, _ in gathered for key in found}
     problems = sorted({text for found, _ in gathered for text in found.values()})
     extra = set(keys_of(source, prefix)) - known - {prefix + name for name in unused}
     problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
+    held: dict[nn.Parameter, list[Piece]] = {}
+    for p, piece in pieces:
+        if piece.box.key not in unfit and not (states_follow and p.requires_grad):
+            held.setdefault(p, []).append(piece)
+    _read_and_share(held, source, ctx)
+    return Left(problems, {p for p, piece in everything if piece.box.key in unfit or not is_wanted(piece)})
+
+
+def _read_and_share(held: dict[nn.Parameter, list[Piece]], source: WeightSource, ctx: ParallelContext) -> None:
+    """Read of each parameter what is dealt to this rank, and get the rest from the ranks that hold the same. All call it.
+
+    Parts are read to where they belong and sent from there: nothing is held twice, but a part on its way to a device.
+    """
+    flat = {p: p.data.view(-1) for p in held}
+    dealt = []
+    for expert in (False, True):
+        own = sorted((p for p in held if is_expert(p) == expert), key=lambda p: held[p][0].box.key)
+        sizes = [(p.numel(), _grain(held[p], source)) for p in own]
+        group = ctx.replica_group(expert=expert)
+        dealt.append((group, [(own[part.number], part) for part in deal(sizes, group.size())]))
     fills = [
-        (p.data.view(-1)[piece.start : piece.start + piece.box.numel], "param", piece.box)
-        for p, piece in pieces
-        if piece.box.key not in misfits
+        (flat[p][piece.start + fragment.start :][: fragment.numel], "param", fragment)
+        for group, parts in dealt
+        for p, part in parts
+        if part.reader == group.rank()
+        for piece in held[p]
+        if (fragment := piece.cut(part.start, part.stop)) is not None
     ]
-    _fill(fills, source)
-    return Left(problems, {p for p, piece in everything if piece.box.key in misfits or not is_wanted(piece)})
+    agree(ctx, lambda: _fill(fills, source))
+    for group, parts in dealt:
+        for p, part in parts if group.size() > 1 else ():
+            sender = dist.get_global_rank(group, part.reader)
+            dist.broadcast(flat[p][part.start : part.stop].view(torch.uint8), sender, group=group)
+
+
+def _grain(pieces: list[Piece], source: WeightSource) -> int:
+    """At multiples of how many elements a local parameter may be cut; see WeightSource."""
+    grains = {source.grain(piece.box) for piece in pieces}
+    return grains.pop() if len(pieces) == 1 or grains == {1} else sum(piece.box.numel for piece in pieces)
 
 
 def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
@@ -120,25 +162,48 @@ def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> No
             view.copy_(out)
 
     with ThreadPoolExecutor(READERS if source.reads_in_threads else 1) as pool:
-        for done in [pool.submit(fill, *wanted) for wanted in views]:
-            done.result()
+        try:
+            for done in [pool.submit(fill, *wanted) for wanted in views]:
+                done.result()
+        except OSError as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise CheckpointError(f"{source.folder}: cannot be read: {error.strerror}") from None
+        except UserError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @torch.no_grad()
 def load_optimizer(
-    reader: CheckpointReader, owned: Iterable[OwnedShard], optimizer: MegatronOptimizer, name: str = ""
+    reader: CheckpointReader,
+    owned: Iterable[OwnedShard],
+    optimizer: MegatronOptimizer,
+    chunks: list[MegatronModule],
+    ctx: ParallelContext,
+    name: str = "",
 ) -> None:
-    """Fill the fp32 master weights and Adam's moments on this layout, the step count and the loss scale.
+    """Fill the fp32 master weights and Adam's moments on this layout, the step count and the loss scale; make the weights of
+    what is trained from the master weights. All ranks call it.
 
     Args:
         owned: what this rank owns; frozen parameters have nothing to fill.
+        chunks: of the model, wrapped.
         name: of the engine; see Engine.name.
 
     Raises:
-        CheckpointError: the checkpoint holds weights only, or a parameter was frozen when it was saved and is trained now.
+        CheckpointError: the checkpoint holds weights only, or a parameter was frozen when it was saved and is trained now, or
+            a rank cannot read its part; on all ranks.
     """
     ensure_moments(optimizer)
     owned = [shard for shard in owned if shard.trained]
+    agree(ctx, lambda: _fill_states(reader, owned))
+    share_master_weights(owned, chunks)
+    saved = reader.state["engines"][name] if name else reader.state
+    set_adam_step(optimizer, int(saved["adam_step"]))
+    set_loss_scaler_state(optimizer, saved.get("loss_scaler"))
+
+
+def _fill_states(reader: CheckpointReader, owned: list[OwnedShard]) -> None:
     keys = {piece.box.key for shard in owned for piece in shard.pieces}
     if not any(reader.has(kind, [key]) for kind in MOMENTS for key in keys):
         raise CheckpointError(f"{reader.folder}: holds weights only, no optimizer state; use checkpoint.load for it")
@@ -148,21 +213,8 @@ def load_optimizer(
             f"{reader.folder}: holds no optimizer state of {lacking[0]}, which was frozen when it was saved: keep it in "
             "train.frozen, or begin a new run from these weights with checkpoint.load"
         )
-    # An fp32 model's weights are its master weights; load_weights has filled them.
-    filled = {memory_of(shard.parameter) for shard in owned}
-    _fill(
-        [
-            (view, kind, shard.fragment)
-            for one in owned
-            for shard in one.fragments()
-            for kind, view in shard.tensors.items()
-            if memory_of(view) not in filled
-        ],
-        reader,
-    )
-    saved = reader.state["engines"][name] if name else reader.state
-    set_adam_step(optimizer, int(saved["adam_step"]))
-    set_loss_scaler_state(optimizer, saved.get("loss_scaler"))
+    shards = [shard for one in owned for shard in one.fragments()]
+    _fill([(view, kind, shard.fragment) for shard in shards for kind, view in shard.tensors.items()], reader)
 
 
 def load_random_state(reader: CheckpointReader, ctx: ParallelContext) -> str:

@@ -8,7 +8,7 @@ the counting shards of all ranks are sums over the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from torch import Tensor, nn
 
 from flagscale_like.arch import Parameter, Role
@@ -27,6 +27,7 @@ from flagscale_like.checkpoint.shard import MOMENTS, Shard
 from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.model.experts import is_expert
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.storage import memory_of
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,26 @@ def adam_update(shard: OwnedShard) -> Tensor:
     direction = state["exp_avg"] / (1 - b1**step) / ((state["exp_avg_sq"] / (1 - b2**step)).sqrt() + group["eps"])
     before = (shard.main.detach() + lr * direction) / (1 - decay)
     return shard.main.detach() - before
+
+
+@torch.no_grad()
+def share_master_weights(owned: Iterable[OwnedShard], chunks: list[MegatronModule]) -> None:
+    """Make the weights of what is trained from the fp32 master weights, as a step does: each rank rounds what it owns, and
+    megatron-core's all-gather brings the ranges of the other replicas. All ranks call it.
+
+    Args:
+        owned: the trained shards of this rank.
+        chunks: of the model, wrapped.
+    """
+    for chunk in chunks:
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            if group.param_gather_handle is not None:  # of the step before
+                group.start_param_sync(force_sync=True)
+    for shard in owned:
+        if memory_of(shard.main) != memory_of(shard.parameter):  # an fp32 model's weights are its master weights
+            shard.parameter.view(-1)[shard.start : shard.start + shard.main.numel()].copy_(shard.main)
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def ensure_moments(optimizer: MegatronOptimizer) -> None:

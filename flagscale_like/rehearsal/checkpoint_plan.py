@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flagscale_like.arch import ModelArch, Parameter, Role
+from flagscale_like.checkpoint.dealing import deal
 from flagscale_like.checkpoint.fragments import Fragment, elements_within
 from flagscale_like.checkpoint.index import Form, FragmentTable, build_table, pack_rows
 from flagscale_like.checkpoint.shard import MOMENTS
@@ -33,13 +34,11 @@ class States:
     """What of a run its checkpoints depend on.
 
     Attributes:
-        precision: of the model. The weights of an fp32 model are its master weights.
         lora: with it the adapters alone are saved.
     """
 
     arch: ModelArch
     layout: Layout
-    precision: str
     lora: Lora | None = None
 
     @classmethod
@@ -54,7 +53,7 @@ class States:
             unknown = f"objective.kind {config.objective.kind}"
         if unknown:
             raise ConfigError(f"a checkpoint with {unknown} is not planned: leave it out, or save one and look at it")
-        return cls(config.model, Layout.of(config, world_size), config.train.precision, config.lora)
+        return cls(config.model, Layout.of(config, world_size), config.lora)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,8 @@ class LoadPlan:
     """What each rank of a layout reads to go on from a checkpoint.
 
     Attributes:
-        weights, states: [ranks] bytes of the weights, and of master weights and moments.
+        weights, states: [ranks] bytes of its share of the frozen weights, and of its master weights and moments, from which
+            the weights of what is trained are made.
         files: [ranks] how many of the checkpoint's files a rank opens.
         fragments: [ranks] how many parts of files it reads.
     """
@@ -228,7 +228,7 @@ class _Reads:
 
 
 def plan_load(table: FragmentTable, states: States) -> LoadPlan:
-    """What the ranks of a layout read of a checkpoint: every weight of their own, then the states of what they own.
+    """What the ranks of a layout read of a checkpoint: frozen weights that are dealt to them, the states of what they own.
 
     A rank reads the elements that it wants and no others; where a box is cut in another dimension, the file system reads
     whole pages around them.
@@ -242,29 +242,29 @@ def plan_load(table: FragmentTable, states: States) -> LoadPlan:
     for one in owned_fragments(states):
         if one.trained:
             owned[one.rank].append(one.fragment)
-    # The weights of an fp32 model are the master weights.
-    kinds = len(MOMENTS) + (states.precision != "fp32")
+    kinds = 1 + len(MOMENTS)  # master weights and moments
+    dealt = _dealt(states)
     found = np.zeros((4, world), dtype=np.int64)
-    cache: dict[tuple[int, bool, int], tuple[int, np.ndarray, int]] = {}
-    ranks = world // states.layout.pp
     for rank in range(world):
-        stage, place = divmod(rank, ranks)
-        shards = [(stage, False, place % states.layout.tp), (stage, True, place % states.layout.ep)]
-        for shard in shards:
-            if shard not in cache:
-                cache[shard] = reads.of(_weights(states, *shard))
         own_bytes, own_files, own_parts = reads.of(owned[rank])
-        held = [cache[shard] for shard in shards]
-        files = np.unique(np.concatenate([own_files, *(files for _, files, _ in held)]))
-        parts = sum(parts for *_, parts in held) + kinds * own_parts
-        found[:, rank] = sum(bytes_ for bytes_, *_ in held), kinds * own_bytes, len(files), parts
+        weights, files, parts = reads.of(dealt[rank])
+        found[:, rank] = weights, kinds * own_bytes, len(np.union1d(own_files, files)), parts + kinds * own_parts
     return LoadPlan(*found)
 
 
-def _weights(states: States, stage: int, apart: bool, part: int) -> list[Fragment]:
-    """The whole pieces of a stage's parameters on one rank: of experts that lie apart, or of the others."""
-    held = [one for one in _stage(states, stage) if one.apart == apart]
-    return [piece.box for one in held for piece in _pieces(one, states.layout, part)]
+def _dealt(states: States) -> dict[int, list[Fragment]]:
+    """The frozen weights that each rank reads for all that hold them."""
+    layout, found = states.layout, defaultdict(list)
+    ranks = layout.world_size // layout.pp
+    for stage in range(layout.pp):
+        frozen = sorted((one for one in _stage(states, stage) if one.span is None), key=lambda one: one.parameter.name)
+        for shard in range(layout.tp if frozen else 0):
+            held = [_pieces(one, layout, shard) for one in frozen]
+            sizes = [(sum(piece.box.numel for piece in pieces), 1) for pieces in held]
+            for part in deal(sizes, ranks // layout.tp):
+                fragments = (piece.cut(part.start, part.stop) for piece in held[part.number])
+                found[stage * ranks + part.reader * layout.tp + shard] += filter(None, fragments)
+    return found
 
 
 def _check_tensors(table: FragmentTable, states: States) -> None:
@@ -294,15 +294,23 @@ def describe_save(table: FragmentTable, layout: Layout, gb_per_s: float) -> str:
     )
 
 
-def describe_load(plan: LoadPlan, layout: Layout, gb_per_s: float, node_gb_per_s: float | None) -> str:
-    """What a load costs: files, bytes and time."""
+def describe_load(  # what is loaded, by whom, and the file system
+    table: FragmentTable, plan: LoadPlan, layout: Layout, gb_per_s: float, node_gb_per_s: float | None
+) -> str:
+    """What a load costs: files, bytes and time.
+
+    Args:
+        table: of the checkpoint.
+    """
     total, each, files = plan.bytes.sum(), plan.bytes, plan.files
+    saved = bytes_of_files(table).sum()
     limit = f", and at most {node_gb_per_s:g} GB/s a node of 8" if node_gb_per_s is not None else ""
     seconds = plan.seconds(gb_per_s, node_gb_per_s=node_gb_per_s)
     return (
         f"loaded by {layout.world_size:,} ranks ({layout.describe()}): a rank opens {files.mean():,.1f} files on average and "
         f"{files.max():,} at most, and reads {plan.fragments.mean():,.0f} parts of them\n"
         f"bytes: {each.mean() / 1e9:,.2f} GB a rank on average, {each.max() / 1e9:,.2f} at most (rank {int(each.argmax())}); "
-        f"{total / 1e9:,.1f} GB in all; {plan.weights.sum() / total:.1%} of it weights, which each copy reads for itself\n"
+        f"{total / 1e9:,.1f} GB in all, {total / saved:.2f} x the checkpoint; the check of all files before it reads "
+        f"{saved / 1e9:,.1f} GB\n"
         f"time: {seconds:,.1f} s at {gb_per_s:g} GB/s of the file system{limit}"
     )

@@ -113,8 +113,7 @@ def _build_critic(config: RunConfig, begun: Start) -> Beside:
     own = config.model_copy(update={"optimizer": optimizer})
     source = _saved(begun.reader, CRITIC, f"rl.algorithm {config.rl.algorithm} trains one")
     if source is not None:
-        engine = Engine.build(spec, ctx, optimizer=optimizer, source=source, name=CRITIC)
-        engine.load_optimizer(source)
+        engine = Engine.build(spec, ctx, optimizer=optimizer, source=source, name=CRITIC, states=source)
     else:
         source = _source(config, begun)
         engine = Engine.build(spec, ctx, optimizer=optimizer, source=source, name=CRITIC, source_name=_name_in(source))

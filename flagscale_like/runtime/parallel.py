@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from flagscale_like.config import Parallel
-from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError
+from flagscale_like.errors import ConfigError, DataError, PeerLostError, PlatformError, UserError
 from flagscale_like.runtime import device_shim
 from flagscale_like.runtime.bridge import Bridge
 from flagscale_like.runtime.launched import Launch, current_launch
@@ -91,8 +91,12 @@ class ParallelContext:
         Args:
             expert: it is an expert's. Its copies lie on the ranks that ep leaves of tp * cp * dp.
         """
-        group = self.groups.expt_dp if expert else self.groups.dp_cp
+        group = self.replica_group(expert=expert)
         return group.size(), group.rank()
+
+    def replica_group(self, *, expert: bool) -> dist.ProcessGroup:
+        """The ranks of `replicas_of`."""
+        return self.groups.expt_dp if expert else self.groups.dp_cp
 
     @property
     def row_cut(self) -> RowCut | None:
@@ -175,17 +179,18 @@ def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
         This rank's result.
 
     Raises:
-        DataError: on every rank, where `work` raised it, or an OSError, on any.
+        UserError: on every rank, the one that `work` raised on any; a DataError where it was an OSError.
     """
     problem, result = None, None
     try:
         result = work()
-    except (DataError, OSError) as error:
-        problem = str(error)
-    found = [p for p in ctx.gather(problem) if p]
-    if found:
-        raise DataError(found[0])
-    return result
+    except UserError as error:
+        problem = (type(error), str(error))
+    except OSError as error:
+        problem = (DataError, str(error))
+    for kind, text in filter(None, ctx.gather(problem)):
+        raise kind(text)
+    return result  # type: ignore[return-value]
 
 
 def agree_on_a_launch(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:

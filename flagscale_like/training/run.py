@@ -216,14 +216,14 @@ def start(config: RunConfig, ctx: ParallelContext) -> Start:
         notes += check_model(config, reader or source, resuming=reader is not None)
     # What LoRA does not train must be there, even where a different architecture is accepted.
     strict = strict or config.lora is not None
-    engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer, source=source, strict=strict)
+    spec = ModelSpec.of(config)
+    engine = Engine.build(spec, ctx, optimizer=config.optimizer, source=source, strict=strict, states=reader)
     if engine.base is not None:
         notes.append(f"the base of the adapters is {engine.base['folder']} (hash {engine.base['xxh3']})")
     scheduler = build_scheduler(engine.optimizer, config)
     progress = Progress(train_samples=config.planned_samples())
     begun = Start(engine, scheduler, store, progress, notes=notes)
     if reader is not None:
-        engine.load_optimizer(reader)
         begun.reader, begun.saved = reader, reader.state
         notes += _restore(begun, reader, config, saved_on=load_random_state(reader, ctx))
     elif source is not None:

@@ -1,6 +1,7 @@
 """LoRA adapters to and from peft, merged into their base, and on the command line."""
 
 import json
+import math
 from pathlib import Path
 
 import peft
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights, open_base
 from flagscale_like.checkpoint.format import CheckpointReader
-from flagscale_like.checkpoint.hf_folder import HfFolder
+from flagscale_like.checkpoint.hf_folder import HfFolder, fragment_of
 from flagscale_like.checkpoint.manifest import find_checkpoint
 from flagscale_like.checkpoint.peft_folder import PeftFolder, export_adapter, import_adapter
 from flagscale_like.config import Parallel
@@ -84,6 +85,46 @@ def test_peft_computes_the_same_from_the_export_and_the_merged_model_does_too(na
     again = PeftFolder(tmp_path / "adapter", adapted.arch)  # the A's that the export repeated are one A again
     assert again.lora == adapted.lora.model_copy(update={"targets": again.lora.targets})
     assert all(torch.equal(again.full(key), reader.full(key)) for key in reader.keys())
+
+
+def merged_logits(adapted, merged):
+    """native_logits of both; the most elements of a tensor that merging asked its base for."""
+    asked = [0]
+
+    def listen(method):
+        def listening(*arguments, **options):
+            found = method(*arguments, **options)
+            (out,) = (found,) if found is not None else (arguments[2],)
+            asked.append(out.numel())
+            return found
+
+        return listening
+
+    ours = native_logits([adapted])
+    merged.base.full, merged.base.read = listen(merged.base.full), listen(merged.base.read)
+    return *ours, *native_logits([merged]), max(asked)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_experts_are_merged_one_expert_at_a_time(dora, tmp_path):
+    base = tiny.make("mixtral", tmp_path)
+    reader = CheckpointReader(adapted_run(base, tmp_path / "run", dora=dora))
+    adapted = AdaptedWeights(open_base(reader, None, way_out=""), reader)
+    merged = MergedWeights(adapted)
+    shapes = {key: merged.global_shape(key) for key in merged.keys()}
+    count = adapted.arch.experts.count
+    assert max(shapes.values(), key=math.prod)[0] == count  # the largest tensors are stacked experts
+    ((ours, theirs, most),) = run_ranks(1, merged_logits, adapted, merged)
+    assert abs(ours - tiny.reference_logits(base, tiny.ids()).numpy()).max() > 0.05
+    assert theirs == pytest.approx(ours, abs=1e-5 * float(abs(ours).max()))
+    assert most == max(math.prod(shape[-2:]) for shape in shapes.values())
+    for key in (key for key in shapes if len(shapes[key]) == 3):
+        experts = [fragment_of(rule, shapes[key]) for rule in merged.base.rules if rule.core == key]
+        assert len(experts) == count
+        parts = [torch.empty(shapes[key][1:]) for _ in experts]
+        for expert, part in zip(experts, parts, strict=True):
+            merged.read("param", expert, part.view(-1))
+        assert torch.equal(torch.stack(parts), merged.full(key, dtype=torch.float32))
 
 
 def foreign(base, folder, **options):

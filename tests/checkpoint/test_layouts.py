@@ -15,6 +15,7 @@ from flagscale_like.checkpoint.manifest import INDEX, verify_files
 from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.checkpoint.tensor_file import TensorFile
 from flagscale_like.cli import app
+from flagscale_like.engine.shards import parameter_pieces
 from flagscale_like.rehearsal.checkpoint_plan import States, bytes_of_files, plan_load, planned_index
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.run import start
@@ -92,7 +93,19 @@ def load_and_save(config, out):
         assert saved.error is None
         rate = engine.optimizer.param_groups[0]["lr"]
         read = (len(reads), sum(elements for elements, _ in reads), len({file for _, file in reads}))
+        assert_read_whole(engine, begun.reader)
         return progress.step, progress.consumed, begun.scheduler.num_steps, rate, read
+
+
+def assert_read_whole(engine, source):
+    """Every weight on this rank has the bits that it would have if the rank had read all of it for itself."""
+    for model in engine.models:
+        for parameter, pieces in parameter_pieces(model, engine.ctx).items():
+            for piece in pieces:
+                expected = torch.full((piece.box.numel,), math.nan, dtype=parameter.dtype)
+                source.read("param", piece.box, expected)
+                found = parameter.detach().view(-1)[piece.start :][: piece.box.numel]
+                assert torch.equal(found, expected), piece.box.key
 
 
 def contents(folder, vocab_size):

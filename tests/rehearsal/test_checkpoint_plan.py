@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flagscale_like.arch import ModelArch
+from flagscale_like.arch import Experts, ModelArch
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.layout import Layout
 from flagscale_like.rehearsal.checkpoint_plan import States, bytes_of_files, plan_load, planned_index
@@ -19,10 +19,10 @@ ARCH = ModelArch(
     ffn_hidden_size=1408,
     vocab_size=32000,
 )
-SAVED = States(ARCH, Layout(tp=4, pp=4, dp=16, sp=True), "bf16")
+SAVED = States(ARCH, Layout(tp=4, pp=4, dp=16, sp=True))
 
 
-def test_a_checkpoint_has_every_element_once_and_a_load_reads_each_copy_of_the_weights():
+def test_a_checkpoint_has_every_element_once_and_a_load_reads_it_once():
     table = planned_index(SAVED)
     parameters = ARCH.parameter_count(ARCH.padded_vocab_size(4))
     sizes = bytes_of_files(table)
@@ -32,8 +32,8 @@ def test_a_checkpoint_has_every_element_once_and_a_load_reads_each_copy_of_the_w
     # Norms are whole on each of four tensor-parallel ranks; each of them is read, and has states.
     whole = parameters + 3 * 512 * (2 * 8 + 1)
     assert plan.states.sum() == 12 * whole
-    assert plan.weights.sum() == 16 * 4 * whole
-    assert plan.files.max() <= 2 * 16
+    assert plan.weights.sum() == 0  # nothing is frozen, and the weights are made from the master weights
+    assert plan.files.max() == 2  # its own, and the one that has the norms
 
 
 def test_a_load_on_fewer_ranks_reads_more_on_each_and_a_node_can_be_the_limit():
@@ -47,9 +47,12 @@ def test_a_load_on_fewer_ranks_reads_more_on_each_and_a_node_can_be_the_limit():
     assert few.seconds(1000.0, node_gb_per_s=10) == pytest.approx(node / 10)
 
 
-def test_fp32_weights_are_master_weights_and_read_once():
-    plan = plan_load(planned_index(SAVED), replace(SAVED, precision="fp32"))
-    assert plan.states.sum() == pytest.approx(plan_load(planned_index(SAVED), SAVED).states.sum() * 2 / 3)
+def test_frozen_weights_are_read_by_one_of_the_ranks_that_hold_them():
+    experts = Experts(count=64, top_k=2, ffn_hidden_size=64, score="sigmoid", bias_rate=0.1)
+    states = replace(SAVED, arch=ARCH.model_copy(update={"experts": experts}))
+    plan = plan_load(planned_index(states), states)
+    assert plan.weights.sum() == 4 * 4 * 8 * 64  # on each of four tensor-parallel ranks
+    assert (plan.weights > 0).sum() == 4 * 4  # too few to be shared
 
 
 @pytest.mark.parametrize(
