@@ -186,24 +186,27 @@ class Outside(Frozen):
     Attributes:
         action: `off`; `clamp` gives the rollout at most the record's median, the score of a typical answer; `reject` leaves
             it out, and another is drawn; `penalise` clamps, and subtracts `penalty`. A score below the lowest bound is put
-            on it in any case.
+            on it in any case. Without it, `clamp` where the reward has one reward model that was validated, and `off`
+            otherwise.
         scores: lowest and highest quantile of the record's scores that is inside.
         disagreement: quantile of the record's disagreement; 1 allows any.
         surprise: quantile of the record's surprise, minus the log-probability under the reference in nats a token; 1 allows
             any.
         accuracy: least accuracy on held-out pairs of a score's band; 0 allows any.
-        kl: highest log-ratio of a whole answer, in nats; without it, the record's quantile `scores[1]` where it has one.
+        kl: highest log-ratio of a whole answer, in nats; or `validated`: the record's quantile `scores[1]`, so that a round's
+            policy goes no further from the reference than the answers that its reward model was validated on. In the first
+            round, whose policy is the reference, that bounds nothing.
         penalty: standard deviations of the record's scores that are subtracted.
         refill: how often an iteration draws again for what was rejected.
         keep: rollouts outside that are kept as first candidates for labelling, in RUN_DIR/outside.jsonl; the oldest go first.
     """
 
-    action: Literal["off", "clamp", "reject", "penalise"] = "off"
+    action: Literal["off", "clamp", "reject", "penalise"] | None = None
     scores: tuple[float, float] = (0.005, 0.995)
     disagreement: float = Field(default=0.99, gt=0, le=1)
     surprise: float = Field(default=0.995, gt=0, le=1)
     accuracy: float = Field(default=0.0, ge=0, le=1)
-    kl: float | None = Field(default=None, gt=0)
+    kl: Annotated[float, Field(gt=0)] | Literal["validated"] | None = None
     penalty: float = Field(default=1.0, gt=0)
     refill: int = Field(default=2, ge=0)
     keep: int = Field(default=10_000, ge=0)

@@ -208,6 +208,11 @@ class ReinforcementLearning(Frozen):
         """Whether a model of the values is trained."""
         return self.algorithm == "ppo"
 
+    @property
+    def guard(self) -> str:
+        """What the guard on exploration does: outside.action, or what it is where it is not given."""
+        return self.outside.action or ("clamp" if model_in(self.reward) is not None else "off")
+
     @model_validator(mode="after")
     def _check(self) -> ReinforcementLearning:
         drawing, name = self.rollout, self.algorithm
@@ -220,12 +225,12 @@ class ReinforcementLearning(Frozen):
             raise ValueError(f"{what} compares the rollouts of a prompt, and rollout.samples is 1: give 2 or more")
         if drawing.samples == 1 and judges(self.reward):
             raise ValueError("a judge compares the rollouts of a prompt, and rollout.samples is 1: give 2 or more")
-        if self.outside.action != "off" and model_in(self.reward) is None:
+        if self.guard != "off" and model_in(self.reward) is None:
             raise ValueError(
                 f"outside.action {self.outside.action} guards a reward model, and rl.reward has none, or several: "
                 "leave outside out, or give one"
             )
-        if self.outside.action != "off" and self.outside.kl is not None and (self.staleness or not self.kl.coefficient):
+        if self.guard != "off" and self.outside.kl is not None and (self.staleness or not self.kl.coefficient):
             why = "staleness 1 measures it after the guard" if self.staleness else "kl.coefficient 0 keeps none"
             raise ValueError(f"outside.kl bounds the log-ratio to the reference, and {why}: leave outside.kl out")
         nameless = any(isinstance(source, ModelReward) and source.path is None for source in sources_of(self.reward))

@@ -189,7 +189,7 @@ def assemble(
     log = IterationLog(config, ctx, clock)
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config), expects_gradient=False)
     saves = Saves(begun.store, config.checkpoint, watchdog)
-    guarding = build_guarding(config, ctx, progress)
+    guarding = build_guarding(config, ctx, progress, begun.notes)
     parts = [
         StopSignal(watchdog),
         *([StepProfiler(config.train.profile, folder, ctx)] if config.train.profile else []),

@@ -76,7 +76,7 @@ class Guard:
     @property
     def kl_bound(self) -> float | None:
         """The highest log-ratio that is inside, in nats; None where nothing bounds it."""
-        if self.options.kl is not None:
+        if self.options.kl != "validated":
             return self.options.kl
         return at_level(self.record.kl, self.options.scores[1]) if self.record.kl else None
 

@@ -14,7 +14,7 @@ from flagscale_like.generation.rollout import Rollout
 from flagscale_like.rl.answers import Answer
 from flagscale_like.rl.guard import Candidates, Guard, Place, Why, shares
 from flagscale_like.rl.scoring import Scored
-from flagscale_like.rl.validation import Validation
+from flagscale_like.rl.validation import NAME, Validation
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.parts import Part, Report
@@ -27,10 +27,11 @@ class Guarding(Part):
     Args:
         candidates: where rollouts outside are kept; None on all ranks but the first.
         progress: where the run stands. What a run kept after the step that it goes on from is dropped.
+        blind: why the log-probabilities under the reference are not known when rollouts are guarded; empty where they are.
     """
 
-    def __init__(self, guard: Guard, candidates: Candidates | None, progress: Progress) -> None:
-        self.guard, self.candidates, self.progress = guard, candidates, progress
+    def __init__(self, guard: Guard, candidates: Candidates | None, progress: Progress, *, blind: str = "") -> None:
+        self.guard, self.candidates, self.progress, self.blind = guard, candidates, progress, blind
         self._why: list[tuple[Why, ...]] = []
 
     def begin(self, report: Report) -> None:
@@ -41,6 +42,13 @@ class Guarding(Part):
         limits += f", up to {bound:.1f} nats from the reference" if bound is not None else ""
         limits += f", up to {surprise:.2f} nats of surprise a token" if surprise is not None else ""
         report.say(f"the guard ({self.guard.options.action}) is on: {limits}; validated on {self.guard.record}")
+        if self.guard.options.kl == "validated" and bound is None:
+            report.say(
+                "outside.kl validated bounds nothing: no log-ratios of validated answers are known, as in a first round"
+            )
+        if self.blind or surprise is None:
+            why = self.blind or "the reward model's record has none: `score --keep --reference` adds it"
+            report.say(f"the guard does not look at the surprise of rollouts: {why}")
         self.after_rewind()
 
     def after_rewind(self) -> None:
@@ -71,19 +79,32 @@ def _place(scored: Scored) -> Place:
     return Place(kl=sum(scored.rollout.raw_logprobs) - reference, surprise=-reference / len(scored.rollout.ids))
 
 
-def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress) -> Guarding | None:
+def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress, notes: list[str]) -> Guarding | None:
     """The guard of a run; None where rl.outside.action is off.
+
+    Args:
+        notes: gets what is to be said where there is none.
 
     Raises:
         CheckpointError: the reward model has no record of what it was validated on, or one of other weights.
     """
-    options, reward = config.rl.outside, config.rl.reward
-    if options.action == "off":
+    options, reward, kl = config.rl.outside, config.rl.reward, config.rl.kl
+    if config.rl.guard == "off":
         return None
     model = model_in(reward)
     if model is None or model.path is None:
         raise ConfigError("rl.outside guards a reward model, and rl.reward names none: give rl.reward.path")
     opened = open_adapted(Path(model.path), adapter=Path(model.adapter) if model.adapter else None)
+    if options.action is None and not (Path(opened.source.folder) / NAME).is_file():
+        notes.append(
+            f"the guard on exploration is off: {opened.source.folder} has no {NAME}: `score --keep` makes one, and "
+            "rl.outside.action off leaves this line out"
+        )
+        return None
+    options = options.model_copy(update={"action": config.rl.guard})
     part = (model.name, model.weight) if isinstance(reward, Mixture) else None
     candidates = Candidates(RunFolder(config.run_dir).outside, options.keep) if ctx.is_main else None
-    return Guarding(Guard(options, Validation.read(opened.source), part=part), candidates, progress)
+    blind = "rl.kl.coefficient 0 keeps no reference" if not kl.coefficient else ""
+    blind = "rl.staleness 1 measures the reference after the guard" if config.rl.staleness else blind
+    guard = Guard(options, Validation.read(opened.source), part=part)
+    return Guarding(guard, candidates, progress, blind=blind)

@@ -36,7 +36,7 @@ def numbers_of(options: ReinforcementLearning) -> tuple[str, ...]:
         names.append(KL_REFERENCE)
     if isinstance(options.reward, Mixture):
         names += [part_name(source.name) for source in options.reward.sources]
-    if options.outside.action != "off":
+    if options.guard != "off":
         names += OUTSIDE
     if options.has_critic:
         names += ["value/loss", "value/explained", "value/grad-norm", "value/clip-share"]

@@ -17,7 +17,7 @@ from flagscale_like.data.shards import ChatOptions
 from flagscale_like.errors import CheckpointError, ConfigError, DataError
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.guard import Candidates, Guard, answer_of, record_of, shares
+from flagscale_like.rl.guard import Candidates, Guard, Place, answer_of, record_of, shares
 from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.validation import NAME, Validation, at_level
 from flagscale_like.runtime.parallel import parallel_context
@@ -154,6 +154,12 @@ def build_all(folder, changed):
         scored = score_pairs(source, str(folder / "pairs"), ctx, seq_length=ROWS)
         scored.keep(source, "pairs")
         found["kept"] = [str(Validation.read(source))]
+        policy = score_pairs(
+            open_adapted(folder / "policy", adapter=None).source, str(folder / "pairs"), ctx, seq_length=ROWS
+        )
+        scored.keep(source, str(folder / "pairs"), policy)
+        record = Validation.read(source)
+        found["surprise"] = [record.surprise[0], record.surprise[-1], policy.surprise(str(folder / "pairs"))]
     return found
 
 
@@ -187,6 +193,10 @@ def test_rewards_of_another_role_tokenizer_or_record_are_refused(folder, tmp_pat
     assert "is damaged (ValueError: scores are not 201 numbers that rise)" in found["damaged"][0]
     assert "score --checkpoint" in found["gone"][0]
     assert found["kept"][0].startswith("60 pairs of pairs: accuracy")
+    least, most, surprise = found["surprise"]
+    assert (least, most) == (min(surprise), max(surprise))
+    # A model that has learned nothing finds all of its 300 tokens about as likely.
+    assert 0.5 * math.log(300) < least < most < 2 * math.log(300)
 
 
 # The guard, without a model
@@ -228,34 +238,61 @@ SCORES = [
 
 
 def guarded(action, **options):
-    return Guard(Outside(action=action, kl=10.0, **options), a_record()).apply(SCORES, [0.0, 0.0, 0.0, 0.0, 11.0])
+    return Guard(Outside(action=action, kl=10.0, **options), a_record()).apply(
+        SCORES, [*[Place(kl=0.0)] * 4, Place(kl=11.0)]
+    )
 
 
 def test_the_guard_clamps_rejects_or_penalises():
     record = a_record()
-    low, median, high = (at_level(record.scores, level) for level in (0.005, 0.5, 0.995))
+    low, median = (at_level(record.scores, level) for level in (0.005, 0.5))
     found = guarded("clamp")
     assert found.why == [(), ("high",), ("low",), ("disagreement",), ("kl",)]
-    assert [score.value for score in found.scores] == pytest.approx([0.2, high, low, median, median])
+    assert [score.value for score in found.scores] == pytest.approx([0.2, median, low, median, median])
     assert shares(found.why) == {
         "outside/share": 0.8, "outside/high": 0.2, "outside/low": 0.2, "outside/band": 0.0, "outside/disagreement": 0.2,
-        "outside/kl": 0.2,
+        "outside/surprise": 0.0, "outside/kl": 0.2,
     }  # fmt: skip
     assert found.scores[1].reason == "outside: high"
     rejected = guarded("reject").scores
     assert [score.rejected for score in rejected] == [False, True, False, True, True]  # a bad answer stays punished
     penalised = [score.value for score in guarded("penalise", penalty=2.0).scores]
     cost = 2.0 * record.deviation
-    assert penalised == pytest.approx([0.2, high - cost, low, median - cost, median - cost])
+    assert penalised == pytest.approx([0.2, median - cost, low, median - cost, median - cost])
     assert guarded("off").scores == SCORES
     assert Guard(Outside(action="clamp"), record).apply(SCORES[-1:]).why == [()]  # nothing bounds the log-ratio
     assert guarded("clamp", accuracy=0.5).why[1] == ("high", "band")
 
 
+def test_what_the_reference_does_not_expect_is_outside():
+    record = a_record(surprise=np.linspace(1.0, 2.0, 201))
+    places = [Place(surprise=value) for value in (1.5, 1.99, 2.5)] + [Place()]
+
+    def why(**options):
+        return Guard(Outside(action="clamp", **options), record).apply([Score(0.2)] * 4, places).why
+
+    assert why() == [(), (), ("surprise",), ()]
+    assert why(surprise=0.9) == [(), ("surprise",), ("surprise",), ()]
+    assert why(surprise=1.0) == [()] * 4
+    assert Guard(Outside(), a_record()).apply([Score(0.2)] * 4, places).why == [()] * 4  # nothing is known of it
+
+
+def test_a_bound_on_the_log_ratio_is_given_or_is_what_was_validated():
+    record, places = a_record(kl=range(101)), [Place(kl=60.0), Place(kl=99.9)]
+
+    def why(bound, record=record):
+        return Guard(Outside(action="clamp", kl=bound), record).apply([Score(0.2)] * 2, places).why
+
+    assert why(None) == [(), ()]
+    assert why(50.0) == [("kl",), ("kl",)]
+    assert why("validated") == [(), ("kl",)]  # beyond the quantile 0.995
+    assert why("validated", a_record()) == [(), ()]
+
+
 def test_the_guard_changes_the_models_part_of_a_mixture_alone():
     guard = Guard(Outside(action="clamp"), a_record(), part=("model", 2.0))
     (score,) = guard.apply([Score(2.0 * 5.0 - 3.0, parts={"model": 5.0, "length": -3.0})]).scores
-    assert score.value == pytest.approx(2.0 * at_level(a_record().scores, 0.995) - 3.0)
+    assert score.value == pytest.approx(2.0 * at_level(a_record().scores, 0.5) - 3.0)
 
 
 def test_rollouts_outside_are_kept_the_newest_first(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flagscale_like.config import Parallel, Rounds
-from flagscale_like.data.conversations import check_readable, conversations_at, longest_row
+from flagscale_like.data.conversations import answer_lengths, check_readable, conversations_at, longest_row
 from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.token_pairs import TokenPair, write_token_pairs
 from flagscale_like.errors import DataError
@@ -177,6 +177,7 @@ def test_token_pairs_are_a_source_of_pairs(tmp_path, tokenizer):
     found = conversations_at(prefix)
     assert found.pairs
     assert found.counted == 7
+    assert answer_lengths(prefix).tolist() == [2, 1, 1, 3]
     check_readable(prefix, found, places=16, vocab_size=300)
     lengths = read_lengths(prefix)
     assert longest_row(prefix) == 9

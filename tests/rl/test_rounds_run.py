@@ -16,7 +16,7 @@ from flagscale_like.rl.validation import Validation
 from flagscale_like.runtime.parallel import parallel_context
 from tests import faults
 from tests.harness import run_ranks
-from tests.rl.runs import make_folder, rl_config
+from tests.rl.runs import make_folder, rl_config, run_all
 
 REWARD = {
     "train": {"steps": 6, "micro_batch_size": 1, "global_batch_size": 2, "seq_length": 128, "precision": "fp32"},
@@ -29,7 +29,7 @@ REWARD = {
 def rounds_config(run_dir, folder, **changes):
     rl = {
         "reward": {"kind": "model"},
-        "outside": {"action": "reject", "scores": [0.05, 0.8]},
+        "outside": {"action": "reject", "scores": [0.05, 0.8], "kl": "validated"},
         "rounds": {
             "count": 2,
             "iterations": 2,
@@ -38,7 +38,8 @@ def rounds_config(run_dir, folder, **changes):
             "reward_model": str(folder / "reward.yaml"),
         },
     }
-    options = {"train__steps": 4, "checkpoint__interval": 1, "train__global_batch_size": 16}
+    options = {"train__steps": 4, "checkpoint": {"interval": 1, "keep": 9, "load": str(folder / "start")}}
+    options["train__global_batch_size"] = 16
     return rl_config(run_dir, folder, rl, **(options | changes))
 
 
@@ -68,6 +69,8 @@ def contents(run_dir):
 def folder(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("rounds"))
     (folder / "reward.yaml").write_text(yaml.safe_dump(REWARD))
+    start = rl_config(folder / "start", folder, train__steps=1, checkpoint={"interval": 1})
+    assert run_ranks(1, run_all, [start])[0][0][1] is None
     return folder
 
 
@@ -83,6 +86,13 @@ def test_a_kill_while_a_model_learns_changes_nothing(folder):
     source = open_adapted(Path(rounds[1]["reward"]), adapter=None).source
     record = Validation.read(source)
     assert record.pairs >= rounds[0]["held_out"]
+    # The policy of round 1 is the reference; in round 2 it has moved, and its answers are measured as well.
+    measured = [json.loads((folder / f"whole/rounds/round_000{n}/held_out.json").read_text()) for n in (1, 2)]
+    assert [len(own["surprise"]) for own in measured] == [2 * r["held_out"] for r in rounds]
+    assert not any(measured[0]["kl"])
+    assert (record.kl[0], record.kl[-1]) == (min(measured[1]["kl"]), max(measured[1]["kl"]))
+    assert 0 < record.kl[-1] < 20
+    assert record.surprise[-1] == max(measured[0]["surprise"] + measured[1]["surprise"])
     kept = read_records(folder / "whole" / "outside.jsonl")
     drawn = [json.loads(line)["first"]["ids"] for line in (folder / "whole/rounds/round_0002/samples.jsonl").open()]
     newest = [r["ids"] for r in reversed(kept) if r["step"] <= 2]
