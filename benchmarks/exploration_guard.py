@@ -10,8 +10,8 @@ policy never sees the rules.
     flagscale-like train examples/rl/poem/base.yaml
     python benchmarks/exploration_guard.py --seeds 5 --out runs/guard
 
-A seed that is done is not made again. The last lines compare the means of the last iterations, and OUT/guard.png shows the
-true reward and the one that the model gives.
+A seed that is done is not made again. The last lines are a table of the true reward at the end and a comparison over the
+seeds, and OUT/guard.png shows the true reward and the one that the model gives.
 """
 
 import argparse
@@ -141,20 +141,29 @@ def plot(results: dict[int, dict], out: Path) -> None:
             axis.plot(range(1, len(means) + 1), means, color=f"C{number}", linewidth=2, label=label)
         axis.set_title(title)
         axis.set_xlabel("iteration")
-    axes[0].legend()
+    axes[1].legend(fontsize=8, loc="center right")
     figure.tight_layout()
     figure.savefig(out / "guard.png", dpi=120)
 
 
 def report(results: dict[int, dict]) -> str:
-    """The means of the last iterations, by action and seed."""
-    lines = []
-    for action in ACTIONS:
-        if all(action in found for found in results.values()):
-            ends = [statistics.mean(found[action]["reward/rules"][-LAST:]) for found in results.values()]
-            by_seed = " ".join(f"{end:.3f}" for end in ends)
+    """A row for each seed with the true reward of the last iterations, the means, and each action against none."""
+    actions = [a for a in ACTIONS if all(a in found for found in results.values())]
+    ends = {a: [statistics.mean(found[a]["reward/rules"][-LAST:]) for found in results.values()] for a in actions}
+    begins = [found[actions[0]]["reward/rules"][0] for found in results.values()]
+    lines = [f"true reward, mean of the last {LAST} iterations", "| seed | beginning | " + " | ".join(actions) + " |"]
+    lines.append("|---" * (2 + len(actions)) + "|")
+    for row, (seed, begin) in enumerate(zip(results, begins, strict=True)):
+        lines.append(f"| {seed} | {begin:.3f} | " + " | ".join(f"{ends[a][row]:.3f}" for a in actions) + " |")
+    means = " | ".join(f"{statistics.mean(ends[a]):.3f}" for a in actions)
+    lines.append(f"| mean | {statistics.mean(begins):.3f} | {means} |")
+    for action in actions:
+        if action != "off" and "off" in actions:
+            pairs = list(zip(ends[action], ends["off"], strict=True))
+            held = sum(own >= other for own, other in pairs)
+            gain = statistics.mean(own - other for own, other in pairs)
             lines.append(
-                f"{action:>9}: true reward of the last {LAST} iterations {statistics.mean(ends):.3f} (seeds: {by_seed})"
+                f"{action}: at least that without the guard in {held} of {len(pairs)} seeds, {gain:+.3f} on average"
             )
     return "\n".join(lines)
 

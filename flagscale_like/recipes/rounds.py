@@ -16,9 +16,9 @@ from flagscale_like.config import JudgeReward, Reward, RunConfig, load_config
 from flagscale_like.config.rewards import Mixture, ModelReward, model_in
 from flagscale_like.data.conversations import longest_row
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
-from flagscale_like.json_files import write_json
+from flagscale_like.json_files import BAD_VALUES, write_json
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.reinforce import own_generator, reinforce, surroundings
@@ -232,8 +232,9 @@ class RunPhases:
         """
         if not self.config.rl.kl.coefficient:
             return {}
-        if self._measured(len(sources)) is None:
-            self._measure(len(sources), sources[-1], length)
+        for number, prefix in enumerate(sources, 1):
+            if self._measured(number) is None:
+                self._measure(number, prefix, length)
         found = [self._measured(number) for number in range(1, len(sources) + 1)]
         if not all(found):
             return {}
@@ -243,9 +244,25 @@ class RunPhases:
         }
 
     def _measured(self, number: int) -> dict[str, list[float]] | None:
-        """What was measured of a round's held-out answers."""
+        """What was measured of a round's held-out answers; None where it is not yet.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         path = self.folder.rounds / f"round_{number:04d}" / PLACES
-        return on_main(self.ctx, lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+        def read() -> dict[str, list[float]] | None:
+            if not path.is_file():
+                return None
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                return {name: [float(value) for value in record[name]] for name in ("surprise", "kl")}
+            except BAD_VALUES as error:
+                raise DataError(
+                    f"{path}: is damaged ({type(error).__name__}: {error}): remove it to measure again"
+                ) from None
+
+        return on_main(self.ctx, read)
 
     def _measure(self, number: int, prefix: str, length: int) -> None:
         """Measure a round's held-out answers under the policy as it is and as the run began."""

@@ -46,7 +46,7 @@ class Guarding(Part):
             report.say(
                 "outside.kl validated bounds nothing: no log-ratios of validated answers are known, as in a first round"
             )
-        if self.blind or surprise is None:
+        if self.guard.options.surprise < 1 and (self.blind or surprise is None):
             why = self.blind or "the reward model's record has none: `score --keep --reference` adds it"
             report.say(f"the guard does not look at the surprise of rollouts: {why}")
         self.after_rewind()

@@ -18,13 +18,16 @@ from flagscale_like.errors import CheckpointError, ConfigError, DataError
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.guard import Candidates, Guard, Place, answer_of, record_of, shares
+from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.validation import NAME, Validation, at_level
 from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.training.plan import Progress
 from tests import faults
 from tests.data.chats import CHATML, make_tokenizer
 from tests.data.pairs import write_pairs
 from tests.harness import run_ranks, tiny_config
+from tests.rl.runs import rl_config
 
 LAYOUTS = ({"tp": 2, "sp": True}, {"pp": 2}, {})
 ROWS = 96
@@ -159,6 +162,15 @@ def build_all(folder, changed):
         )
         scored.keep(source, str(folder / "pairs"), policy)
         record = Validation.read(source)
+        reward = {"kind": "model", "path": str(folder / "reward")}
+        default = rl_config("x", folder, {"reward": reward})
+        notes = []
+        found["guards"] = [build_guarding(default, ctx, Progress(), notes).guard.options.action]
+        (source.folder / NAME).rename(source.folder / "away")
+        found["guards"] += [build_guarding(default, ctx, Progress(), notes), *notes]
+        (source.folder / "away").rename(source.folder / NAME)
+        no_model = rl_config("x", folder)
+        found["guards"] += [build_guarding(no_model, ctx, Progress(), notes), len(notes)]
         found["surprise"] = [record.surprise[0], record.surprise[-1], policy.surprise(str(folder / "pairs"))]
     return found
 
@@ -193,6 +205,10 @@ def test_rewards_of_another_role_tokenizer_or_record_are_refused(folder, tmp_pat
     assert "is damaged (ValueError: scores are not 201 numbers that rise)" in found["damaged"][0]
     assert "score --checkpoint" in found["gone"][0]
     assert found["kept"][0].startswith("60 pairs of pairs: accuracy")
+    on, off, note, no_model, notes = found["guards"]
+    assert (on, off, no_model, notes) == ("clamp", None, None, 1)  # by default: on where the reward model was validated
+    assert note.startswith("the guard on exploration is off: ")
+    assert "has no reward_validation.json: `score --keep` makes one" in note
     least, most, surprise = found["surprise"]
     assert (least, most) == (min(surprise), max(surprise))
     # A model that has learned nothing finds all of its 300 tokens about as likely.
