@@ -243,6 +243,7 @@ def main() -> None:
                     if e.kind == "collective" and e.op != "barrier" and len(e.group) > 1
                 }
                 | {(MESSAGE, 2) for e in events if e.kind == "send"}
+                | {("all_reduce", RANKS)}
             )
             real = longer(config, given.steps, f"{folder}/run{number}")
             ranks = run_ranks(RANKS, measured, real, given.hidden, wanted)

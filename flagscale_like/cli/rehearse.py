@@ -40,6 +40,14 @@ def rehearse(  # typer makes an option of every parameter
     trace: Annotated[
         Path | None, typer.Option(help="File to write the replayed step to, as a Chrome trace. Needs stages or all.")
     ] = None,
+    time_only: Annotated[
+        bool,
+        typer.Option(
+            "--time-only",
+            help="Only match and replay: passes of micro-batches that repeat are run once, and no memory is followed. Needs "
+            "stages or all.",
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print what the ranks say while they run.")] = False,
 ) -> None:
     """Take two steps as ranks of a run of any size, without its devices: memory, waits, collectives. Nothing is computed."""
@@ -47,7 +55,7 @@ def rehearse(  # typer makes an option of every parameter
     from flagscale_like.cluster import GIB, parse_cluster, with_devices
     from flagscale_like.config import load_config
     from flagscale_like.errors import ConfigError, DoesNotFitError
-    from flagscale_like.recipes.rehearse import nearest_change, rehearse, rehearsed_kind
+    from flagscale_like.recipes.rehearse import nearest_change, record, rehearse, rehearsed_kind
     from flagscale_like.rehearsal.chrome_trace import write_trace
     from flagscale_like.rehearsal.rehearse import overflow_message
     from flagscale_like.rehearsal.report import describe, write
@@ -60,9 +68,16 @@ def rehearse(  # typer makes an option of every parameter
     whole = ranks in ("stages", "all")
     if trace is not None and not whole:
         raise ConfigError(f"--trace {trace} replays a whole pipeline: give --ranks stages (it is {ranks})")
+    if time_only and (not whole or out is not None):
+        raise ConfigError(
+            "--time-only replays a whole pipeline, and follows no memory: give --ranks stages, and no --out"
+        )
     say = typer.echo if verbose else lambda _: None
     problems, records = [], []
-    for found in rehearse(config, place, rehearsed_kind(device), world_size=world, ranks=ranks, say=say):
+    kind = rehearsed_kind(device)
+    if time_only:
+        records += record(config, place, kind, world_size=world, ranks=ranks)
+    for found in () if time_only else rehearse(config, place, kind, world_size=world, ranks=ranks, say=say):
         typer.echo(describe(found))
         typer.echo(f"this process has taken {found.process_bytes / GIB:.1f} GiB at most\n")
         for path in write(found, out) if out is not None else ():
@@ -80,4 +95,7 @@ def rehearse(  # typer makes an option of every parameter
     if problems:
         found, message = problems[0]
         raise DoesNotFitError(f"{message}; {nearest_change(config, place, found, world)}")
+    if time_only:
+        typer.echo("memory was not followed (--time-only)")
+        return
     typer.echo("all rehearsed ranks fit" if place.device.is_gpu else "rehearsed")

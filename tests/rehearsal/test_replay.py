@@ -167,6 +167,15 @@ def test_the_command_matches_and_replays_a_rank_of_each_stage(tmp_path):
     assert "bubble" in found.stdout
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 4}
+    short = cli(*arguments, "--ranks", "stages", "--time-only")
+    assert short.returncode == 0, short.stderr
+    lines, words = found.stdout.splitlines(), short.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("all operations meet"))
+    assert words[:4] == lines[first : first + 4]
+    assert words[-1] == "memory was not followed (--time-only)"
+    wrong = invoke([*arguments, "--time-only"])
+    assert wrong.exit_code == 10
+    assert "--time-only" in wrong.error
     wrong = invoke([*arguments, "--trace", str(tmp_path / "other.json")])
     assert wrong.exit_code == 10
     assert "--trace" in wrong.error
