@@ -340,13 +340,20 @@ def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
 
 
 def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelContext) -> list[MegatronModule]:
-    """DistributedDataParallel around every chunk: gradient buffers, reduce-scatter overlapped with the backward pass."""
+    """DistributedDataParallel around every chunk: gradient buffers, reduce-scatter overlapped with the backward pass.
+
+    With several chunks a rank, all stages gather a chunk's parameters while the chunk before it runs. Otherwise each stage
+    would wait for its own gather before it sends anything on, and a pipeline of many stages for one after another.
+    """
     overlap = ctx.replicas > 1
+    gathers = overlap and ctx.platform.overlaps_param_gather
+    ahead = gathers and len(chunks) > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and ctx.platform.overlaps_param_gather,
+        overlap_param_gather=gathers,
+        align_param_gather=ahead,
     )
     tf_config = chunks[0].config
     half = spec.precision != "fp32"
@@ -360,6 +367,8 @@ def wrap_chunks(chunks: list[LanguageModel], spec: ModelSpec, ctx: ParallelConte
         tf_config.no_sync_func = _each([w.no_sync for w in wrapped])
         if spec.parallel.pp > 1:
             tf_config.grad_sync_func = _each([w.start_grad_sync for w in wrapped])
+        if ahead:
+            tf_config.param_sync_func = [w.start_param_sync for w in wrapped]
     return wrapped
 
 
