@@ -42,8 +42,9 @@ from tests.harness import run_ranks, tiny_config
 LAYOUTS = ({"tp": 4, "sp": True}, {}, {"tp": 2, "sp": True}, {"cp": 4}, {"pp": 2})
 RANKS = 4
 CORES = os.cpu_count() or 1
-SIZES = (1 << 10, 1 << 20)  # bytes of a call that are measured; others lie on the line through them
-Calls = dict[tuple[str, int], tuple[float, float]]
+SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 24)  # bytes that a rank gives to the calls that are measured
+BATCHES = 5
+Calls = dict[tuple[str, int], list[tuple[float, float]]]
 
 
 class Clock(Part):
@@ -66,20 +67,26 @@ def step_seconds(config: RunConfig) -> float:
 CONTEXT: list = []  # the parallel context of this process
 
 
-def median_seconds(work: Callable[[], object], budget_s: float) -> float:
-    """The median of as many runs as fit the budget, on all ranks at once; the same number on all ranks."""
+def seconds_of(work: Callable[[], object], budget_s: float) -> float:
+    """Seconds of a run where all ranks run it at once, until the last one has done: the median of BATCHES of runs."""
+    several = dist.get_world_size() > 1
+    meet = dist.barrier if several else lambda: None
     work()
+    meet()
     began = time.perf_counter()
     work()
     one = torch.tensor(time.perf_counter() - began)
-    if dist.is_initialized():
+    if several:
         dist.all_reduce(one, op=dist.ReduceOp.MAX)
-    runs, taken = max(5, int(budget_s / one.item())), []
-    for _ in range(runs):
+    runs, taken = max(2, int(budget_s / one.item() / BATCHES)), []
+    for _ in range(BATCHES):
+        meet()
         began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return statistics.mean(sorted(taken)[: -max(1, runs // 20)])  # a rank that was put aside once is left out
+        for _ in range(runs):
+            work()
+        meet()
+        taken.append((time.perf_counter() - began) / runs)
+    return statistics.median(taken)
 
 
 def unit(hidden: int, rows: int) -> Callable[[], None]:
@@ -116,7 +123,7 @@ def call(name: str, group: dist.ProcessGroup, peers: tuple[int, int], nbytes: in
 
 
 def gloo_calls(wanted: Sequence[tuple[str, int]]) -> Calls:
-    """Seconds of a call and of a byte of it, for operations and numbers of ranks; all ranks call it."""
+    """Seconds of calls by their bytes, for operations and numbers of ranks; all ranks call it."""
     found: Calls = {}
     if not wanted:
         return found
@@ -125,13 +132,19 @@ def gloo_calls(wanted: Sequence[tuple[str, int]]) -> Calls:
     for name, ranks in wanted:
         group = pairs[rank // 2] if ranks == 2 else dist.group.WORLD
         peers = ((rank + 1) % RANKS, (rank - 1) % RANKS)
-        times = [median_seconds(call(name, group, peers, nbytes), 0.15) for nbytes in SIZES]
         # An operation's bytes are those of its input; an exchange is two messages.
-        inputs = [nbytes * (ranks if name == "reduce_scatter_tensor" else 1) for nbytes in SIZES]
-        halves = 2 if name == MESSAGE else 1
-        each = max(0.0, times[1] - times[0]) / (inputs[1] - inputs[0])
-        found[name, ranks] = max(0.0, times[0] - each * inputs[0]) / halves, each / halves
+        parts, halves = ranks if name == "reduce_scatter_tensor" else 1, 2 if name == MESSAGE else 1
+        works = [(nbytes, call(name, group, peers, nbytes // parts)) for nbytes in SIZES]
+        found[name, ranks] = [(nbytes, seconds_of(work, 0.1) / halves) for nbytes, work in works]
     return found
+
+
+def between(several: Sequence[Calls]) -> Calls:
+    """The means of what was measured several times."""
+    return {
+        key: [(nbytes, statistics.mean(one[key][i][1] for one in several)) for i, (nbytes, _) in enumerate(points)]
+        for key, points in several[0].items()
+    }
 
 
 def measured(config: RunConfig, hidden: int, wanted: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -140,13 +153,10 @@ def measured(config: RunConfig, hidden: int, wanted: Sequence[tuple[str, int]]) 
     with parallel_context(config.parallel) as ctx:
         CONTEXT[:] = [ctx]
         work = unit(hidden, config.train.seq_length)
-        units, calls, load = [median_seconds(work, 0.7)], [gloo_calls(wanted)], os.getloadavg()[0]
+        units, calls, load = [seconds_of(work, 0.7)], [gloo_calls(wanted)], os.getloadavg()[0]
         step = step_seconds(config)
-        units, calls = [*units, median_seconds(work, 0.7)], [*calls, gloo_calls(wanted)]
-        both = {
-            key: tuple(sum(pair) / 2 for pair in zip(calls[0][key], calls[1][key], strict=True)) for key in calls[0]
-        }
-        return {"step_s": step, "unit_s": sum(units) / 2, "units_s": units, "calls": both, "load": load}
+        units, calls = [*units, seconds_of(work, 0.7)], [*calls, gloo_calls(wanted)]
+        return {"step_s": step, "unit_s": sum(units) / 2, "units_s": units, "calls": between(calls), "load": load}
 
 
 def waiting(seconds: float) -> float:
@@ -206,6 +216,46 @@ def measure_alone(config: RunConfig, hidden: int) -> tuple[DeviceSpec, dict[str,
     return measure_device(get_platform(), "fp32"), measured(config, hidden, ())
 
 
+def calls_of(records: Sequence[RankRecord]) -> list[tuple[str, int]]:
+    """The operations of a step, with the ranks of their groups."""
+    events = [event for one in records for event in one.step(-1) if len(event.group) > 1]
+    found = {(event.op, len(event.group)) for event in events if event.kind == "collective" and event.op != "barrier"}
+    found |= {(MESSAGE, 2) for event in events if event.kind == "send"}
+    return sorted(found | {("all_reduce", RANKS)})
+
+
+def kernel_seconds(records: list[RankRecord], config: RunConfig, place: ClusterSpec, step_s: float) -> float:
+    """What a kernel takes beside its roofline, if the step of one rank takes so long."""
+    costs = [with_constants(Costs.of(place), kernel_s=s) for s in (0.0, 1e-5)]
+    plain, more = (time_step(records, config, place, costs=own).timeline.seconds for own in costs)
+    return max(0.0, (step_s - plain) / (more - plain) * 1e-5)
+
+
+def compare(
+    records: list[RankRecord], config: RunConfig, real: RunConfig, costs: Costs, unit_s: float, hidden: int
+) -> dict[str, Any]:
+    """A layout's predicted and measured step.
+
+    Args:
+        real: the run to measure.
+        costs: of one rank that computes alone.
+        unit_s: that it takes for the unit.
+    """
+    ranks = run_ranks(RANKS, measured, real, hidden, calls_of(records))
+    calls = between([rank["calls"] for rank in ranks])
+    together = statistics.mean(rank["unit_s"] for rank in ranks) / unit_s
+    predicted_s, at_once = predict(records, config, replace(costs, calls=calls), together)
+    return {
+        "predicted_s": predicted_s,
+        "measured_s": max(rank["step_s"] for rank in ranks),
+        "together": together,
+        "at_once": at_once,
+        "load": ranks[0]["load"],
+        "units_s": [rank["units_s"] for rank in ranks],
+        "calls": [[*key, points] for key, points in calls.items()],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
@@ -213,63 +263,32 @@ def main() -> None:
     parser.add_argument("--layouts", default="0,1,2,3,4")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    chosen = [LAYOUTS[int(number)] for number in given.layouts.split(",")]
+    chosen, found = [LAYOUTS[int(number)] for number in given.layouts.split(",")], []
     with tempfile.TemporaryDirectory() as folder:
         alone = run_config(given.hidden, {}, f"{folder}/one")
         configs = [run_config(given.hidden, layout, f"{folder}/{i}") for i, layout in enumerate(chosen)]
         ((device, one),) = run_ranks(1, measure_alone, longer(alone, given.steps, f"{folder}/alone"), given.hidden)
         places = [ClusterSpec(nodes=1, devices_per_node=n, device=device, network_gb_per_s=1.0) for n in (1, RANKS)]
-        jobs = [(alone, places[0]), *((config, places[1]) for config in configs)]
-        (records,) = run_ranks(1, records_of, jobs)
-        costs = Costs.of(places[0])
-        plain, more = (
-            time_step(records[0], alone, places[0], costs=with_constants(costs, kernel_s=s)).timeline.seconds
-            for s in (0.0, 1e-5)
-        )
-        kernel_s = max(0.0, (one["step_s"] - plain) / (more - plain) * 1e-5)
+        (records,) = run_ranks(1, records_of, [(alone, places[0]), *((config, places[1]) for config in configs)])
+        kernel_s = kernel_seconds(records[0], alone, places[0], one["step_s"])
         idle = max(run_ranks(2, waiting, 1.0))
         print(f"one rank alone: {one['step_s']:.3f} s a step, {kernel_s * 1e6:.1f} us a kernel; load {one['load']:.1f}")
         print(f"a rank that waits for 1 s takes {idle:.3f} s of the processor")
-        print(
-            "layout | computes at once | slower together | predicted, s | measured, s | difference | load", flush=True
-        )
-        found = []
+        print("layout | compute at once | slower together | predicted, s | measured, s | difference | load", flush=True)
+        costs = with_constants(Costs.of(places[1]), kernel_s=kernel_s)
         for number, (layout, config, own) in enumerate(zip(chosen, configs, records[1:], strict=True)):
-            events = [event for one_record in own for event in one_record.step(-1)]
-            wanted = sorted(
-                {
-                    (e.op, len(e.group))
-                    for e in events
-                    if e.kind == "collective" and e.op != "barrier" and len(e.group) > 1
-                }
-                | {(MESSAGE, 2) for e in events if e.kind == "send"}
-                | {("all_reduce", RANKS)}
-            )
             real = longer(config, given.steps, f"{folder}/run{number}")
-            ranks = run_ranks(RANKS, measured, real, given.hidden, wanted)
-            calls = {
-                key: tuple(statistics.mean(rank["calls"][key][i] for rank in ranks) for i in (0, 1)) for key in wanted
-            }
-            together = statistics.mean(rank["unit_s"] for rank in ranks) / one["unit_s"]
-            four = with_constants(Costs.of(places[1]), kernel_s=kernel_s, calls=calls)
-            ours, k = predict(own, config, four, together)
-            theirs = max(rank["step_s"] for rank in ranks)
-            found.append(
-                {"layout": layout, "predicted_s": ours, "measured_s": theirs, "together": together, "at_once": k}
-            )
-            found[-1] |= {
-                "calls": [[*key, *value] for key, value in calls.items()],
-                "ranks": [r["units_s"] for r in ranks],
-            }
+            row = compare(own, config, real, costs, one["unit_s"], given.hidden)
+            found.append({"layout": layout, **row})
+            ours, theirs = row["predicted_s"], row["measured_s"]
             print(
-                f"{layout} | {k:.1f} | {together:.2f} | {ours:.3f} | {theirs:.3f} | {ours / theirs - 1:+.0%} | "
-                f"{ranks[0]['load']:.1f}",
+                f"{layout} | {row['at_once']:.1f} | {row['together']:.2f} | {ours:.3f} | {theirs:.3f} | "
+                f"{ours / theirs - 1:+.0%} | {row['load']:.1f}",
                 flush=True,
             )
     if given.out is not None:
-        given.out.write_text(
-            json.dumps({"alone": one, "kernel_s": kernel_s, "layouts": found}, indent=1, default=str) + "\n"
-        )
+        told = {"alone": {**one, "calls": []}, "kernel_s": kernel_s, "waiting_s": idle, "layouts": found}
+        given.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,9 @@ class Costs:
     Attributes:
         kernel_s: of each kernel beside its roofline: launch and host work.
         crowd: kernels take so many times longer, because ranks share a host's cores.
-        calls: of ranks that share cores, (operation, ranks of the group) -> seconds of a call, and of each byte of it; {} of
-            devices of their own. A call is work of the rank that asks for it: nothing runs beside it, and a rank that waits
-            for others sleeps.
+        calls: of ranks that share cores, (operation, ranks of the group) -> seconds of calls by their bytes, [(bytes, s)] in
+            order, between which lies a line; {} of devices of their own. A call is work of the rank that asks for it: nothing
+            runs beside it, and a rank that waits for others sleeps.
         fused_gradients: the products of the weights' gradients add them up, as with apex, whatever was recorded: without it a
             kernel of its own adds each up, which reads 6 bytes an element and writes 4.
         fp32: of the bf16 peak that products of fp32 reach; 1 where the peak is fp32's own.
@@ -41,7 +42,7 @@ class Costs:
     eff: Efficiency
     kernel_s: float
     crowd: float = 1.0
-    calls: Mapping[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    calls: Mapping[tuple[str, int], Sequence[tuple[float, float]]] = field(default_factory=dict)
     fused_gradients: bool = False
     fp32: float = FP32_PRODUCTS
 
@@ -67,8 +68,10 @@ class Costs:
             return 0.0
         ranks = 2 if event.kind != "collective" else len(event.group)
         name = MESSAGE if event.kind != "collective" else event.op
-        call_s, byte_s = self.calls.get((name, ranks)) or self.calls["all_reduce", ranks]
-        return call_s + byte_s * event.bytes
+        points = self.calls.get((name, ranks)) or self.calls["all_reduce", ranks]
+        place = min(max(1, bisect_left(points, (event.bytes,))), len(points) - 1)
+        (low, fast), (high, slow) = points[place - 1], points[place]
+        return fast + max(0.0, slow - fast) * max(0.0, event.bytes - low) / (high - low)
 
     def _reached(self, event: Event) -> float:
         """The share of the peak that a product or an attention reaches."""

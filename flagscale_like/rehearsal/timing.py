@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.config import RunConfig
@@ -64,7 +64,7 @@ def time_step(
     last = len(records[0].step_starts) - 1
     timeline = replay(match(records, step=last), costs or Costs.of(cluster), keep_slices=keep_slices)
     world, train = records[0].world_size, config.train
-    goal = Goal.of(config, cuda=cluster.device.is_gpu)
+    goal = replace(Goal.of(config, cuda=cluster.device.is_gpu), imbalance=1.0)  # rehearsed routing is even
     layout = configured_layout(config, world, goal, cluster.device.hbm_bytes if cluster.device.is_gpu else None)
     tokens = train.global_batch_size * train.seq_length
     return Timed(

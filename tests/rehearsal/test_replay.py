@@ -85,7 +85,7 @@ def test_a_gradient_is_added_up_by_its_product_with_apex_alone():
 
 
 def test_ranks_that_share_cores_compute_slower_and_do_the_work_of_their_calls():
-    calls = {("all_reduce", 2): (1 * MS, 1e-11), ("message", 2): (2 * MS, 0.0)}
+    calls = {("all_reduce", 2): [(0, 1 * MS), (2e8, 3 * MS)], ("message", 2): [(0, 2 * MS), (1, 2 * MS)]}
     shared = with_constants(COSTS, crowd=2.0, calls=calls)
     hidden = [kernel(1), reduction(4, (0, 1), handle=1), kernel(3), wait(1)]
     records = [RankRecord(rank, 2, hidden, [0]) for rank in (0, 1)]
