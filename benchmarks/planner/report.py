@@ -163,7 +163,7 @@ def tables() -> str:
             + throughput_table(NARAYANAN_2021, "TFLOP/s/GPU", 0),
             "### Step time on A100-80 (Korthikanti et al. 2022, table 5), fitted\n\n"
             + throughput_table(KORTHIKANTI_2022, "s", 2),
-            "### Models with fused attention on A800 and A100-40\n\n"
+            "### Models with fused attention on A800 and A100-40, not fitted\n\n"
             + throughput_table([BAICHUAN_7B], "TFLOP/s/GPU", 0)
             + "\n\n"
             + throughput_table([AQUILA2_34B], "tokens/s/GPU", 0),

@@ -15,6 +15,10 @@ from flagscale_like.rehearsal.matching import match
 from flagscale_like.rehearsal.record import RankRecord
 from flagscale_like.rehearsal.replay import Timeline, replay
 
+# What a host takes to launch one operator of eager torch with autograd and megatron-core around it: an assumption, which no
+# GPU's host has been measured for.
+LAUNCH_S = 10e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
@@ -24,6 +28,7 @@ class Timed:
         timeline: of the last step that was rehearsed.
         stages: rank -> its pipeline stage.
         planned_s: what the planner's formulas say of the same step.
+        launches: operators that the host launches in a step, on the rank with the most.
     """
 
     timeline: Timeline
@@ -33,6 +38,7 @@ class Timed:
     cluster: ClusterSpec
     world_size: int
     planned_s: float
+    launches: int
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -75,6 +81,7 @@ def time_step(
         cluster=cluster,
         world_size=world,
         planned_s=evaluate(goal, layout, cluster).time.seconds,
+        launches=max(sum(event.kind == "compute" for event in record.step(last)) for record in records),
     )
 
 
@@ -90,4 +97,17 @@ def describe_timed(timed: Timed) -> str:
         f"all operations meet; replayed on {timed.cluster.describe()}: {timeline.seconds:.4g} s a step (the formulas plan "
         f"{timed.planned_s:.4g}), {timed.tokens_per_s_per_device:,.0f} tokens/s/device, MFU {timed.mfu:.1%}; of the step:\n"
         + table(rows, right=range(len(names) + 2))
+        + host_line(timed)
+    )
+
+
+def host_line(timed: Timed) -> str:
+    """A line where the host may be slower than the device; nothing where it is not."""
+    each = timed.timeline.seconds / max(1, timed.launches)
+    if each > LAUNCH_S or not timed.cluster.device.is_gpu:
+        return ""
+    return (
+        f"\nthe host may be too slow for it: {timed.launches:,} operators a step leave it {each * 1e6:.1f} us for each, and "
+        f"eager torch is taken to need {LAUNCH_S * 1e6:.0f}; the step would then take {timed.launches * LAUNCH_S:.4g} s. "
+        "Larger micro-batches have fewer"
     )
