@@ -23,6 +23,7 @@ class RunFolder:
         samples, draws, sample_losses: which data each step read; see data.provenance and data.draws.
         reference: log-probabilities of the reference model of DPO; see training.reference.
         outside: rollouts outside of what the reward model was validated on; see rl.guard.
+        vllm: what vLLM builds the policy from, without weights; see rl.generators.
         rounds: a folder for each round of reinforcement learning; see rl.rounds.
         profile: a torch profiler trace a rank.
         hang: the ranks' stacks, written when one makes no progress.
@@ -48,6 +49,7 @@ class RunFolder:
         self.sample_losses = self.root / "sample_losses"
         self.reference = self.root / "reference.safetensors"
         self.outside = self.root / "outside.jsonl"
+        self.vllm = self.root / "vllm"
         self.rounds = self.root / "rounds"
         self.profile = self.root / "profile"
         self.hang = self.root / "hang"

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -341,11 +341,32 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
     rules = [rule for group in plan.groups for rule in group for _ in rule.hf]
     specs = [spec for specs in plan.specs for spec in specs]
     dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}
-    word = dtype_word(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config = plan.family.config_with_head(plan.arch, plan.value_heads, embedder=plan.embedder)
     config |= copy_code(plan, folder, origin)
+    write_settings(folder, config, dtype, ids, tokenizer, generates=not plan.value_heads and not plan.embedder)
+
+
+def write_settings(
+    folder: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    ids: Mapping[str, int],
+    tokenizer: Path | None,
+    *,
+    generates: bool = True,
+) -> None:
+    """Write what a Hugging Face folder has beside the weights: config.json, generation_config.json, the tokenizer.
+
+    Args:
+        config: the family's keys of config.json.
+        dtype: of the weights.
+        ids: of bos, eos and pad.
+        generates: whether the model is a language model.
+    """
+    word = dtype_word(dtype)
     json_files.write_json(folder / "config.json", {**config, "dtype": word, "torch_dtype": word, **ids})
-    if not plan.value_heads and not plan.embedder:
+    if generates:
         json_files.write_json(folder / GENERATION, generation_settings(tokenizer, ids))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
@@ -366,12 +387,12 @@ def copy_code(plan: ExportPlan, folder: Path, origin: Origin) -> dict[str, Any]:
     return {"auto_map": dict(origin.auto_map)}
 
 
-def generation_settings(tokenizer: Path | None, ids: dict[str, Any]) -> dict[str, Any]:
+def generation_settings(tokenizer: Path | None, ids: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of generation: those beside the tokenizer, such as all ids that end an answer, or the tokenizer's ids."""
     path = tokenizer / GENERATION if tokenizer is not None else None
     if path is None or not path.is_file():
         return {"_from_model_config": True, **ids}
-    return ids | json.loads(path.read_text(encoding="utf-8"))
+    return dict(ids) | json.loads(path.read_text(encoding="utf-8"))
 
 
 def export(

@@ -87,6 +87,12 @@ def _describe_rl(config: RunConfig, data: str) -> None:
     typer.echo(f"data         {data}")
 
 
+DRAWN_OTHERWISE = {  # by rl.rollout.engine, what the numbers do not say
+    "refit": ["the seconds of drawing are those of rl.rollout.engine own: with refit no rank waits for another"],
+    "vllm": ["memory and seconds of drawing are those of rl.rollout.engine own: vLLM takes rl.rollout.vllm.memory"],
+}
+
+
 def describe_iteration(config: RunConfig, plan: Plan, cluster: ClusterSpec | None, *, cuda: bool) -> Iteration:
     """Print memory and time of an iteration of reinforcement learning on a planned layout, and return them."""
     from flagscale_like.planner.iteration import describe_phases, describe_seconds, plan_iteration
@@ -98,6 +104,7 @@ def describe_iteration(config: RunConfig, plan: Plan, cluster: ClusterSpec | Non
     for note in [
         *notes,
         *([] if read else [f"the prompts are not read: {prompt} tokens are taken, half of their room"]),
+        *DRAWN_OTHERWISE.get(config.rl.rollout.engine, []),
     ]:
         typer.echo(f"note         {note}")
     if cluster is None:

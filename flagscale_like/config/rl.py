@@ -14,12 +14,24 @@ Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"]
 GROUPED: tuple[Algorithm, ...] = ("grpo", "dr_grpo", "rloo")
 
 
+class Vllm(Frozen):
+    """vLLM, with rollout.engine vllm. Each rank has one on its own device, which gets the weights from there.
+
+    Attributes:
+        memory: the share of the device that it may take while it draws; it gives all of it back for learning.
+    """
+
+    memory: float = Field(default=0.4, gt=0, lt=1)
+
+
 class Drawing(Frozen):
     """How rollouts are drawn.
 
     Attributes:
-        engine: what draws them: `own` generates with the trainer's weights in place; `vllm` is refused: its adapter
-            (generation.vllm) has not been run on a GPU, and no run makes one.
+        engine: what draws them: `own` generates with the trainer's weights in place, on the layout of training; `refit` with
+            a whole copy of the policy on each rank, which exists while rollouts are drawn; `vllm` with vLLM on each rank's
+            device (not yet run on a GPU).
+        vllm: options of engine vllm.
         samples: rollouts of each prompt. The group algorithms compare them, and need 2 or more.
         max_new_tokens: the most tokens that are drawn after a prompt.
         temperature: divides the logits, in drawing and in training alike; above 0.
@@ -29,12 +41,14 @@ class Drawing(Frozen):
         stop_strings: texts that end a rollout, beside the tokenizer's end of text.
         apart: ranks that only draw, the last ones of the launch, while the others learn; they have the same layout. 0: all
             ranks draw and learn in turns. Needs staleness 1.
-        rows: the most rollouts that are under way at a time on each copy of the policy, with engine own.
+        rows: the most rollouts that are under way at a time: with engine own on each copy of the policy, with refit on each
+            rank; vLLM decides itself.
         training_sleeps: while rollouts are drawn, the gradient buffers of policy and critic are freed, and where the device
             has memory of its own, their optimizer states wait in host memory. Not with `apart`, whose ranks learn meanwhile.
     """
 
-    engine: Literal["own", "vllm"] = "own"
+    engine: Literal["own", "refit", "vllm"] = "own"
+    vllm: Vllm = Vllm()
     samples: int = Field(default=1, gt=0)
     max_new_tokens: int = Field(gt=0)
     temperature: float = Field(default=1.0, ge=0)
@@ -44,6 +58,21 @@ class Drawing(Frozen):
     apart: int = Field(default=0, ge=0)
     rows: int = Field(default=64, gt=0)
     training_sleeps: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Drawing:
+        if self.engine != "vllm":
+            if self.vllm != Vllm():
+                raise ValueError(f"vllm is for engine vllm, and engine is {self.engine}: leave it out")
+            return self
+        if self.top_p < 1 or self.top_k:
+            raise ValueError(
+                f"engine vllm gives no log-probabilities without top_p ({self.top_p:g}) and top_k ({self.top_k}), which the "
+                "trainer compares with: use top_p 1 and top_k 0, or engine own or refit"
+            )
+        if self.rows != type(self).model_fields["rows"].default:
+            raise ValueError(f"rows ({self.rows}) is for the engines own and refit, vLLM decides itself: leave it out")
+        return self
 
 
 class Divergence(Frozen):
@@ -256,16 +285,21 @@ class ReinforcementLearning(Frozen):
         return self
 
     def check_run(self, *, rollouts: int, places: int) -> None:
-        """Check the numbers of rollouts against each other.
+        """Check the numbers of rollouts against each other, and ranks that only draw against rounds.
 
         Args:
             rollouts: train.global_batch_size.
             places: train.seq_length.
 
         Raises:
-            ValueError: a number does not divide another, or a row has no room for a rollout.
+            ValueError: a number does not divide another, a row has no room for a rollout, or rounds have ranks apart.
         """
         samples, parts = self.rollout.samples, self.minibatches
+        if self.rollout.apart and self.rounds.count:
+            raise ValueError(
+                f"rl.rollout.apart ({self.rollout.apart}) is for a run without rl.rounds, whose phases need all ranks: leave "
+                "one of them out"
+            )
         if rollouts % samples:
             raise ValueError(
                 f"train.global_batch_size ({rollouts}) counts the rollouts of an iteration: it must be divisible by "

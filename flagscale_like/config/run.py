@@ -275,6 +275,11 @@ class RunConfig(Frozen):
                 "train.eval_interval: a judge compares the policy's answers with each other, and their mean says nothing of "
                 "the policy: leave it out, or give another reward"
             )
+        if self.rl.rollout.engine == "vllm" and self.lora is not None:
+            raise ValueError(
+                "rl.rollout.engine vllm gets whole weights, and lora's adapters are not merged into them: use engine own or "
+                "refit"
+            )
         self.rl.check_run(rollouts=train.global_batch_size, places=train.seq_length)
 
     def _check_pairs(self) -> None:

@@ -55,12 +55,14 @@ class OwnEngine:
         decode: the text of some tokens; stop strings need it.
 
     Attributes:
-        version: of the weights; it counts the updates.
+        version, at_once: see GenerationEngine.
         figures: what was done so far.
 
     Raises:
         ConfigError: the model is a reward or an embedding model, or the room is more than it takes.
     """
+
+    at_once = False
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ def hf_weights(engine: Engine, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     """
     spec, device = engine.spec, engine.ctx.platform.device
     if spec.lora is not None:
-        raise ConfigError("the model has LoRA adapters, which are not merged: generate with the own engine")
+        raise ConfigError("the model has LoRA adapters, which are not merged: generate with the engine own or refit")
     held = _held(engine)
     rules = find_family(spec.arch.family).rules(spec.arch)
     for rule in rules:
@@ -66,8 +66,9 @@ def _held(engine: Engine) -> dict[str, list[tuple[Fragment, Tensor]]]:
         for piece in shard.pieces:
             fragment = piece.cut(shard.start, shard.start + shard.main.numel()) if piece.primary else None
             if fragment is not None:
-                at = piece.start + fragment.start - shard.start
-                held[fragment.key].append((fragment, shard.main.detach()[at : at + fragment.numel]))
+                at = piece.start + fragment.start
+                flat = shard.parameter.detach().view(-1)  # not the master weights, which may wait in host memory
+                held[fragment.key].append((fragment, flat[at : at + fragment.numel]))
     return held
 
 

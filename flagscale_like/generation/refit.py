@@ -24,7 +24,7 @@ from flagscale_like.engine.shards import Piece, parameter_pieces
 from flagscale_like.errors import ConfigError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
-from flagscale_like.model.build import LanguageModel
+from flagscale_like.model.build import LanguageModel, build_chunks
 from flagscale_like.runtime.parallel import ParallelContext, whole_on_each_rank
 
 BUFFER_BYTES = 512 << 20  # what a rank receives at a time
@@ -192,31 +192,33 @@ def _rounds(
 class RefitEngine(OwnEngine):
     """Generates with a whole copy of the model on each rank, whatever the layout of training is.
 
-    Ranks that share a model in training (tp, pp) share its prompts: each draws the texts of some, at its own pace, and in the
-    end all have all rollouts. load() brings the trainer's weights over; sleep() gives the copy's memory back.
+    Ranks that share a model or its rows in training (tp, pp, cp) share its prompts: each draws the texts of some, at its own
+    pace, and in the end all have all rollouts. load() brings the trainer's weights over; sleep() gives their memory back.
 
     Args:
         trained: the engine that is trained.
         options: OwnEngine's.
     """
 
+    at_once = True
+
     def __init__(self, trained: Engine, **options: object) -> None:
         spec, ctx = trained.spec, whole_on_each_rank(trained.ctx)
         spec = dataclasses.replace(spec, parallel=Parallel(), recompute="none")
-        engine = Engine.build(spec, ctx)
-        super().__init__(engine, **options)
-        self.trained, self.sharing = trained, trained.ctx.groups.mp
+        engine = Engine(spec, ctx, build_chunks(spec, ctx))
+        super().__init__(engine, version=-1, **options)
+        self.trained, self.sharing = trained, _ranks_of_a_copy(trained.ctx)
         with torch.no_grad():  # rows that pad the vocabulary come from nowhere
             for parameter in engine.model.parameters():
                 parameter.zero_()
-        self.refit, self.current, self._asleep = Refit(trained.models, trained.ctx, engine.models, ctx), False, {}
+        self.refit, self._asleep = Refit(trained.models, trained.ctx, engine.models, ctx), {}
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the trainer's weights as they are now. `weights` is not read. All ranks call it."""
         self.wake()
         with self.trained.evaluation():  # its parameters are whole
             self.refit()
-        self.version, self.current = version, True
+        self.version = version
 
     def generate_each(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
         """See OwnEngine. The rollouts come once all have ended, in the order of the prompts.
@@ -224,7 +226,7 @@ class RefitEngine(OwnEngine):
         Raises:
             ConfigError: also without weights, before the first load() and after sleep().
         """
-        if not self.current:
+        if self.version < 0:
             raise ConfigError("the generation model has no weights: load() them first")
         self._check_all(asked)
         return self._shared(asked)
@@ -242,10 +244,18 @@ class RefitEngine(OwnEngine):
         for parameter in self.engine.model.parameters():
             self._asleep.setdefault(parameter, parameter.shape)
             parameter.data = parameter.new_empty(0)
-        self.current = False
+        self.version = -1
 
     def wake(self) -> None:
         """Take the memory of the weights again; they are those of the next load()."""
         for parameter, shape in self._asleep.items():
             parameter.data = parameter.new_zeros(shape)
         self._asleep.clear()
+
+
+def _ranks_of_a_copy(ctx: ParallelContext) -> dist.ProcessGroup:
+    """The group of the ranks that work on the same rollouts in training. All ranks call it."""
+    if ctx.layout.cp == 1:
+        return ctx.groups.mp
+    ranks = [rank for rank, copy in enumerate(ctx.gather(ctx.dp_rank)) if copy == ctx.dp_rank]
+    return dist.new_group(ranks, use_local_synchronization=True)

@@ -76,10 +76,13 @@ class GenerationEngine(Protocol):
     """What draws rollouts. All ranks call every method alike.
 
     Attributes:
-        version: of its weights; it counts the updates.
+        version: of its weights; it counts the updates. -1 where it has none, and load() has to come before generate(): an
+            engine with a copy of its own begins like this, and gives the copy up with sleep().
+        at_once: whether the rollouts come together, when the last one has ended.
     """
 
     version: int
+    at_once: bool
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         """Draw the rollouts of all prompts. Each comes as it ends, in one order on all ranks that share a model.
@@ -90,7 +93,7 @@ class GenerationEngine(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights, by their Hugging Face names; an engine on the trainer's own weights only takes the version."""
+        """Take new weights, by their Hugging Face names. An engine that reads the trainer's memory does not iterate them."""
         ...
 
     def sleep(self) -> None:
@@ -98,5 +101,5 @@ class GenerationEngine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Be ready to generate again."""
+        """Be ready to generate again, after load() where sleep() gave up the weights."""
         ...

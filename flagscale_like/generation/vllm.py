@@ -71,7 +71,7 @@ def _module(name: str = "") -> ModuleType:
         module = importlib.import_module(f"vllm.{name}") if name else found
     except ImportError as error:
         raise PlatformError(
-            f"rl.rollout.engine vllm needs vLLM ({error}): pip install 'flagscale_like[vllm]', or use engine own"
+            f"rl.rollout.engine vllm needs vLLM ({error}): pip install 'flagscale_like[vllm]', or use engine own or refit"
         ) from None
     if version < OLDEST:
         raise PlatformError(
@@ -79,6 +79,15 @@ def _module(name: str = "") -> ModuleType:
             f"{OLDEST[0]}.{OLDEST[1]} or later"
         )
     return module
+
+
+def check_installed() -> None:
+    """Refuse to begin without vLLM.
+
+    Raises:
+        PlatformError: it is not installed, or is older than what this was written for.
+    """
+    _module("distributed.weight_transfer")
 
 
 class LlmClient:
@@ -131,8 +140,10 @@ class VllmEngine:
         room: the most tokens of a text with its prompt: vLLM's max_model_len.
 
     Attributes:
-        version: of the weights; -1 before the first load().
+        version: of the weights; -1 before the first load(), and after sleep().
     """
+
+    at_once = True
 
     def __init__(
         self, llm: Any, arch: ModelArch, ctx: ParallelContext, *, transfer: Transfer, dtype: torch.dtype, room: int
@@ -170,8 +181,9 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give back the memory of weights, keys and values: the next weights come with load()."""
-        self.llm.sleep(level=2)
-        self._asleep, self._whole = True, False
+        if not self._asleep:
+            self.llm.sleep(level=2)
+        self._asleep, self._whole, self.version = True, False, -1
 
     def wake(self) -> None:
         """Be ready to generate again, after load().
@@ -207,7 +219,7 @@ class VllmEngine:
         if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k):
             raise ConfigError(
                 f"engine vllm gives no log-probabilities without top_p ({sampling.top_p:g}) and top_k ({sampling.top_k}), "
-                "which the trainer compares with: use top_p 1 and top_k 0, or engine own"
+                "which the trainer compares with: use top_p 1 and top_k 0, or engine own or refit"
             )
         for prompt in prompts:
             if not 0 < len(prompt.ids) < self.room:

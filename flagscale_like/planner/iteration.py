@@ -178,8 +178,13 @@ def phase_memory(
     size = {"rows": drawing.rows, "room": config.train.seq_length, "dtype_bytes": e}
     logits = drawing.rows * arch.padded_vocab_size(layout.tp) * 4 if stage == layout.pp - 1 else 0
     cache, common = cache_bytes(arch, layout, stage, **size), {"weights": weights, "overhead": overhead}
+    copy = 0.0  # of the whole model, which draws with engine refit
+    if drawing.engine == "refit":
+        copy = arch.parameter_count(arch.padded_vocab_size()) * e
+        logits, cache = drawing.rows * arch.padded_vocab_size() * 4, cache_bytes(arch, Layout(), 0, **size)
     drawn = PhaseMemory(
-        **common,
+        weights=weights + copy,
+        overhead=overhead,
         gradients=0.0 if drawing.training_sleeps else gradients,
         optimizer=0.0 if asleep else optimizer,
         cache=cache,
@@ -187,7 +192,7 @@ def phase_memory(
         host=host + (optimizer if asleep else 0.0),
     )
     if drawing.apart:  # ranks of their own, with the policy's weights alone
-        drawn = PhaseMemory(weights=memory.weights, cache=cache, activations=logits, overhead=overhead)
+        drawn = PhaseMemory(weights=memory.weights + copy, cache=cache, activations=logits, overhead=overhead)
     return {
         "draw": drawn,
         "score": PhaseMemory(

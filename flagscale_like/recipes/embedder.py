@@ -169,7 +169,7 @@ class Embedder:
         whole = [(default if one.instruction is None else one.instruction) + one.text.strip() for one in texts]
         found = self.texts.encode(whole, self.limit(side))
         self.cut += sum(one.cut for one in found)
-        plan = RowPlan.of([len(one.ids) for one in found], self.spec, self.ctx)
+        plan = RowPlan.of([len(one.ids) for one in found], self.spec, self.ctx.dp)
 
         def batches() -> Iterator[Batch]:
             for packs in plan.micro_batches(self.ctx.dp_rank):

@@ -11,14 +11,15 @@ from flagscale_like.checkpoint.opened import open_adapted
 from flagscale_like.config import JudgeReward, RunConfig
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import CheckpointError, ConfigError
+from flagscale_like.errors import CheckpointError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
-from flagscale_like.rl.apart import DrawnApart, draw_for_others
+from flagscale_like.rl.apart import draw_for_others
+from flagscale_like.rl.generators import build_generator, check_generator, generator_notes, load_weights
 from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.held_out import HeldOut
 from flagscale_like.rl.iteration_log import IterationLog
@@ -29,6 +30,7 @@ from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.state import RlState
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
+from flagscale_like.runtime.random_state import random_states, set_random_states
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.live import LiveLine
@@ -44,20 +46,6 @@ from flagscale_like.training.trackers import check_trackers
 # The policy's engine -> what draws rollouts with its weights; and what scores them.
 MakeGenerator = Callable[[RunConfig, Engine, Words], GenerationEngine]
 MakeReward = Callable[[RunConfig, ParallelContext, Words], RewardSource]
-
-
-def own_generator(config: RunConfig, engine: Engine, words: Words) -> GenerationEngine:
-    """What draws rollouts with the policy's own weights.
-
-    Raises:
-        ConfigError: another engine is asked for.
-    """
-    drawing = config.rl.rollout
-    if engine.ctx.bridge is not None and not engine.ctx.bridge.is_apart:
-        return DrawnApart(engine, engine.ctx.bridge)
-    if drawing.engine != "own":
-        raise ConfigError(f"rl.rollout.engine {drawing.engine} is not yet to be had in a run: use own")
-    return OwnEngine(engine, rows=drawing.rows, room=config.train.seq_length, decode=words.tokenizer.decode)
 
 
 def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
@@ -105,18 +93,21 @@ def draw(config: RunConfig, ctx: ParallelContext) -> None:
     """What the ranks of rl.rollout.apart do: draw rollouts for those that learn, until these are done.
 
     Raises:
+        PlatformError: vLLM is asked for, and is not installed.
         PeerLostError: the ranks that learn have ended without a word.
     """
+    check_generator(config)
     words, engine = Words(config), Engine.build(ModelSpec.of(config), ctx)
     assert ctx.bridge is not None
-    draw_for_others(own_generator(config, engine, words), engine, ctx.bridge)
+    generator = build_generator(config, engine, words)
+    draw_for_others(generator, engine, ctx.bridge, lambda version: load_weights(generator, engine, version))
 
 
 def reinforce(
     config: RunConfig,
     ctx: ParallelContext,
     *,
-    make_generator: MakeGenerator = own_generator,
+    make_generator: MakeGenerator = build_generator,
     make_reward: MakeReward = reward_of,
 ) -> Progress:
     """Run to the last iteration, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
@@ -128,15 +119,19 @@ def reinforce(
         DivergedError: the guard (training.guard) stopped the run, or the critic diverged.
         CheckpointError: a save failed, and checkpoint.on_error says stop, or it was the last one; or see build_models().
         DataError, ConfigError: prompts or tokenizer cannot be used; the reward failed on a rollout.
+        PlatformError: vLLM is asked for, and is not installed.
     """
+    check_generator(config)
     words = agree(ctx, lambda: Words(config))
     rows = agree(ctx, lambda: read_prompts(config, words))
     check_trackers(config.logging)
     begun = start(config, ctx)
+    drawn = random_states(ctx.platform)
     with ExitStack() as closing:
         iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words)(
             make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
+        set_random_states(ctx.platform, drawn)  # building draws, and a run that goes on builds again
         run = iterations.run
         if config.train.eval_interval:
             run.evaluate = held_out(
@@ -144,7 +139,7 @@ def reinforce(
             )
         if config.checkpoint.interval:
             run.store.reserve(run.fragments)
-        announce(run, [*begun.notes, f"{len(rows)} prompts"])
+        announce(run, [*begun.notes, f"{len(rows)} prompts", *generator_notes(config)])
         run.parts.begin(run.reporter)
         iterations.iterate()
         iterations.close()

@@ -21,9 +21,10 @@ from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout,
 from flagscale_like.json_files import BAD_VALUES, write_json
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.recipes.pretrain import pretrain
-from flagscale_like.recipes.reinforce import own_generator, reinforce, surroundings
+from flagscale_like.recipes.reinforce import reinforce, surroundings
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl.answers import Answer, RewardSource
+from flagscale_like.rl.generators import build_generator, check_generator, load_weights
 from flagscale_like.rl.guard import Candidates, answer_of
 from flagscale_like.rl.prompts import Row, Words, read_prompts
 from flagscale_like.rl.rewards import build_reward, open_judge
@@ -47,6 +48,7 @@ def run_rounds(config: RunConfig, ctx: ParallelContext) -> Progress:
         DataError, CheckpointError, DivergedError: see reinforce() and pretrain().
     """
     check_steps(config)
+    check_generator(config)
     words = agree(ctx, lambda: Words(config))
     rows = agree(ctx, lambda: read_prompts(config, words))
     phases = RunPhases(config, ctx, words, rows)
@@ -92,7 +94,7 @@ class RunPhases:
         self.config, self.ctx, self.words, self.rows = config, ctx, words, rows
         self.options, self.folder = config.rl.rounds, RunFolder(config.run_dir)
         self.progress = Progress()
-        self._drawing: tuple[int, GenerationEngine, list[Answer]] | None = None
+        self._drawing: tuple[int, Engine, GenerationEngine, list[Answer]] | None = None
         self._judge: Judge | RewardSource | None = None
 
     def say(self, line: str) -> None:
@@ -115,8 +117,9 @@ class RunPhases:
         """See Phases. What the guard kept in the last round comes first, each with a fresh answer to its prompt."""
         if self._drawing is None or self._drawing[0] != number:
             self._judge = None
-            self._drawing = (number, self._generator(number), self._kept(number))
-        _, generator, kept = self._drawing
+            self._drawing = (number, *self._generator(number), self._kept(number))
+        _, engine, generator, kept = self._drawing
+        load_weights(generator, engine, number)
         rows = self._rows_of(number, end)
         known = {n: kept[n] for n in range(begin, min(end, len(kept)))}
         prompts = [
@@ -155,7 +158,7 @@ class RunPhases:
         )
         own = prompts[self.ctx.dp_rank :: self.ctx.dp]
         generator.wake()
-        found = {(r.prompt, r.sample): r for r in (generator.generate(own, sampling) if own else ())}
+        found = {(r.prompt, r.sample): r for r in generator.generate(own, sampling)}
         generator.sleep()
         every = {key: rollout for part in self.ctx.gather(found) for key, rollout in part.items()}
         return {p.number: [every[p.number, sample] for sample in range(p.samples)] for p in prompts}
@@ -164,11 +167,11 @@ class RunPhases:
         text = self.words.text_of(rollout.ids, self.config.rl.rollout.stop_strings)
         return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
 
-    def _generator(self, number: int) -> GenerationEngine:
-        """What draws with the policy as the last round left it."""
+    def _generator(self, number: int) -> tuple[Engine, GenerationEngine]:
+        """The policy as the last round left it, and what draws with it."""
         source = weights_to_load(self.config, self._newest(number - 1), self.ctx)
         engine = Engine.build(ModelSpec.of(self.config), self.ctx, source=source)
-        return own_generator(self.config, engine, self.words)
+        return engine, build_generator(self.config, engine, self.words)
 
     def _newest(self, number: int) -> CheckpointReader | None:
         """The newest checkpoint of the policy's run that a round goes on with."""

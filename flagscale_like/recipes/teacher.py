@@ -124,7 +124,7 @@ class Teacher:
 
     def scores(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Mean log-probability of each answer's tokens, in nats; on rank 0, float32 [n]."""
-        plan = RowPlan.of([len(one.ids) for one in examples], self.spec, self.ctx)
+        plan = RowPlan.of([len(one.ids) for one in examples], self.spec, self.ctx.dp)
 
         def batches() -> Iterator[Batch]:
             for packs in plan.micro_batches(self.ctx.dp_rank):

@@ -7,7 +7,7 @@ whose numbers leave k when divided by K; where K is larger, several copies share
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,6 +68,8 @@ class DrawnApart:
         engine: the policy.
     """
 
+    at_once = True
+
     def __init__(self, engine: Engine, bridge: Bridge) -> None:
         self.engine, self.bridge = engine, bridge
         self.links = Links.of(bridge, engine.ctx)
@@ -115,8 +117,12 @@ class DrawnApart:
                     self.bridge.send(("end",), rank)
 
 
-def draw_for_others(generator: GenerationEngine, engine: Engine, bridge: Bridge) -> None:
+def draw_for_others(generator: GenerationEngine, engine: Engine, bridge: Bridge, load: Callable[[int], None]) -> None:
     """What the ranks apart do: take weights, draw what they are asked for, send it back; until they are told to end.
+
+    Args:
+        engine: takes the weights.
+        load: gives them to the generator, where it does not have those of a version.
 
     Signals to stop are left to the ranks that learn, which tell these.
 
@@ -126,20 +132,21 @@ def draw_for_others(generator: GenerationEngine, engine: Engine, bridge: Bridge)
     links = Links.of(bridge, engine.ctx)
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, signal.SIG_IGN)
-    firsts = [copy[0] for copy in links.copies]
+    firsts, version = [copy[0] for copy in links.copies], -1
     while True:
         asked = [bridge.receive(rank) for rank in firsts]
         if asked[0][0] == "end":
             return
         if asked[0][0] == "weights":
             bridge.receive_tensors(weights_of(engine), links.twins[0])
-            generator.load((), asked[0][1])
+            version, generator.version = asked[0][1], -1  # what it has is another version's, or the same again
             continue
         owner = {prompt.number: number for number, (_, prompts, _) in enumerate(asked) for prompt in prompts}
         drawn: list[list[Rollout]] = [[] for _ in asked]
+        load(version)
         generator.wake()
         prompts = [prompt for _, own, _ in asked for prompt in own]
-        for rollout in generator.generate(prompts, asked[0][2]) if prompts else ():
+        for rollout in generator.generate(prompts, asked[0][2]):
             drawn[owner[rollout.prompt]].append(rollout)
         generator.sleep()
         if links.is_first:

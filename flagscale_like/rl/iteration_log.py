@@ -14,6 +14,7 @@ from flagscale_like.rl.guard import OUTSIDE
 from flagscale_like.rl.phases import PHASES
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
+from flagscale_like.training.metrics import MEAN
 from flagscale_like.training.parts import Step
 from flagscale_like.training.step_log import StepLog
 
@@ -51,7 +52,10 @@ def part_name(source: str) -> str:
 
 
 class IterationLog(StepLog):
-    """Logs an iteration as StepLog logs a step. Its numbers are those that the iteration notes, and means of them."""
+    """Logs an iteration as StepLog logs a step. Its numbers are those that the iteration notes, and means of them.
+
+    An iteration that learned from nothing has neither loss nor gradient norm, and no part in the means of the others'.
+    """
 
     def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock) -> None:
         names = numbers_of(config.rl)
@@ -68,6 +72,17 @@ class IterationLog(StepLog):
     def _means(self, step: Step) -> dict[str, float]:
         noted, self._noted = self._noted, {}
         return noted
+
+    def _record(self, step: Step) -> dict[str, Any]:
+        record = super()._record(step)
+        if not step.facts.count:
+            del record[self.metric], record["grad-norm"]
+            if not self._steps:
+                record.pop(self.metric + MEAN, None)
+        return record
+
+    def _loss_of(self, step: Step) -> list[str]:
+        return super()._loss_of(step) if self._steps else ["no update"]
 
     def _speed(self, step: Step, seconds: float) -> dict[str, float]:
         lengths = self._sums["rollout/length"] / max(1, self._counts["rollout/length"])

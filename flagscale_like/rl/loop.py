@@ -7,7 +7,7 @@ run.update(experience)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from flagscale_like.rl.algorithms import next_coefficient
 from flagscale_like.rl.answers import Answer, RewardSource, Score
 from flagscale_like.rl.apart import DrawnApart
 from flagscale_like.rl.experience import Experience, appraise
+from flagscale_like.rl.generators import load_weights
 from flagscale_like.rl.guarding import Guarding
 from flagscale_like.rl.iteration_log import part_name
 from flagscale_like.rl.models import Models
@@ -36,9 +37,6 @@ from flagscale_like.rl.updates import CriticUpdates, together
 from flagscale_like.training.loop import Learned, Updates, run_steps
 from flagscale_like.training.plan import Progress, StepPlan
 from flagscale_like.training.run import Run
-
-# What an engine that does not share the trainer's memory is given of the policy: its weights by their Hugging Face names.
-WeightsOf = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,6 @@ class RlRun:
         state: what the run keeps beside its models; a part of the run.
         numbers: takes what an iteration reports, by name.
         guarding: the guard on exploration; None where there is none.
-        weights: see WeightsOf; the trainer's own engine takes none.
     """
 
     def __init__(  # the nouns of the loop
@@ -84,11 +81,10 @@ class RlRun:
         words: Words,
         state: RlState,
         numbers: Callable[[dict[str, float]], None],
-        weights: WeightsOf = tuple,
         guarding: Guarding | None = None,
     ) -> None:
         self.run, self.models, self.generator, self.reward = run, models, generator, reward
-        self.prompts, self.words, self.state, self._numbers, self._weights = prompts, words, state, numbers, weights
+        self.prompts, self.words, self.state, self._numbers = prompts, words, state, numbers
         self.guarding, self.options, self.phases = guarding, run.config.rl, Phases()
         drawing = self.options.rollout
         self.sampling = Sampling(
@@ -218,22 +214,27 @@ class RlRun:
         version = self.progress.step
         with self.phases.phase("generate"):
             self.run.watchdog.beat(version, "drawing rollouts")
-            if self.generator.version != version:
-                self.generator.load(self._weights(), version)
-            own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
-            prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
             for memory in self._sleeping:
                 memory.sleep()
+            load_weights(self.generator, self.models.policy, version)
+            own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
+            prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
             self.generator.wake()
             rollouts = iter(self.generator.generate(prompts, self.sampling))
         return self._taken(rollouts, version)
 
     def _taken(self, rollouts: Iterator[Rollout], version: int) -> Iterator[Rollout]:
+        if self.generator.at_once:
+            with self.phases.phase("generate"):  # then its memory is free for scoring
+                self.run.watchdog.beat(self.progress.step, "drawing rollouts", slow=True)
+                rollouts = iter(list(rollouts))
+                self.generator.sleep()
         while True:
             with self.phases.phase("generate"):
                 rollout = next(rollouts, None)
                 if rollout is None:
-                    self.generator.sleep()
+                    if not self.generator.at_once:
+                        self.generator.sleep()
                     for memory in self._sleeping:
                         memory.wake()
                     return
@@ -257,13 +258,14 @@ class RlRun:
             lambda prompt: (self._asks[prompt].group, self._asks[prompt].samples),
             with_old=self.with_old and not stale,
         )
-        for rollout in rollouts:
+        with models.evaluation():
+            for rollout in rollouts:
+                with self.phases.phase("score"):
+                    scorer.add(rollout)
+                self.phases.tokens["score"] += places_of(rollout)
             with self.phases.phase("score"):
-                scorer.add(rollout)
-            self.phases.tokens["score"] += places_of(rollout)
-        with self.phases.phase("score"):
-            self.run.watchdog.beat(self.progress.step, "scoring rollouts")
-            found = scorer.finish()
+                self.run.watchdog.beat(self.progress.step, "scoring rollouts")
+                found = scorer.finish()
         return found if self.guarding is None else self.guarding.apply(self.progress.step + 1, found, self._answer)
 
     def measure(self, scored: Sequence[Scored]) -> list[Scored]:
@@ -272,7 +274,7 @@ class RlRun:
         known = {(one.rollout.prompt, one.rollout.sample): one for one in scored}
         groups = {one.rollout.prompt: (one.group, 0) for one in scored}
         scorer = Scorer(self.models, _NoReward(), lambda _: None, groups.__getitem__, with_old=self.with_old)
-        with self.phases.phase("score"):
+        with self.phases.phase("score"), self.models.evaluation():
             for one in own:
                 scorer.add(one.rollout)
                 self.phases.tokens["score"] += places_of(one.rollout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,12 +32,12 @@ class Reference:
         swapped: the weights of `engine` lie in host memory, and are exchanged with the policy's for the time of a scoring.
 
     Attributes:
-        waits: whether it needs the policy's place, and cannot score while the policy draws.
+        waits: whether its weights have to change places with the policy's, and cannot while the policy draws.
     """
 
     def __init__(self, policy: Engine, engine: Engine | None, *, swapped: bool) -> None:
         self.policy, self.engine, self.swapped = policy, engine, swapped
-        self.waits = engine is None or swapped
+        self.waits = swapped
         if swapped:
             for parameter in self._own():
                 moved = parameter.detach().cpu()
@@ -83,6 +83,14 @@ class Models:
     policy: Engine
     critic: Beside | None = None
     reference: Reference | None = None
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it the trained models make passes, each copy as many as it likes. All ranks enter it together."""
+        with ExitStack() as open_ones:
+            for engine in (self.policy, *([self.critic.engine] if self.critic else [])):
+                open_ones.enter_context(engine.evaluation())
+            yield
 
     @property
     def beside(self) -> list[Beside]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +14,10 @@ from flagscale_like.errors import DataError, UserError
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.objectives.policy import TokenLogProbabilities, TokenValues
 from flagscale_like.rl.answers import Answer, RewardSource, Score
+from flagscale_like.rl.early import PassRoom, early_form
 from flagscale_like.rl.models import Models
 from flagscale_like.rl.packs import Deal, packed_batches, places_of, unpack
-from flagscale_like.rl.rewards.checked import AskedByMain
+from flagscale_like.rl.rewards.mixture import WeightedSum
 
 
 @dataclass
@@ -61,11 +61,11 @@ def token_numbers(engine: Engine, objective: Objective, rollouts: Sequence[Rollo
 
 
 class Scorer:
-    """Scores the rollouts of one call of the generation engine.
+    """Scores the rollouts of one call of the generation engine. All ranks make and call it alike, in Models.evaluation().
 
-    `add` takes each as it ends. Once they fill the rows of a pass, the reference scores them, between two tokens of the
-    others; and a reward that runs outside of the ranks is asked in a thread, once all rollouts of a prompt are there.
-    `finish` scores the rest, and asks the models that need all ranks at once, or the policy's place.
+    `add` takes each rollout as it ends. Models without experts score them between two tokens of the others, whenever they
+    fill the rows of a pass; what the reward does meanwhile is in rl.early. `finish` scores the rest, and asks what needs all
+    ranks at once, or the policy's place.
 
     Args:
         answer_of: the reward's view of a rollout.
@@ -86,43 +86,40 @@ class Scorer:
         ctx, spec = models.policy.ctx, models.policy.spec
         self.ctx, self.with_old = ctx, with_old
         self.is_first = ctx.tp_rank == 0 and ctx.cp_rank == 0 and ctx.is_last_stage  # of the ranks that share a model
-        rows = spec.micro_batch_size * max(1, 2 * (spec.parallel.pp - 1))
-        # Places that a pass fills: all of one row; of several, what best fit is sure to find room for.
-        self.pass_places = spec.seq_length if rows == 1 else 0.9 * rows * spec.seq_length
-        self._places = 0  # of the rollouts that the reference has not scored
         self.overlaps = not spec.arch.experts  # whose ranks exchange tokens, and make all passes together
+        self.room = PassRoom(spec)
         self.rollouts: list[Rollout] = []
         self.numbers: dict[str, list[Tensor]] = {}
-        self._done = 0  # rollouts that the reference has scored
-        self._outside = reward.source if isinstance(reward, AskedByMain) else None
-        self._waiting: dict[int, list[Rollout]] = {}  # by prompt, where not all of its rollouts are there
-        self._asked: list[tuple[list[Rollout], Future[list[Score]]]] = []
-        self._pool = ThreadPoolExecutor(1) if self._outside is not None and self.is_first else None
+        self._done: int | None = None  # rollouts that the models have scored; None before their first pass
+        self.sources = _named_sources(reward)
+        forms = {
+            name: early_form(source, answer_of, lambda prompt: group_of(prompt)[1], is_first=self.is_first)
+            for name, source in self.sources.items()
+        }
+        self.early = {name: form for name, form in forms.items() if form is not None}
 
     def add(self, rollout: Rollout) -> None:
         """A rollout has ended."""
-        if self.overlaps and self._places + places_of(rollout) > self.pass_places:
+        if self.room.is_full(places_of(rollout)) and self.overlaps:
             self._score_new()
         self.rollouts.append(rollout)
-        self._places += places_of(rollout)
-        self._ask(rollout)
-
-    def _ask(self, rollout: Rollout) -> None:
-        """Ask the reward about a prompt whose rollouts are all there, on one of the ranks that share them."""
-        if self._pool is None:
-            return
-        own = self._waiting.setdefault(rollout.prompt, [])
-        own.append(rollout)
-        if len(own) == self.group_of(rollout.prompt)[1]:
-            answers = [self.answer_of(one) for one in self._waiting.pop(rollout.prompt)]
-            self._asked.append((own, self._pool.submit(self._outside.scores, answers)))
+        for source in self.early.values():
+            source.add(rollout)
 
     def _score_new(self) -> None:
-        new, reference = self.rollouts[self._done :], self.models.reference
-        self._done, self._places = len(self.rollouts), 0
-        if reference and not reference.waits:
-            with reference.scoring() as engine:
-                self._note("reference", engine, TokenLogProbabilities(), new)
+        """A pass of each model that needs no other's place."""
+        new, models = self.rollouts[self._done or 0 :], self.models
+        self._done = len(self.rollouts)
+        if models.reference and not models.reference.waits:
+            self._note_reference(new)
+        if models.critic:
+            self._note("values", models.critic.engine, TokenValues(), new)
+        if self.with_old:
+            self._note("old", models.policy, TokenLogProbabilities(), new)
+
+    def _note_reference(self, rollouts: Sequence[Rollout]) -> None:
+        with self.models.reference.scoring() as engine:
+            self._note("reference", engine, TokenLogProbabilities(), rollouts)
 
     def _note(self, name: str, engine: Engine, objective: Objective, rollouts: Sequence[Rollout]) -> None:
         found = token_numbers(engine, objective, rollouts)
@@ -135,19 +132,13 @@ class Scorer:
         Raises:
             DataError: on every rank, where the reward failed on one.
         """
-        if self._done < len(self.rollouts) or not self._done:
+        if self._done is None or self._done < len(self.rollouts):
             self._score_new()
-        models = self.models
-        if models.reference and models.reference.waits:
-            with models.reference.scoring() as engine:
-                self._note("reference", engine, TokenLogProbabilities(), self.rollouts)
-        if models.critic:
-            self._note("values", models.critic.engine, TokenValues(), self.rollouts)
-        if self.with_old:
-            self._note("old", models.policy, TokenLogProbabilities(), self.rollouts)
+        if self.models.reference and self.models.reference.waits:
+            self._note_reference(self.rollouts)
         problem, own = None, []
         try:
-            own = self._own() if self.is_first else []
+            own = self._own()
         except UserError as error:
             problem = str(error)
         gathered = self.ctx.gather((problem, own))
@@ -155,31 +146,44 @@ class Scorer:
             raise DataError(problems[0])
         every = sorted(
             (one for _, part in gathered for one in part),
-            key=lambda one: (one.group, one.rollout.prompt, one.rollout.sample),
+            key=lambda one: (one[0].group, one[0].rollout.prompt, one[0].rollout.sample),
         )
-        if self._outside is None and every:
-            scores = self.reward.scores([self.answer_of(one.rollout) for one in every])
-            for one, score in zip(every, scores, strict=True):
-                one.score = score
-        return every
+        scored = [one for one, _ in every]
+        if scored:
+            self._give_scores(scored, [scores for _, scores in every])
+        return scored
 
-    def _own(self) -> list[Scored]:
-        """This model's rollouts with what was found of them, in the order in which they ended."""
-        scores: dict[tuple[int, int], Score] = {}
-        for rollouts, asked in self._asked:
-            scores |= {(r.prompt, r.sample): score for r, score in zip(rollouts, asked.result(), strict=True)}
-        if self._pool is not None:
-            self._pool.shutdown()
-            assert len(scores) == len(self.rollouts), f"{len(scores)} scores of {len(self.rollouts)} rollouts"
-        return [
-            Scored(
-                rollout,
-                self.group_of(rollout.prompt)[0],
-                scores.get((rollout.prompt, rollout.sample), Score(0.0)),
-                {name: values[number] for name, values in self.numbers.items()},
-            )
-            for number, rollout in enumerate(self.rollouts)
-        ]
+    def _own(self) -> list[tuple[Scored, dict[str, Score]]]:
+        """This model's rollouts on its first rank, with what was found of them, in the order in which they ended."""
+        early = {name: source.finish() for name, source in self.early.items()}
+        if not self.is_first:
+            return []
+        found = []
+        for number, rollout in enumerate(self.rollouts):
+            numbers = {name: values[number] for name, values in self.numbers.items()}
+            scored = Scored(rollout, self.group_of(rollout.prompt)[0], Score(0.0), numbers)
+            key = rollout.prompt, rollout.sample
+            found.append((scored, {name: scores[key] for name, scores in early.items()}))
+        return found
+
+    def _give_scores(self, scored: Sequence[Scored], early: Sequence[Mapping[str, Score]]) -> None:
+        """Ask the sources that have no early form, and give each rollout its score. All ranks call it alike."""
+        late = [name for name in self.sources if name not in self.early]
+        answers = [self.answer_of(one.rollout) for one in scored] if late else []
+        found = {
+            name: source.scores(answers) if name in late else [scores[name] for scores in early]
+            for name, source in self.sources.items()
+        }
+        scores = self.reward.mixed(found) if isinstance(self.reward, WeightedSum) else found[""]
+        for one, score in zip(scored, scores, strict=True):
+            one.score = score
+
+
+def _named_sources(reward: RewardSource) -> dict[str, RewardSource]:
+    """The sources of a mixture by their names; another reward by the empty one."""
+    if isinstance(reward, WeightedSum):
+        return {name: source for name, (_, source) in reward.sources.items()}
+    return {"": reward}
 
 
 def as_matrix(values: Sequence[Tensor | Sequence[float]], width: int) -> Tensor:

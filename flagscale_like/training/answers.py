@@ -59,13 +59,9 @@ def item_values(
         On rank 0, float32 [items, each, ...]; None on the others.
     """
     ctx, spec, count = engine.ctx, engine.spec, len(items.sizes)
-    plan, step = RowPlan.of(items.sizes, spec, ctx), spec.parallel.pp if spec.parallel.vpp > 1 else 1
+    plan, step = RowPlan.of(items.sizes, spec, ctx.dp), spec.parallel.pp if spec.parallel.vpp > 1 else 1
 
-    def batches() -> Iterator[Batch]:
-        for micro_batch in plan.micro_batches(ctx.dp_rank):
-            yield Batch.of(collate([items.row(row) for row in micro_batch]), ctx.platform.device)
-
-    found, feed = [], batches()
+    found, feed = [], _batches(engine, items, plan, ctx.dp_rank)
     with engine.evaluation():
         for start in range(0, plan.count, ROUND * step):
             beat()
@@ -80,3 +76,25 @@ def item_values(
             values = np.full((count, each, *own.shape[1:]), np.nan, np.float32) if values is None else values
             values[plan.order(dp_rank)] = own.reshape(-1, each, *own.shape[1:])
     return values
+
+
+def own_values(engine: Engine, items: Items, objective: Objective) -> np.ndarray | None:
+    """As item_values(), by the one copy of a model without experts whose ranks call it. Others need not.
+
+    Returns:
+        On the copy's last stage, on its first tensor- and context-parallel rank, float32 [items, ...]; None on the others.
+    """
+    plan = RowPlan.of(items.sizes, engine.spec, 1)
+    with engine.evaluation():
+        samples = engine.forward(_batches(engine, items, plan, 0), objective, plan.count).samples
+    if not samples:
+        return None
+    own = samples[objective.metric].float().cpu().numpy()
+    values = np.full((len(items.sizes), *own.shape[1:]), np.nan, np.float32)
+    values[plan.order(0)] = own
+    return values
+
+
+def _batches(engine: Engine, items: Items, plan: RowPlan, dp_rank: int) -> Iterator[Batch]:
+    for micro_batch in plan.micro_batches(dp_rank):
+        yield Batch.of(collate([items.row(row) for row in micro_batch]), engine.ctx.platform.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Outputs
@@ -48,10 +48,9 @@ class Updates:
         return Learned(outputs, facts, verdict)
 
     def nothing(self, objective: Objective) -> Learned:
-        """A step that has nothing to learn from: its loss is 0, no parameter changes, and the parts' numbers are reduced."""
+        """A step that has nothing to learn from: it has no loss, no parameter changes, and the parts' numbers are reduced."""
         outputs = Outputs(dict.fromkeys(("total", "count", *objective.sums), 0.0))
-        facts = replace(facts_of(outputs, self.run, self._add_up), loss=0.0)
-        return Learned(outputs, facts, Verdict.SKIP)
+        return Learned(outputs, facts_of(outputs, self.run, self._add_up), Verdict.SKIP)
 
 
 def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, until: int | None = None) -> None:

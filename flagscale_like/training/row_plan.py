@@ -9,7 +9,6 @@ import numpy as np
 
 from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.model.spec import ModelSpec
-from flagscale_like.runtime.parallel import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class RowPlan:
     dp: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int] | np.ndarray, spec: ModelSpec, ctx: ParallelContext) -> RowPlan:
-        """Pack items of these lengths, each at most spec.seq_length, into as few rows as best fit finds."""
+    def of(cls, lengths: Sequence[int] | np.ndarray, spec: ModelSpec, dp: int) -> RowPlan:
+        """Pack items of these lengths, each at most spec.seq_length, into as few rows as best fit finds, for `dp` ranks."""
         rows, size = best_fit_decreasing(lengths, spec.seq_length), spec.micro_batch_size
         step = spec.parallel.pp if spec.parallel.vpp > 1 else 1  # the interleaved schedule wants a multiple of it
-        return cls(rows, -(-len(rows) // (size * ctx.dp * step)) * step, size, ctx.dp)
+        return cls(rows, -(-len(rows) // (size * dp * step)) * step, size, dp)
 
     def micro_batches(self, dp_rank: int) -> list[list[list[int]]]:
         """Of each micro-batch of a rank, the items of each row. Rows start again after the last, to fill the last ones."""

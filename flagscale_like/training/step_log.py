@@ -68,9 +68,9 @@ class StepLog(Part):
         if math.isfinite(step.facts.loss):
             self._loss += step.facts.loss
             self._steps += 1
-            for name, value in self._means(step).items():
-                self._sums[name] += value
-                self._counts[name] += 1
+        for name, value in self._means(step).items():
+            self._sums[name] += value
+            self._counts[name] += 1
         if step.plan.log:
             record = self._record(step)
             report.numbers(step.plan.step, record)
@@ -80,8 +80,8 @@ class StepLog(Part):
             self._begin()
 
     def _means(self, step: Step) -> dict[str, float]:
-        """The step's numbers beside its loss, by name."""
-        return step.facts.means(self.names)
+        """The step's numbers beside its loss, by name; none where the loss is not finite."""
+        return step.facts.means(self.names) if math.isfinite(step.facts.loss) else {}
 
     def _speed(self, step: Step, seconds: float) -> dict[str, float]:
         """How fast a step was.
@@ -128,13 +128,12 @@ class StepLog(Part):
     def _line(self, step: Step, record: Mapping[str, Any]) -> str:
         steps, number = self.config.train.steps, step.plan.step
         eta = self.pace.seconds_left(number, record["iteration-time"])
-        mean, last = self._mean(self._loss), step.facts.loss
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
-            f"loss {mean:.4f}" + (f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""),
+            *self._loss_of(step),
             *(f"{name} {record[name]:.4g}" for name in self.names[: self.shown] if name in record),
             f"lr {step.learning_rate:.2e}",
-            f"grad norm {step.facts.grad_norm:.3f}",
+            *([f"grad norm {record['grad-norm']:.3f}"] if "grad-norm" in record else []),
             f"{record['tokens-per-second']:,.0f} tokens/s",
             *self._work(record),
             f"mem {record['mem-peak-bytes'] / 2**30:.2f} GiB",
@@ -143,6 +142,12 @@ class StepLog(Part):
             f"eta {datetime.timedelta(seconds=round(eta))}",
         ]
         return " | ".join(parts)
+
+    def _loss_of(self, step: Step) -> list[str]:
+        """The part of the line on the loss."""
+        mean, last = self._mean(self._loss), step.facts.loss
+        other = f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""
+        return [f"loss {mean:.4f}{other}"]
 
     def _work(self, record: Mapping[str, Any]) -> list[str]:
         """The parts of the line on how well the device is used."""

@@ -6,9 +6,11 @@ cuts the weights into buckets of packed_buffer_size_bytes, one update_weights ca
 
 import dataclasses
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+import transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +126,46 @@ class LLM:
         self.calls.append(f"wake {' '.join(tags)}")
 
     def generate(self, prompts, params, use_tqdm):
-        """Tokens that the seed alone decides; a stop token ends a text."""
-        found = []
+        """Each text by itself; a stop token ends it. Where the folder describes a model, transformers computes it."""
+        found, model = [], self._model()
         for prompt, options in zip(prompts, params, strict=True):
             draw = torch.Generator().manual_seed(options.seed)
-            ids = torch.randint(0, 50, (options.max_tokens,), generator=draw).tolist()
+            if model is None:
+                ids = torch.randint(0, 50, (options.max_tokens,), generator=draw).tolist()
+                logprobs = [-float(token) for token in ids]
+            else:
+                ids, logprobs = continued(model, prompt["prompt_token_ids"], options, draw)
             stop = next((n for n, token in enumerate(ids) if token in options.stop_token_ids), None)
             reason = self.finish_reason if stop is None else "stop"
             ids = ids if stop is None else ids[: stop + 1]
-            logprobs = [{token: SimpleNamespace(logprob=-float(token))} for token in ids]
-            text = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
+            steps = [{token: SimpleNamespace(logprob=value)} for token, value in zip(ids, logprobs, strict=False)]
+            text = SimpleNamespace(token_ids=ids, logprobs=steps, finish_reason=reason)
             found.append(SimpleNamespace(outputs=[text], prompt=prompt["prompt_token_ids"]))
         return found
+
+    def _model(self):
+        """transformers' model of the folder's config.json with the weights that were sent; None where there is no folder."""
+        if not Path(self.options["model"]).is_dir():
+            return None
+        config = transformers.AutoConfig.from_pretrained(self.options["model"])
+        assert self.options["max_model_len"] <= config.max_position_embeddings
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        assert model.load_state_dict(self.weights, strict=False).unexpected_keys == []
+        transformers.AutoTokenizer.from_pretrained(self.options["model"])
+        return model
+
+
+@torch.no_grad()
+def continued(model, prompt, options, draw):
+    """Drawn tokens, the seed's alone, and their log-probabilities."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(options.max_tokens):
+        scores = (model(torch.tensor([tokens])).logits[0, -1] / options.temperature).log_softmax(-1)
+        tokens.append(int(torch.multinomial(scores.exp(), 1, generator=draw)))
+        logprobs.append(float(scores[tokens[-1]]))
+        if tokens[-1] in options.stop_token_ids:
+            break
+    return tokens[len(prompt) :], logprobs
 
 
 def install(version="0.32.1"):

@@ -8,6 +8,7 @@ import pytest
 from flagscale_like.cluster import parse_cluster
 from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.generation.refit import RefitEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.planner.iteration import Beside, beside_policy, phase_memory, plan_iteration
 from flagscale_like.planner.layout import Layout
@@ -52,7 +53,10 @@ def held(config):
         generator = OwnEngine(models.policy, rows=6, room=config.train.seq_length)
         list(generator.generate([Prompt([1], n) for n in range(6)], Sampling(config.train.seq_length - 1)))
         place = ctx.pp_rank, ctx.rank % (ctx.world_size // config.parallel.pp)
-        return *place, own + reference, awake, states - own - awake, gradients(), generator.cache.nbytes
+        whole = RefitEngine(models.policy, rows=6, room=config.train.seq_length)
+        whole.cache.reserve(config.train.seq_length, config.train.seq_length)
+        copied = sum(p.nbytes for p in whole.engine.model.parameters()), whole.cache.nbytes
+        return *place, own + reference, awake, states - own - awake, gradients(), generator.cache.nbytes, copied
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -62,7 +66,8 @@ def test_planned_bytes_are_those_that_a_run_holds(name, folder, tmp_path):
     goal, layout = Goal.of(config, cuda=False), Layout.of(config, ranks)
     beside = beside_policy(config, [], cuda=False)
     assert [one.name for one in beside] == ["critic", "reference"]
-    for stage, rank, weights, gradients, optimizer, asleep, cache in run_ranks(ranks, held, config):
+    refit = rl_config(tmp_path, folder, PPO | {"rollout": PPO["rollout"] | {"engine": "refit"}}, **changes)
+    for stage, rank, weights, gradients, optimizer, asleep, cache, copied in run_ranks(ranks, held, config):
         options = {"seq_length": goal.seq_length, "precision": goal.precision, "ops": goal.ops, "overhead": False}
         memory = rank_memory(config.model, layout, stage, rank=rank, **options)
         phases = phase_memory(config, layout, memory, stage, beside, cuda=False, rank=rank)
@@ -72,6 +77,8 @@ def test_planned_bytes_are_those_that_a_run_holds(name, folder, tmp_path):
         drawing = phases["draw"]
         assert (drawing.weights, drawing.gradients, drawing.optimizer) == (weights, asleep, optimizer)
         assert drawing.cache == cache
+        drawing = phase_memory(refit, layout, memory, stage, beside, cuda=False, rank=rank)["draw"]
+        assert (drawing.weights - weights, drawing.cache) == copied
 
 
 def planned(config, cluster=None, rewards=(), **changes):

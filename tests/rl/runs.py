@@ -16,10 +16,12 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.recipes.reinforce import draw, reinforce
+from flagscale_like.rl.answers import RewardSource, Score
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.scoring import Scorer
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.metrics import Reporter, read_metrics
+from tests.generation import vllm_stand_in
 from tests.harness import tiny_config
 
 VOCAB, NEW = 257, 10
@@ -28,6 +30,11 @@ VOCAB, NEW = 257, 10
 def small_ids(answers):
     """The share of an answer's tokens that are below 64, less the repetitions: what a tiny policy learns in seconds."""
     return [sum(token < 64 for token in answer.ids) / max(1, len(answer.ids)) for answer in answers]
+
+
+def mostly_small(answers):
+    """1 or 0, so that the scores of some groups are equal."""
+    return [float(sum(token < 96 for token in answer.ids) > len(answer.ids) / 2) for answer in answers]
 
 
 def shuffled(answers):
@@ -74,13 +81,29 @@ def rl_config(run_dir: Path | str, folder: Path, rl: dict[str, Any] | None = Non
     return tiny_config(run_dir, **(values | changes))
 
 
-def run_all(configs: Sequence[RunConfig], phase: str = "") -> list[tuple[list[str], str | None]]:
+class RejectsTwice:
+    """Scores by rank in the call; all rollouts of the second and the third call are rejected."""
+
+    calls = 0
+
+    def scores(self, answers):
+        self.calls += 1
+        return [Score(float(number % 3), rejected=self.calls in (2, 3)) for number in range(len(answers))]
+
+
+def run_all(
+    configs: Sequence[RunConfig], phase: str = "", *, vllm: bool = False, reward: RewardSource | None = None
+) -> list[tuple[list[str], str | None]]:
     """Run configurations one after another in this process; what each said, and the error that ended it.
 
     Args:
         phase: of the third iteration, in which the process kills itself; empty: it does not.
+        vllm: whether the stand-in of vLLM is there.
+        reward: in the place of what the configurations name.
     """
     found = []
+    if vllm:
+        vllm_stand_in.install()
     if phase:
         kill_in(phase)
     for config in configs:
@@ -90,7 +113,10 @@ def run_all(configs: Sequence[RunConfig], phase: str = "") -> list[tuple[list[st
         try:
             with parallel_context(config.parallel, seed=config.train.seed, apart=config.ranks_apart) as ctx:
                 Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-                (draw if ctx.bridge is not None and ctx.bridge.is_apart else reinforce)(config, ctx)
+                if ctx.bridge is not None and ctx.bridge.is_apart:
+                    draw(config, ctx)
+                else:
+                    reinforce(config, ctx, **({} if reward is None else {"make_reward": lambda *_: reward}))
         except ValueError as problem:
             error = f"{type(problem).__name__}: {problem}"
         found.append((said, error))

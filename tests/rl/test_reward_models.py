@@ -15,11 +15,18 @@ from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.errors import CheckpointError, ConfigError, DataError
+from flagscale_like.generation.engine import OwnEngine
+from flagscale_like.generation.rollout import Rollout
 from flagscale_like.recipes.score import score_pairs
+from flagscale_like.rl import early as early_scoring
+from flagscale_like.rl import scoring
 from flagscale_like.rl.answers import Answer, Score
+from flagscale_like.rl.early import early_form
 from flagscale_like.rl.guard import Candidates, Guard, Place, answer_of, record_of, shares
 from flagscale_like.rl.guarding import build_guarding
 from flagscale_like.rl.rewards import Surroundings, build_reward
+from flagscale_like.rl.rewards.judge import AskedOnce, Judge, JudgedAnswers
+from flagscale_like.rl.rewards.model import RewardModel
 from flagscale_like.rl.validation import NAME, Validation, at_level
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.plan import Progress
@@ -27,7 +34,7 @@ from tests import faults
 from tests.data.chats import CHATML, make_tokenizer
 from tests.data.pairs import write_pairs
 from tests.harness import run_ranks, tiny_config
-from tests.rl.runs import rl_config
+from tests.rl.runs import make_folder, numbers, rl_config, run_all
 
 LAYOUTS = ({"tp": 2, "sp": True}, {"pp": 2}, {})
 ROWS = 96
@@ -114,6 +121,105 @@ def test_reward_models_score_alike_on_every_layout_and_as_score_does(folder):
         assert own[0] == other[0]  # the same scores on both ranks
         assert [score.value for score in own[0]["rules"]] == [0.0, 0.0]  # rank 0 was asked
         np.testing.assert_allclose([score.heads for score in own[0]["same"]], heads, rtol=1e-5, err_msg=str(layout))
+
+
+SCORED = {
+    "algorithm": "ppo",
+    "epochs": 2,
+    "kl": {"coefficient": 0.05},
+    "rollout": {"samples": 4, "rows": 3, "max_new_tokens": 20},
+}
+
+
+def early_and_late(folder):
+    """Of each layout: what happened in a run, in order; and the numbers of it, and of one that scores at the end alone."""
+    source = {"kind": "model", "path": str(folder / "reward")}
+    other = {"kind": "function", "name": "small", "weight": 0.5, "function": "tests.rl.runs:small_ids"}
+    rl = SCORED | {"reward": {"kind": "mixture", "sources": [source, other]}}
+    data = {"prompts": [str(folder / "words/prompts.jsonl")], "tokenizer": str(folder / "tok")}
+    changes = {"data": data, "model__vocab_size": 300, "train__global_batch_size": 12, "train__seq_length": 48}
+    found, own_scores, values, sleep = [], RewardModel.own_scores, scoring.token_numbers, OwnEngine.sleep
+    for number, layout in enumerate(({"pp": 2}, {})):
+        happened: list[str] = []
+
+        def noted(name, function, happened=happened):
+            return lambda *given: (happened.append(name), function(*given))[1]
+
+        RewardModel.own_scores = noted("reward", own_scores)
+        scoring.token_numbers = lambda engine, objective, rollouts, happened=happened: (
+            happened.append(objective.metric),
+            values(engine, objective, rollouts),
+        )[1]
+        OwnEngine.sleep = noted("drawn", sleep)
+        runs = []
+        for early, room in ((scoring.early_form, early_scoring.PassRoom.is_full), (no_form, lambda *_: False)):
+            scoring.early_form, kept = early, (scoring.early_form, scoring.PassRoom.is_full)
+            scoring.PassRoom.is_full = room
+            run = folder / f"run {number} {len(runs)}"
+            ((_, error),) = run_all([rl_config(run, folder, rl, parallel=layout, train__steps=1, **changes)])
+            assert error is None, error
+            scoring.early_form, scoring.PassRoom.is_full = kept
+            runs.append(numbers(run))
+        found.append((happened[: happened.index("drawn") + 1], runs))
+    return found
+
+
+def no_form(*_, **__):
+    return None
+
+
+def test_models_score_while_others_are_drawn_and_what_they_would_score_at_the_end(folder):
+    """Reward model, reference, critic and policy, on copies with different numbers of rollouts (two prompts, and one)."""
+    make_folder(folder / "words")
+    ranks = run_ranks(2, early_and_late, folder)
+    for rank, own in enumerate(ranks):
+        for number, (happened, (early, late)) in enumerate(own):
+            passes = {name: happened.count(name) for name in ("reward", "log-probability", "value")}
+            busy = (
+                number == 0 or rank == 0
+            )  # the copy with one prompt draws four rollouts, which fill a row just at the end
+            assert not busy or all(passes.values()), (number, rank, happened)
+            if rank == 0:
+                assert early[0].keys() == late[0].keys()
+                assert early[0] == pytest.approx(late[0], rel=1e-4, abs=1e-5)
+    assert "reward/model" in ranks[0][0][1][0][0]
+
+
+class Longer:
+    """A judge that finds the longer answer better."""
+
+    def ask(self, questions):
+        sides = [question.split("Answer A:\n")[1].split("\n\nAnswer B:\n") for question in questions]
+        return ["A" if len(a) > len(b.split("\n\nSay")[0]) else "B" for a, b in sides]
+
+
+class Alone:
+    is_main, rank = True, 0
+
+    def broadcast(self, value):
+        return value
+
+
+def test_a_judge_behind_a_url_is_asked_as_soon_as_a_prompts_rollouts_are_there():
+    ctx, texts = Alone(), {0: "a", 1: "abc", 2: "ab"}
+    rollouts = [Rollout(prompt, sample, [prompt]) for sample in (2, 0, 1) for prompt in (7, 8)]
+
+    def answer_of(one):
+        return Answer(f"prompt {one.prompt}", texts[one.sample], prompt_ids=one.prompt_ids)
+
+    judged = JudgedAnswers(Judge(AskedOnce(Longer(), ctx)), opponents=1)
+    early = early_form(judged, answer_of, lambda prompt: 3, is_first=True)
+    for rollout in rollouts[:-1]:
+        early.add(rollout)
+    assert len(early._asked) == 1  # prompt 7, while one of prompt 8 is drawn
+    early.add(rollouts[-1])
+    whole = sorted(rollouts, key=lambda one: (one.prompt, one.sample))
+    wanted = judged.scores([answer_of(one) for one in whole])
+    found = early.finish()
+    assert [found[one.prompt, one.sample] for one in whole] == wanted
+    assert sorted({score.value for score in wanted}) == [0.0, 0.5, 1.0]
+    own = JudgedAnswers(Judge(Longer()), opponents=1)  # a judge on the ranks
+    assert early_form(own, answer_of, lambda prompt: 3, is_first=True) is None
 
 
 def build_all(folder, changed):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,21 @@ from flagscale_like.config import load_config
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
 from tests.harness import run_ranks, tiny_config
-from tests.rl.runs import close, make_folder, numbers, rl_config, run_all
+from tests.rl.runs import RejectsTwice, close, make_folder, numbers, rl_config, run_all
 
 PPO = {"algorithm": "ppo", "epochs": 2, "minibatches": 2, "rollout": {"samples": 1}, "kl": {"coefficient": 0.05}}
 GROUPS = {
     "algorithm": "grpo",
     "dynamic_sampling": True,
+    "reward": {"kind": "function", "function": "tests.rl.runs:mostly_small"},
     "kl": {"coefficient": 0.05, "into": "loss", "estimator": "k3"},
     "overlong": {"buffer": 4},
 }
 TWO = {"train__steps": 2}
 STALE = PPO | {"staleness": 1, "kl": {"coefficient": 0.05, "target": 0.01, "horizon": 100}}
+
+
+ROUNDS = {"count": 1, "iterations": 3, "pairs": 4, "judge": {"kind": "command", "command": ["x"]}, "reward_model": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,8 @@ def one_process(folder, tmp_path_factory):
     configs = {"start": start, "ppo": rl_config(runs / "ppo", folder, PPO, **load)}
     configs["groups"] = rl_config(runs / "groups", folder, GROUPS, **load)
     configs["unpacked"] = rl_config(runs / "unpacked", folder, PPO, train__seq_length=32, **load)
+    four = {"model__num_layers": 4, "train__steps": 2}
+    configs["four layers"] = rl_config(runs / "four", folder, PPO, **four)
     configs["stale"] = rl_config(runs / "stale", folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
     ((*found,),) = run_ranks(1, run_all, list(configs.values()))
     assert [error for _, error in found] == [None] * len(configs)
@@ -55,8 +62,18 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     configs.append(rl_config(other, folder, STALE, train__steps=4, parallel={"tp": 2}))
     apart = STALE | {"rollout": {"samples": 1, "apart": 1}}
     configs.append(rl_config(tmp_path / "apart", folder, apart, train__steps=4, checkpoint={"interval": 2}))
-    for found in run_ranks(2, run_all, configs):
+    # A whole copy of the policy draws on each rank, and again in an iteration that draws again; and vLLM's stand-in.
+    refit, four = PPO | {"rollout": {"samples": 1, "engine": "refit"}}, {"model__num_layers": 4, "train__steps": 2}
+    configs.append(rl_config(tmp_path / "tp2sp refit", folder, refit, parallel=layouts["tp2sp"], **load))
+    configs.append(rl_config(tmp_path / "vpp2 refit", folder, refit, parallel={"pp": 2, "vpp": 2}, **four))
+    groups = GROUPS | {"rollout": {"engine": "refit"}}
+    configs.append(rl_config(tmp_path / "groups cp2 refit", folder, groups, parallel={"cp": 2}, **load))
+    vllm = PPO | {"rollout": {"samples": 1, "engine": "vllm", "vllm": {"memory": 0.3}}}
+    configs.append(rl_config(tmp_path / "vllm", folder, vllm, parallel=layouts["tp2sp"], **load))
+    ranks = run_ranks(2, partial(run_all, vllm=True), configs)
+    for found in ranks:
         assert [error for _, error in found] == [None] * len(configs)
+    assert [line for line in ranks[0][1][0] if "refit draws on all ranks, with a whole copy of the policy" in line]
     wanted = numbers(one_process["ppo"].run_dir)
     assert wanted[0]["reward/mean"] > 0
     assert wanted[-1]["policy/engine-difference"] < 1e-5
@@ -64,6 +81,13 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
         close(numbers(tmp_path / name), wanted)
     close(numbers(tmp_path / "groups dp2"), numbers(one_process["groups"].run_dir))
     close(numbers(one_process["unpacked"].run_dir), wanted)
+    close(numbers(tmp_path / "tp2sp refit"), wanted)
+    close(numbers(tmp_path / "vpp2 refit"), numbers(one_process["four layers"].run_dir))
+    close(numbers(tmp_path / "groups cp2 refit"), numbers(one_process["groups"].run_dir))
+    assert numbers(tmp_path / "groups cp2 refit")[-1]["rollout/equal-groups"] > 0  # it draws again
+    drawn = numbers(tmp_path / "vllm")  # other draws, of the same weights
+    assert all(0 < record["policy/engine-difference"] < 1e-5 for record in drawn)
+    assert [line for line in ranks[0][-1][0] if "not yet run on a GPU" in line]
     # One rank draws while the other learns, what the same rank does in turns.
     assert numbers(tmp_path / "apart") == numbers(one_process["stale"].run_dir)
     runs = (tmp_path / "apart", Path(one_process["stale"].run_dir))
@@ -72,12 +96,44 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     close(numbers(other)[-2:], numbers(one_process["stale"].run_dir)[-2:])  # from step 2, saved on one process
 
 
-@pytest.mark.parametrize("phase", ["generate", "score", "update"])
-def test_a_kill_in_any_phase_loses_nothing(phase, one_process, folder, tmp_path):
-    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a coefficient."""
+def test_copies_that_draw_for_several_or_share_what_one_learns_from(one_process, folder, tmp_path):
+    """Two copies learn and one draws; one learns and two draw; tensor parallel on both sides, drawn by whole copies."""
+    wanted = numbers(one_process["stale"].run_dir)[:3]
+    worlds = {
+        "two learn": (3, {"apart": 1}, {}),
+        "two draw": (3, {"apart": 2, "engine": "refit"}, {}),
+        "tp2 both": (4, {"apart": 2, "engine": "refit"}, {"tp": 2, "sp": True}),
+    }
+    for size in (3, 4):
+        configs = {
+            name: rl_config(
+                tmp_path / name,
+                folder,
+                STALE | {"rollout": {"samples": 1} | drawing},
+                parallel=layout,
+                train__steps=3,
+            )
+            for name, (ranks, drawing, layout) in worlds.items()
+            if ranks == size
+        }
+        for found in run_ranks(size, run_all, list(configs.values())):
+            assert [error for _, error in found] == [None] * len(configs)
+        for name in configs:
+            close(numbers(tmp_path / name), wanted)
+
+
+@pytest.mark.parametrize(
+    ("phase", "engine"), [("generate", "own"), ("generate", "refit"), ("score", "own"), ("update", "own")]
+)
+def test_a_kill_in_any_phase_loses_nothing(phase, engine, one_process, folder, tmp_path):
+    """Killed in the third iteration; the same command goes on bit for bit, with rollouts that wait and a coefficient.
+
+    On one process a copy of the policy draws what the policy draws.
+    """
     wanted = one_process["stale"]
     run = shutil.copytree(wanted.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("*3", "*4"))
-    config = rl_config(run, folder, STALE, train__steps=4, checkpoint={"interval": 1, "keep": 9})
+    stale = STALE | {"rollout": {"samples": 1, "engine": engine}}
+    config = rl_config(run, folder, stale, train__steps=4, checkpoint={"interval": 1, "keep": 9})
     with pytest.raises(AssertionError, match="died"):
         run_ranks(1, run_all, [config], phase)
     ((*found,),) = run_ranks(1, run_all, [config])
@@ -128,6 +184,13 @@ def test_the_reward_rises_and_with_shuffled_rewards_it_does_not(folder, tmp_path
             assert mean > 4 * error, (name, mean, error)
 
 
+def run_and_reject(configs, rejected):
+    found = run_all(configs)
+    for config in rejected:
+        found += run_all([config], reward=RejectsTwice())
+    return found
+
+
 def test_what_cannot_be_learned_from_is_refused_or_said(folder, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "plain words " * 20}) + "\n")
@@ -137,21 +200,42 @@ def test_what_cannot_be_learned_from_is_refused_or_said(folder, tmp_path):
         "tokenizer": {"model__vocab_size": 200},
         "nan": {"rl__reward": {**reward, "function": "tests.rl.runs:not_numbers"}},
         "equal": {"rl__reward": {**reward, "function": "tests.rl.runs:always_one"}},
+        "vllm": {"rl__rollout": {"engine": "vllm"}},
     }
     configs = []
     for name, changes in wrong.items():
-        given = {"reward": changes.pop("rl__reward")} if "rl__reward" in changes else {}
+        given = {key.removeprefix("rl__"): changes.pop(key) for key in list(changes) if key.startswith("rl__")}
         configs.append(rl_config(tmp_path / name, folder, given, **changes))
-    ((*found,),) = run_ranks(1, run_all, configs)
-    by_name = dict(zip(wrong, found, strict=True))
+    stale = PPO | {"staleness": 1}  # the second and the third iteration's are learned from one later
+    rejected = [rl_config(tmp_path / name, folder, rl, train__steps=4) for name, rl in (("left", {}), ("stale", stale))]
+    ((*found,),) = run_ranks(1, run_and_reject, configs, rejected)
+    by_name = dict(zip([*wrong, "left", "stale"], found, strict=True))
     assert f"{long}:1: the prompt has" in by_name["long"][1]
     assert "it is another model's tokenizer" in by_name["tokenizer"][1]
     assert "a score is nan, for sample" in by_name["nan"][1]
+    said, error = by_name["vllm"]
+    assert error.startswith("PlatformError: rl.rollout.engine vllm needs vLLM")
+    assert "pip install 'flagscale_like[vllm]'" in error
+    assert said == []  # nothing was built
     said, error = by_name["equal"]
     assert error is None
     assert (
         len([line for line in said if "nothing to learn from the rollouts: all of their scores are equal" in line]) == 3
     )
+    for name in ("left", "stale"):
+        said, error = by_name[name]
+        assert error is None
+        assert [line.split(" |")[0] for line in said if "the rollouts: none is left; no update was made" in line] == [
+            "step 2",
+            "step 3",
+        ]
+        assert [line for line in said if line.startswith("step 2/4 | no update | lr ")]
+        learned = {"policy loss", "policy loss/mean", "grad-norm", "reward/mean", "policy/entropy", "kl/reference"}
+        records = rewards(tmp_path / name)
+        assert [learned & record.keys() for record in records] == [learned, set(), set(), learned]
+        assert [record["skipped-steps"] for record in records] == [0, 1, 2, 2]
+        assert "null" not in (tmp_path / name / "metrics.jsonl").read_text()
+    assert [record["rollout/rejected"] for record in rewards(tmp_path / "left")] == [0, 32, 32, 0]
 
 
 def test_the_reference_by_swapped_weights_or_adapters_off_and_models_of_another_role(one_process, folder, tmp_path):
@@ -195,6 +279,10 @@ def test_the_reference_by_swapped_weights_or_adapters_off_and_models_of_another_
         ({"rollout": {"max_new_tokens": 64}}, "leaves a prompt no room in train.seq_length (64)"),
         ({"kl": {"into": "loss"}}, "estimator k1 in the loss has a gradient whose mean is 0"),
         ({"kl": {"coefficient": 0, "target": 3}}, "target steers the coefficient, and coefficient 0 stays 0"),
+        ({"rollout": {"engine": "vllm", "top_p": 0.9}}, "gives no log-probabilities without top_p (0.9) and top_k (0)"),
+        ({"rollout": {"engine": "vllm", "rows": 8}}, "rows (8) is for the engines own and refit"),
+        ({"rollout": {"engine": "refit", "vllm": {"memory": 0.5}}}, "vllm is for engine vllm, and engine is refit"),
+        ({"rollout": {"apart": 1}, "staleness": 1, "reward": {"kind": "model"}, "rounds": ROUNDS}, "rl.rounds, whose"),
         ({"overlong": {"buffer": 11}}, "overlong.buffer (11) exceeds rollout.max_new_tokens (10)"),
     ],
 )

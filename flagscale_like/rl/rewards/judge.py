@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import defaultdict
@@ -16,7 +17,7 @@ from flagscale_like.data.chat import BadConversationError
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.rewards.checked import on_main
+from flagscale_like.rl.rewards.checked import AskedByMain, on_main
 from flagscale_like.runtime.parallel import ParallelContext
 
 INSTRUCTION = """Two answers to the same prompt follow. Which one is better?
@@ -225,6 +226,15 @@ class JudgedAnswers:
 
     def __init__(self, judge: Judge, *, opponents: int) -> None:
         self.judge, self.opponents = judge, opponents
+
+    @functools.cached_property
+    def outside(self) -> AskedByMain | None:
+        """The same for a judge that runs outside of the ranks, as a source that one rank asks; None where it does not."""
+        asker = self.judge.asker
+        if not isinstance(asker, AskedOnce):
+            return None
+        judge = Judge(asker.asker, instruction=self.judge.instruction, unparsed_limit=self.judge.unparsed_limit)
+        return AskedByMain(JudgedAnswers(judge, opponents=self.opponents), asker.ctx)
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         """See RewardSource.

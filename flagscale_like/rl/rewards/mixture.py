@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flagscale_like.rl.answers import Answer, RewardSource, Score
 
@@ -18,10 +18,16 @@ class WeightedSum:
         self.sources = sources
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
-        """See RewardSource. An answer is rejected where any source rejects it; the heads are the reward model's."""
-        found = {name: source.scores(answers) for name, (_, source) in self.sources.items()}
+        """See RewardSource."""
+        return self.mixed({name: source.scores(answers) for name, (_, source) in self.sources.items()})
+
+    def mixed(self, found: Mapping[str, Sequence[Score]]) -> list[Score]:
+        """The sums, of what each source gave, by its name.
+
+        An answer is rejected where any source rejects it; the heads are the reward model's.
+        """
         mixed = []
-        for number in range(len(answers)):
+        for number in range(len(next(iter(found.values())))):
             own = {name: scores[number] for name, scores in found.items()}
             reasons = [f"{name}: {score.reason}" for name, score in own.items() if score.reason]
             mixed.append(

@@ -22,7 +22,7 @@ from flagscale_like.objectives.reward import AnswerRewards
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.rewards.checked import checked_values, show
 from flagscale_like.runtime.parallel import ParallelContext
-from flagscale_like.training.answers import item_values
+from flagscale_like.training.answers import item_values, own_values
 
 Tokens = Callable[[Answer], Sequence[int]]
 
@@ -49,6 +49,27 @@ class RewardModel:
         """
         if not answers:
             return []
+        items = self._items(answers)
+        values = item_values(self.engine, items, AnswerRewards())
+        return self._scores(answers, self.engine.ctx.broadcast(values))  # type: ignore[arg-type]
+
+    def own_scores(self, answers: Sequence[Answer]) -> list[Score] | None:
+        """The scores of the answers of one copy of the policy; its ranks alone call it. Not for a model with experts.
+
+        Returns:
+            On the ranks that training.answers.own_values() names; None on the others.
+
+        Raises:
+            DataError: see scores(); a score that is not finite on those ranks alone.
+        """
+        values = own_values(self.engine, self._items(answers), AnswerRewards())
+        return None if values is None else self._scores(answers, values)
+
+    def places(self, answer: Answer) -> int:
+        """Places of a row that an answer takes."""
+        return len(self.tokens(answer))
+
+    def _items(self, answers: Sequence[Answer]) -> _Answers:
         ids = [np.asarray(self.tokens(answer), dtype=np.int64) for answer in answers]
         room, known = self.engine.spec.seq_length, self.engine.spec.arch.vocab_size
         for number, own in enumerate(ids):
@@ -60,9 +81,10 @@ class RewardModel:
                 raise DataError(
                     f"{self.name}: token {own.max()} of a vocabulary of {known}, for {show(answers, number)}"
                 )
-        values = item_values(self.engine, _Answers(ids, room), AnswerRewards())
-        found: np.ndarray = self.engine.ctx.broadcast(values)  # type: ignore[assignment]
-        heads = found.reshape(len(answers), -1)
+        return _Answers(ids, room)
+
+    def _scores(self, answers: Sequence[Answer], values: np.ndarray) -> list[Score]:
+        heads = values.reshape(len(answers), -1)
         means = checked_values(answers, heads.mean(-1, dtype=np.float64).tolist(), self.name)
         return [Score(mean, tuple(own)) for mean, own in zip(means, heads.tolist(), strict=True)]
 
