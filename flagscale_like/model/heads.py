@@ -1,7 +1,8 @@
 """Heads: what the last pipeline stage computes from the final hidden states.
 
 A head is the `output_layer` of megatron-core's GPTModel, with one method more: `finish` turns hidden states into what the
-model returns. megatron-core reads `weight` of every output layer, so each head has that attribute.
+model returns. megatron-core reads `weight` of every output layer, so each head has that attribute. A head's weight is used
+within a call of the module alone: there the optimizer's all-gather of it, which may still run, is waited for.
 
     language_model   logits [b, s, v/tp], or, given labels, each token's cross-entropy [b, s]
     value            one number a token [b, s], or k of them [b, s, k]: a reward or value model
@@ -69,9 +70,16 @@ class LanguageModelHead(ColumnParallelLinear):
         self.rows = min(max(vocab_size - first_row, 0), self.output_size_per_partition)
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] (s/tp under sequence parallelism) -> logits [s, b, v/tp], and no bias."""
+        """[s, b, h] (s/tp under sequence parallelism) -> logits [s, b, v/tp] and no bias, or see _fused_loss()."""
+        if labels is not None:
+            return self._fused_loss(input_, weight, labels), None
         if self.normalize:
             weight = F.normalize(self.weight, dim=-1)
         logits, bias = super().forward(input_, weight, False)
@@ -95,22 +103,27 @@ class LanguageModelHead(ColumnParallelLinear):
         if self.temperature != 1:
             hidden = hidden / self.temperature  # the head is linear and has no bias
         if self.fused:
-            matrix = self.weight if weight is None else weight
-            return fused_linear_cross_entropy(
-                hidden,
-                F.normalize(matrix, dim=-1) if self.normalize else matrix,
-                labels.t(),
-                group=self.tp_group,
-                sequence_parallel=self.sequence_parallel,
-                vocab_size=self.vocab_size,
-                reduction="none",
-                accumulate_main_grad=self.gradient_accumulation_fusion,
-                backend=self.backend,
-            ).t()
+            losses, _ = self(hidden, weight, labels=labels)
+            return losses
         logits, _ = self(hidden, weight)
         # The backward pass writes the logits' gradient over them: nothing else reads what `forward` has made.
         options = {"reduction": "none", "inplace_backward": True, "backend": self.backend}
         return cross_entropy(logits, labels.t(), group=self.tp_group, **options).t()
+
+    def _fused_loss(self, hidden: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
+        """The cross-entropy of each token, fp32 [b, s], by product and loss in one operator."""
+        matrix = self.weight if weight is None else weight
+        return fused_linear_cross_entropy(
+            hidden,
+            F.normalize(matrix, dim=-1) if self.normalize else matrix,
+            labels.t(),
+            group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            vocab_size=self.vocab_size,
+            reduction="none",
+            accumulate_main_grad=self.gradient_accumulation_fusion,
+            backend=self.backend,
+        ).t()
 
 
 class ValueHead(MegatronModule):
@@ -123,9 +136,13 @@ class ValueHead(MegatronModule):
         self.weight.sequence_parallel = config.sequence_parallel
         self.sequence_parallel, self.tp_group = config.sequence_parallel, tp_group
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[s, b, h] (s/tp under sequence parallelism) -> [s, b, k]."""
+        return F.linear(hidden, self.weight)
+
     def finish(self, hidden: Tensor, labels: Tensor | None, weight: Tensor | None) -> Tensor:
         """[s, b, h] (s/tp under sequence parallelism) -> fp32 [b, s, k], or [b, s] where k is 1."""
-        values = F.linear(hidden, self.weight).float()  # [s, b, k]
+        values = self(hidden).float()  # [s, b, k]
         values = whole_sequence(values, self).transpose(0, 1)
         return values.squeeze(-1) if len(self.weight) == 1 else values
 
