@@ -30,7 +30,6 @@ from flagscale_like.rl.rewards import Surroundings, build_reward
 from flagscale_like.rl.state import RlState
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
-from flagscale_like.runtime.random_state import random_states, set_random_states
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.guard import Guard, suspects
 from flagscale_like.training.live import LiveLine
@@ -126,12 +125,10 @@ def reinforce(
     rows = agree(ctx, lambda: read_prompts(config, words))
     check_trackers(config.logging)
     begun = start(config, ctx)
-    drawn = random_states(ctx.platform)
     with ExitStack() as closing:
         iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words)(
             make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
-        set_random_states(ctx.platform, drawn)  # building draws, and a run that goes on builds again
         run = iterations.run
         if config.train.eval_interval:
             run.evaluate = held_out(
