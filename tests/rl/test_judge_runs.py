@@ -47,8 +47,17 @@ def options_of(folder, **changes):
     } | changes  # fmt: skip
 
 
-def compared(layout, folder, options, pairs):
-    """Verdicts and counts of a judge on a layout, and the questions that this rank's engine was given; or the error."""
+def compared(layout, cases):
+    """Verdicts and counts of judges on a layout, what they said, and what this rank's engine was asked; or the error.
+
+    Args:
+        cases: (the judge's options, pairs of answers).
+    """
+    with parallel_context(Parallel(**layout)) as ctx:
+        return [_compared(ctx, options, pairs) for options, pairs in cases]
+
+
+def _compared(ctx, options, pairs):
     asked: list[str] = []
 
     def opened(judge):
@@ -60,30 +69,32 @@ def compared(layout, folder, options, pairs):
         return engine, tokenizer
 
     said = []
-    with parallel_context(Parallel(**layout)) as ctx:
-        around = Surroundings(ctx, seq_length=64, tokenizer=None, open_engine=opened, say=said.append)
-        try:
-            judge = open_judge(JudgeReward(**options), around)
-            verdicts = judge.compare([Comparison(*pair) for pair in pairs])
-        except (ConfigError, DataError) as error:
-            return type(error).__name__, str(error)
+    around = Surroundings(ctx, seq_length=64, tokenizer=None, open_engine=opened, say=said.append)
+    try:
+        judge = open_judge(JudgeReward(**options), around)
+        verdicts = judge.compare([Comparison(*pair) for pair in pairs])
+    except (ConfigError, DataError) as error:
+        return f"{type(error).__name__}: {error}"
     return [verdict.name for verdict in verdicts], str(judge.counts), said, asked
 
 
 PAIRS = [("pp", "XYX", "ab"), ("p", "cab", "YZZZ"), ("ppp", "abc", "abc"), ("pp", "Z", "bbbbb"), ("p", "c", "ZX")]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["dp", "tp2"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["dp2", "tp2"])
 def test_a_model_judges_alike_on_every_layout_and_is_asked_in_both_orders(folder, layout):
     options = options_of(folder, labelled=str(folder / "labelled.jsonl"), agreement=0.9)
-    wanted = ["FIRST", "SECOND", "TIE", "FIRST", "SECOND"]
+    long = [("p", "X", "a"), ("p", "X" * 60, "a" * 60)]
+    ranks = run_ranks(2, compared, layout, [(options, PAIRS), (options_of(folder), long)])
     agreed = "the judge agrees with 100.0% of the labelled pairs that it decides (12 pairs, 0 ties, 0 not parsed)"
-    found = run_ranks(2, compared, layout, folder, options, PAIRS)
-    for verdicts, counts, said, _ in found:
-        assert verdicts == wanted
+    for (verdicts, counts, said, _), without_room in ranks:
+        assert verdicts == ["FIRST", "SECOND", "TIE", "FIRST", "SECOND"]
         assert counts == "asked 34, unparsed 0, ties 1, turned 1"
         assert said == [agreed]
-    own = [asked[12 if not layout else 24 :] for *_, asked in found]
+        # Refused on both ranks, though only one of them would have been asked the long question.
+        room = "DataError: judge: of 4 questions, prompt 2 has 124 tokens, and the room is 96, with the new ones:"
+        assert without_room.startswith(room)
+    own = [found[3][12 if not layout else 24 :] for found, _ in ranks]
     questions = [f"{p}={a}|{b}>" for p, *both in PAIRS for a, b in (both, both[::-1])]
     shared = own[0] if layout else [own[n % 2][n // 2] for n in range(len(questions))]  # the ranks share them, or not
     assert shared == questions
@@ -93,20 +104,12 @@ def test_a_model_that_does_not_judge_is_refused(folder, tmp_path):
     write(tmp_path / "turned.jsonl", [{"prompt": "p", "chosen": "abc", "rejected": "XY"}] * 4)
     (tmp_path / "said.txt").write_text("{prompt}={first}|{second}>A")  # it is answered already: the model ends its text
     turned = options_of(folder, labelled=str(tmp_path / "turned.jsonl"), agreement=0.5)
-    kind, text = run_ranks(1, compared, {}, folder, turned, PAIRS)[0]
-    assert kind == "ConfigError"
-    assert "agrees with 0.0% of the labelled pairs that it decides (4 pairs, 0 ties, 0 not parsed), fewer than" in text
     said = options_of(folder, instruction=str(tmp_path / "said.txt"))
-    kind, text = run_ranks(1, compared, {}, folder, said, PAIRS * 3)[0]
-    assert kind == "DataError"
-    assert "30 of 30 verdicts cannot be parsed, more than unparsed_limit (0.1); one is ''" in text
-
-
-def test_a_question_without_room_ends_every_rank(folder):
-    pairs = [("p", "X", "a"), ("p", "X" * 60, "a" * 60)]
-    for kind, text in run_ranks(2, compared, {}, folder, options_of(folder), pairs):
-        assert kind == "DataError"
-        assert "of 4 questions, prompt 2 has 124 tokens, and the room is 96, with the new ones: give a judge" in text
+    disagrees, unparsed = run_ranks(1, compared, {}, [(turned, PAIRS), (said, PAIRS * 3)])[0]
+    assert disagrees.startswith(
+        "ConfigError: the judge agrees with 0.0% of the labelled pairs that it decides (4 pairs, 0"
+    )
+    assert unparsed.startswith("DataError: judge: 30 of 30 verdicts cannot be parsed, more than unparsed_limit (0.1)")
 
 
 def test_data_judge_asks_a_model(folder, tmp_path):
