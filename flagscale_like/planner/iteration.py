@@ -15,20 +15,14 @@ from dataclasses import dataclass, fields, replace
 from flagscale_like.arch import ModelArch, Role
 from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import RunConfig
+from flagscale_like.planner.efficiency import EFFICIENCIES, gemm_seconds, move_seconds, ring_seconds
 from flagscale_like.planner.generation import cache_bytes
 from flagscale_like.planner.layout import DTYPE_BYTES, Layout, Shape
 from flagscale_like.planner.memory import RankMemory, chunk_parameters, frozen_bytes, shard_numel, state_bytes
+from flagscale_like.planner.passes import Pass, head_pass, layer_passes
 from flagscale_like.planner.report import table
 from flagscale_like.planner.search import Goal, evaluate
-from flagscale_like.planner.throughput import (
-    EFFICIENCIES,
-    Pass,
-    gemm_seconds,
-    head_pass,
-    layer_passes,
-    ring_seconds,
-    stage_kinds,
-)
+from flagscale_like.planner.throughput import stage_kinds
 
 PHASES = ("draw", "score", "learn")
 
@@ -243,7 +237,7 @@ def drawing_step_seconds(arch: ModelArch, layout: Layout, cluster: ClusterSpec, 
             held = [p for p in held if p.role is not Role.EMBEDDING]  # a row for each token
         elements = sum(shard_numel(p, layout) * (read if p.experts else 1.0) for p in held)
         texts = cache_bytes(arch, layout, stage, rows=rows, room=room, dtype_bytes=size)
-        moved = (elements * size + texts) / (device.hbm_gb_per_s * 1e9 * eff.memory)
+        moved = move_seconds(elements * size + texts, device, eff)
         products = 2.0 * rows * elements / (device.bf16_flops * eff.gemm)
         layers = sum(len(chunk) for chunk in layout.chunk_layers(arch.num_layers, stage))
         traffic = 2 * layers * ring_seconds(rows * arch.hidden_size * size, layout.tp, cluster, eff)

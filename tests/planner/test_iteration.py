@@ -10,11 +10,11 @@ from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.refit import RefitEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
+from flagscale_like.planner.efficiency import HOPPER
 from flagscale_like.planner.iteration import Beside, beside_policy, phase_memory, plan_iteration
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import rank_memory
 from flagscale_like.planner.search import Goal
-from flagscale_like.planner.throughput import HOPPER
 from flagscale_like.rl.models import build_models
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.run import start
