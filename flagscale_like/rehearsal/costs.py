@@ -112,6 +112,11 @@ class Costs:
         whole = event.bytes * ranks if event.op.startswith("all_gather") else event.bytes
         return PASSES.get(event.op, 1) * group_seconds(whole, ranks, self._near(event.group), self.cluster, self.eff)
 
+    def crosses(self, event: Event, rank: int) -> bool:
+        """Whether a transfer goes to another node, over the ranks' ports."""
+        ranks = event.group if event.kind == "collective" else (rank, rank if event.peer is None else event.peer)
+        return not self.calls and len({self._node(one) for one in ranks}) > 1
+
     def _node(self, rank: int) -> int:
         return rank // self.cluster.devices_per_node
 

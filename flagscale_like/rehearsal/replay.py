@@ -1,13 +1,15 @@
 """Replays matched records on a cluster: when each kernel, collective and message of a step begins and ends.
 
 Kernels of a stream run one after another; collectives and messages run beside them, on streams of their own, once all that
-take part have got to them. What the records ask for is the software's own overlap: a wait is where megatron-core waits. Links
-are not shared: two transfers of one rank at the same time have the full bandwidth each.
+take part have got to them. What the records ask for is the software's own overlap: a wait is where megatron-core waits. Two
+transfers of one rank to other nodes in one direction share its port while both run, each at half its speed; a ring sends and
+receives. Links inside a node are not shared: two transfers there have the full bandwidth each.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flagscale_like.errors import DataError
@@ -84,6 +86,12 @@ def row_of(event: Event) -> str:
     return name if event.kind == "collective" else f"{name} messages"
 
 
+def _ports_of(end: End) -> Sequence[tuple[int, str]]:
+    """A rank's port in the directions that its part in a meeting takes."""
+    rank, kind = end
+    return [(rank, kind)] if kind != "collective" else [(rank, "send"), (rank, "receive")]
+
+
 class _Replay(Execution):
     """Attributes:
     clocks: rank -> stream -> when it is free.
@@ -101,6 +109,8 @@ class _Replay(Execution):
         self._asked_at: dict[tuple[int, End], tuple[float, Event]] = {}
         self._marks: dict[tuple[int, int], float] = {}
         self._hosts: dict[int, float] = defaultdict(float)  # rank -> when its host has come back from the last wait
+        # A rank and a direction -> the last transfers.
+        self._ports: dict[tuple[int, str], deque[int]] = defaultdict(lambda: deque(maxlen=8))
         # Queue -> when it is free for the exchange at its front, when that ends, and which one it is.
         self._free: dict[tuple, tuple[float, float, object]] = {}
 
@@ -151,6 +161,8 @@ class _Replay(Execution):
         seconds = max(
             self.costs.meeting(self._asked_at[id(meeting), end][1], end[0]) for end in queues
         )  # of one size on all ranks, but for experts' tokens
+        if any(self.costs.crosses(self._asked_at[id(meeting), end][1], end[0]) for end in queues):
+            seconds = self._share_ports(meeting, [port for end in queues for port in _ports_of(end)], begin, seconds)
         self.times[id(meeting)] = begin, begin + seconds
         for end, name in queues.items():
             before, last, exchange = self._free[name]
@@ -159,6 +171,22 @@ class _Replay(Execution):
             if self._keeps and seconds:
                 named = f"{event.op} {event.bytes:,} bytes"
                 self.slices.append(Slice(end[0], row_of(event), named, begin, begin + seconds, event.where))
+
+    def _share_ports(self, meeting: Meeting, ports: Sequence[tuple[int, str]], begin: float, seconds: float) -> float:
+        """How long a transfer takes beside those that its ports are busy with, which it slows down as well.
+
+        Those whose end a rank has waited for already are slowed down no more: ranks are not executed in order of time.
+        """
+        others = {one: self.times[one] for port in ports for one in self._ports[port]}
+        longer = 0.0
+        for one, (start, end) in others.items():
+            together = min(end, begin + seconds) - max(start, begin)
+            if together > 0:
+                self.times[one] = start, end + together
+                longer = max(longer, together)
+        for port in ports:
+            self._ports[port].append(id(meeting))
+        return seconds + longer
 
     def waited(self, rank: int, event: Event, meeting: Meeting) -> None:
         begin, end = self.times[id(meeting)]

@@ -113,6 +113,26 @@ def test_collectives_of_one_group_follow_one_another_and_those_of_two_do_not():
         assert timeline(own, own).seconds == pytest.approx(ms * MS)
 
 
+def test_transfers_to_other_nodes_at_the_same_time_share_a_ranks_port():
+    gather = replace(reduction(1, (0, 8), "dp", handle=1), op="all_gather_into_tensor", bytes=10**8)  # 10 ms alone
+    other = replace(gather, group_name="cp", handle=2)
+    late = kernel(5)
+    own = [gather, late, other, wait(1), wait(2)]
+    # From 5 ms on both run at half the speed: the first needs 5 ms more for its second half.
+    found = replay(match([RankRecord(rank, 16, own if rank in (0, 8) else [], [0]) for rank in range(16)]), COSTS)
+    assert found.seconds == pytest.approx(20 * MS)
+    send, receive = (message(kind, 10, 8, (0, 8)) for kind in ("send", "receive"))
+    ends = (
+        [replace(send, bytes=10**8), replace(receive, bytes=10**8)],
+        [replace(e, peer=0, bytes=10**8) for e in (receive, send)],
+    )
+    exchange = [RankRecord(rank, 16, ends[rank // 8] if rank in (0, 8) else [], [0]) for rank in range(16)]
+    assert replay(match(exchange), COSTS).seconds == pytest.approx(10 * MS)  # a port sends and receives at once
+    near = [replace(event, group=(0, 1)) if event.group else event for event in own]
+    found = replay(match([RankRecord(rank, 2, near, [0]) for rank in range(2)]), COSTS)
+    assert found.seconds == pytest.approx(6 * MS)  # links inside a node: 1 ms each
+
+
 def test_a_pipeline_has_its_bubble_and_a_group_waits_for_its_slowest_rank():
     first, last = [kernel(5), message("send", 1, 1)], [message("receive", 1, 0), kernel(5)]
     found = timeline(first, last)
