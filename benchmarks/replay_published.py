@@ -73,12 +73,13 @@ def published_seconds(row: Row) -> float:
     return row.figure if row.unit == "seconds" else row.plan().seconds * row.ours() / row.figure
 
 
-def replayed(number: int, keep: Path | None) -> dict[str, Any]:
+def replayed(number: int, keep: Path | None, network_gb_per_s: float | None = None) -> dict[str, Any]:
     """A row's replay, in this process.
 
     Args:
         number: of the row in MODELS.
         keep: folder of the records.
+        network_gb_per_s: of a device's port, where it is not the planner's.
     """
     os.environ["FLAGSCALE_LIKE_DEVICE"] = "cpu"
     from flagscale_like.recipes.rehearse import record, rehearsed_kind
@@ -86,7 +87,7 @@ def replayed(number: int, keep: Path | None) -> dict[str, Any]:
     from flagscale_like.rehearsal.timing import time_step
 
     row, arch = MODELS[number]
-    config, cluster = config_of(row, arch), parse_cluster(row.cluster)
+    config, cluster = config_of(row, arch), parse_cluster(row.cluster, network_gb_per_s=network_gb_per_s)
     began, file = time.process_time(), keep / f"{number}.pickle" if keep is not None else None
     if file is not None and file.exists():
         records, rehearsal_s = pickle.loads(file.read_bytes())
@@ -163,6 +164,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--network-gb-per-s", type=float, help="replay with other ports, and write no JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.list:
@@ -170,18 +172,20 @@ def main() -> int:
             print(number, row.describe())
         return 0
     if given.one is not None:
-        print(json.dumps(replayed(given.one, given.keep)))
+        print(json.dumps(replayed(given.one, given.keep, given.network_gb_per_s)))
         return 0
     found = {one["row"]: one for one in json.loads(given.out.read_text())} if given.out.exists() else {}
     for number in map(int, given.rows or range(len(MODELS))):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.replay_published", "--one", str(number)]
         command += ["--keep", str(given.keep)] if given.keep else []
+        command += ["--network-gb-per-s", str(given.network_gb_per_s)] if given.network_gb_per_s else []
         own = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         found[own["row"]] = own
         print(f"{own['row']}: rehearsed in {own['rehearsal_s']:.0f} s, {own['events']:,} events", flush=True)
     ordered = [found[row.name] for row, _ in MODELS if row.name in found]
-    given.out.parent.mkdir(exist_ok=True)
-    given.out.write_text(json.dumps(ordered, indent=1) + "\n")
+    if given.network_gb_per_s is None:
+        given.out.parent.mkdir(exist_ok=True)
+        given.out.write_text(json.dumps(ordered, indent=1) + "\n")
     print(table(ordered))
     return 0
 

@@ -221,8 +221,11 @@ def _point_to_point(
 def _data_parallel(held: Held, layout: Layout, cluster: ClusterSpec, eff: Efficiency, hides: Sequence[float]) -> float:
     """Seconds of a step for the fp32 gradients' reduction and the 16-bit parameters' gather that nothing hides.
 
+    With several chunks a rank, one chunk's traffic runs beside pp micro-batches of the next chunk; nothing comes before the
+    first chunk's gather, and nothing after the last one's reduction.
+
     Args:
-        hides: seconds of compute that each of the two runs beside; () where they run alone.
+        hides: seconds of a micro-batch's compute that each of the two runs beside; () where they run alone.
     """
     traffic = [
         ring_seconds(held.dense * bytes_, layout.replicas, cluster, eff, stride=layout.tp)
@@ -231,4 +234,8 @@ def _data_parallel(held: Held, layout: Layout, cluster: ClusterSpec, eff: Effici
     ]
     if not hides:
         return sum(traffic)
-    return sum(max(s * 0.1, s - eff.overlap * compute) for s, compute in zip(traffic, hides, strict=True))
+    if layout.vpp > 1:
+        least, beside = 1 / layout.vpp, 1 + layout.pp * (1 - 1 / layout.vpp)
+    else:
+        least, beside = 0.1, 1.0
+    return sum(max(s * least, s - eff.overlap * beside * compute) for s, compute in zip(traffic, hides, strict=True))

@@ -132,6 +132,16 @@ def test_ranks_of_a_group_in_one_node_have_a_port_each():
     assert ring_seconds(16e9, 8, CLUSTER, eff) == pytest.approx(14e9 / link)
 
 
+def test_with_chunks_the_traffic_of_one_runs_beside_the_compute_of_the_others():
+    """All but the first chunk's gather and the last one's reduction, where pp micro-batches of the others take longer."""
+    layout = Layout(tp=1, pp=4, dp=64, num_microbatches=8)
+    slow = replace(CLUSTER, nodes=32, network_gb_per_s=5.0)
+    plain, chunks = (step_time(SHAPE, replace(layout, vpp=vpp), slow, seq_length=2048) for vpp in (1, 6))
+    alone = step_time(SHAPE, layout, slow, seq_length=2048, software=Software(overlap_dp=False))
+    assert chunks.dp == pytest.approx(alone.dp / 6)
+    assert alone.dp > plain.dp > 2 * chunks.dp
+
+
 def test_gradients_that_no_product_adds_up_take_memory_traffic_for_each_micro_batch():
     layout = Layout(num_microbatches=4)
     fused, apart = (
