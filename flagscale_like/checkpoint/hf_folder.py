@@ -23,8 +23,9 @@ from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import STACKED_NAMES, Settings, without_prefix
 from flagscale_like.families.quantization import Scheme
+from flagscale_like.families.rules import STACKED_NAMES, without_prefix
+from flagscale_like.families.settings import Settings
 from flagscale_like.families.weight_map import Rule
 from flagscale_like.json_files import BAD_JSON
 

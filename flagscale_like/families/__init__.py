@@ -11,11 +11,12 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.errors import ConversionError
 from flagscale_like.families.baichuan import BAICHUAN, BAICHUAN2
 from flagscale_like.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from flagscale_like.families.family import Family, Settings
+from flagscale_like.families.family import Family
 from flagscale_like.families.llama import AQUILA, LLAMA, MISTRAL
 from flagscale_like.families.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from flagscale_like.families.plug_ins import plug_ins
 from flagscale_like.families.qwen import QWEN2, QWEN3
+from flagscale_like.families.settings import Settings
 
 DENSE = (LLAMA, MISTRAL, AQUILA, BAICHUAN, BAICHUAN2, QWEN2, QWEN3)
 MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flagscale_like.arch import ModelArch, Position
-from flagscale_like.families.family import Family, Settings, common_config, rope_config
+from flagscale_like.families.family import Family
+from flagscale_like.families.settings import Settings, common_config, rope_config
 from flagscale_like.families.weight_map import PackedQKV, Rule, Shape
 
 VOCABULARIES = {64_000: False, 125_696: True}  # whether it is version 2's

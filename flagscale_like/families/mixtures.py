@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from flagscale_like.arch import ModelArch
-from flagscale_like.families.family import (
-    SCALINGS,
-    ExpertNames,
-    Family,
-    Settings,
-    common_config,
-    rope_config,
-)
+from flagscale_like.families.family import Family
+from flagscale_like.families.features import SCALINGS
+from flagscale_like.families.rules import ExpertNames
+from flagscale_like.families.settings import Settings, common_config, rope_config
 
 MOST_LAYERS = 10_000
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale_like.errors import ConversionError
 
 if TYPE_CHECKING:
-    from flagscale_like.families.family import Settings
+    from flagscale_like.families.settings import Settings
 
 READ_FORMATS = (
     "read are compressed-tensors' pack-quantized INT4 and INT8 weights in groups, with or without zero points, as `convert "

@@ -29,7 +29,7 @@ from flagscale_like.data.pretrain import build_datasets, micro_batches
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
 from flagscale_like.families import find_family
-from flagscale_like.families.family import features
+from flagscale_like.families.features import features
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.choice import objective_of
 from flagscale_like.planner.efficiency import MEASURED, Efficiency

@@ -14,7 +14,7 @@ from flagscale_like.checkpoint.store import WeightSource, verify
 from flagscale_like.config import Checkpoint, Lora, RunConfig
 from flagscale_like.config.lora import NO_BASE
 from flagscale_like.errors import CheckpointError, ConfigError
-from flagscale_like.families.family import EXPERTS_NOT_EXPRESSED
+from flagscale_like.families.features import EXPERTS_NOT_EXPRESSED
 from flagscale_like.runtime.parallel import ParallelContext
 
 # Options of the adapters that decide what a checkpoint's adapters compute. The others may change on resume.

@@ -25,7 +25,7 @@ from flagscale_like.config import Parallel
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConversionError
-from flagscale_like.families.family import EXPERT_FEATURES, features
+from flagscale_like.families.features import EXPERT_FEATURES, features
 from flagscale_like.json_files import read_records
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.next_token import NextToken

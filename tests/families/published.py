@@ -17,7 +17,7 @@ from transformers import LlamaTokenizer, Qwen2Tokenizer
 
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.families import find_family
-from flagscale_like.families.family import Settings
+from flagscale_like.families.settings import Settings
 
 PIECES = 330
 LINES = [

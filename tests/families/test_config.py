@@ -8,7 +8,8 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.config import Parallel
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES, read_config
-from flagscale_like.families.family import Settings, features
+from flagscale_like.families.features import features
+from flagscale_like.families.settings import Settings
 from flagscale_like.model.build import build_chunks
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context

@@ -12,7 +12,8 @@ from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES, read_config
-from flagscale_like.families.family import NOT_EXPRESSED, Settings
+from flagscale_like.families.features import NOT_EXPRESSED
+from flagscale_like.families.settings import Settings
 from tests.families import tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from flagscale_like.errors import ConversionError
 from flagscale_like.families import read_config
-from flagscale_like.families.family import Settings
+from flagscale_like.families.settings import Settings
 from tests.families import tiny
 
 ODD = (
