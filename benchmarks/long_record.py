@@ -47,9 +47,8 @@ def main() -> None:
         clock.append(time.perf_counter())
         found, cut, added = (after - before for before, after in zip(clock, clock[1:], strict=False))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(
-            f"{size / 1e9:.2f} GB: last step {found:.3f} s, cut {cut:.3f} s, after the first {added:.3f} s; {peak:.2f} GB"
-        )
+        took = f"last step {found:.3f} s, cut {cut:.3f} s, after the first step {added:.3f} s"
+        print(f"{size / 1e9:.2f} GB: {took}; peak memory {peak:.2f} GB")
         print(record)
 
 
