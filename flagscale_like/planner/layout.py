@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -289,6 +290,23 @@ class Layout:
             return min(self.pp - stage, self.num_microbatches)
         warmup = 2 * (self.pp - stage - 1) + (self.vpp - 1) * self.pp
         return min(warmup + 1, self.num_microbatches * self.vpp)
+
+    def most_in_flight(self, stage: int, chunks: Sequence[float]) -> float:
+        """The most that the forward passes hold that wait for their backward pass at once, in the order of the schedule.
+
+        Args:
+            chunks: what one micro-batch holds of each of the stage's chunks.
+        """
+        warmup, total = self.chunks_in_flight(stage) - 1, self.num_microbatches * self.vpp
+        if min(chunks) == max(chunks):
+            return (warmup + 1) * chunks[0]
+        # Groups of pp micro-batches pass through one chunk after the other, backward in the opposite order.
+        forward = [chunks[k // self.pp % self.vpp] for k in range(min(total, warmup + 1 + self.pp * self.vpp))]
+        held = most = sum(forward[: warmup + 1])
+        for k, more in enumerate(forward[warmup + 1 :]):  # then one forward pass for each backward pass
+            held += more - chunks[self.vpp - 1 - k // self.pp % self.vpp]
+            most = max(most, held)
+        return most
 
     def offload_share(self, stage: int) -> float:
         return self.offload[stage] if self.offload else 0.0

@@ -318,18 +318,15 @@ def largest_layer(shape: Shape, layout: Layout, stage: int, seq_length: int, dty
 
 def microbatch_bytes(
     arch: ModelArch | Shape, layout: Layout, stage: int, seq_length: int, precision: str, ops: Operators
-) -> tuple[float, float]:
-    """Bytes that one chunk's layers, and one micro-batch at the loss, save on a stage (0 where it is not the last).
-
-    Of chunks with unlike layers it is the one that saves the most.
-    """
+) -> tuple[list[float], float]:
+    """Bytes that one micro-batch saves on a stage: the layers of each chunk, and the loss (0 where it is not the last)."""
     shape = arch if isinstance(arch, Shape) else Shape.of(arch, layout.tp, ops.lora)
     e = DTYPE_BYTES[precision]
     saved = {kind: layer_bytes(shape, layout, seq_length, e, ops, kind) for kind in layers_on(shape, layout, stage)}
     chunks = layout.chunk_layers(shape.layers, stage)
-    chunk = max(sum(saved[shape.alike[i]] for i in layers) for layers in chunks)
+    each = [sum(saved[shape.alike[i]] for i in layers) for layers in chunks]
     head = sum(s.bytes for s in head_saves(shape, layout, seq_length, e, ops)) if stage == layout.pp - 1 else 0.0
-    return chunk, head
+    return each, head
 
 
 def saved_activation_bytes(
@@ -340,9 +337,9 @@ def saved_activation_bytes(
     With recompute, the layer that is being recomputed holds all that it saves without.
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
-    chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+    chunks, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     in_flight = layout.chunks_in_flight(stage)
-    bytes_ = in_flight * chunk
+    bytes_ = layout.most_in_flight(stage, chunks)
     if stage == 0:
         # Micro-batches whose first chunk is in flight.
         first = in_flight if layout.vpp == 1 else min(in_flight, layout.num_microbatches, 2 * layout.pp)
@@ -376,15 +373,16 @@ def rank_memory(
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
     cut = states_layout(layout)
     weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
-    chunk, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+    chunks, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows_sp = layout.rows(seq_length) / (layout.tp if layout.sp else 1)
     in_flight = layout.chunks_in_flight(stage)
-    saved = in_flight * chunk
+    layers = layout.most_in_flight(stage, chunks)
+    saved = layers
     # A received stage input lives until its backward pass; a norm that saves its input has it counted already.
     if layout.pp > 1 and ops.rms_norm == "torch" and layout.recompute != "full":
         saved += in_flight * rows_sp * shape.hidden * e
     share = layout.offload_share(stage)
-    moved = share * in_flight * chunk
+    moved = share * layers
     layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
@@ -438,10 +436,10 @@ def needed_offload(
         if over <= 0:
             shares.append(0.0)
             continue
-        chunk, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
+        chunks, _ = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
         shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
         layer = largest_layer(shape, layout, stage, seq_length, e, ops)
-        frees = (layout.chunks_in_flight(stage) * chunk - LAYERS_ON_THE_WAY * layer) * (1 + FRAGMENTATION)
+        frees = (layout.most_in_flight(stage, chunks) - LAYERS_ON_THE_WAY * layer) * (1 + FRAGMENTATION)
         if frees <= 0 or over > frees:
             return None
         shares.append(over / frees)

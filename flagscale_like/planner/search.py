@@ -135,8 +135,7 @@ def evaluate(
     if layout.offload:
         moved = tuple(
             layout.offload_share(stage)
-            * layout.vpp
-            * microbatch_bytes(arch, layout, stage, goal.seq_length, goal.precision, goal.ops)[0]
+            * sum(microbatch_bytes(arch, layout, stage, goal.seq_length, goal.precision, goal.ops)[0])
             for stage in range(layout.pp)
         )
     cut = states_layout(layout)

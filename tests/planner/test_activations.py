@@ -199,6 +199,7 @@ EXPERT_CASES = {
     "ep4": (4, EXPERTS, {"ep": 4}, {}),
     "tp2 sp, ep4": (4, SIGMOID, {**SP, "ep": 4}, {}),
     "cp2 x ep2": (4, EXPERTS, {"cp": 2, "ep": 2}, {}),
+    "pp2 vpp2, dense first layers": (2, {**EXPERTS, "dense_layers": 2}, {"pp": 2, "vpp": 2}, {}),
     "pp2 x ep2": (4, {**EXPERTS, "dense_layers": 2}, {"pp": 2, "ep": 2}, {}),
 }
 
