@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
+from flagscale_like.cli.model_options import Precision
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
     from flagscale_like.cli.base import OpenedWeights
     from flagscale_like.recipes.generate import TextGenerator, Wishes
 
-GeneratedPrecision = Annotated[
-    Literal["fp32", "bf16", "fp16"], typer.Option(help="Data type of weights and activations.")
-]
 Rows = Annotated[int, typer.Option(help="Texts that are drawn at a time.", min=1)]
 
 
@@ -70,7 +68,7 @@ def generate(  # typer makes an option of every parameter
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
     adapter: Adapter = None,
     force: Force = False,
-    precision: GeneratedPrecision = "fp32",
+    precision: Precision = "fp32",
     tp: Annotated[int, typer.Option(help="With --batch: tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="With --batch: pipeline stages.", min=1)] = 1,
     nproc_per_node: Annotated[

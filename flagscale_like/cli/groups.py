@@ -20,8 +20,10 @@ from flagscale_like.cli.data import (
     print_report,
     show_progress,
 )
-from flagscale_like.cli.embed import (
+from flagscale_like.cli.embed import open_embedder, say_cut, say_instruction, start_ranks
+from flagscale_like.cli.model_options import (
     HuggingFace,
+    HuggingFaceFolder,
     MaxTokens,
     MicroBatchSize,
     ModelCheckpoint,
@@ -33,10 +35,6 @@ from flagscale_like.cli.embed import (
     QueryInstruction,
     RanksToStart,
     TensorParallel,
-    open_embedder,
-    say_cut,
-    say_instruction,
-    start_ranks,
 )
 from flagscale_like.errors import ConfigError, DataError
 
@@ -237,7 +235,7 @@ def score(  # typer makes an option of every parameter
     input: Annotated[Path, typer.Argument(help="JSON records with query, pos, neg and an answer.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write: the records with pos_scores and neg_scores.")],
     checkpoint: ModelCheckpoint = None,
-    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
+    hf: HuggingFaceFolder = None,
     adapter: Adapter = None,
     force: Force = False,
     tokenizer: ModelTokenizer = None,

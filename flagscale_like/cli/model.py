@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flagscale_like.cli.base import Adapter, Force, app, example, open_model
-from flagscale_like.cli.embed import (
+from flagscale_like.cli.embed import evaluate_retrieval, open_embedder
+from flagscale_like.cli.model_options import (
     Dimensions,
+    HuggingFaceFolder,
+    ModelCheckpoint,
+    ModelTokenizer,
     PassageInstruction,
+    PipelineParallel,
     PoolingOption,
+    Precision,
     QueryInstruction,
-    evaluate_retrieval,
-    open_embedder,
+    TensorParallel,
 )
 from flagscale_like.errors import ConfigError, PlatformError
 
@@ -44,11 +49,11 @@ def evaluate(  # typer makes an option of every parameter
     query_instruction: QueryInstruction = None,
     passage_instruction: PassageInstruction = None,
     dimensions: Dimensions = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
-    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
+    checkpoint: ModelCheckpoint = None,
+    hf: HuggingFaceFolder = None,
     adapter: Adapter = None,
     force: Force = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the model's tokenizer.")] = None,
+    tokenizer: ModelTokenizer = None,
     seq_length: Annotated[
         int | None,
         typer.Option(
@@ -56,11 +61,9 @@ def evaluate(  # typer makes an option of every parameter
         ),
     ] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option(help="Data type of weights and activations.")
-    ] = "fp32",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    precision: Precision = "fp32",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.", min=1)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from flagscale_like.cli.base import Adapter, Force, app, example, open_model
+from flagscale_like.cli.model_options import (
+    HuggingFaceFolder,
+    MicroBatchSize,
+    ModelCheckpoint,
+    PipelineParallel,
+    Precision,
+    RanksToStart,
+    TensorParallel,
+)
 from flagscale_like.errors import ConfigError
 
 
 @app.command(epilog=example("flagscale-like score --checkpoint runs/reward --pairs data/held-out --out scores.jsonl"))
 def score(  # typer makes an option of every parameter
     pairs: Annotated[Path, typer.Option(help="Path without suffix of the pairs that `data pairs` wrote.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Native checkpoint: a run, or one step_* folder.")] = None,
-    hf: Annotated[Path | None, typer.Option(help="Hugging Face folder, instead of --checkpoint.")] = None,
+    checkpoint: ModelCheckpoint = None,
+    hf: HuggingFaceFolder = None,
     adapter: Adapter = None,
     force: Force = False,
     out: Annotated[
@@ -40,15 +49,11 @@ def score(  # typer makes an option of every parameter
     seq_length: Annotated[
         int | None, typer.Option(help="Places of a row, in which a whole pair fits. Default: the longest pair.", min=2)
     ] = None,
-    micro_batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 1,
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option(help="Data type of weights and activations.")
-    ] = "fp32",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
-    nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp.", min=1)
-    ] = None,
+    micro_batch_size: MicroBatchSize = 1,
+    precision: Precision = "fp32",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    nproc_per_node: RanksToStart = None,
 ) -> None:
     """Score pairs: rewards of a reward model, or a language model's log-probabilities. Prints how often the chosen one wins.
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
-from flagscale_like.cli.generate import GeneratedPrecision, Rows
+from flagscale_like.cli.generate import Rows
+from flagscale_like.cli.model_options import Precision
 from flagscale_like.errors import ConfigError, PlatformError
 
 BACKLOG = 2048  # connections that wait while the model is loaded
@@ -28,7 +29,7 @@ def serve(  # typer makes an option of every parameter
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: the run's tokenizer.")] = None,
     adapter: Adapter = None,
     force: Force = False,
-    precision: GeneratedPrecision = "fp32",
+    precision: Precision = "fp32",
 ) -> None:
     """Serve a checkpoint or a Hugging Face folder at /v1/completions and /v1/chat/completions, to try it. Ctrl-C ends it.
 
