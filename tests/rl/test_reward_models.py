@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +20,6 @@ from flagscale_like.errors import CheckpointError, ConfigError, DataError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.recipes.score import score_pairs
-from flagscale_like.rl import early as early_scoring
 from flagscale_like.rl import scoring
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.early import early_form
@@ -127,7 +128,7 @@ SCORED = {
     "algorithm": "ppo",
     "epochs": 2,
     "kl": {"coefficient": 0.05},
-    "rollout": {"samples": 4, "rows": 3, "max_new_tokens": 20},
+    "rollout": {"samples": 4, "rows": 3, "max_new_tokens": 20, "stop_strings": ["e", "o", "t"]},  # of many lengths
 }
 
 
@@ -137,31 +138,35 @@ def early_and_late(folder):
     other = {"kind": "function", "name": "small", "weight": 0.5, "function": "tests.rl.runs:small_ids"}
     rl = SCORED | {"reward": {"kind": "mixture", "sources": [source, other]}}
     data = {"prompts": [str(folder / "words/prompts.jsonl")], "tokenizer": str(folder / "tok")}
-    changes = {"data": data, "model__vocab_size": 300, "train__global_batch_size": 12, "train__seq_length": 48}
-    found, own_scores, values, sleep = [], RewardModel.own_scores, scoring.token_numbers, OwnEngine.sleep
+    changes = {"data": data, "model__vocab_size": 300, "train__global_batch_size": 12, "train__seq_length": 64}
+    found = []
     for number, layout in enumerate(({"pp": 2}, {})):
         happened: list[str] = []
-
-        def noted(name, function, happened=happened):
-            return lambda *given: (happened.append(name), function(*given))[1]
-
-        RewardModel.own_scores = noted("reward", own_scores)
-        scoring.token_numbers = lambda engine, objective, rollouts, happened=happened: (
-            happened.append(objective.metric),
-            values(engine, objective, rollouts),
-        )[1]
-        OwnEngine.sleep = noted("drawn", sleep)
-        runs = []
-        for early, room in ((scoring.early_form, early_scoring.PassRoom.is_full), (no_form, lambda *_: False)):
-            scoring.early_form, kept = early, (scoring.early_form, scoring.PassRoom.is_full)
-            scoring.PassRoom.is_full = room
-            run = folder / f"run {number} {len(runs)}"
-            ((_, error),) = run_all([rl_config(run, folder, rl, parallel=layout, train__steps=1, **changes)])
-            assert error is None, error
-            scoring.early_form, scoring.PassRoom.is_full = kept
-            runs.append(numbers(run))
+        with ExitStack() as patched:
+            for owner, name, said in (
+                (RewardModel, "own_scores", lambda *_: "reward"),
+                (scoring, "token_numbers", lambda _, objective, *__: objective.metric),
+                (OwnEngine, "sleep", lambda *_: "drawn"),
+            ):
+                patched.enter_context(patch.object(owner, name, noted(happened, getattr(owner, name), said)))
+            runs = [run_once(folder / f"early {number}", folder, rl, parallel=layout, **changes)]
+            patched.enter_context(patch.object(scoring, "early_form", no_form))
+            patched.enter_context(patch.object(scoring.PassRoom, "is_full", lambda *_: False))
+            runs.append(run_once(folder / f"late {number}", folder, rl, parallel=layout, **changes))
         found.append((happened[: happened.index("drawn") + 1], runs))
     return found
+
+
+def noted(happened, function, said):
+    """The function, which leaves a word in a list when it is called."""
+    return lambda *given: (happened.append(said(*given)), function(*given))[1]
+
+
+def run_once(run_dir, folder, rl, **changes):
+    """One iteration; its numbers."""
+    ((_, error),) = run_all([rl_config(run_dir, folder, rl, train__steps=1, **changes)])
+    assert error is None, error
+    return numbers(run_dir)
 
 
 def no_form(*_, **__):
