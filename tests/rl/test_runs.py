@@ -96,30 +96,15 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     close(numbers(other)[-2:], numbers(one_process["stale"].run_dir)[-2:])  # from step 2, saved on one process
 
 
-def test_copies_that_draw_for_several_or_share_what_one_learns_from(one_process, folder, tmp_path):
-    """Two copies learn and one draws; one learns and two draw; tensor parallel on both sides, drawn by whole copies."""
+def test_ranks_apart_of_two_copies_that_learn_or_of_tensor_parallel_worlds(one_process, folder, tmp_path):
+    """Two copies learn and one draws; and tensor parallel on both sides, where a whole copy draws on each rank."""
     wanted = numbers(one_process["stale"].run_dir)[:3]
-    worlds = {
-        "two learn": (3, {"apart": 1}, {}),
-        "two draw": (3, {"apart": 2, "engine": "refit"}, {}),
-        "tp2 both": (4, {"apart": 2, "engine": "refit"}, {"tp": 2, "sp": True}),
-    }
-    for size in (3, 4):
-        configs = {
-            name: rl_config(
-                tmp_path / name,
-                folder,
-                STALE | {"rollout": {"samples": 1} | drawing},
-                parallel=layout,
-                train__steps=3,
-            )
-            for name, (ranks, drawing, layout) in worlds.items()
-            if ranks == size
-        }
-        for found in run_ranks(size, run_all, list(configs.values())):
-            assert [error for _, error in found] == [None] * len(configs)
-        for name in configs:
-            close(numbers(tmp_path / name), wanted)
+    for ranks, drawing, layout in ((3, {"apart": 1}, {}), (4, {"apart": 2, "engine": "refit"}, {"tp": 2, "sp": True})):
+        rl = STALE | {"rollout": {"samples": 1} | drawing}
+        config = rl_config(tmp_path / str(ranks), folder, rl, parallel=layout, train__steps=3)
+        for found in run_ranks(ranks, run_all, [config]):
+            assert [error for _, error in found] == [None]
+        close(numbers(config.run_dir), wanted)
 
 
 @pytest.mark.parametrize(
