@@ -37,15 +37,15 @@ def check_generator(config: RunConfig) -> None:
 
 def generator_notes(config: RunConfig) -> list[str]:
     """What to tell the user about what draws."""
-    engine, stages = config.rl.rollout.engine, config.parallel.pp
+    engine, layout = config.rl.rollout.engine, config.parallel
     if engine == "vllm":
         return [NOT_RUN]
-    if engine == "own" and stages > 1:
-        return [
-            f"rollouts are drawn through {stages} pipeline stages, of which one works at a time: rl.rollout.engine refit "
-            "draws on all ranks, with a whole copy of the policy on each"
-        ]
-    return []
+    waste = {
+        f"through {layout.pp} pipeline stages, of which one works at a time": layout.pp > 1,
+        f"by {layout.cp} context-parallel ranks that all draw the same": layout.cp > 1,
+    }
+    way_out = "rl.rollout.engine refit draws on all ranks, with a whole copy of the policy on each"
+    return [f"rollouts are drawn {how}: {way_out}" for how, found in waste.items() if found and engine == "own"]
 
 
 def build_generator(config: RunConfig, engine: Engine, words: Words) -> GenerationEngine:

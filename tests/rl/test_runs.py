@@ -73,7 +73,9 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     ranks = run_ranks(2, partial(run_all, vllm=True), configs)
     for found in ranks:
         assert [error for _, error in found] == [None] * len(configs)
-    assert [line for line in ranks[0][1][0] if "refit draws on all ranks, with a whole copy of the policy" in line]
+    for at, how in ((1, "through 2 pipeline stages"), (3, "by 2 context-parallel ranks")):
+        way_out = "rl.rollout.engine refit draws on all ranks, with a whole copy of the policy on each"
+        assert [line for line in ranks[0][at][0] if f"drawn {how}" in line and line.endswith(way_out)]
     wanted = numbers(one_process["ppo"].run_dir)
     assert wanted[0]["reward/mean"] > 0
     assert wanted[-1]["policy/engine-difference"] < 1e-5
