@@ -16,6 +16,7 @@ class Role(enum.Enum):
 
     EMBEDDING = "embedding"
     OUTPUT = "output"
+    VALUE = "value"  # a value head, in the place of the output layer
     ATTENTION_IN = "attention_in"  # makes q, k and v
     ATTENTION_OUT = "attention_out"
     FFN_IN = "ffn_in"

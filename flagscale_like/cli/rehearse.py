@@ -54,6 +54,7 @@ def rehearse(  # typer makes an option of every parameter
     os.environ["FLAGSCALE_LIKE_DEVICE"] = "cpu"  # before torch and megatron-core are set up: no device is used
     from flagscale_like.cluster import GIB, parse_cluster, with_devices
     from flagscale_like.config import load_config
+    from flagscale_like.data.synthetic import like_the_data
     from flagscale_like.errors import ConfigError, DoesNotFitError
     from flagscale_like.recipes.rehearse import nearest_change, record, rehearse, rehearsed_kind
     from flagscale_like.rehearsal.chrome_trace import write_trace
@@ -73,6 +74,8 @@ def rehearse(  # typer makes an option of every parameter
             "--time-only replays a whole pipeline, and follows no memory: give --ranks stages, and no --out"
         )
     say = typer.echo if verbose else lambda _: None
+    if assumed := like_the_data(config)[1]:
+        typer.echo(assumed)
     problems, records = [], []
     kind = rehearsed_kind(device)
     if time_only:
@@ -94,7 +97,8 @@ def rehearse(  # typer makes an option of every parameter
             typer.echo(f"wrote {trace}: {write_trace(trace, timed.timeline, timed.stages):,} slices")
     if problems:
         found, message = problems[0]
-        raise DoesNotFitError(f"{message}; {nearest_change(config, place, found, world)}")
+        change = nearest_change(config, place, kind, found, world, say=typer.echo)
+        raise DoesNotFitError(f"{message}; {change}")
     if time_only:
         typer.echo("memory was not followed (--time-only)")
         return

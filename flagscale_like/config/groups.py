@@ -298,7 +298,8 @@ class Data(Frozen):
     Attributes:
         sources: tokenized data sources, which are blended by their weights.
         prepare: raw text to tokenize before the first step.
-        synthetic: train on random tokens, for benchmarks.
+        synthetic: train on random tokens, in rows of what the objective reads, for benchmarks. `conversations` gives packs of
+            conversations in the place of text.
         prompts: files of prompts, for reinforcement learning; see docs/rl.md.
         eval_prompts: files of held-out prompts, which the policy answers every train.eval_interval iterations.
         tokenizer: the Hugging Face tokenizer folder that the sources were tokenized with. Required with `sources` and
@@ -314,7 +315,7 @@ class Data(Frozen):
 
     sources: list[Source] = Field(default_factory=list)
     prepare: Prepare | None = None
-    synthetic: bool = False
+    synthetic: bool | Literal["conversations"] = False
     prompts: list[PathText] = Field(default_factory=list)
     eval_prompts: list[PathText] = Field(default_factory=list)
     tokenizer: PathText | None = None
@@ -337,7 +338,7 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        given = sum((bool(self.sources), self.prepare is not None, self.synthetic, bool(self.prompts)))
+        given = sum((bool(self.sources), self.prepare is not None, bool(self.synthetic), bool(self.prompts)))
         if given != 1:
             raise ValueError(f"give exactly one of sources, prepare, synthetic and prompts ({given} given)")
         if self.prepare and not (self.tokenizer or self.prepare.tokenizer_vocab_size):

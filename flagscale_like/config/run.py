@@ -212,8 +212,13 @@ class RunConfig(Frozen):
                 "init.mup needs model.tie_embeddings false: muP scales the embedding and the output layer differently"
             )
         objective = self.objective
-        if self.data.synthetic and objective.kind == "next_token" and objective.per == "conversation":
-            raise ValueError("objective.per conversation needs conversations: data.synthetic has none")
+        if self.data.synthetic is True and objective.kind == "next_token" and objective.per == "conversation":
+            raise ValueError("objective.per conversation needs conversations: data.synthetic conversations has some")
+        if self.data.synthetic == "conversations" and objective.reads != "text":
+            raise ValueError(
+                f"data.synthetic conversations is for objective.kind next_token: {objective.kind} reads {objective.reads}, "
+                "which data.synthetic true makes up"
+            )
         if self.init.salience and train.frozen:
             raise ValueError("init.salience scales weights by their gradients: train.frozen must be empty with it")
         self._check_lora()
@@ -284,9 +289,15 @@ class RunConfig(Frozen):
 
     def _check_pairs(self) -> None:
         kind, data = f"objective.kind {self.objective.kind}", self.data
-        if data.synthetic or (data.prepare and data.prepare.chat is None):
-            given = "data.synthetic" if data.synthetic else "data.prepare without data.prepare.chat"
-            raise ValueError(f"{kind} reads pairs of answers, which {given} has not: make a source with `data pairs`")
+        if data.prepare and data.prepare.chat is None:
+            raise ValueError(
+                f"{kind} reads pairs of answers, which data.prepare without data.prepare.chat has not: make a source with "
+                "`data pairs`"
+            )
+        if data.synthetic and self.train.seq_length < 8:
+            raise ValueError(
+                f"data.synthetic makes up rows of pairs of 8 tokens or more: train.seq_length is {self.train.seq_length}"
+            )
         if self.init.salience:
             raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
         if data.selection and data.selection.rule == "target" and getattr(self.objective, "reference", "") == "stored":
@@ -297,9 +308,13 @@ class RunConfig(Frozen):
 
     def _check_groups(self) -> None:
         kind, data = f"objective.kind {self.objective.kind}", self.data
-        if data.synthetic or data.prepare:
-            given = "data.synthetic" if data.synthetic else "data.prepare"
-            raise ValueError(f"{kind} reads groups, which {given} has not: make a source with `data groups`")
+        if data.prepare:
+            raise ValueError(f"{kind} reads groups, which data.prepare has not: make a source with `data groups`")
+        if data.synthetic and self.train.seq_length <= self.objective.passages:
+            raise ValueError(
+                f"train.seq_length ({self.train.seq_length}) has no room for a query and {self.objective.passages} passages "
+                "(objective.passages)"
+            )
         if self.init.salience:
             raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
         if max(self.objective.dimensions, default=0) > self.model.hidden_size:

@@ -14,7 +14,6 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flagscale_like.config import Chat, Prepare, RunConfig, Source
@@ -31,6 +30,7 @@ from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
 from flagscale_like.data.shards import ChatOptions
+from flagscale_like.data.synthetic import synthetic_dataset
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import BAD_JSON
@@ -38,21 +38,6 @@ from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
 
 SOURCE = "dataset_id"  # the key under which megatron-core's BlendedDataset gives the number of a sample's source
-
-
-class SyntheticDataset(Dataset):
-    """Random tokens that depend on (seed, index) only: for benchmarks and tests that need no text."""
-
-    def __init__(self, vocab_size: int, seq_length: int, total: int, seed: int) -> None:
-        self.vocab_size, self.seq_length, self.total, self.seed = vocab_size, seq_length, total, seed
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        tokens = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
-        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(self.seq_length)}
 
 
 def prepare_once(config: RunConfig, workers: int = 1, say: Say = silent) -> RunConfig:
@@ -316,7 +301,7 @@ def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, sam
     """Build the dataset of one split with `samples` samples. All ranks call it; see `build_datasets`."""
     if config.data.synthetic:
         offset = ("train", "valid", "test").index(split)
-        return SyntheticDataset(config.model.vocab_size, config.train.seq_length, samples, config.train.seed + offset)
+        return synthetic_dataset(config, samples, config.train.seed + offset)
     if split == "train" and config.data.selection is not None:
         # Dynamic selection may draw every sample from one source, so each source gets all of them. Evaluation keeps the
         # weights of data.sources.

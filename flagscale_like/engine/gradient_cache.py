@@ -61,10 +61,9 @@ class GlobalBatch:
         """The counts of all data-parallel ranks. The host waits for them, before the passes of the step begin."""
         if self.ctx.dp == 1:
             return [own]
-        counts = torch.zeros(self.ctx.dp, dtype=torch.int64)
-        counts[self.ctx.dp_rank] = own
-        counts = counts.to(self.ctx.platform.device)
-        dist.all_reduce(counts, group=self.ctx.groups.dp)
+        mine = torch.tensor([own]).to(self.ctx.platform.device)
+        counts = mine.new_empty(self.ctx.dp)
+        dist.all_gather_into_tensor(counts, mine, group=self.ctx.groups.dp)
         return counts.tolist()
 
     def loss(self, vectors: Tensor, *, gradient: bool) -> tuple[Loss, Tensor | None]:

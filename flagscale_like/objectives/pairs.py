@@ -39,6 +39,13 @@ def pairs_of_rows(batch: Batch) -> Tensor:
     return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
 
 
+def answers_of_rows(batch: Batch) -> Tensor:
+    """fp32 [b]: the answers of each row, which need not be pairs."""
+    b, s = batch.tokens.shape
+    counts = torch.bincount(batch.documents[:-1].long() // s, minlength=b)  # on the host
+    return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
+
+
 def answer_sums(values: Tensor, batch: Batch) -> Tensor:
     """Add up [b * s] numbers over each document: [2 p]. The order of the additions is fixed, on every device."""
     bounds = batch.documents.to(values.device, non_blocking=True)

@@ -14,6 +14,7 @@ from flagscale_like.engine.objective import Loss
 from flagscale_like.objectives.pairs import (
     REWARDS,
     answer_sums,
+    answers_of_rows,
     chosen_and_rejected,
     log_probabilities,
     pack_inputs,
@@ -97,6 +98,10 @@ class AnswerLogProbabilities:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model computes each token's cross-entropy."""
         return pack_inputs(batch, labels=True)
+
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: the answers of each row."""
+        return answers_of_rows(batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: [1, b * s], each token's cross-entropy."""

@@ -11,7 +11,14 @@ from torch import Tensor
 from flagscale_like.config import RewardModel
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
-from flagscale_like.objectives.pairs import REWARDS, chosen_and_rejected, pack_inputs, pair_loss, pairs_of_rows
+from flagscale_like.objectives.pairs import (
+    REWARDS,
+    answers_of_rows,
+    chosen_and_rejected,
+    pack_inputs,
+    pair_loss,
+    pairs_of_rows,
+)
 
 
 class Reward:
@@ -83,6 +90,10 @@ class AnswerRewards:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model has a value head, which needs no labels."""
         return pack_inputs(batch, labels=False)
+
+    def row_counts(self, batch: Batch) -> Tensor:
+        """fp32 [b]: the answers of each row."""
+        return answers_of_rows(batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Args: output: fp32 [1, b * s, k], or [1, b * s] of one head."""

@@ -48,8 +48,10 @@ class Beside:
     def states(self, layout: Layout, stage: int, rank: int = 0) -> tuple[int, int, int]:
         """Bytes of weights, gradients and optimizer states on a rank of a stage; exact."""
         if self.trained:
-            return state_bytes(self.arch, layout, stage, precision=self.precision, rank=rank, heads=self.heads)
-        return frozen_bytes(self.arch, layout, stage, precision=self.precision, heads=self.heads), 0, 0
+            return state_bytes(
+                self.arch, layout, stage, precision=self.precision, rank=rank, outputs=self.heads or None
+            )
+        return frozen_bytes(self.arch, layout, stage, precision=self.precision, outputs=self.heads or None), 0, 0
 
 
 @dataclass(frozen=True, kw_only=True)

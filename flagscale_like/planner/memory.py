@@ -81,13 +81,15 @@ def _by_layer(arch: ModelArch) -> dict[int | None, tuple[Parameter, ...]]:
     return {layer: tuple(held) for layer, held in found.items()}
 
 
-def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int, heads: int = 0) -> list[Parameter]:
+def chunk_parameters(
+    arch: ModelArch, layout: Layout, stage: int, chunk: int, outputs: int | None = None
+) -> list[Parameter]:
     """The parameters of a model chunk, in the built model's order.
 
     A tied embedding on one stage is one parameter; over several stages the last holds a copy, listed last.
 
     Args:
-        heads: numbers of a value head, which stands in the place of the output layer; 0 for a language model.
+        outputs: see Operators.
     """
     held = _by_layer(arch)
     embedding, *rest = held[None]
@@ -95,10 +97,11 @@ def chunk_parameters(arch: ModelArch, layout: Layout, stage: int, chunk: int, he
     for layer in layout.chunk_layers(arch.num_layers, stage)[chunk]:
         found += held[layer]
     if stage == layout.pp - 1 and chunk == layout.vpp - 1:
-        found += [parameter for parameter in rest if not heads or parameter.role is not Role.OUTPUT]
-        if heads:
-            found.append(Parameter(OUTPUT_NAME, (heads, arch.hidden_size), Role.NORM, None))  # whole on every rank
-        elif arch.tie_embeddings and layout.pp > 1:
+        if outputs is not None:
+            head = Parameter(OUTPUT_NAME, (outputs, arch.hidden_size), Role.VALUE, None)
+            return [*found, *(p for p in rest if p.name != OUTPUT_NAME), *([head] if outputs else [])]
+        found += rest
+        if arch.tie_embeddings and layout.pp > 1:
             found.append(embedding)
     return found
 
@@ -183,25 +186,23 @@ def buffer_of(
 
 
 def stage_buffers(
-    arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None, heads: int = 0
+    arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None, outputs: int | None = None
 ) -> list[Buffer]:
     """The buffers of a stage's chunks, as wrap_chunks() makes them: buckets on the first stage's first chunk only.
 
-    With LoRA the adapters alone are in buffers. Experts have a buffer of their own, unless their copies lie where the dense
-    parameters' do (see model.experts.mark_expert).
-
-    Args:
-        heads: see chunk_parameters().
+    With LoRA the adapters alone are in buffers, and a value head. Experts have a buffer of their own, unless their copies lie
+    where the dense parameters' do (see model.experts.mark_expert).
     """
     buffers = []
     for chunk in range(layout.vpp):
-        held = chunk_parameters(arch, layout, stage, chunk, heads)
+        held = chunk_parameters(arch, layout, stage, chunk, outputs)
         if lora is not None:
-            held = chunk_adapters(arch, lora, layout, stage, chunk)
+            own_head = [p for p in held if p.role is Role.VALUE]
+            held = chunk_adapters(arch, lora, layout, stage, chunk) + own_head
         held = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS]
         apart = [bool(parameter.experts) and layout.cuts_experts for parameter in held]
         shared = (
-            arch.tie_embeddings and layout.pp > 1 and not heads
+            arch.tie_embeddings and layout.pp > 1 and outputs is None
         )  # a tied embedding on two stages has a bucket to itself
         bucketed = layout.replicas > 1 and stage == 0 and chunk == 0
         for experts in sorted(set(apart)):
@@ -244,36 +245,38 @@ def state_bytes(
     precision: str,
     rank: int = 0,
     lora: Lora | None = None,
-    heads: int = 0,
+    outputs: int | None = None,
 ) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one rank; exact. With LoRA the base has weights alone.
 
     Args:
         rank: of the stage's ranks, which are numbered tp fastest, then cp and dp.
-        heads: see chunk_parameters().
+        outputs: see Operators.
     """
     stage = stage if lora is not None else alike_stage(arch, layout, stage)
-    return _state_bytes(arch, layout, stage, precision, rank, lora, heads)
+    return _state_bytes(arch, layout, stage, precision, rank, lora, outputs)
 
 
-def frozen_bytes(arch: ModelArch, layout: Layout, stage: int, *, precision: str, heads: int = 0) -> int:
+def frozen_bytes(arch: ModelArch, layout: Layout, stage: int, *, precision: str, outputs: int | None = None) -> int:
     """Bytes of the weights of a model that is not trained, on one rank; exact. They lie in no buffers.
 
     Args:
-        heads: see chunk_parameters().
+        outputs: see Operators.
     """
-    held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk, heads)]
+    held = [p for chunk in range(layout.vpp) for p in chunk_parameters(arch, layout, stage, chunk, outputs)]
     size = DTYPE_BYTES[precision]
     return sum(shard_numel(p, layout) * (4 if p.role is Role.ROUTER_BIAS else size) for p in held)
 
 
 @functools.lru_cache(maxsize=4096)
 def _state_bytes(
-    arch: ModelArch, layout: Layout, stage: int, precision: str, rank: int, lora: Lora | None, heads: int
+    arch: ModelArch, layout: Layout, stage: int, precision: str, rank: int, lora: Lora | None, outputs: int | None
 ) -> tuple[int, int, int]:
-    gradients = optimizer = 0
-    weights = sum(_frozen_bytes(arch, layout, stage, chunk, precision, lora) for chunk in range(layout.vpp))
-    for buffer in stage_buffers(arch, layout, stage, lora, heads):
+    gradients = optimizer = weights = 0
+    for chunk in range(layout.vpp):
+        held = chunk_parameters(arch, layout, stage, chunk, outputs)
+        weights += _frozen_bytes(held, layout, precision, lora)
+    for buffer in stage_buffers(arch, layout, stage, lora, outputs):
         weights += buffer.numel * DTYPE_BYTES[precision]
         gradients += buffer.numel * 4
         # Experts lie over neighbours: the ranks of a copy of them are ep ranks that follow one another.
@@ -283,24 +286,25 @@ def _state_bytes(
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_parameter(arch: ModelArch, layout: Layout, stage: int) -> int:
+def largest_parameter(arch: ModelArch, layout: Layout, stage: int, outputs: int | None = None) -> int:
     """Elements on one rank of the largest parameter of a stage's first chunk."""
-    return max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0))
+    return max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0, outputs))
 
 
 @functools.lru_cache(maxsize=4096)
-def trained_elements(arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None) -> tuple[int, int]:
+def trained_elements(
+    arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None, outputs: int | None = None
+) -> tuple[int, int]:
     """Elements of one rank's gradient buffers: of dense parameters, and of experts that are reduced by themselves."""
-    buffers = stage_buffers(arch, layout, stage, lora)
+    buffers = stage_buffers(arch, layout, stage, lora, outputs)
     dense, experts = (sum(buffer.numel for buffer in buffers if buffer.experts == own) for own in (False, True))
     return dense, experts
 
 
-def _frozen_bytes(arch: ModelArch, layout: Layout, stage: int, chunk: int, precision: str, lora: Lora | None) -> int:
+def _frozen_bytes(held: Sequence[Parameter], layout: Layout, precision: str, lora: Lora | None) -> int:
     """Bytes of a chunk's weights that no gradient changes: the routers' biases, in fp32, and with LoRA all of the base."""
-    held = chunk_parameters(arch, layout, stage, chunk)
     biases = [parameter for parameter in held if parameter.role is Role.ROUTER_BIAS]
-    base = [parameter for parameter in held if parameter.role is not Role.ROUTER_BIAS] if lora is not None else []
+    base = [p for p in held if p.role not in (Role.ROUTER_BIAS, Role.VALUE)] if lora is not None else []
     base_bytes = sum(shard_numel(parameter, layout) for parameter in base) * DTYPE_BYTES[precision]
     return base_bytes + 4 * sum(parameter.numel for parameter in biases)
 
@@ -372,7 +376,9 @@ def rank_memory(
     """
     shape, e = Shape.of(arch, layout.tp, ops.lora), DTYPE_BYTES[precision]
     cut = states_layout(layout)
-    weights, gradients, optimizer = state_bytes(arch, cut, stage, precision=precision, rank=rank, lora=ops.lora)
+    weights, gradients, optimizer = state_bytes(
+        arch, cut, stage, precision=precision, rank=rank, lora=ops.lora, outputs=ops.outputs
+    )
     chunks, head = microbatch_bytes(arch, layout, stage, seq_length, precision, ops)
     rows_sp = layout.rows(seq_length) / (layout.tp if layout.sp else 1)
     in_flight = layout.chunks_in_flight(stage)
@@ -386,7 +392,7 @@ def rank_memory(
     layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
     logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
-    largest = largest_parameter(arch, cut, stage) if weights else 0
+    largest = largest_parameter(arch, cut, stage, ops.outputs) if weights else 0
     kinds = layers_on(shape, layout, stage)
     working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)

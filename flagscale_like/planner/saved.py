@@ -35,6 +35,8 @@ class Operators:
         linear_cross_entropy: the output layer and the loss are one operator, which holds a chunk of the logits at a time and
             computes them again in the backward pass.
         lora: adapters beside the matrices, which then keep no input of theirs; None without LoRA.
+        outputs: numbers a token that a value head computes in the place of an output layer, 0 where the model gives its
+            hidden states; None for a language model.
     """
 
     rms_norm: Saves = "torch"
@@ -42,6 +44,7 @@ class Operators:
     cross_entropy: Saves = "torch"
     linear_cross_entropy: bool = False
     lora: Lora | None = None
+    outputs: int | None = None
 
 
 FUSED = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused")
@@ -426,6 +429,9 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
     saves = [
         Saved(name="final norm", bytes=_norm(rows_sp, shape.hidden, dtype_bytes, ops)),
     ]
+    if ops.outputs is not None:
+        values = Saved(name="input of the value head", bytes=rows_sp * shape.hidden * dtype_bytes)
+        return saves + ([values] if ops.outputs else [])
     if (
         not shape.adapters or ops.linear_cross_entropy
     ):  # LoRA leaves the output layer as it is, which then keeps no input
@@ -445,7 +451,12 @@ def head_saves(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, 
 
 
 def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Operators) -> float:
-    """Elements of logits that the last stage holds beside what is saved: all of one micro-batch's, or one chunk's."""
+    """Elements of logits that the last stage holds beside what is saved: all of one micro-batch's, or one chunk's.
+
+    Without a vocabulary, what the head gives of the whole rows.
+    """
+    if ops.outputs is not None:
+        return layout.rows(seq_length) * (ops.outputs or shape.hidden)
     rows, columns = layout.rows(seq_length), shape.vocab / layout.tp
     if ops.linear_cross_entropy:
         rows = min(rows, max(MIN_CHUNK_TOKENS, rows * shape.hidden // int(columns)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from flagscale_like.arch import ModelArch
 from flagscale_like.cluster import GIB, ClusterSpec, with_devices
 from flagscale_like.config import ContextParallelKind, RunConfig, parts_of_row
+from flagscale_like.config.objectives import AnyObjective
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.efficiency import Efficiency
 from flagscale_like.planner.layout import IMBALANCE, RECOMPUTE, Layout, Shape
@@ -71,8 +72,17 @@ class Goal:
             seq_length=config.train.seq_length,
             global_batch_size=config.train.global_batch_size,
             precision=config.train.precision,
-            ops=replace(operators_of(config.kernels, cuda=cuda), lora=config.lora),
+            ops=replace(
+                operators_of(config.kernels, cuda=cuda), lora=config.lora, outputs=outputs_of(config.objective)
+            ),
         )
+
+
+def outputs_of(objective: AnyObjective) -> int | None:
+    """Numbers a token that the head of an objective's model computes; see Operators."""
+    if objective.head == "language_model":
+        return None
+    return getattr(objective, "heads", 1) if objective.head == "value" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +150,7 @@ def evaluate(
         )
     cut = states_layout(layout)
     alike = {alike_stage(arch, cut, stage) for stage in range(layout.pp)}
-    elements = [trained_elements(arch, cut, stage, goal.ops.lora) for stage in alike]
+    elements = [trained_elements(arch, cut, stage, goal.ops.lora, goal.ops.outputs) for stage in alike]
     time = step_time(
         Shape.of(arch, layout.tp, goal.ops.lora),
         layout,

@@ -26,6 +26,7 @@ from flagscale_like.cluster import ClusterSpec, DeviceSpec
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.pretrain import build_datasets, micro_batches
+from flagscale_like.data.synthetic import like_the_data
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
 from flagscale_like.families import find_family
@@ -103,19 +104,11 @@ def measure(
 
 
 def benchmark_config(config: RunConfig, folder: str, steps: int, *, checkpoint: bool) -> RunConfig:
-    """The same run, on synthetic tokens, with a record of every step, and nothing beside training.
-
-    Raises:
-        ConfigError: the objective does not learn tokens.
-    """
-    if config.objective.reads != "text":
-        raise ConfigError(
-            f"bench trains on synthetic tokens, and objective.kind {config.objective.kind} reads {config.objective.reads}: "
-            "leave the group objective out"
-        )
+    """The same run, on synthetic tokens, with a record of every step, and nothing beside training."""
     values = config.model_dump(mode="json")
     values["run_dir"] = folder
-    values["data"] = {"synthetic": True}
+    if config.task == "train":
+        values["data"] = {"synthetic": like_the_data(config)[0]}
     values["train"] |= {"steps": steps, "log_interval": 1, "eval_interval": 0, "ramp_up": None, "exit_at_step": None}
     values["optimizer"] |= {"warmup_steps": 0, "schedule": "constant", "decay_steps": None}
     values["logging"] = {}
@@ -167,7 +160,7 @@ def _point(
     stalls = [r["checkpoint/stall_s"] for r in records if "checkpoint/stall_s" in r]
     moved = [r for r in records if "offload/bytes_out" in r and r["step"] > warmup]
     names = [name for name in moved[0] if name.startswith("offload/")] if moved else []
-    heaviest = max(plan.memory, key=lambda m: m.total)
+    heaviest, metric = max(plan.memory, key=lambda m: m.total), config.objective.metric
     return Point(
         layout=layout.describe(),
         devices=ctx.world_size,
@@ -189,7 +182,7 @@ def _point(
         planned_dynamic=heaviest.total - heaviest.states - heaviest.overhead,
         planned_step_s=plan.time.seconds,
         data_wait_share=statistics.median(r["data-wait-share"] for r in steps),
-        loss=steps[-1]["lm loss"] if steps[-1]["lm loss"] is not None else math.nan,
+        loss=steps[-1][metric] if steps[-1][metric] is not None else math.nan,
         checkpoint_stall_s=max(stalls) if stalls else None,
         offload={n.removeprefix("offload/"): statistics.mean(r[n] for r in moved) for n in names} or None,
     )
@@ -220,7 +213,15 @@ def compare_with_transformers(config: RunConfig, ctx: ParallelContext, *, rounds
     transformers runs its own model class with SDPA attention, autograd's cross-entropy, gradient clipping, and torch's
     fused AdamW. In bf16 its weights, gradients and moments are bf16, so it moves less memory than we do, with our fp32
     gradients and master weights; in fp32 both do the same work.
+
+    Raises:
+        ConfigError: the objective is not next-token prediction, or transformers has no such model.
     """
+    if config.objective.reads != "text":
+        raise ConfigError(
+            f"--compare: transformers' step predicts the next token, objective.kind is {config.objective.kind}: leave the "
+            "group objective out"
+        )
     with tempfile.TemporaryDirectory(prefix="flagscale-bench-") as folder:
         config = benchmark_config(config, folder, rounds + warmup + 1, checkpoint=False)
         ours, theirs = our_steps(config, ctx), _their_steps(config, ctx)

@@ -41,7 +41,7 @@ from flagscale_like.training.parts import Part, Parts
 from flagscale_like.training.plan import Progress, last_step
 from flagscale_like.training.profile import StepProfiler
 from flagscale_like.training.recovery import Ledger
-from flagscale_like.training.reference import Reference, pair_sources, reference_of
+from flagscale_like.training.reference import Reference, Unstored, pair_sources, reference_of
 from flagscale_like.training.run import Run, Start, start
 from flagscale_like.training.salience import calibrate
 from flagscale_like.training.source_selection import SourceSelection
@@ -50,8 +50,8 @@ from flagscale_like.training.step_log import StepLog
 from flagscale_like.training.trackers import check_trackers, make_trackers
 from flagscale_like.training.trail import DataTrail
 
-# The engine of a run -> parts for it, the same on every rank.
-MakeParts = Callable[[Engine], Sequence[Part]]
+# The engine of a run, and those beside it -> parts for it, the same on every rank.
+MakeParts = Callable[..., Sequence[Part]]
 
 
 def pretrain(config: RunConfig, ctx: ParallelContext, *, parts: MakeParts | None = None) -> Progress:
@@ -166,7 +166,7 @@ def monitors_of(config: RunConfig, engine: Engine) -> list[Part]:
 
 def make_reference(
     config: RunConfig, begun: Start, splits: Sequence[Dataset | None], watchdog: Watchdog
-) -> Reference | None:
+) -> Reference | Unstored | None:
     """The log-probabilities of the reference, where the objective needs them; the splits' datasets get them."""
     if getattr(config.objective, "reference", "none") == "none":
         return None
@@ -199,7 +199,9 @@ def evaluation_samples(config: RunConfig) -> int:
     return config.train.eval_steps * config.train.global_batch_size if config.train.eval_interval else 0
 
 
-def evaluator(run: Run, valid_data: Dataset, reference: Reference | None = None) -> Callable[[str], Measured]:
+def evaluator(
+    run: Run, valid_data: Dataset, reference: Reference | Unstored | None = None
+) -> Callable[[str], Measured]:
     """The loss on a split, by its name: always on the same samples of it."""
     config, ctx, train = run.config, run.ctx, run.config.train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -11,23 +12,24 @@ from io import StringIO
 
 from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import RunConfig
-from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, RehearsalError
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.report import updated_config
 from flagscale_like.planner.search import USABLE, Goal, Plan, configured_layout, evaluate
 from flagscale_like.recipes.benchmark import benchmark_config
-from flagscale_like.recipes.pretrain import pretrain
+from flagscale_like.recipes.pretrain import MakeParts, pretrain
+from flagscale_like.recipes.reinforce import reinforce
 from flagscale_like.rehearsal.choice import chosen_ranks
 from flagscale_like.rehearsal.record import RankRecord
 from flagscale_like.rehearsal.rehearse import Rehearsed, overflow_message, rehearse_rank
 from flagscale_like.rehearsal.repeats import record_rank
+from flagscale_like.rl.made_up import MadeUpGenerator, MadeUpReward, MadeUpWords, made_up_prompts
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
 from flagscale_like.runtime.platforms.choice import candidates
-from flagscale_like.training.parts import Part
 
 STEPS = 2  # the second shows what stays
+TRIES = 4  # changes of a run that does not fit that are rehearsed
 
 
 def rehearse(
@@ -37,9 +39,10 @@ def rehearse(
     *,
     world_size: int,
     ranks: str = "auto",
+    steps: int = STEPS,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Rehearsed]:
-    """Take two steps as each of some ranks of a run, one after another.
+    """Take steps as each of some ranks of a run, one after another.
 
     Args:
         kind: the platform of the cluster's devices.
@@ -47,13 +50,13 @@ def rehearse(
         say: is told what the rank says while it runs.
 
     Raises:
-        ConfigError: the world, the ranks or the objective do not fit the configuration.
+        ConfigError: the world or the ranks do not fit the configuration.
         RehearsalError: see rehearse_rank().
     """
     chosen = chosen_ranks(config, world_size, ranks)
     for rank in chosen:
         with tempfile.TemporaryDirectory(prefix="flagscale-rehearsal-") as folder:
-            own = rehearsal_config(config, folder)
+            own = rehearsal_config(config, folder, steps)
             said = StringIO()
             with redirect_stdout(said):
                 found = rehearse_rank(own, cluster, kind, rank, world_size, _train)
@@ -73,36 +76,79 @@ def record(
         gc.collect()
 
 
-def _train(config: RunConfig, ctx: ParallelContext, parts: Callable[[Engine], Sequence[Part]]) -> None:
-    pretrain(config, ctx, parts=parts)
+def _train(config: RunConfig, ctx: ParallelContext, parts: MakeParts) -> None:
+    if config.task == "rl":
+        reinforce(
+            config,
+            ctx,
+            make_generator=lambda *_: MadeUpGenerator(),
+            make_reward=lambda *_: MadeUpReward(),
+            read=lambda config, _: (MadeUpWords(), made_up_prompts(config)),
+            parts=parts,
+        )
+    else:
+        pretrain(config, ctx, parts=parts)
 
 
-def rehearsal_config(config: RunConfig, folder: str) -> RunConfig:
-    """The run on tokens that are made up, for two steps, without checkpoints.
+def rehearsal_config(config: RunConfig, folder: str, steps: int = STEPS) -> RunConfig:
+    """The run on rows that are made up, for some steps, without checkpoints.
 
     Raises:
-        ConfigError: the objective does not learn tokens.
+        ConfigError: some of its ranks only draw rollouts.
     """
-    if config.objective.reads != "text":
+    if config.ranks_apart:
         raise ConfigError(
-            f"a rehearsal makes up its tokens, and objective.kind {config.objective.kind} reads {config.objective.reads}: "
-            "rehearse the model without the group objective; passes of a reference come on top"
+            f"rl.rollout.apart ({config.ranks_apart}): ranks that draw are not rehearsed: set rl.rollout.apart=0, and give "
+            "--world-size the ranks that learn"
         )
     changes = {"train": config.train.model_copy(update={"profile": None})}
-    if getattr(config.objective, "per", "token") == "conversation":  # other weights, the same shapes
-        changes["objective"] = config.objective.model_copy(update={"per": "token"})
-    return benchmark_config(config.model_copy(update=changes), folder, STEPS, checkpoint=False)
+    return benchmark_config(config.model_copy(update=changes), folder, steps, checkpoint=False)
 
 
-def nearest_change(config: RunConfig, cluster: ClusterSpec, found: Rehearsed, world_size: int) -> str:
-    """The least change of a run that does not fit that would, by the planner's formulas and what the rehearsal adds to them.
+def nearest_change(
+    config: RunConfig,
+    cluster: ClusterSpec,
+    kind: type[Platform],
+    found: Rehearsed,
+    world_size: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
+    """The least change of a run that does not fit that does: the first of planned_changes() that a rehearsal confirms.
 
-    Changes of one thing come before changes of two; among equals the fastest is taken.
+    Args:
+        say: is told what is tried.
+    """
+    tried: list[str] = []
+    for words, plan in itertools.islice(planned_changes(config, cluster, found, world_size), TRIES):
+        say(f"rehearsing {words}, which is planned to take {plan.peak_bytes / GIB:.1f} GiB")
+        needed = 0.0
+        try:
+            for one in rehearse(updated_config(config, plan.layout), cluster, kind, world_size=world_size):
+                needed = max(needed, one.needed_bytes)
+                if not one.fits:
+                    break
+            else:
+                before = f" ({', '.join(tried)})" if tried else ""
+                return f"the nearest change that fits: {words} (rehearsed: fits, {needed / GIB:.1f} GiB){before}"
+            tried.append(f"{words} does not: {needed / GIB:.1f} GiB")
+        except RehearsalError as error:
+            tried.append(f"{words} cannot be rehearsed: {error}")
+    way_out = f"see `plan` for other layouts of {cluster.describe()}"
+    if tried:
+        return f"no change was found that fits: {'; '.join(tried)}; {way_out}"
+    return f"no change of one or two settings is planned to fit: {way_out}"
+
+
+def planned_changes(
+    config: RunConfig, cluster: ClusterSpec, found: Rehearsed, world_size: int
+) -> Iterator[tuple[str, Plan]]:
+    """Changes that fit by the planner's formulas and what the rehearsal adds to them, and what is planned of each.
+
+    Changes of one setting come before changes of two; of equals the faster comes first.
     """
     goal = Goal.of(config, cuda=cluster.device.is_gpu)
     now = configured_layout(config, world_size, goal, cluster.device.hbm_bytes)
-    taken = found.placed.reserved + cluster.device.hbm_bytes - (found.limit or 0)
-    budget = cluster.device.hbm_bytes * USABLE - max(0.0, taken - found.planned.total)
+    budget = cluster.device.hbm_bytes * USABLE - max(0.0, found.needed_bytes - found.planned.total)
     singles = _changes(now, config, world_size)
     pairs = [
         (f"{a} and {b}", both)
@@ -111,7 +157,7 @@ def nearest_change(config: RunConfig, cluster: ClusterSpec, found: Rehearsed, wo
         if (both := _joined(now, first, second)) is not None
     ]
     for options in (singles, pairs):
-        fitting: list[tuple[float, str, Plan]] = []
+        fitting: list[tuple[str, Plan]] = []
         for words, layout in options:
             try:
                 updated_config(config, layout).data_parallel_size(world_size)
@@ -119,11 +165,8 @@ def nearest_change(config: RunConfig, cluster: ClusterSpec, found: Rehearsed, wo
             except ValueError:
                 continue  # the model or the batch is not divided by it
             if plan.peak_bytes <= budget:
-                fitting.append((plan.time.seconds, words, plan))
-        if fitting:
-            _, words, plan = min(fitting, key=lambda option: option[0])
-            return f"the nearest change that fits: {words} (planned {plan.peak_bytes / GIB:.1f} GiB)"
-    return f"no change of one or two settings fits: see `plan` for other layouts of {cluster.describe()}"
+                fitting.append((words, plan))
+        yield from sorted(fitting, key=lambda option: option[1].time.seconds)
 
 
 def _changes(layout: Layout, config: RunConfig, world_size: int) -> list[tuple[str, Layout]]:
@@ -167,8 +210,9 @@ def check_plans(
         if over:
             line = overflow_message(over[0], cluster)
         else:
-            needed = most.placed.reserved + cluster.device.hbm_bytes - (most.limit or 0)
-            line = f"fits: stage {most.stage} takes {needed / GIB:.1f} GiB, {plan.peak_bytes / GIB:.1f} planned"
+            line = (
+                f"fits: stage {most.stage} takes {most.needed_bytes / GIB:.1f} GiB, {plan.peak_bytes / GIB:.1f} planned"
+            )
         yield plan, found, f"{plan.layout.describe()}: {line}"
 
 

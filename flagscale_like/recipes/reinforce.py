@@ -16,7 +16,7 @@ from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
-from flagscale_like.recipes.pretrain import announce, export_run, make_watchdog, monitors_of, what_remains
+from flagscale_like.recipes.pretrain import MakeParts, announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
 from flagscale_like.rl.apart import draw_for_others
 from flagscale_like.rl.generators import build_generator, check_generator, generator_notes, load_weights
@@ -45,6 +45,14 @@ from flagscale_like.training.trackers import check_trackers
 # The policy's engine -> what draws rollouts with its weights; and what scores them.
 MakeGenerator = Callable[[RunConfig, Engine, Words], GenerationEngine]
 MakeReward = Callable[[RunConfig, ParallelContext, Words], RewardSource]
+# The tokenizer, and the prompts.
+ReadPrompts = Callable[[RunConfig, ParallelContext], tuple[Words, list[Row]]]
+
+
+def words_and_prompts(config: RunConfig, ctx: ParallelContext) -> tuple[Words, list[Row]]:
+    """What data.tokenizer and data.prompts hold."""
+    words = agree(ctx, lambda: Words(config))
+    return words, agree(ctx, lambda: read_prompts(config, words))
 
 
 def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
@@ -108,11 +116,14 @@ def reinforce(
     *,
     make_generator: MakeGenerator = build_generator,
     make_reward: MakeReward = reward_of,
+    read: ReadPrompts = words_and_prompts,
+    parts: MakeParts | None = None,
 ) -> Progress:
     """Run to the last iteration, to exit_at_step, or until SIGTERM / SIGINT; save, and return where the run stands.
 
     Args:
-        make_generator, make_reward: in the place of what the configuration names.
+        make_generator, make_reward, read: in the place of what the configuration names.
+        parts: more parts for the run; assemble() has their place in the order.
 
     Raises:
         DivergedError: the guard (training.guard) stopped the run, or the critic diverged.
@@ -121,12 +132,11 @@ def reinforce(
         PlatformError: vLLM is asked for, and is not installed.
     """
     check_generator(config)
-    words = agree(ctx, lambda: Words(config))
-    rows = agree(ctx, lambda: read_prompts(config, words))
+    words, rows = read(config, ctx)
     check_trackers(config.logging)
     begun = start(config, ctx)
     with ExitStack() as closing:
-        iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words)(
+        iterations = assemble(config, begun, closing, Prompts(rows, config.train.seed), words, parts)(
             make_generator(config, begun.engine, words), make_reward(config, ctx, words)
         )
         run = iterations.run
@@ -168,8 +178,13 @@ def held_out(iterations: RlRun, rows: Sequence[Row]) -> HeldOut:
     )
 
 
-def assemble(
-    config: RunConfig, begun: Start, closing: ExitStack, prompts: Prompts, words: Words
+def assemble(  # what a run is put together of
+    config: RunConfig,
+    begun: Start,
+    closing: ExitStack,
+    prompts: Prompts,
+    words: Words,
+    make_parts: MakeParts | None = None,
 ) -> Callable[[GenerationEngine, RewardSource], RlRun]:
     """The run around a started policy: its models, parts and log; what draws and what scores is given to what is returned."""
     engine, progress, ctx, folder = begun.engine, begun.progress, begun.engine.ctx, RunFolder(config.run_dir)
@@ -191,6 +206,7 @@ def assemble(
         state,  # it may have rollouts drawn, which take prompts
         prompts,
         *([guarding] if guarding else []),
+        *(make_parts(engine, *(one.engine for one in models.beside)) if make_parts else ()),
         guard,
         *ledger,
         saves,

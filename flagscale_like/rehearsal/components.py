@@ -16,8 +16,8 @@ COMPONENTS = (*STATES, "activations", "logits", "buffers", "temporaries")
 
 def name_states(memory: Memory, engine: Engine) -> None:
     """Tell the memory which of its allocations are an engine's weights, gradients and optimizer states."""
-    buffers = [buffer for chunk in engine.chunks for buffer in getattr(chunk, "buffers", [])]
-    buffers += [buffer for chunk in engine.chunks for buffer in getattr(chunk, "expert_parallel_buffers", [])]
+    trained = engine.chunks if engine.optimizer is not None else []
+    buffers = [buffer for chunk in trained for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     memory.belongs("gradients", (buffer.grad_data for buffer in buffers))
     memory.belongs("weights", (buffer.param_data for buffer in buffers if buffer.param_data is not None))
     memory.belongs("weights", (p for model in engine.models for p in model.parameters()))
@@ -84,13 +84,15 @@ def ticks(memory: Memory) -> Iterator[tuple[int, int, Allocation]]:
 
 def report(memory: Memory, *, points: int = 400, largest: int = 12) -> MemoryReport:
     """The report of a memory whose states were named."""
-    ends = memory.tick
+    ends = memory.tick if memory.end is None else memory.end
     named = {id(found): component_of(found) for found in memory.allocations}
     first, last = (memory.steps[0], memory.steps[-1]) if memory.steps else (0, 0)
     now: Counter[str] = Counter()
     peak, timeline, every = Moment(0, {}), [], max(1, (ends - last) // points)
     high = Moment(last, {})
     for tick, nbytes, found in ticks(memory):
+        if tick >= ends:
+            break  # the run takes itself apart
         now[named[id(found)]] += nbytes
         if tick < first:
             continue

@@ -115,7 +115,9 @@ class Expected:
     def gathered(self, source: Tensor, target: Tensor) -> None:
         """A collective wrote `target` from the ranks' `source`."""
         found = self.of(source)
-        self._note(target, found if isinstance(found, float) else None)
+        if isinstance(found, list) and len(set(found)) == 1:
+            (found,) = set(found)
+        self._note(target, float(found) if isinstance(found, (int, float)) else None)
 
     def _each(self, tensor: Tensor) -> list[float | None]:
         found = self.of(tensor)

@@ -43,6 +43,7 @@ class Memory:
         allocations: in the order in which they were made.
         live, peak: bytes.
         steps: the tick at which each step began.
+        end: the tick at which the last one had ended; None where nobody said so.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class Memory:
         self.live = self.peak = 0
         self.peak_tick = self.tick = 0
         self.steps: list[int] = []
+        self.end: int | None = None
         self._now: list[Allocation] = []  # what the part that runs has made
         self._part = ""
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}

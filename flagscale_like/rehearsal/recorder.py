@@ -49,6 +49,7 @@ NAMES = {
     "recv_": "irecv",
 }
 READ = torch.ops.aten._local_scalar_dense.default
+DEVICE_OF = torch.ops.prim.device.default
 # Operators whose output is as large as their input's values say: the host waits to allocate it.
 CHOOSING = (torch.ops.aten.masked_select.default, torch.ops.aten.nonzero.default)
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -110,6 +111,15 @@ class Recorder(TorchDispatchMode):
         self._next_handle = 1
         self._groups: dict[str, tuple[tuple[int, ...], str]] = {}
         self._labels: dict[str, str] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps each call so that no compiler looks into it; nothing is compiled here."""
+        return False
+
+    def _has(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the device's. One without data is asked for its own note: `device` would be dispatched."""
+        return (getattr(tensor, "fake_device", None) or tensor.device).type == self._device
 
     def __enter__(self) -> Recorder:
         self._watching = self.places.watching()
@@ -205,11 +215,13 @@ class Recorder(TorchDispatchMode):
             return function(*args, **kwargs)
         if function.namespace == "c10d":
             return self._communicates(function, args, kwargs)
+        if function is DEVICE_OF and hasattr(args[0], "fake_device"):  # half of all calls
+            return args[0].fake_device
         if function.namespace == "prim":
-            return function(*args, **kwargs)  # asks a tensor for its device
-        if function is READ and args[0].device.type == self._device:
+            return function(*args, **kwargs)
+        if function is READ and self._has(args[0]):
             self.host_waits("read a number")
-        elif function in CHOOSING and args[0].device.type == self._device:
+        elif function in CHOOSING and self._has(args[0]):
             self.host_waits(f"the shape of {function.overloadpacket}")
         out = self._call(function, args, kwargs)
         if function.is_view or function is READ:
@@ -217,7 +229,7 @@ class Recorder(TorchDispatchMode):
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if self.memory is not None:
             for tensor in outs:
-                if tensor.device.type == self._device and self.memory.is_new(tensor):
+                if self._has(tensor) and self.memory.is_new(tensor):
                     line = self.places.line()
                     self.memory.allocated(tensor, str(function), line, self.places.part(line), self.places.layer())
         if function in COPIES:
@@ -250,14 +262,14 @@ class Recorder(TorchDispatchMode):
 
     def _copies(self, function: Any, args: Sequence, kwargs: Mapping[str, Any], out: Tensor) -> None:
         source = args[1] if function is COPIES[1] else args[0]
-        between = (source.device.type == self._device) != (out.device.type == self._device)
+        between = self._has(source) != self._has(out)
         line = self.places.line()
         if not between:
-            if out.device.type == self._device and self._computes:
+            if self._has(out) and self._computes:
                 self._computed(function, args, kwargs, [out])
             return
         non_blocking = args[2] if function is COPIES[1] and len(args) > 2 else kwargs.get("non_blocking", False)
-        direction = "to the host" if source.device.type == self._device else "to the device"
+        direction = "to the host" if self._has(source) else "to the device"
         self._add("copy", f"copy {direction}", line, source, asynchronous=bool(non_blocking), nbytes=source.nbytes)
         if not non_blocking:
             self.host_waits(f"copy {direction}")
@@ -265,7 +277,7 @@ class Recorder(TorchDispatchMode):
     def _computed(self, function: Any, args: Sequence, kwargs: Mapping[str, Any], outs: list[Tensor]) -> None:
         ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         changed = outs or ins
-        if not any(tensor.device.type == self._device for tensor in changed):
+        if not any(self._has(tensor) for tensor in changed):
             return
         nbytes = sum(tensor.nbytes for tensor in ins) + sum(tensor.nbytes for tensor in outs)
         line = self.places.line()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -15,7 +15,7 @@ from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import RehearsalError
-from flagscale_like.planner.memory import CONTEXT_BYTES, RankMemory, rank_memory
+from flagscale_like.planner.memory import CONTEXT_BYTES, RankMemory, rank_memory, state_bytes
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.rehearsal.components import MemoryReport, name_states, report
 from flagscale_like.rehearsal.device import DEVICE, RehearsedPlatform
@@ -29,8 +29,8 @@ from flagscale_like.runtime.platforms import Platform
 from flagscale_like.training.parts import Part
 from flagscale_like.training.plan import StepPlan
 
-# Runs a configuration as this rank, with what it is given as one more part of the run.
-Run = Callable[[RunConfig, ParallelContext, Callable[[Engine], list[Part]]], object]
+# Runs a configuration as this rank, with what it is given as one more part of the run; it takes all engines of the run.
+Run = Callable[[RunConfig, ParallelContext, Callable[..., list[Part]]], object]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Rehearsed:
     def fits(self) -> bool:
         return self.overflow is None
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device's memory: what is reserved for tensors, and what context and communication buffers take."""
+        return self.placed.reserved + (CONTEXT_BYTES if self.limit is not None else 0)
+
     def waits(self) -> Counter[tuple[str, str]]:
         """Where the host waits for the device in the last step, and how often: (line, for what)."""
         return Counter((e.where, e.op) for e in self.record.step(-1) if e.kind == "host_wait")
@@ -70,16 +75,21 @@ class Rehearsed:
 class Steps(Part):
     """Tells the recorder of the steps, and the memory what its first allocations are."""
 
-    def __init__(self, recorder: Recorder, memory: Memory, engine: Engine) -> None:
-        self.recorder, self.memory, self.engine = recorder, memory, engine
+    def __init__(self, recorder: Recorder, memory: Memory, *engines: Engine) -> None:
+        self.recorder, self.memory, self.engines = recorder, memory, engines
 
     def before(self, plan: StepPlan) -> None:
-        name_states(self.memory, self.engine)
+        self._name_states()
         self.recorder.begin_step()
 
     def finish(self, report: object) -> None:
         """The optimizer's states are there after the first step."""
-        name_states(self.memory, self.engine)
+        self._name_states()
+        self.memory.end = self.memory.tick
+
+    def _name_states(self) -> None:
+        for engine in self.engines:
+            name_states(self.memory, engine)
 
 
 def rehearse_rank(
@@ -103,7 +113,7 @@ def rehearse_rank(
         recorder.name_groups(group_names(ctx))
         platform.observer = recorder
         with recorder:
-            run(config, ctx, lambda engine: [Steps(recorder, memory, engine)])
+            run(config, ctx, lambda *engines: [Steps(recorder, memory, *engines)])
         stage = record.stage = ctx.pp_rank
         if not record.step_starts:
             raise RehearsalError("no step was taken: train.steps is used up")
@@ -129,20 +139,27 @@ def rehearse_rank(
 
 
 def planned_memory(config: RunConfig, platform: Platform, rank: int, world_size: int, stage: int) -> RankMemory:
-    """What the planner's formulas say of a rank."""
-    goal = Goal.of(config, cuda=platform.triton)
+    """What the planner's formulas say of a rank, with a critic's states; experts have an even load, as in a rehearsal."""
+    goal = replace(Goal.of(config, cuda=platform.triton), imbalance=1.0)
     hbm = platform.total_memory_bytes() if platform.counts_device_memory else None
     layout = configured_layout(config, world_size, goal, hbm)
-    return rank_memory(
+    rank %= world_size // layout.pp
+    planned = rank_memory(
         goal.arch,
         layout,
         stage,
         seq_length=goal.seq_length,
         precision=goal.precision,
         ops=goal.ops,
-        rank=rank % (world_size // layout.pp),
+        rank=rank,
         overhead=platform.counts_device_memory,
     )
+    if config.rl is None or not config.rl.has_critic:
+        return planned
+    critic = state_bytes(goal.arch, layout, stage, precision=goal.precision, rank=rank, outputs=1)
+    own = (planned.weights, planned.gradients, planned.optimizer)
+    weights, gradients, optimizer = (a + b for a, b in zip(own, critic, strict=True))
+    return replace(planned, weights=weights, gradients=gradients, optimizer=optimizer)
 
 
 def group_names(ctx: ParallelContext) -> dict[str, str]:

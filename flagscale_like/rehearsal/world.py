@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # registers c10d's operators for tensors without data
+from megatron.core import parallel_state
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from flagscale_like.config import Parallel
 from flagscale_like.rehearsal.device import RehearsedPlatform
 from flagscale_like.rehearsal.expected import Expected
+from flagscale_like.rehearsal.fakes import FAKES
 from flagscale_like.runtime.parallel import ParallelContext, grid, prepare
 
 # Elements up to which a tensor that the host makes for itself has data.
@@ -26,16 +27,7 @@ HOST_NUMBERS = 1 << 24
 # Sums that are not 0, whatever this rank adds to them: a step of which nothing counts is not updated.
 COUNTED = ("total", "count", "grad-square")
 READ = torch.ops.aten._local_scalar_dense.default
-WIDE_PRODUCT = torch.ops.aten.addmm.dtype_out
 SELECT = torch.ops.aten.masked_select.default
-# c10d's operators that torch leaves without an implementation for tensors without data.
-_missing = torch.library.Library("c10d", "IMPL")
-for _name in (
-    "allreduce_coalesced_",
-    "reduce_scatter_tensor_coalesced_",
-    "allgather_into_tensor_coalesced_",
-):
-    _missing.impl(_name, lambda *_, **__: FakeWork().boxed(), "Meta")
 
 
 class RehearsedContext(ParallelContext):
@@ -54,6 +46,14 @@ class RehearsedContext(ParallelContext):
         found = super().add_up(numbers, names)
         return [1.0 if name in COUNTED else number for name, number in zip(names, found, strict=True)]
 
+    @property
+    def speaks(self) -> bool:
+        """The rank that would is not there."""
+        return True
+
+    def gather_models(self, value: object) -> list:
+        return [value] * self.dp
+
     def gather_to_main(self, value: object) -> list:
         return [value] * self.world_size if self.is_main else []
 
@@ -68,13 +68,18 @@ class Host(TorchDispatchMode):
         super().__init__()
         self.expected = expected
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """See Recorder."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if function is READ and isinstance(args[0], FakeTensor):
             return self.expected.number(args[0])
-        if function is WIDE_PRODUCT:
-            return kwargs["out"]  # torch has it for CUDA alone
+        if function in FAKES:
+            return FAKES[function](*args, **kwargs)
         if function is SELECT and (chosen := self.expected.trues(args[1])) is not None:
             return args[0].new_empty(chosen)
         if self._is_the_hosts(function, tensors, args, kwargs):
@@ -125,6 +130,8 @@ def rehearsed_rank(
             grid(platform, layout, world_size, seed, 1800.0, local_rank, kind=RehearsedContext) as ctx,
         ):
             yield ctx
-    finally:
+    finally:  # after an error as well, so that the process can rehearse another rank
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -16,6 +16,7 @@ from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import CheckpointError
+from flagscale_like.runtime.platforms import Platform
 from flagscale_like.training.learning_rate import build_scheduler
 from flagscale_like.training.run import Beside, Start, set_steps
 from flagscale_like.training.weights import open_weights
@@ -38,13 +39,8 @@ class Reference:
     def __init__(self, policy: Engine, engine: Engine | None, *, swapped: bool) -> None:
         self.policy, self.engine, self.swapped = policy, engine, swapped
         self.waits = swapped
-        if swapped:
-            for parameter in self._own():
-                moved = parameter.detach().cpu()
-                parameter.data = moved.pin_memory() if torch.cuda.is_available() else moved
-
-    def _own(self) -> list[torch.nn.Parameter]:
-        return [parameter for model in self.engine.models for parameter in model.parameters()]
+        own = [parameter for model in engine.models for parameter in model.parameters()] if swapped else []
+        self._kept = [_in_host_memory(parameter, policy.ctx.platform) for parameter in own]
 
     @contextmanager
     def scoring(self) -> Iterator[Engine]:
@@ -65,10 +61,18 @@ class Reference:
     def _exchange(self) -> None:
         """The policy's weights and the reference's change places, bit for bit, a parameter at a time."""
         theirs = (parameter for model in self.policy.models for parameter in model.parameters())
-        for mine, other in zip(self._own(), theirs, strict=True):
+        for mine, other in zip(self._kept, theirs, strict=True):
             held = other.detach().to(mine.device, copy=True)
-            other.data.copy_(mine.data)
-            mine.data.copy_(held)
+            other.data.copy_(mine)
+            mine.copy_(held)
+
+
+def _in_host_memory(parameter: torch.nn.Parameter, platform: Platform) -> torch.Tensor:
+    """Move a parameter to host memory; returns what it holds there. Without data it keeps its device, and is empty."""
+    moved = parameter.detach().cpu()
+    moved = moved.pin_memory() if torch.cuda.is_available() else moved
+    parameter.data = moved if platform.holds_data else parameter.detach().new_empty(0)
+    return moved
 
 
 @dataclass

@@ -56,7 +56,8 @@ def token_numbers(engine: Engine, objective: Objective, rollouts: Sequence[Rollo
     if not samples:
         return None
     rows = [row for micro_batch in micro_batches for row in micro_batch]
-    found = unpack(samples[objective.metric].float().cpu(), rollouts, rows)
+    numbers = torch.from_numpy(ctx.platform.to_numpy(samples[objective.metric].float())).float()
+    found = unpack(numbers, rollouts, rows)
     return [found[number] for number in range(len(rollouts))]
 
 
@@ -85,7 +86,6 @@ class Scorer:
         self.models, self.reward, self.answer_of, self.group_of = models, reward, answer_of, group_of
         ctx, spec = models.policy.ctx, models.policy.spec
         self.ctx, self.with_old = ctx, with_old
-        self.is_first = ctx.tp_rank == 0 and ctx.cp_rank == 0 and ctx.is_last_stage  # of the ranks that share a model
         self.overlaps = not spec.arch.experts  # whose ranks exchange tokens, and make all passes together
         self.room = PassRoom(spec)
         self.rollouts: list[Rollout] = []
@@ -93,7 +93,7 @@ class Scorer:
         self._done: int | None = None  # rollouts that the models have scored; None before their first pass
         self.sources = _named_sources(reward)
         forms = {
-            name: early_form(source, answer_of, lambda prompt: group_of(prompt)[1], is_first=self.is_first)
+            name: early_form(source, answer_of, lambda prompt: group_of(prompt)[1], is_first=ctx.speaks)
             for name, source in self.sources.items()
         }
         self.early = {name: form for name, form in forms.items() if form is not None}
@@ -123,6 +123,8 @@ class Scorer:
 
     def _note(self, name: str, engine: Engine, objective: Objective, rollouts: Sequence[Rollout]) -> None:
         found = token_numbers(engine, objective, rollouts)
+        if found is None and self.ctx.speaks:  # a rehearsed rank, in the place of one that is not there
+            found = [torch.zeros(len(rollout.ids)) for rollout in rollouts]
         if found is not None:
             self.numbers.setdefault(name, []).extend(found)
 
@@ -141,11 +143,10 @@ class Scorer:
             own = self._own()
         except UserError as error:
             problem = str(error)
-        gathered = self.ctx.gather((problem, own))
-        if problems := [text for text, _ in gathered if text]:
+        if problems := [text for text in self.ctx.gather(problem) if text]:
             raise DataError(problems[0])
         every = sorted(
-            (one for _, part in gathered for one in part),
+            (one for part in self.ctx.gather_models(own) for one in part),
             key=lambda one: (one[0].group, one[0].rollout.prompt, one[0].rollout.sample),
         )
         scored = [one for one, _ in every]
@@ -156,7 +157,7 @@ class Scorer:
     def _own(self) -> list[tuple[Scored, dict[str, Score]]]:
         """This model's rollouts on its first rank, with what was found of them, in the order in which they ended."""
         early = {name: source.finish() for name, source in self.early.items()}
-        if not self.is_first:
+        if not self.ctx.speaks:
             return []
         found = []
         for number, rollout in enumerate(self.rollouts):

@@ -155,6 +155,15 @@ class ParallelContext:
         self.platform.all_gather_object(values, value)
         return values
 
+    @property
+    def speaks(self) -> bool:
+        """The one of the ranks that share a model and its micro-batches that says what was found: on the last stage."""
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.is_last_stage
+
+    def gather_models(self, value: object) -> list:
+        """`value` of each data-parallel rank's model, as the rank that speaks for it has it, on every rank."""
+        return [found for spoke, found in self.gather((self.speaks, value if self.speaks else None)) if spoke]
+
     def gather_to_main(self, value: object) -> list:
         """Every rank's `value`, on rank 0; an empty list on the others. For what grows with the number of ranks."""
         values: list = [None] * self.world_size if self.is_main else []

@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from flagscale_like.data.batch import Batch, collate
-from flagscale_like.data.pairs import PairRows
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
 from flagscale_like.training.row_plan import RowPlan
@@ -33,7 +32,7 @@ class Items(Protocol):
 
 
 def answer_values(
-    engine: Engine, pairs: PairRows, objective: Objective, beat: Callable[[], None] = lambda: None
+    engine: Engine, pairs: Items, objective: Objective, beat: Callable[[], None] = lambda: None
 ) -> np.ndarray | None:
     """What an objective finds of each answer of some pairs; see item_values().
 
@@ -66,7 +65,7 @@ def item_values(
         for start in range(0, plan.count, ROUND * step):
             beat()
             samples = engine.forward(feed, objective, min(ROUND * step, plan.count - start)).samples
-            found += [samples[objective.metric].float().cpu().numpy()] if samples else []
+            found += [ctx.platform.to_numpy(samples[objective.metric].float())] if samples else []
     gathered = ctx.gather_to_main((ctx.dp_rank, np.concatenate(found) if found else None))
     if not ctx.is_main:
         return None

@@ -61,6 +61,23 @@ class Reference(Part):
             )
 
 
+class Unstored(Part):
+    """The same of pairs that are made up (data.synthetic): nothing is kept, and a run that goes on computes them anew."""
+
+    name = "reference"
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.note = (
+            values,
+            "the log-probabilities of the reference are of pairs that are made up, and not kept",
+        )
+
+    def attach(self, dataset: Dataset) -> None:
+        """Give the answers of a dataset their log-probabilities."""
+        for source in pair_sources(dataset):
+            source.references = self.values
+
+
 def pair_sources(dataset: Dataset) -> list[PairSource]:
     """The datasets of the sources of a run's dataset."""
     return list(getattr(dataset, "parts", None) or getattr(dataset, "datasets", []))
@@ -74,7 +91,7 @@ def reference_of(
     step: int,
     weights: Mapping[str, Any] | None,
     beat: Callable[[], None],
-) -> Reference:
+) -> Reference | Unstored:
     """Read the run's log-probabilities of the reference, or compute them with the weights as they are. All ranks call it.
 
     Args:
@@ -87,6 +104,8 @@ def reference_of(
         CheckpointError: the file is damaged, or of other weights, sources or rows; or it is missing, and the run has made
             steps without LoRA, so that the weights are no longer the reference's.
     """
+    if config.data.synthetic:
+        return _of_synthetic(engine, dataset, beat)
     path, ctx = RunFolder(config.run_dir).reference, engine.ctx
     wanted = {
         "sources": {source_mark(source.path): source.path for source in config.data.sources},
@@ -115,6 +134,15 @@ def reference_of(
         how = ", again, with the adapters off" if step else ""
         note = f"computed the reference's log-probabilities of {answers:,} answers{how}: {path}"
     return Reference(*_read(path, wanted), note, again=bool(step) and not exists)
+
+
+def _of_synthetic(engine: Engine, dataset: Dataset, beat: Callable[[], None]) -> Unstored:
+    """What the weights as they are now give of pairs that are made up."""
+    (source,) = pair_sources(dataset)
+    with engine.adapters_off():
+        found = engine.ctx.broadcast(answer_values(engine, source.rows, AnswerLogProbabilities(), beat))
+    # In a rehearsal nobody but this rank has found any.
+    return Unstored(np.zeros(2 * len(source.rows.sizes), np.float32) if found is None else found)
 
 
 def _write(path: Path, values: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:

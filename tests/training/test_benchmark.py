@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import math
 
 import pytest
 import yaml
 
 from flagscale_like.config import load_config
 from flagscale_like.errors import ConfigError
-from flagscale_like.recipes.benchmark import benchmark_config, measure, sweep_points
+from flagscale_like.recipes.benchmark import compare_with_transformers, measure, sweep_points
 from flagscale_like.runtime.parallel import parallel_context
 from tests import faults
 from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
@@ -75,12 +76,23 @@ def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
     assert sweep_points([]) == [()]
 
 
-@pytest.mark.parametrize(("kind", "reads"), [("dpo", "pairs"), ("contrastive", "groups")])
-def test_an_objective_that_learns_no_tokens_is_refused(kind, reads, tmp_path):
-    data = {"sources": [{"path": "x"}], "tokenizer": "t"}
-    config = tiny_config(tmp_path, data=data, objective={"kind": kind})
-    with pytest.raises(ConfigError, match=f"objective.kind {kind} reads {reads}: leave the group objective out"):
-        benchmark_config(config, "folder", 2, checkpoint=False)
+def measured_once(configs):
+    """Each configuration's point, and whether a comparison with transformers is refused."""
+    points = []
+    for config in configs:
+        with parallel_context(config.parallel) as ctx:
+            points.append(measure(config, ctx, steps=1, warmup=1))
+            with pytest.raises(ConfigError, match="transformers' step predicts the next token"):
+                compare_with_transformers(config, ctx, rounds=1, warmup=0)
+    return points
+
+
+def test_objectives_on_pairs_and_groups_are_measured_on_rows_that_are_made_up(tmp_path):
+    objectives = ({"kind": "dpo"}, {"kind": "reward"}, {"kind": "contrastive", "passages": 3})
+    data = {"sources": [{"path": "not/there"}], "tokenizer": "t"}
+    (points,) = run_ranks(1, measured_once, [tiny_config(tmp_path, data=data, objective=one) for one in objectives])
+    assert all(point.states == point.planned_states for point in points)
+    assert points[0].loss == pytest.approx(math.log(2), abs=0.1)  # next to the reference
 
 
 def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flagscale_like.config import Spike
-from flagscale_like.data.pretrain import SyntheticDataset
+from flagscale_like.data.synthetic import SyntheticDataset
 from flagscale_like.engine.engine import Engine
 from flagscale_like.json_files import read_records
 from flagscale_like.training.metrics import read_metrics
@@ -256,9 +256,9 @@ class PoisonedDataset(SyntheticDataset):
 
 
 def train_on_poison(config):
-    from flagscale_like.data import pretrain
+    from flagscale_like.data.synthetic import ROWS
 
-    pretrain.SyntheticDataset = PoisonedDataset
+    ROWS["text"] = PoisonedDataset
     faults.train_run(config)
 
 
