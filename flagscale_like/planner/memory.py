@@ -23,7 +23,7 @@ from flagscale_like.planner.saved import (
     embedding_saves,
     head_saves,
     layer_bytes,
-    logits_for_a_moment,
+    loss_bytes,
     working_bytes,
 )
 
@@ -45,9 +45,10 @@ class RankMemory:
         gradients: the fp32 gradient buffers, padding counted.
         optimizer: this rank's fp32 master weights (none in fp32 training), Adam's two moments and its step counters.
         activations: saved for the backward pass by all micro-batches in flight, less what is offloaded.
-        logits: what the output layer and the loss save, and the logits, or a chunk of them, that they hold while they run.
+        logits: what the output layer and the loss save, and the logits, or a chunk of them, that they hold while they run,
+            with the gradients that a fused loss makes, where the peak is in it.
         working: of the layer that runs: activation gradients, one weight gradient, gathered inputs, a recomputed layer, with
-            context parallelism the whole rows' keys and values and their gradients.
+            context parallelism the whole rows' keys and values and their gradients; 0 where the peak is in the loss.
         offload_buffers: device copies on their way out and back.
         overhead: CUDA context, communication buffers, fragmentation.
         host: pinned host memory; not part of `total`.
@@ -391,13 +392,19 @@ def rank_memory(
     moved = share * layers
     layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
-    logits = head + logits_for_a_moment(shape, layout, seq_length, ops) * e if head else 0.0
     largest = largest_parameter(arch, cut, stage, ops.outputs) if weights else 0
     kinds = layers_on(shape, layout, stage)
     working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
     working += context_parallel_bytes(arch, layout, seq_length, e)
     if layout.recompute == "full":
         working += largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
+    logits = head
+    if head:
+        loss = loss_bytes(shape, layout, seq_length, e, ops)
+        if not ops.linear_cross_entropy or ops.outputs is not None:
+            logits += loss
+        elif loss > working:  # the peak is in the loss, and not in a layer
+            logits, working = head + loss, 0.0
     dynamic = saved - moved + on_the_way + logits + working
     return RankMemory(
         weights=weights,

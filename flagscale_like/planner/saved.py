@@ -463,6 +463,25 @@ def logits_for_a_moment(shape: Shape, layout: Layout, seq_length: int, ops: Oper
     return rows * columns
 
 
+def loss_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, ops: Operators) -> float:
+    """Bytes that the last stage holds while the output layer and the loss run, beside what they save.
+
+    A fused loss has a chunk of the logits, two where another follows; the gradient of its input, under sequence parallelism
+    the whole input; and the gradient of its matrix: of several chunks their sum in fp32, which is then copied to the weights'
+    dtype beside the last chunk.
+    """
+    logits = logits_for_a_moment(shape, layout, seq_length, ops)
+    if not ops.linear_cross_entropy or ops.outputs is not None:
+        return logits * dtype_bytes
+    rows, columns = layout.rows(seq_length), shape.vocab / layout.tp
+    held = (2 if layout.sp else 1) * rows * shape.hidden * dtype_bytes
+    matrix = 0.0 if shape.adapters else columns * shape.hidden
+    if logits >= rows * columns:  # one chunk
+        return held + (logits + matrix) * dtype_bytes
+    copied = matrix if dtype_bytes < 4 else 0.0
+    return held + 4 * matrix + (logits + max(logits, copied)) * dtype_bytes
+
+
 def embedding_saves(layout: Layout, seq_length: int) -> list[Saved]:
     """What the first stage keeps before its layers: the token ids, and under tensor parallelism which of them are its own."""
     rows = layout.rows(seq_length)

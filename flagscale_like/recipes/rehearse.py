@@ -205,7 +205,7 @@ def check_plans(
     for plan in plans:
         own = updated_config(config, plan.layout)
         found = list(rehearse(own, cluster, kind, world_size=cluster.devices))
-        most = max(found, key=lambda one: one.placed.reserved)
+        most = max(found, key=lambda one: one.needed_bytes)
         over = [one for one in found if not one.fits]
         if over:
             line = overflow_message(over[0], cluster)

@@ -87,13 +87,15 @@ class CachingAllocator:
 
     Attributes:
         reserved, allocated: bytes; `peak_reserved` and `peak_allocated` are the most that they were.
+        peak_needed: the most bytes that were reserved in segments of which something was in use; others can be given back.
         segments: that are reserved, by address.
         opened: how many were reserved so far.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self.reserved = self.allocated = self.peak_reserved = self.peak_allocated = 0
+        self.reserved = self.allocated = self.peak_reserved = self.peak_allocated = self.peak_needed = 0
+        self._idle = 0  # bytes of segments of which nothing is in use
         self.segments: dict[int, Segment] = {}
         self.opened = 0
         self._small, self._large = _Pool(), _Pool()
@@ -106,6 +108,7 @@ class CachingAllocator:
         block = pool.take(size) or self._reserve(size)
         if block is None:
             return None
+        self._idle -= block.segment.size if block.free and block.size == block.segment.size else 0
         left = block.size - size
         if left >= ROUND if size <= SMALL else left > SMALL:
             rest = Block(block.segment, block.address + size, left, free=True, before=block, after=block.after)
@@ -116,6 +119,7 @@ class CachingAllocator:
         block.free, block.requested, block.tag = False, nbytes, tag
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.peak_needed = max(self.peak_needed, self.reserved - self._idle)
         return block
 
     def release(self, block: Block) -> None:
@@ -134,6 +138,7 @@ class CachingAllocator:
                 high.after.before = low
             block = low
         block.free = True
+        self._idle += block.segment.size if block.size == block.segment.size else 0
         pool.add(block)
 
     def give_back(self) -> int:
@@ -143,6 +148,7 @@ class CachingAllocator:
             (self._small if segment.small else self._large).remove(segment.first)
             del self.segments[segment.address]
             self.reserved -= segment.size
+            self._idle -= segment.size
         return sum(segment.size for segment in found)
 
     def _reserve(self, size: int) -> Block | None:

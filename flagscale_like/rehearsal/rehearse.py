@@ -64,8 +64,8 @@ class Rehearsed:
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device's memory: what is reserved for tensors, and what context and communication buffers take."""
-        return self.placed.reserved + (CONTEXT_BYTES if self.limit is not None else 0)
+        """Of the device's memory: what tensors need, and what context and communication buffers take."""
+        return self.placed.needed + (CONTEXT_BYTES if self.limit is not None else 0)
 
     def waits(self) -> Counter[tuple[str, str]]:
         """Where the host waits for the device in the last step, and how often: (line, for what)."""

@@ -31,11 +31,14 @@ CAUSES = {"synchronize": "waits for all work", "read a number": "reads a number"
 
 
 def rehearsed_row(found: Rehearsed) -> dict[str, float]:
-    """Bytes at the peak by component. Fragmentation and the device's context are overhead; context is assumed."""
+    """Bytes at the peak by component. Fragmentation and the device's context are overhead; context is assumed.
+
+    What the allocator keeps in whole segments that nothing uses is left out: it gives them back where the device is full.
+    """
     row: dict[str, float] = {name: found.memory.peak.bytes.get(name, 0) for name in COMPONENTS}
     row["temporaries"] += row.pop("buffers")
-    # Reserved and not in use at its fullest, and what rounding adds.
-    row["overhead"] = found.placed.reserved - found.memory.peak.total
+    # Needed and not in use at its fullest, and what rounding adds.
+    row["overhead"] = found.placed.needed - found.memory.peak.total
     if found.limit is not None:
         row["overhead"] += CONTEXT_BYTES
     else:
@@ -67,8 +70,9 @@ def describe(found: Rehearsed, *, lines: int = 8) -> str:
         f"{found.seconds:.0f} s here; of the last one {events['compute']:,} kernels, {events['collective']:,} collectives, "
         f"{events['send'] + events['receive']:,} sends and receives",
         table(rows, right=range(1, len(names) + 2)),
-        f"at the peak {peak.total / unit:.2f} {word} are in use; the allocator reserves {found.placed.reserved / unit:.2f} "
-        f"at most ({found.placed.fragmentation:.1%} of it never in use at once). The largest at the peak:",
+        f"at the peak {peak.total / unit:.2f} {word} are in use; the allocator needs {found.placed.needed / unit:.2f} "
+        f"({found.placed.fragmentation:.1%} of it never in use at once), and keeps {found.placed.reserved / unit:.2f} where the "
+        "device has it. The largest at the peak:",
         *(f"  {nbytes / unit:8.2f} {word}  {count:4} x {words}" for nbytes, count, words in found.memory.alive[:lines]),
         f"the host waits for the device {sum(waits.values())} times a step{':' if waits else ''}",
         *(f"  {count:4} x {where}: {CAUSES.get(op, op)}" for (where, op), count in waits.most_common()),
@@ -89,6 +93,7 @@ def as_json(found: Rehearsed) -> dict[str, Any]:
         "after": found.memory.after,
         "planned": asdict(found.planned),
         "reserved": found.placed.reserved,
+        "needed": found.placed.needed,
         "allocated": found.placed.allocated,
         "activations_by_layer": found.memory.by_layer,
         "alive_at_peak": [{"bytes": b, "count": n, "what": words} for b, n, words in found.memory.alive],

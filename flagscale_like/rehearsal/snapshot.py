@@ -19,6 +19,7 @@ class Placed:
 
     Attributes:
         reserved: most bytes that were reserved from the device.
+        needed: most bytes that were reserved in segments of which something was in use.
         allocated: most bytes that were in use, each rounded up to the allocator's sizes.
         broke: the allocation that the device had no memory for; None where all fit.
         in_use: bytes in use when it broke.
@@ -26,6 +27,7 @@ class Placed:
     """
 
     reserved: int
+    needed: int
     allocated: int
     broke: Allocation | None
     in_use: int
@@ -34,8 +36,8 @@ class Placed:
 
     @property
     def fragmentation(self) -> float:
-        """The share of what is reserved at most that was in use at no time."""
-        return 1 - self.allocated / self.reserved if self.reserved else 0.0
+        """The share of what is needed at most that was in use at no time."""
+        return 1 - self.allocated / self.needed if self.needed else 0.0
 
 
 def place(memory: Memory, *, limit: int | None = None) -> Placed:
@@ -56,15 +58,25 @@ def place(memory: Memory, *, limit: int | None = None) -> Placed:
         opened = allocator.opened
         block = allocator.allocate(found.nbytes, tag=found)
         if block is None:
-            return Placed(
-                allocator.peak_reserved, allocator.peak_allocated, found, allocator.allocated, allocator, trace
-            )
+            return _placed(allocator, found, trace)
         if allocator.opened > opened:
             segment = block.segment
             trace.append(_event("segment_alloc", Block(segment, segment.address, segment.size), tick, found))
         held[id(found)] = block
         trace.append(_event("alloc", block, tick, found))
-    return Placed(allocator.peak_reserved, allocator.peak_allocated, None, allocator.allocated, allocator, trace)
+    return _placed(allocator, None, trace)
+
+
+def _placed(allocator: CachingAllocator, broke: Allocation | None, trace: list[dict[str, Any]]) -> Placed:
+    return Placed(
+        reserved=allocator.peak_reserved,
+        needed=allocator.peak_needed,
+        allocated=allocator.peak_allocated,
+        broke=broke,
+        in_use=allocator.allocated,
+        allocator=allocator,
+        trace=trace,
+    )
 
 
 def _event(action: str, block: Block, tick: int, found: Allocation) -> dict[str, Any]:

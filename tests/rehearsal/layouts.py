@@ -94,7 +94,8 @@ def stated_world(path: Path) -> int | None:
 
 def small(config: RunConfig, world: int | None = None) -> RunConfig:
     """The same layout and kinds of stages with narrow layers, few of them, short rows and few micro-batches."""
-    par, values = config.parallel, config.model_dump(mode="json")
+    par = config.parallel.model_copy(update={"vpp": min(config.parallel.vpp, 2)})
+    values = config.model_dump(mode="json")
     world = world or par.smallest_world
     values["parallel"] = par.model_dump(mode="json") | _few_layers(values["model"], par)
     _narrow(values["model"], par.tp)

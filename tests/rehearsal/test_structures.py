@@ -16,12 +16,12 @@ from tests.rehearsal.layouts import example, examples, in_tables, small, stated_
 
 # One of each kind of example, and one layout of each kind of exchange, on every change; the rest with `make soak`.
 SOON = (
-    "llama3/405b.yaml",
-    "moe/mixtral-8x7b.yaml",
-    "long_context/aquila2-34b-16k.yaml",
+    "aquila2/34b.yaml",  # tp, sp, pp
+    "long_context/aquila2-34b-16k.yaml",  # interleaved, cp
+    "sft/aquilachat2-34b-16k.yaml",  # full recompute, offload
+    "moe/mixtral-8x7b.yaml",  # interleaved, ep
     "embed/tiny.yaml",
     "preferences/dpo.yaml",
-    "preferences/reward.yaml",
 )
 
 
