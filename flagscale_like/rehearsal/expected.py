@@ -48,6 +48,7 @@ SOME = {
 PARTS = {aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default}
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero_.default}
 ONES = {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
+MAP = aten.zeros_like.default  # of the tokens' scores: where a router's map of whole numbers begins
 FILLS = {aten.fill_.Scalar, aten.full.default, aten.full_like.default, aten.new_full.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList}
 # What changes a tensor in place, and if all goes well not its numbers.
@@ -72,7 +73,7 @@ class Expected:
             return  # a new tensor of which nothing is known
         for tensor in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(tensor, Tensor):
-                self._note(tensor, found)
+                self._note(tensor, found, always=function is MAP)
 
     def _output(self, function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Known | None:
         first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -132,8 +133,10 @@ class Expected:
             place += part.numel()
             self._note(part, own)
 
-    def _note(self, tensor: Tensor, found: Known | None) -> None:
-        if not isinstance(tensor, FakeTensor) or (tensor.is_floating_point() and tensor.numel() > FEW):
+    def _note(self, tensor: Tensor, found: Known | None, *, always: bool = False) -> None:
+        if not isinstance(tensor, FakeTensor):
+            return
+        if tensor.is_floating_point() and tensor.numel() > FEW and not always:
             return  # nobody reads it
         if found is not None:
             self._known[tensor] = found

@@ -71,8 +71,8 @@ def describe(found: Rehearsed, *, lines: int = 8) -> str:
         f"{events['send'] + events['receive']:,} sends and receives",
         table(rows, right=range(1, len(names) + 2)),
         f"at the peak {peak.total / unit:.2f} {word} are in use; the allocator needs {found.placed.needed / unit:.2f} "
-        f"({found.placed.fragmentation:.1%} of it never in use at once), and keeps {found.placed.reserved / unit:.2f} where the "
-        "device has it. The largest at the peak:",
+        f"({found.placed.fragmentation:.1%} of it never in use at once), and keeps {found.placed.reserved / unit:.2f} if it "
+        "can. The largest at the peak:",
         *(f"  {nbytes / unit:8.2f} {word}  {count:4} x {words}" for nbytes, count, words in found.memory.alive[:lines]),
         f"the host waits for the device {sum(waits.values())} times a step{':' if waits else ''}",
         *(f"  {count:4} x {where}: {CAUSES.get(op, op)}" for (where, op), count in waits.most_common()),

@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
     assert done.returncode == DoesNotFitError.exit_code, done.stderr
     assert "stage 0 (rank 0) does not fit A100-40: " in done.stderr
     assert "the nearest change that fits: train." in done.stderr
+    assert "(rehearsed: fits, " in done.stderr
+    assert "rehearsing train." in done.stdout  # a change is tried before it is proposed
 
 
 def test_bad_input(tmp_path):
