@@ -42,9 +42,13 @@ def rehearse_objectives(folder: str) -> dict:
             "states": [({n: one.memory.after.get(n) for n in STATES}, one.planned) for one in ranks],
             "before": [{event.part for event in one.record.events[: one.record.step_starts[0]]} for one in ranks],
             "traffic": [{(e.op, e.group_name) for e in one.record.step(1) if e.group} for one in ranks],
-            "forwards": [sum(e.part == "layer 4 forward" for e in one.record.step(1)) for one in ranks],
+            "forwards": [sum(_is_attention(e) for e in one.record.step(1)) for one in ranks],
         }
     return found
+
+
+def _is_attention(event) -> bool:
+    return event.part == "layer 4 forward" and event.op == "flagscale_kernels::flash_attention"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,8 @@ def test_the_reference_of_dpo_is_asked_before_the_first_step(rehearsed):
 
 def test_groups_make_the_passes_of_the_gradient_cache_and_share_their_vectors(rehearsed):
     assert ("all_gather_into_tensor", "dp") in rehearsed["groups"]["traffic"][-1]
-    assert rehearsed["groups"]["forwards"][-1] > rehearsed["packs"]["forwards"][-1] > 0
+    assert rehearsed["groups"]["forwards"][-1] == 1 + 2  # all but the first of two micro-batches, and both again
+    assert rehearsed["reward, interleaved"]["forwards"][-1] == 4
 
 
 @pytest.mark.parametrize(

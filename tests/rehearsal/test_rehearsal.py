@@ -46,13 +46,23 @@ CASES = {
     "all to all": ({"parallel": {"cp": 2, "cp_kind": "a2a"}, "train__precision": "bf16"}, 2, 1),
     "experts": ({"model__experts": EXPERTS, "parallel": {"ep": 2}, "train__precision": "bf16"}, 4, 3),
     "experts and tp": (
-        {"model__experts": EXPERTS, "parallel": {"tp": 2, "sp": True, "ep": 2}, "train__precision": "bf16"},
+        {
+            "model__experts": EXPERTS,
+            "parallel": {"tp": 2, "sp": True, "ep": 2},
+            "train__seq_length": 512,  # a map of more elements than are known one by one
+            "train__precision": "bf16",
+        },
         4,
         0,
     ),
     "adapters": ({"lora": {"rank": 4}, "train__precision": "bf16"}, 2, 0),
     "large vocabulary": (  # the output layer has a bucket to itself, whose all-gather overlaps the forward pass
-        {"model__vocab_size": 128_000, "model__hidden_size": 512, "train__precision": "bf16"},
+        {
+            "model__vocab_size": 128_000,
+            "model__hidden_size": 512,
+            "train__seq_length": 2048,
+            "train__precision": "bf16",
+        },
         2,
         0,
     ),
@@ -105,6 +115,12 @@ def test_states_are_the_planners_to_the_byte(rehearsed, name):
     found = rehearsed[name]["json"]
     for component in STATES:
         assert found["after"][component] == found["planned"][component], component
+
+
+def test_a_fused_loss_holds_what_the_planner_says(rehearsed):
+    """Of two chunks: the logits of both for a moment, and the gradient of the matrix in fp32."""
+    found = rehearsed["large vocabulary"]["json"]
+    assert found["planned"]["logits"] == pytest.approx(found["peak"]["bytes"]["logits"], rel=0.03)
 
 
 @pytest.mark.parametrize("name", CASES)
