@@ -137,15 +137,27 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def keep_records(path: Path, key: str, last: int) -> None:
+def keep_records(path: Path, key: str, last: int, *, in_order: str = "") -> None:
     """Drop the records at the end whose `key` is greater than `last`: the run that goes on from there writes them again.
 
     Earlier ones stay, those too that a rewind gave up. A file of any length is read from its end, and cut there.
+
+    Args:
+        in_order: a name that only records have whose `key` grows; others may come late, as the time that a save took does.
     """
-    cut = None
+    cut, late = None, []
     for at, record in records_backwards(path):
-        if record.get(key, 0) <= last:
+        if record.get(key, 0) > last:
+            cut = at
+        elif in_order and in_order not in record:
+            late.append((at, record))
+        else:
             break
-        cut = at
-    if cut is not None:
-        os.truncate(path, cut)
+    if cut is None:
+        return
+    with open(path, "r+b") as file:
+        file.truncate(cut)
+        file.seek(cut)
+        for at, record in reversed(late):
+            if at > cut:
+                write_record(file, record)

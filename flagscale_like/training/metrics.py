@@ -41,7 +41,7 @@ class Reporter:
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            keep_records(folder.metrics, "step", progress.step)
+            keep_records(folder.metrics, "step", progress.step, in_order="iteration-time")
             keep_records(folder.events, "consumed-samples", progress.consumed)
             self._metrics, self._events = open_records(folder.metrics), open_records(folder.events)
             self._board = SummaryWriter(str(folder.tensorboard), purge_step=progress.step + 1)
