@@ -28,6 +28,7 @@ example-smollm2: $(VENV)/installed  ## A real model end to end: SmolLM2-135M imp
 soak: $(VENV)/installed  ## Train under random kills for minutes, and run the long tests
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python kernels/benchmarks/other_triton.py
 
 lint: $(VENV)/installed  ## Check style and format
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
-"""What has to hold on a GPU: the CPU's losses, offload, and checkpoints under a kill. gpu_first.py runs these checks.
+"""What has to hold on a GPU: the CPU's losses, texts and rewards, offload, and checkpoints under a kill.
 
     python benchmarks/gpu_checks.py losses FOLDER
+    python benchmarks/gpu_checks.py rl FOLDER
     python benchmarks/gpu_checks.py offload FOLDER
     python benchmarks/gpu_checks.py kill FOLDER
 
-Each check prints what it found, one line for each fact, and exits with 1 if something does not hold. FLAGSCALE_LIKE_DEVICE
+gpu_first.py runs these checks. Each prints what it found, one line for each fact, and exits with 1 if something does not
+hold. FLAGSCALE_LIKE_DEVICE
 says which device is checked, as everywhere; the default is the one that the machine has.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -20,6 +23,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +64,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # Largest relative difference from the CPU's loss and gradient norm: the same arithmetic in another order; bf16's rounding.
 ALLOWED = {"fp32": (2e-5, 1e-3), "bf16": (2e-3, 5e-2)}
+RL_WORDS = 257  # of the tokenizer of the runs of task rl
+RL_PLACES: dict[str, dict[str, str]] = {"cpu": {"FLAGSCALE_LIKE_DEVICE": "cpu"}, "device": {}}
+RL_ALLOWED = 1e-2  # largest relative difference of a number of an iteration: texts are drawn alike, sums are not
 
 
-def configuration(run_dir: Path, changes: dict[str, dict[str, Any]]) -> RunConfig:
-    """A run of a small model on synthetic tokens. A change of None leaves the key out."""
+def configuration(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
+    """A run of a small model on synthetic tokens. `changes` of groups and of top-level keys; None leaves a key out."""
     values: dict[str, Any] = {
         "model": {
             "num_layers": 3,
@@ -86,7 +94,9 @@ def configuration(run_dir: Path, changes: dict[str, dict[str, Any]]) -> RunConfi
         "checkpoint": {"interval": SHARED_STEPS, "keep": 9},
     }
     for group, keys in changes.items():
-        values[group] = {k: v for k, v in {**values.get(group, {}), **keys}.items() if v is not None}
+        if isinstance(keys, dict):
+            keys = {k: v for k, v in {**values.get(group, {}), **keys}.items() if v is not None}
+        values[group] = keys
     return RunConfig.model_validate({"run_dir": str(run_dir), **values})
 
 
@@ -100,13 +110,14 @@ def losses_of(run_dir: Path) -> dict[int, tuple[float, float]]:
 def train_here(configs: list[Path]) -> None:
     """Train runs one after the other in this process. A run that fails is said, and the next one begins."""
     from flagscale_like.recipes.pretrain import pretrain
+    from flagscale_like.recipes.reinforce import reinforce
     from flagscale_like.runtime.parallel import parallel_context
 
     for path in configs:
         config, log = RunConfig.model_validate(yaml.safe_load(path.read_text())), io.StringIO()
         try:
             with contextlib.redirect_stdout(log), parallel_context(config.parallel, seed=config.train.seed) as ctx:
-                pretrain(config, ctx)
+                (reinforce if config.task == "rl" else pretrain)(config, ctx)
         except Exception:  # whatever a device raises is a finding
             print(f"{path.stem}: failed\n{log.getvalue()[-1000:]}\n{traceback.format_exc()[-3000:]}", flush=True)
 
@@ -175,16 +186,111 @@ def _compared(name: str, cpu: dict, device: dict, precision: str) -> bool:
     return holds
 
 
-def _share_beginning(source: Path, target: Path) -> None:
-    """Copy a run as it was after SHARED_STEPS steps."""
+def _share_beginning(source: Path, target: Path, steps: int = SHARED_STEPS) -> None:
+    """Copy a run as it was after `steps` steps."""
     if not source.exists():
         return
     shutil.copytree(source, target)
-    kept = RunFolder(target).checkpoints / step_name(SHARED_STEPS)
+    kept = RunFolder(target).checkpoints / step_name(steps)
     for checkpoint in kept.parent.iterdir():
         if checkpoint.is_dir() and checkpoint != kept:
             shutil.rmtree(checkpoint)
     (target / "metrics.jsonl").unlink()
+
+
+def small_ids(answers: Sequence[Any]) -> list[float]:
+    """A reward: the share of an answer's tokens that are below 64."""
+    return [sum(token < 64 for token in answer.ids) / max(1, len(answer.ids)) for answer in answers]
+
+
+def rl_configuration(run_dir: Path, folder: Path, algorithm: str, steps: int) -> RunConfig:
+    """A run of task rl on the words of `folder`: 8 prompts an iteration, 4 answers of 12 tokens each."""
+    rollout = {"samples": 4, "max_new_tokens": 12}
+    reward = {"kind": "function", "function": "benchmarks.gpu_checks:small_ids"}
+    changes = {
+        "task": "rl",
+        "rl": {"algorithm": algorithm, "reward": reward, "kl": {"coefficient": 0.02}, "rollout": rollout},
+        "data": {"synthetic": None, "prompts": [str(folder / "prompts.jsonl")], "tokenizer": str(folder / "tokenizer")},
+        "model": {"vocab_size": RL_WORDS + 3},
+        "optimizer": {"warmup_steps": 0, "schedule": "constant"},
+        "train": {"steps": steps, "global_batch_size": 32, "log_interval": 1},
+        "checkpoint": {"interval": 1},
+    }
+    return configuration(run_dir, changes)
+
+
+def check_rl(folder: Path) -> bool:
+    """The CPU's greedy text, and the CPU's numbers of one iteration of GRPO and one of PPO from the CPU's checkpoint."""
+    from flagscale_like.data.tokenizer import train_bpe
+
+    train_bpe(["plain words for a plain tokenizer"], RL_WORDS, folder / "tokenizer")
+    prompts = [{"prompt": text} for text in ("red", "green and blue", "an old house", "new")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts * 4))
+
+    def files(side: str, steps: int) -> list[Path]:
+        (folder / side).mkdir(exist_ok=True)
+        runs = {name: folder / side / name for name in ("grpo", "ppo")}
+        return [written(rl_configuration(runs[n], folder, n, steps), runs[n].with_suffix(".yaml")) for n in runs]
+
+    train_all(files("cpu", 1), FLAGSCALE_LIKE_DEVICE="cpu")
+    for cpu, device in zip(files("cpu", 2), files("device", 2), strict=True):
+        _share_beginning(cpu.with_suffix(""), device.with_suffix(""), 1)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(train_all, files(side, 2), **place) for side, place in RL_PLACES.items()]
+        asked = {side: pool.submit(_greedy, folder / "cpu" / "grpo", folder, **RL_PLACES[side]) for side in RL_PLACES}
+        texts = {side: text.result() for side, text in asked.items()}
+        for run in runs:
+            run.result()
+    same = texts["cpu"] == texts["device"] and bool(texts["cpu"])
+    said = "the CPU's" if same else texts
+    print(f"{'ok ' if same else 'BAD'}   greedy text of 32 tokens: {said}")
+    return all([same, *(_same_iteration(folder, name) for name in ("grpo", "ppo"))])
+
+
+def _greedy(run_dir: Path, folder: Path, **environment: str) -> str:
+    """What `generate` prints of a run's first checkpoint; empty where it fails, which says why."""
+    checkpoint = RunFolder(run_dir).checkpoints / step_name(1)
+    command = [
+        sys.executable,
+        "-m",
+        "flagscale_like",
+        "generate",
+        "--checkpoint",
+        str(checkpoint),
+        "--prompt",
+        "an old",
+    ]
+    command += ["--tokenizer", str(folder / "tokenizer"), "--max-new-tokens", "32", "--temperature", "0"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        print(f"BAD   generate: exit code {done.returncode}: {done.stderr[-600:]}")
+    return done.stdout
+
+
+def _same_iteration(folder: Path, name: str) -> bool:
+    """Whether the second iteration on the device has the CPU's numbers; says which is farthest."""
+    found = [_iteration(folder / side / name) for side in RL_PLACES]
+    if not all(found) or found[0].keys() != found[1].keys():
+        print(f"BAD   {name}: the second iteration reported {[sorted(numbers) for numbers in found]}")
+        return False
+    far = {key: abs(found[1][key] - found[0][key]) / max(1e-3, abs(found[0][key])) for key in found[0]}
+    worst = max(far, key=lambda key: (far[key] != far[key], far[key]))
+    holds = far[worst] <= RL_ALLOWED
+    print(
+        f"{'ok ' if holds else 'BAD'}   {name}: {len(far)} numbers of an iteration from the CPU's checkpoint, farthest "
+        f"{worst}: {found[1][worst]:.6g} and the CPU's {found[0][worst]:.6g} (allowed {RL_ALLOWED:.0e})"
+    )
+    return holds
+
+
+def _iteration(run_dir: Path) -> dict[str, float]:
+    """What the second iteration reported, but for times, memory and speeds."""
+    records = read_metrics(run_dir) if RunFolder(run_dir).metrics.exists() else []
+    names = ("policy", "reward/", "kl/", "value/", "rollout/", "grad-norm")
+    for record in records:
+        if record.get("step") == 2 and "iteration-time" in record:
+            return {key: value for key, value in record.items() if key.startswith(names)}
+    return {}
 
 
 def check_offload(folder: Path) -> bool:
@@ -250,7 +356,7 @@ def check_kill(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=("losses", "offload", "kill", "train"))
+    parser.add_argument("check", choices=("losses", "rl", "offload", "kill", "train"))
     parser.add_argument("paths", nargs="+", type=Path, help="a folder; of `train`, the YAML files of runs")
     args = parser.parse_args()
     if args.check == "train":
@@ -258,7 +364,7 @@ def main() -> None:
         return
     (folder,) = args.paths
     folder.mkdir(parents=True, exist_ok=True)
-    checks = {"losses": check_losses, "offload": check_offload, "kill": check_kill}
+    checks = {"losses": check_losses, "rl": check_rl, "offload": check_offload, "kill": check_kill}
     sys.exit(not checks[args.check](folder))
 
 

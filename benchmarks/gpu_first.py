@@ -58,6 +58,13 @@ class Result:
     shown: list[str]
 
 
+BENCHMARK = f"{PYTHON} kernels/benchmarks/run.py --minutes $MINUTES --no-checks"  # the stage `kernels` has checked them
+
+
+def _check(name: str, share: float) -> Stage:
+    return Stage(name, share, f"{PYTHON} benchmarks/gpu_checks.py {name} $OUT/{name}", ("Error:", "BAD", "ok "))
+
+
 STAGES = [
     Stage(
         "kernels",
@@ -66,9 +73,11 @@ STAGES = [
         "tests/kernels/test_gpu.py",
         (" passed", " failed", "FAILED", "ERROR", "Error:"),
     ),
-    Stage("losses", 0.3, f"{PYTHON} benchmarks/gpu_checks.py losses $OUT/losses", ("Error:", "BAD", "ok ")),
-    Stage("offload", 0.1, f"{PYTHON} benchmarks/gpu_checks.py offload $OUT/offload", ("Error:", "BAD", "ok ")),
-    Stage("kill", 0.15, f"{PYTHON} benchmarks/gpu_checks.py kill $OUT/kill", ("Error:", "BAD", "ok ")),
+    Stage("goals", 0.25, f"{BENCHMARK} --goals --out $OUT/goals", ()),
+    _check("rl", 0.12),
+    _check("losses", 0.3),
+    _check("kill", 0.15),
+    _check("offload", 0.1),
     Stage(
         "slice",
         0.15,
@@ -76,7 +85,7 @@ STAGES = [
         "--nproc-per-node 1 --out $OUT/slice",
         ("Error:", "MFU", "as configured"),
     ),
-    Stage("benchmarks", 0.6, f"{PYTHON} kernels/benchmarks/run.py --minutes $MINUTES --out $OUT/kernels", ()),
+    Stage("benchmarks", 0.6, f"{BENCHMARK} --out $OUT/kernels", ()),
 ]
 
 

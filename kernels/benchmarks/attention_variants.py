@@ -65,7 +65,7 @@ def _fused_projection(s, d, dtype):
     return make
 
 
-def _packed(lengths, d, dtype, group=2, strided=False, key_lengths=None, window=None, causal=True):
+def _packed(lengths, d, dtype, group=2, strided=False, key_lengths=None, window=None, causal=True, deterministic=True):
     """Sequences of a pack, each against its own definition. `strided`: cu_seqlens is a column of a table."""
     key_lengths = key_lengths or lengths
     heads, kv_heads = 4, 4 // group
@@ -81,7 +81,7 @@ def _packed(lengths, d, dtype, group=2, strided=False, key_lengths=None, window=
         def ours(q, k, v):
             return fk.flash_attention(
                 q, k, v, causal=causal, layout="tnd", cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max(lengths),
-                max_seqlen_k=max(key_lengths), window=window,
+                max_seqlen_k=max(key_lengths), window=window, deterministic=deterministic,
             )  # fmt: skip
 
         def reference(q, k, v):
@@ -234,6 +234,32 @@ def config_variants(tiny):
             yield Variant(name, _piecewise(s, s, d, BF16, s // 2, group=1), config)
             name = f"piecewise not deterministic D{d} bf16 config {config}"
             yield Variant(name, _piecewise(s, s, d, BF16, s // 2, group=1, deterministic=False), config)
+
+
+def ordered_variants(tiny):
+    """dQ added up in order: every mask, lengths that are no multiples of tiles, groups, packs, both operators."""
+
+    def size(n):
+        return max(8, n // 20) if tiny else n
+
+    s, more, w = size(1008), size(1300), size(200)
+    shapes = {
+        "causal": (s, s, {"causal": True}),
+        "causal one KV head": (s, s, {"causal": True, "group": 4}),
+        "full": (s, s, {"causal": False, "group": 1}),
+        "window": (more, s, {"causal": True, "window": w}),
+        "window left and right": (s, more, {"causal": False, "window": (w, size(100))}),
+        "long": (size(4096), size(4096), {"causal": True, "group": 1}),
+    }
+    for d in (128, 64):
+        for label, (rows, keys, options) in shapes.items():
+            yield Variant(f"ordered flash {label} D{d} bf16", _flash(rows, keys, d, BF16, **options), ordered=True)
+    for d in (96, 256):
+        yield Variant(f"ordered flash causal D{d} bf16", _flash(s, s, d, BF16, causal=True), ordered=True)
+    lengths = [size(n) for n in (333, 1, 777, 128)]
+    yield Variant("ordered flash packed D128 bf16", _packed(lengths, 128, BF16), ordered=True)
+    yield Variant("ordered piecewise D128 bf16", _piecewise(s, s, 128, BF16, s // 2), ordered=True)
+    yield Variant("not deterministic packed D128 bf16", _packed(lengths, 128, BF16, deterministic=False))
 
 
 def hopper_variants(tiny):

@@ -1,6 +1,7 @@
 """Reads SASS, NVIDIA's machine code: the loops that hold matrix products, and what else is in them.
 
-A loop is the code from a target of a backward branch to the branch. Only loops without another loop inside count.
+A loop is the code from a target of a backward branch to the branch. Only loops that hold products, and no other such loop,
+count.
 """
 
 import re
@@ -18,12 +19,16 @@ def instructions(sass: str) -> list[tuple[int, str]]:
 
 
 def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
-    """The texts of the instructions of each innermost loop."""
+    """The texts of the instructions of each loop that holds products and no other loop that does."""
     spans = set()
     for address, text in code:
         branch = BRANCH.search(text)
         if branch and int(branch[1], 16) < address:
             spans.add((int(branch[1], 16), address))
+    products = [address for address, text in code if "HGMMA" in text or "HMMA" in text]
+    spans = {s for s in spans if any(s[0] <= address <= s[1] for address in products)}
+    # Code that a loop seldom needs stands behind it and branches back into it.
+    spans = {s for s in spans if not any(o[0] < s[0] <= o[1] < s[1] for o in spans)}
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [[text for address, text in code if start <= address <= end] for start, end in sorted(inner)]
 

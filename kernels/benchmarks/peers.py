@@ -7,11 +7,16 @@ import importlib.util
 
 import torch
 
+from flagscale_kernels._attention_launch import ORDERED_VARIABLE
 from flagscale_kernels._rivals import ALWAYS, RIVALS_VARIABLE
 
 OURS = "flagscale_kernels"
 GLUON = f"{OURS} in Gluon"  # our kernels for Hopper, chosen or not
-ENVIRONMENT = {GLUON: {RIVALS_VARIABLE: ALWAYS}}  # the variables that a provider runs with
+ORDERED, ADDED = f"{OURS}, dQ in order", f"{OURS}, dQ by atomics"  # five products instead of seven
+ENVIRONMENT = {
+    GLUON: {RIVALS_VARIABLE: ALWAYS},
+    ORDERED: {ORDERED_VARIABLE: "1"},
+}  # the variables that a provider runs with
 
 
 def _installed(package):
@@ -20,7 +25,10 @@ def _installed(package):
 
 def providers(workload):
     """{name: provider} for the workload, ours first."""
-    found = {OURS: lambda w: w.ours, "torch": lambda w: w.reference}
+    found = {OURS: lambda w: w.ours}
+    if workload.added is not None:
+        found |= {ORDERED: lambda w: w.ours, ADDED: lambda w: w.added}
+    found["torch"] = lambda w: w.reference
     if not torch.cuda.is_available():
         return found
     if workload.operator == "flash_attention" and torch.cuda.get_device_capability()[0] == 9:

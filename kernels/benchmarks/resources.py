@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import offline  # noqa: E402
 import torch  # noqa: E402
+import variant  # noqa: E402
 
 import flagscale_kernels  # noqa: E402, F401  (loads the modules below)
 from flagscale_kernels import _attention_launch as launch  # noqa: E402
@@ -40,6 +41,7 @@ NAMES = (
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
 KNOWN = Path(__file__).resolve().with_name("known_resources.json")
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
+DQ_SUMS = ("", "added", "ordered")  # how a kernel of dK and dV adds dQ up, by the constant SUM
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
 
 
@@ -100,14 +102,18 @@ def cross_entropy(dtype, quick=False):
     module._gradient_triton(logits, target, per_token, per_token, logits, 0, V, 0.1, 1e-4)
 
 
-def run_attention(problem, kernels, both=True):
-    """Launch the kernels of a forward and of a backward, or of both kinds of backward."""
+def run_attention(problem, kernels, ways):
+    """Launch the kernels of a forward and of backwards: "" with seven products, and with five as DQ_SUMS says."""
     o, lse = launch.forward(problem, kernels)
-    for deterministic in (True, False) if both else (True,):
-        launch.backward(problem, kernels, o, None, o, lse, deterministic=deterministic)
+    for way in ways:
+        ordered, deterministic = way == "ordered", way != "added"
+        with variant.environment(launch.ORDERED_VARIABLE, str(int(ordered))):
+            launch.backward(problem, kernels, o, None, o, lse, deterministic=deterministic)
 
 
-def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False, v=None, cap=0.0, sinks=False):
+def flash_attention(
+    dtype, d, causal=True, alibi=False, window=-1, packed=False, v=None, cap=0.0, sinks=False, ordered=False
+):  # fmt: skip
     shapes = [(32, d), (8, d), (8, v or d)]
     q, k, values = (meta(S, *(() if packed else (B,)), *shape, dtype=dtype) for shape in shapes)
     cu = meta(5, dtype=torch.int32) if packed else None
@@ -119,6 +125,7 @@ def flash_attention(dtype, d, causal=True, alibi=False, window=-1, packed=False,
             sinks=per_head if sinks else None, cu_q=cu, cu_k=cu,
         ),
         MODULES["flash_attention"].KERNELS,
+        DQ_SUMS if ordered else DQ_SUMS[:2],
     )  # fmt: skip
 
 
@@ -131,21 +138,21 @@ def hopper_attention(dtype, d, causal=True):
         problem = launch.Problem(
             pairs=((q, k),), v=k, layout="sbnd", max_q=S, max_k=S, scale=d**-0.5, right=0 if causal else -1
         )
-        run_attention(problem, MODULES["flash_attention"].KERNELS, both=False)
+        run_attention(problem, MODULES["flash_attention"].KERNELS, DQ_SUMS[:1])
     finally:
         os.environ.pop(RIVALS_VARIABLE)
         if before is not None:
             os.environ[RIVALS_VARIABLE] = before
 
 
-def piecewise_attention(dtype, d, causal=True):
+def piecewise_attention(dtype, d, causal=True, ordered=False):
     q, k = meta(S, B, 32, d, dtype=dtype), meta(S, B, 8, d, dtype=dtype)
     for threshold in (S // 2, S // 2 + 1, 1):  # compiled once: the threshold is not part of the code
         problem = launch.Problem(
             pairs=((q, k),) * 2, v=k, layout="sbnd", max_q=S, max_k=S, scale=d**-0.5, threshold=threshold,
             right=0 if causal else -1,
         )  # fmt: skip
-        run_attention(problem, MODULES["piecewise_attention"].KERNELS)
+        run_attention(problem, MODULES["piecewise_attention"].KERNELS, DQ_SUMS if ordered else DQ_SUMS[:2])
 
 
 def cases(quick):
@@ -156,8 +163,8 @@ def cases(quick):
         for f in (rms_norm, layer_norm, rope, gated, token_permutation, cross_entropy)
     ]
     found += [
-        ("causal D128", lambda: flash_attention(bf16, 128)),
-        ("D128", lambda: piecewise_attention(bf16, 128)),
+        ("causal D128", lambda: flash_attention(bf16, 128, ordered=True)),
+        ("D128", lambda: piecewise_attention(bf16, 128, ordered=True)),
     ]
     if quick:
         return found
@@ -169,11 +176,11 @@ def cases(quick):
     fp16, fp32 = torch.float16, torch.float32
     return [
         *found,
-        ("causal D64", lambda: flash_attention(bf16, 64)),
-        ("full D128", lambda: flash_attention(bf16, 128, causal=False)),
+        ("causal D64", lambda: flash_attention(bf16, 64, ordered=True)),
+        ("full D128", lambda: flash_attention(bf16, 128, causal=False, ordered=True)),
         ("ALiBi D128", lambda: flash_attention(bf16, 128, alibi=True)),
         ("window D128", lambda: flash_attention(bf16, 128, window=1023)),
-        ("packed D128", lambda: flash_attention(bf16, 128, packed=True)),
+        ("packed D128", lambda: flash_attention(bf16, 128, packed=True, ordered=True)),
         ("causal D96", lambda: flash_attention(bf16, 96)),
         ("causal D192 V128", lambda: flash_attention(bf16, 192, v=128)),
         ("causal D256", lambda: flash_attention(bf16, 256)),
@@ -223,42 +230,47 @@ def _row(label, launch, known):
     if launch.kernel is not None:
         known[launch.key] = offline.resources(launch.kernel)
     row, options = {"case": label, "key": launch.key, **known[launch.key]}, launch.options
-    row["adds_dq"] = bool(options.get("ADD_DQ"))
+    row["dq"] = DQ_SUMS[options.get("SUM", 0)]
     row |= {"bm": options.get("BM"), "bn": options.get("BN"), "edge": options.get("EDGE", "-")}
     if "FORM" not in options:  # not one tile for each pass of a loop
         row |= {"bm": None, "bn": None}
     elif row["bn"]:
         needed = products(row["kernel"], options["FORM"])
-        needed += (options["FORM"].d_a + options["FORM"].d_b) * row["adds_dq"]
+        needed += (options["FORM"].d_a + options["FORM"].d_b) * bool(row["dq"])
         needed *= row["bm"] * row["bn"]
         row["executed"] = [round(loop["multiplications"] / needed, 2) for loop in row["loops"]]
     return row
 
 
-def collect(quick=False, only=None, archs=(80, 90), known=None, after_case=lambda: None):
-    """Compile the cases and return one row per compiled kernel: its resources, its config and its case.
+def compile_case(label, case, arch, known, quick=False):
+    """Compile a case of `cases` for sm_<arch> and return one row per kernel: its resources, its config and its case.
 
-    Kernels in `known`, {key: resources}, are not compiled; what is compiled is added to it. `after_case` is called after each
-    case.
+    Kernels in `known`, {key: resources}, are not compiled; what is compiled is added to it.
     """
+    with offline.compile_only(arch, known) as launches, configs_to_compile(quick):
+        case()
+    rows, seen, keys = [], set(), set()
+    for one in launches:
+        if one.key in keys:
+            continue
+        keys.add(one.key)
+        row = _row(label, one, known)
+        # A kernel's first launch in a case has the first config of its list, which is the default.
+        name = (row["kernel"], row["dq"])
+        row["chosen"] = name not in seen or row["bn"] is None
+        seen.add(name)
+        rows.append(row)
+    return rows
+
+
+def collect(quick=False, only=None, archs=(80, 90), known=None, after_case=lambda: None):
+    """Compile the cases and return their rows. `after_case` is called after each case."""
     rows, known = [], {} if known is None else known
     for arch in archs:
         for label, case in cases(quick):
             if only and not any(part in label for part in only.split(",")):
                 continue
-            with offline.compile_only(arch, known) as launches, configs_to_compile(quick):
-                case()
-            seen, keys = set(), set()
-            for one in launches:
-                if one.key in keys:
-                    continue
-                keys.add(one.key)
-                row = _row(label, one, known)
-                # A kernel's first launch in a case has the first config of its list, which is the default.
-                name = (row["kernel"], row["adds_dq"])
-                row["chosen"] = name not in seen or row["bn"] is None
-                seen.add(name)
-                rows.append(row)
+            rows += compile_case(label, case, arch, known, quick)
             after_case()
     return rows
 

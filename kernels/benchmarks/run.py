@@ -74,6 +74,7 @@ def options():
     parser.add_argument("--configs", action="store_true", help="time every config of the attention kernels' lists")
     parser.add_argument("--wide", action="store_true", help="with --configs: time configs that are not listed, too")
     parser.add_argument("--no-checks", action="store_true", help="measure without checking the numbers before")
+    parser.add_argument("--goals", action="store_true", help="measure only our kernels where there is a goal")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check at a time")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="by default kernels/benchmarks/results"
@@ -108,7 +109,8 @@ def main():
         stages = [(1, plan.configs(*where, args.wide))]
     else:
         checks = [] if args.no_checks else plan.checks(*where[1:])
-        stages = [(args.jobs, checks), (1, plan.timings(*where))]
+        timings = [row for row in plan.timings(*where) if row.for_goals or not args.goals]
+        stages = [(args.jobs, checks), (1, timings)]
     for jobs, rows in stages:
         limited = [plan.replace(row, seconds=min(row.seconds, args.row_seconds)) for row in rows]
         left += supervised(limited, jobs, order, until, report.add)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from accuracy import assert_as_good_as_pytorch, seeded
 
+from flagscale_kernels._attention_launch import ORDERED_VARIABLE
 from flagscale_kernels._rivals import ALWAYS, NEVER, RIVALS_VARIABLE
 from flagscale_kernels._tuning import AUTOTUNE_VARIABLE, TunedKernel
 
@@ -20,18 +21,27 @@ class Variant:
     """An operator with its options. `make(device)` returns (ours, reference, inputs, gradients of the outputs).
 
     `config` is the place in every kernel's list of tiles to compute with; None takes the first, which is the default.
-    `rival` computes with the kernels for one kind of chip, where they take the call (`_rivals.py`).
+    `rival` computes with the kernels for one kind of chip, where they take the call (`_rivals.py`); `ordered` adds dQ up in
+    order (`_dq_sums.py`). Neither has run on a GPU yet: `may_hang`.
     """
 
     name: str
     make: Callable
     config: int | None = None
     rival: bool = False
+    ordered: bool = False
+
+    @property
+    def may_hang(self) -> bool:
+        return self.rival or self.ordered
 
     def check(self, device: str) -> None:
         """Raise AssertionError unless outputs and gradients are as good as PyTorch's in the same precision."""
         ours, reference, inputs, grads = self.make(device)
-        with one_config(self.config), environment(RIVALS_VARIABLE, ALWAYS if self.rival else NEVER):
+        variables = {RIVALS_VARIABLE: ALWAYS if self.rival else NEVER, ORDERED_VARIABLE: str(int(self.ordered))}
+        with one_config(self.config), contextlib.ExitStack() as stack:
+            for name, value in variables.items():
+                stack.enter_context(environment(name, value))
             assert_as_good_as_pytorch(ours, reference, inputs, grads)
 
 

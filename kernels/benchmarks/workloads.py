@@ -22,6 +22,7 @@ class Workload:
     traffic_bytes: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    added: Callable | None = None  # `ours` with dQ added up by atomics
 
 
 def workloads(device, tiny=False):
@@ -117,6 +118,7 @@ def workloads(device, tiny=False):
         found.append(Workload(
             operator="flash_attention", shape=shape, tensors=heads, differentiable=(0, 1, 2),
             ours=lambda q, k, v, c=causal: fk.flash_attention(q, k, v, causal=c),
+            added=lambda q, k, v, c=causal: fk.flash_attention(q, k, v, causal=c, deterministic=False),
             reference=lambda q, k, v, c=causal: F.scaled_dot_product_attention(
                 q, k, v, is_causal=c, enable_gqa=q.shape[1] != k.shape[1]
             ),
@@ -126,7 +128,8 @@ def workloads(device, tiny=False):
             found.append(Workload(
                 operator="piecewise_attention", shape=f"{shape} threshold {s // 2}", differentiable=(0, 1, 2, 3, 4),
                 tensors=lambda heads=heads: [*heads()[:2], *heads()],
-                ours=lambda q1, k1, q2, k2, v, t=s // 2: fk.piecewise_attention(q1, k1, q2, k2, v, t, causal=True),
+                ours=lambda *x, t=s // 2: fk.piecewise_attention(*x, t, causal=True),
+                added=lambda *x, t=s // 2: fk.piecewise_attention(*x, t, causal=True, deterministic=False),
                 reference=lambda q1, k1, q2, k2, v, t=s // 2: _piecewise(q1, k1, q2, k2, v, t),
                 flops=flops, options={"threshold": s // 2, "heads": n, "kv_heads": n_kv, "d": d},
             ))  # fmt: skip

@@ -6,6 +6,7 @@ tile of keys and values of one KV head. Tiles with the most keys start first.
 """
 
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band
+from flagscale_kernels._dq_sums import place, sums_of
 from flagscale_kernels._tiles import (
     Terms,
     load_rows,
@@ -36,7 +37,7 @@ def start_softmax(SINKS, head, ROWS: tl.constexpr, FORM: tl.constexpr):
 def store_output(acc, l, m, O, LSE, first, seq_q, FORM: tl.constexpr, ROWS: tl.constexpr):
     """Store acc / l and the LSE; a row without keys gives 0, and -inf for the LSE."""
     safe_l = tl.where(l == 0.0, 1.0, l)
-    store_rows(O, first, seq_q, acc, (1.0 / safe_l)[:, None], FORM.v, FORM.v_a, FORM.v_b, ROWS, False)
+    store_rows(O, first, seq_q, acc, (1.0 / safe_l)[:, None], FORM.v, FORM.v_a, FORM.v_b, ROWS)
     rows = first + tl.arange(0, ROWS)
     lse = (m + tl.log2(safe_l)) * 0.6931471805599453
     tl.store(LSE + rows, lse, mask=rows < seq_q)
@@ -51,7 +52,7 @@ def _flash_forward_kernel(
     lse_batch_stride, lse_head_stride, slope_batch_stride,
     FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry = program(max_q, BM, heads)
+    tile, head, entry = program(tl.program_id(0), max_q, BM, heads)
     first = ((max_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
@@ -85,25 +86,29 @@ def _flash_forward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _flash_dkdv_kernel(
-    Q, K, V, DO, DQ, DK, DV, LSE, DELTA, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K,
+    Q, K, V, DO, DQ, ORDER, DK, DV, LSE, DELTA, SLOPES, CU_SEQLENS_Q, CU_SEQLENS_K,
     softmax_scale, inverse_scale, to_cap, from_cap, to_log2, max_q, max_k, left, right, heads, group,
     q_batch_stride, q_head_stride, q_seq_stride, k_batch_stride, k_head_stride, k_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
-    dq_batch_stride, dq_head_stride, dq_seq_stride, dk_batch_stride, dk_head_stride, dk_seq_stride,
+    dq_entry_stride, dq_head_stride, dk_batch_stride, dk_head_stride, dk_seq_stride,
     dv_batch_stride, dv_head_stride, dv_seq_stride, lse_batch_stride, lse_head_stride, slope_batch_stride,
-    FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, SUM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry = program(max_k, BN, heads // group)
+    index = place(ORDER, (max_k + BN - 1) // BN, SUM)
+    tile, kv_head, entry = program(index, max_k, BN, heads // group)
     first = tile * BN
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
     batch, k_start, seq_k = sequence(CU_SEQLENS_K, entry, max_k, FORM.packed)
+    WIDTH: tl.constexpr = FORM.d_a * 2 if FORM.d_b > 0 else FORM.d_a
     if first < seq_k:
         q_rows = rows_of(Q, batch, 0, q_start, q_batch_stride, q_head_stride, q_seq_stride, FORM.wide, DESCRIPTORS)
         do_rows = rows_of(DO, batch, 0, q_start, do_batch_stride, do_head_stride, do_seq_stride, FORM.wide, DESCRIPTORS)
         k_rows = rows_at(K, batch, kv_head, k_start, k_batch_stride, k_head_stride, k_seq_stride, FORM.wide)
         v_rows = rows_at(V, batch, kv_head, k_start, v_batch_stride, v_head_stride, v_seq_stride, FORM.wide)
-        dq_rows = rows_at(DQ, batch, 0, q_start, dq_batch_stride, dq_head_stride, dq_seq_stride, FORM.wide)
+        sums = sums_of(
+            DQ, ORDER, entry, q_start, dq_entry_stride, dq_head_stride, heads, max_q, tile, 0, 1, WIDTH, BM
+        )  # fmt: skip
         dk_rows = rows_at(DK, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
         dv_rows = rows_at(DV, batch, kv_head, k_start, dv_batch_stride, dv_head_stride, dv_seq_stride, FORM.wide)
         terms = Terms(seq_q, seq_k, left, right, inverse_scale, to_cap, from_cap, to_log2)
@@ -111,13 +116,13 @@ def _flash_dkdv_kernel(
         k = load_rows(k_rows, first, seq_k, FORM.d, FORM.d_a, FORM.d_b, BN, True, False)
         v = load_rows(v_rows, first, seq_k, FORM.v, FORM.v_a, FORM.v_b, BN, True, False)
         dk, dv = dkdv_band(
-            zeros(BN, FORM.d_a, FORM.d_b), zeros(BN, FORM.v_a, FORM.v_b), k, v, q_rows, do_rows, dq_rows,
-            LSE + row, DELTA + row, SLOPES + entry * slope_batch_stride,
-            q_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, terms,
-            FORM.left, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
+            zeros(BN, FORM.d_a, FORM.d_b), zeros(BN, FORM.v_a, FORM.v_b), k, v, q_rows, do_rows,
+            LSE + row, DELTA + row, SLOPES + entry * slope_batch_stride, sums,
+            q_head_stride, do_head_stride, lse_head_stride, kv_head * group, group, first, terms,
+            FORM.left, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)
-        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN, False)
+        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
+        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -129,7 +134,7 @@ def _flash_dq_kernel(
     dq_batch_stride, dq_head_stride, dq_seq_stride, lse_batch_stride, lse_head_stride, slope_batch_stride,
     FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry = program(max_q, BM, heads)
+    tile, head, entry = program(tl.program_id(0), max_q, BM, heads)
     first = ((max_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
@@ -160,4 +165,4 @@ def _flash_dq_kernel(
             zeros(BM, FORM.d_a, FORM.d_b), q, do, lse, delta, k_rows, v_rows, (first_pos + tl.arange(0, BM))[:, None],
             first_pos, last_pos, terms, FORM.left, FORM.right, FORM, BN, EDGE, DESCRIPTORS,
         )  # fmt: skip
-        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM, False)
+        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM)

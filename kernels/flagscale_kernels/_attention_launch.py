@@ -1,5 +1,6 @@
 """Launches the kernels of flash and piecewise attention: arguments, outputs, gradients, and tiles by descriptors."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from flagscale_kernels._tuning import TunedKernel, length_class
 NO_BOUND = -1
 DELTA_ROWS = 64
 LARGEST_TILE = 256  # rows
+SPARE_ROWS = 128  # of the sums of dQ behind each sequence: the most queries of a tile
+FEWEST_QUERIES = 16  # of a tile
+ORDERED_VARIABLE = "FLAGSCALE_KERNELS_ORDERED_DQ"  # 1: a deterministic backward has five products
 LOG2E = 1.4426950408889634
 hopper_forward, hopper_dkdv, hopper_dq = (
     Rivalry(f"flash attention's {name} for Hopper in Gluon") for name in ("forward", "dK and dV", "dQ")
@@ -25,12 +29,13 @@ hopper_forward, hopper_dkdv, hopper_dq = (
 
 
 class Kernels(NamedTuple):
-    """The kernels of an operator. `backward` gives dK, dV and, added up by atomics, dQ; `dkdv` and `dq` are deterministic."""
+    """The kernels of an operator. `added` and `ordered` give dK, dV and the sums of dQ (`_dq_sums.py`)."""
 
     forward: TunedKernel
     dkdv: TunedKernel
     dq: TunedKernel
-    backward: TunedKernel
+    added: TunedKernel
+    ordered: TunedKernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +284,34 @@ def _delta(problem, form, do, dlse, o, lse):
     return lse2, delta
 
 
+class SumsOfDq:
+    """The fp32 buffers that five-product kernels add dQ to, without the softmax scale: one for each band."""
+
+    def __init__(self, problem: Problem, form: Form) -> None:
+        p, q = problem, problem.pairs[0][0]
+        self.problem, width = p, form.d_a * (2 if form.d_b else 1)
+        tokens, sequences = sizes(q, p.layout)[2], p.entries
+        self.packed = p.cu_q is not None
+        rows = tokens + (sequences + 1) * SPARE_ROWS if self.packed else cdiv(tokens, SPARE_ROWS) * SPARE_ROWS
+        shape = (1 if self.packed else sequences, p.heads, rows, width)
+        self.buffers = [torch.empty(shape, dtype=torch.float32, device=q.device) for _ in p.pairs]
+        counts = len(p.pairs) * sequences * p.heads * cdiv(p.max_q, FEWEST_QUERIES)
+        self.order = torch.empty(2 + counts, dtype=torch.int32, device=q.device)
+        # Sequence i of a pack begins at its first token + i * SPARE_ROWS.
+        self.strides = (SPARE_ROWS * width if self.packed else self.buffers[0].stride(0), rows * width)
+
+    def write(self, dqs: list[Tensor]) -> None:
+        """Write the gradients that the sums hold."""
+        p = self.problem
+        for dq, total in zip(dqs, self.buffers):
+            view = as_bnsd(dq, p.layout)
+            total = total[..., : view.shape[3]]
+            if self.packed:
+                tokens = torch.arange(view.shape[2], device=dq.device, dtype=torch.int32)
+                total = total[:, :, tokens + SPARE_ROWS * torch.bucketize(tokens, p.cu_q[1:].contiguous(), right=True)]
+            torch.mul(total[:, :, : view.shape[2]], p.scale, out=view)
+
+
 def backward(
     problem: Problem, kernels: Kernels, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *, deterministic: bool
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -292,11 +325,10 @@ def backward(
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         return gradients, None if p.sinks is None else sink_gradient(p.sinks, lse, delta)
     dqs, dks, dv = gradients[:-1:2], gradients[1:-1:2], gradients[-1]
-    sums = dqs if deterministic else [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in dqs]
     form = p.form(o, do, *gradients)
     lse2, delta = _delta(p, form, do, dlse, o, lse)
     views, strides = _views(p, [*p.inputs, do])
-    (dq_views, _), (dk_views, _), (dv_view, dv_strides) = _views(p, sums), _views(p, dks), _views(p, [dv])
+    (dq_views, _), (dk_views, _), (dv_view, dv_strides) = _views(p, dqs), _views(p, dks), _views(p, [dv])
     dq_strides, dk_strides = dq_views[0].stride()[:3], dk_views[0].stride()[:3]
     softmax, lengths = _numbers(p, flash=flash)
     slopes = (_or(p.slopes, lse),) if flash else ()
@@ -304,12 +336,15 @@ def backward(
     statistics = _statistics(p, lse, flash=flash)
     over_queries = _options(p, form, [*views[:-2:2], views[-1]])
 
-    def over_keys(kernel):
+    def over_keys(kernel, sums, order, sum_strides):
         kernel.launch(
             lambda c: (cdiv(p.max_k, c.bn) * p.kv_heads * p.entries,),
-            *views, *dq_views, *dk_views, *dv_view, *rest, *dq_strides, *dk_strides, *dv_strides, *statistics,
+            *views, *sums, order, *dk_views, *dv_view, *rest, *sum_strides, *dk_strides, *dv_strides, *statistics,
             **over_queries,
         )  # fmt: skip
+
+    def plain_dkdv():
+        over_keys(kernels.dkdv, dq_views, lse2, dq_strides[:2])
 
     def plain_dq():
         kernels.dq.launch(
@@ -317,24 +352,20 @@ def backward(
             *views, *dq_views, *rest, *dq_strides, *statistics, **_options(p, form, [*views[1:-2:2], views[-2]]),
         )  # fmt: skip
 
-    if not deterministic:
-        over_keys(kernels.backward)
+    if not deterministic or os.environ.get(ORDERED_VARIABLE) == "1":
+        sums = SumsOfDq(p, form)
+        over_keys(kernels.ordered if deterministic else kernels.added, sums.buffers, sums.order, sums.strides)
+        sums.write(dqs)
     elif hopper_takes(p, form, kernels, [*views, *dq_views, *dk_views, *dv_view]):
         given = {"scale": p.scale, "qk_scale": p.scale * LOG2E, "causal": form.right}
         outputs, key = (*dk_views, *dv_view), (p.v.dtype, *over_queries["key"])
         hopper_dkdv.launch(
-            lambda: over_keys(kernels.dkdv),
-            lambda: hopper_backward.dkdv(*views, *outputs, lse2, delta, **given),
-            outputs,
-            key,
+            plain_dkdv, lambda: hopper_backward.dkdv(*views, *outputs, lse2, delta, **given), outputs, key
         )
         hopper_dq.launch(plain_dq, lambda: hopper_backward.dq(*views, *dq_views, lse2, delta, **given), dq_views, key)
     else:
-        over_keys(kernels.dkdv)
+        plain_dkdv()
         plain_dq()
-    if not deterministic:
-        for dq, total in zip(dqs, sums):
-            torch.mul(total, p.scale, out=dq)
     return gradients, None if p.sinks is None else sink_gradient(p.sinks, lse, delta)
 
 

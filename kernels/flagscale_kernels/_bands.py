@@ -16,7 +16,8 @@ products on sm_90. Over queries (dK and dV) the same holds, or with an EDGE of 0
 loop has fewer registers and half the code, and a third more instructions for a tile.
 """
 
-from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores, store_rows
+from flagscale_kernels._dq_sums import NOBODYS, add_to_dq, count_tile
+from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores
 from flagscale_kernels._triton import tl, triton
 
 # ------------------------------------------------------------------------------------------ forward and dQ: over keys
@@ -118,9 +119,9 @@ def dq_band(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, m, keys, terms,
+    dk, dv, pending, k, v, Q, DO, LSE, DELTA, sums, head, m, keys, terms,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    BN: tl.constexpr, DESCRIPTORS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     rows = m + tl.arange(0, BM)
     # Rows beyond seq_q need no mask: their lse is +inf, so p is 0.
@@ -138,20 +139,24 @@ def _dkdv_tile(
         ds *= slope
     ds = ds.to(q[0].dtype)
     dk = add_product(dk, ds, q, FORM.d_b, FORM)
-    if ADD_DQ:
+    if SUM > 0:
         a = tl.dot(tl.trans(ds), k[0], input_precision=FORM.precision)
         b = a
         if FORM.d_b > 0:
             b = tl.dot(tl.trans(ds), k[1], input_precision=FORM.precision)
-        store_rows(DQ, m, terms.seq_q, (a, b), 1.0, FORM.d, FORM.d_a, FORM.d_b, BM, True)
-    return dk, dv
+        last_key = terms.seq_k - 1
+        if RIGHT:
+            last_key = tl.minimum(last_key, m + BM - 1 + terms.seq_k - terms.seq_q + terms.right)
+        pending = add_to_dq(sums, pending, head, m, last_key, (a, b), FORM.d_a, FORM.d_b, BM, BN, SUM)
+    return dk, dv, pending
 
 
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+    dk, dv, pending, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
     lo, hi, first_head, group, keys, terms, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    FORM: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Process query tiles [lo, hi) of every query head of the group in one loop: two nested loops need more registers."""
     tiles = tl.maximum((hi - lo + BM - 1) // BM, 0)
@@ -166,24 +171,23 @@ def _dkdv_tiles(
         )
         q_rows = of_head(Q, head, q_head_stride, DESCRIPTORS)
         do_rows = of_head(DO, head, do_head_stride, DESCRIPTORS)
-        dq_rows = of_head(DQ, head, dq_head_stride, False)
-        dk, dv = _dkdv_tile(
-            dk, dv, k, v, q_rows, do_rows, dq_rows, LSE + head * lse_head_stride, DELTA + head * lse_head_stride,
-            m, keys, head_terms, LEFT, RIGHT, MASKED, FORM, BM, DESCRIPTORS, ADD_DQ,
+        dk, dv, pending = _dkdv_tile(
+            dk, dv, pending, k, v, q_rows, do_rows, LSE + head * lse_head_stride, DELTA + head * lse_head_stride,
+            sums, head, m, keys, head_terms, LEFT, RIGHT, MASKED, FORM, BM, BN, DESCRIPTORS, SUM,
         )  # fmt: skip
-    return dk, dv
+    return dk, dv, pending
 
 
 @triton.jit
 def dkdv_band(
-    dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+    dk, dv, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
     first_head, group, first_key, terms,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
 
-    ADD_DQ: also add dS K, without the softmax scale, to DQ in memory, in fp32 and in the order in which programs come to it.
+    SUM: also add dS K, without the softmax scale, to `sums` (`_dq_sums.py`).
     terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
     """
     keys = (first_key + tl.arange(0, BN))[:, None]
@@ -200,32 +204,35 @@ def dkdv_band(
         hi = tl.minimum(terms.seq_q, last_key + terms.left - offset + 1)
         full_hi = tl.minimum(terms.seq_q, tl.maximum(first_key + terms.left - offset + 1, 0)) // BM * BM
     if (
-        ADD_DQ
-    ):  # dQ sums over the keys, so that those beyond seq_k must be masked; rows of dK and dV are not stored there
+        SUM > 0
+    ):  # dQ sums over keys, so those beyond seq_k must be masked; of dK and dV they are rows that are not stored
         full_lo = tl.where(first_key + BN > terms.seq_k, tl.maximum(hi, full_lo), full_lo)
+    pending = NOBODYS
     if EDGE == 0:
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
-            lo, hi, first_head, group, keys, terms, LEFT, RIGHT, LEFT or RIGHT or ADD_DQ,
-            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+        dk, dv, pending = _dkdv_tiles(
+            dk, dv, pending, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
+            lo, hi, first_head, group, keys, terms, LEFT, RIGHT, LEFT or RIGHT or SUM > 0,
+            FORM, BM, BN, None, DESCRIPTORS, SUM,
         )  # fmt: skip
     else:
         full_hi = tl.maximum(full_hi, full_lo)
-        if RIGHT or ADD_DQ:
-            dk, dv = _dkdv_tiles(
-                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
-                lse_head_stride, lo, tl.minimum(full_lo, hi), first_head, group, keys, terms, LEFT, RIGHT, True,
-                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+        if RIGHT or SUM > 0:
+            dk, dv, pending = _dkdv_tiles(
+                dk, dv, pending, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
+                lo, tl.minimum(full_lo, hi), first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
             )  # fmt: skip
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride, lse_head_stride,
+        dk, dv, pending = _dkdv_tiles(
+            dk, dv, pending, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
             full_lo, tl.minimum(full_hi, hi), first_head, group, keys, terms, LEFT, RIGHT, False,
-            FORM, BM, None, DESCRIPTORS, ADD_DQ,
+            FORM, BM, BN, None, DESCRIPTORS, SUM,
         )  # fmt: skip
         if LEFT:
-            dk, dv = _dkdv_tiles(
-                dk, dv, k, v, Q, DO, DQ, LSE, DELTA, SLOPES, q_head_stride, do_head_stride, dq_head_stride,
-                lse_head_stride, full_hi, hi, first_head, group, keys, terms, LEFT, RIGHT, True,
-                FORM, BM, EDGE, DESCRIPTORS, ADD_DQ,
+            dk, dv, pending = _dkdv_tiles(
+                dk, dv, pending, k, v, Q, DO, LSE, DELTA, SLOPES, sums, q_head_stride, do_head_stride, lse_head_stride,
+                full_hi, hi, first_head, group, keys, terms, LEFT, RIGHT, True,
+                FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
             )  # fmt: skip
+    if SUM == 2:
+        count_tile(sums, pending)
     return dk, dv

@@ -6,6 +6,15 @@ into shared memory with the tensor memory accelerator (TMA). Two warpgroups (the
 matrix unit computes P V of one tile of keys and Q K^T of the next, the other warpgroup computes its softmax. The maths
 is that of `_bands.py`. The producer runs ahead into the next tile of queries while the consumers end theirs.
 
+What waits for what. A turn is one tile of queries; turns without keys copy nothing and count nowhere, for all three warps
+alike. `q_full`, phase of the turn: the consumers, for both halves of Q. `q_empty`: the producer, before the next turn, for
+both consumers' arrivals behind their last S. Steps count tiles of keys over all turns. `k_full[stage]` and `v_full[stage]`,
+phase step // STAGES: the consumers, for one copy. `k_empty`, `v_empty`: the producer, before a step, for both consumers'
+arrivals of step - STAGES. S of a step has read its K before that is given back (all products but the last begun have
+ended), and P V its V (none is under way). The producer copies K, V, K, V; a consumer takes K of step + 1 before V of step,
+and gives K of step back before it takes V of step, so with two stages neither waits for what the other holds. Shared memory
+of O is written after the copy of the turn before has read it.
+
 It takes what training takes most: bf16 or fp16, head dimension 64 or 128, causal or not, any lengths, grouped heads, and
 strides that are multiples of 16 bytes. `takes` says whether it does; the kernels in Triton take the rest. It is chosen only
 where its result agrees with theirs and it is faster (`_rivals.py`).

@@ -4,7 +4,14 @@ As in the forward (`_hopper_attention.py`) one warp copies tiles into shared mem
 keys each in the first kernel, 64 queries each in the second. While one waits for its products the other computes
 exponentials. The left operands of products are read from registers where they are P or dS, and in the second kernel Q and
 dO, which stay there. The maths and the names are those of `_bands.py`. A row beyond the end of a sequence is zeros in shared
-memory: it adds nothing to the sums over it, and no result of it is stored.
+memory, and no result of it is stored. P is 0 for a query beyond the end, as its LSE is +inf, and for a key it is masked.
+
+What waits for what. `still`, one phase: the consumers, for the four copies of the tiles that stay; each consumer later writes
+its results over its own half of them, after its last product has read it. `full[stage]`, phase i // STAGES of step i: the
+consumers, for the step's two copies. `empty[stage]`: the producer, before step i, for both consumers' arrivals of step
+i - STAGES, that is the phase before; so its first STAGES waits, with the opposite parity, return at once. A consumer arrives
+after `warpgroup_mma_wait(0)`: its products have read the stage, and Triton puts a barrier of its 128 threads before the one
+thread that arrives (seen in the PTX). Results go out by a fence of the asynchronous proxy, that barrier, and the copy.
 """
 
 from flagscale_kernels._hopper_attention import HALF, HAS_GLUON, _descriptor
@@ -104,7 +111,7 @@ if HAS_GLUON:
     @gluon.jit
     def _consume_queries(
         DQ, LSE, DELTA, q_smem, do_smem, k_ring, v_ring, still, full, empty, scale, qk_scale,
-        batch, head, first, count, heads, seq_q, offset,
+        batch, head, first, count, heads, seq_q, seq_k, offset,
         WHICH: gl.constexpr, CAUSAL: gl.constexpr, HALF: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
         STAGES: gl.constexpr,
     ):  # fmt: skip
@@ -136,6 +143,8 @@ if HAS_GLUON:
             s = warpgroup_mma_wait(1, deps=[s])
             if CAUSAL:
                 s = gl.where((rows + offset)[:, None] >= keys[None, :], s, float("-inf"))
+            else:  # the exponential of a key of zeros behind the last one can be infinite, and infinity times 0 is nan
+                s = gl.where((keys < seq_k)[None, :], s, float("-inf"))
             p = gl.exp2(s * qk_scale - lse[:, None])
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = p * (dp - delta[:, None])
@@ -227,11 +236,11 @@ if HAS_GLUON:
             [
                 (_consume_queries, (
                     DQ, LSE, DELTA, q_smem, do_smem, k_ring, v_ring, still, full, empty, scale, qk_scale,
-                    batch, head, first, count, heads, seq_q, offset, 0, CAUSAL, HALF, TILE, D, STAGES,
+                    batch, head, first, count, heads, seq_q, seq_k, offset, 0, CAUSAL, HALF, TILE, D, STAGES,
                 )),
                 (_consume_queries, (
                     DQ, LSE, DELTA, q_smem, do_smem, k_ring, v_ring, still, full, empty, scale, qk_scale,
-                    batch, head, first, count, heads, seq_q, offset, 1, CAUSAL, HALF, TILE, D, STAGES,
+                    batch, head, first, count, heads, seq_q, seq_k, offset, 1, CAUSAL, HALF, TILE, D, STAGES,
                 )),
                 (_produce, (
                     Q, DO, K, V, q_smem, do_smem, k_ring, v_ring, still, full, empty,

@@ -5,6 +5,7 @@ The far band has the keys j <= p - threshold with (Q2, K2), the near band the ot
 
 from flagscale_kernels._attention_kernels import RUNTIME, start_softmax, store_output
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band
+from flagscale_kernels._dq_sums import place, sums_of
 from flagscale_kernels._tiles import Terms, load_rows, program, rows_at, rows_of, sequence, store_rows, zeros
 from flagscale_kernels._triton import tl, triton
 
@@ -19,7 +20,7 @@ def _piecewise_forward_kernel(
     lse_batch_stride, lse_head_stride,
     FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry = program(max_q, BM, heads)
+    tile, head, entry = program(tl.program_id(0), max_q, BM, heads)
     first = ((max_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
@@ -60,20 +61,22 @@ def _piecewise_forward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _piecewise_dkdv_kernel(
-    Q1, K1, Q2, K2, V, DO, DQ1, DQ2, DK1, DK2, DV, LSE, DELTA, CU_SEQLENS_Q, CU_SEQLENS_K,
+    Q1, K1, Q2, K2, V, DO, DQ1, DQ2, ORDER, DK1, DK2, DV, LSE, DELTA, CU_SEQLENS_Q, CU_SEQLENS_K,
     softmax_scale, to_cap, from_cap, to_log2, max_q, max_k, threshold, heads, group,
     q1_batch_stride, q1_head_stride, q1_seq_stride, k1_batch_stride, k1_head_stride, k1_seq_stride,
     q2_batch_stride, q2_head_stride, q2_seq_stride, k2_batch_stride, k2_head_stride, k2_seq_stride,
     v_batch_stride, v_head_stride, v_seq_stride, do_batch_stride, do_head_stride, do_seq_stride,
-    dq_batch_stride, dq_head_stride, dq_seq_stride, dk_batch_stride, dk_head_stride, dk_seq_stride,
+    dq_entry_stride, dq_head_stride, dk_batch_stride, dk_head_stride, dk_seq_stride,
     dv_batch_stride, dv_head_stride, dv_seq_stride, lse_batch_stride, lse_head_stride,
-    FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD_DQ: tl.constexpr,
+    FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, SUM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, entry = program(max_k, BN, heads // group)
+    index = place(ORDER, (max_k + BN - 1) // BN, SUM)
+    tile, kv_head, entry = program(index, max_k, BN, heads // group)
     first = tile * BN
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
     batch, k_start, seq_k = sequence(CU_SEQLENS_K, entry, max_k, FORM.packed)
+    WIDTH: tl.constexpr = FORM.d_a * 2 if FORM.d_b > 0 else FORM.d_a
     if first < seq_k:
         do_rows = rows_of(DO, batch, 0, q_start, do_batch_stride, do_head_stride, do_seq_stride, FORM.wide, DESCRIPTORS)
         v_rows = rows_at(V, batch, kv_head, k_start, v_batch_stride, v_head_stride, v_seq_stride, FORM.wide)
@@ -85,29 +88,33 @@ def _piecewise_dkdv_kernel(
         near = Terms(seq_q, seq_k, threshold - 1, 0, 0.0, to_cap, from_cap, to_log2)
         q_rows = rows_of(Q1, batch, 0, q_start, q1_batch_stride, q1_head_stride, q1_seq_stride, FORM.wide, DESCRIPTORS)
         k_rows = rows_at(K1, batch, kv_head, k_start, k1_batch_stride, k1_head_stride, k1_seq_stride, FORM.wide)
-        dq_rows = rows_at(DQ1, batch, 0, q_start, dq_batch_stride, dq_head_stride, dq_seq_stride, FORM.wide)
+        sums = sums_of(
+            DQ1, ORDER, entry, q_start, dq_entry_stride, dq_head_stride, heads, max_q, tile, 0, 2, WIDTH, BM
+        )  # fmt: skip
         k = load_rows(k_rows, first, seq_k, FORM.d, FORM.d_a, FORM.d_b, BN, True, False)
         dk, dv = dkdv_band(
-            zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, dq_rows, LSE + row, DELTA + row, LSE,
-            q1_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, near,
-            True, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
+            zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, LSE + row, DELTA + row, LSE, sums,
+            q1_head_stride, do_head_stride, lse_head_stride, kv_head * group, group, first, near,
+            True, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
         dk_rows = rows_at(DK1, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)
+        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
 
         far = Terms(seq_q, seq_k, 0, -threshold, 0.0, to_cap, from_cap, to_log2)
         q_rows = rows_of(Q2, batch, 0, q_start, q2_batch_stride, q2_head_stride, q2_seq_stride, FORM.wide, DESCRIPTORS)
         k_rows = rows_at(K2, batch, kv_head, k_start, k2_batch_stride, k2_head_stride, k2_seq_stride, FORM.wide)
-        dq_rows = rows_at(DQ2, batch, 0, q_start, dq_batch_stride, dq_head_stride, dq_seq_stride, FORM.wide)
+        sums = sums_of(
+            DQ2, ORDER, entry, q_start, dq_entry_stride, dq_head_stride, heads, max_q, tile, 1, 2, WIDTH, BM
+        )  # fmt: skip
         k = load_rows(k_rows, first, seq_k, FORM.d, FORM.d_a, FORM.d_b, BN, True, False)
         dk, dv = dkdv_band(
-            zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, dq_rows, LSE + row, DELTA + row, LSE,
-            q2_head_stride, do_head_stride, dq_head_stride, lse_head_stride, kv_head * group, group, first, far,
-            False, True, FORM, BM, BN, EDGE, DESCRIPTORS, ADD_DQ,
+            zeros(BN, FORM.d_a, FORM.d_b), dv, k, v, q_rows, do_rows, LSE + row, DELTA + row, LSE, sums,
+            q2_head_stride, do_head_stride, lse_head_stride, kv_head * group, group, first, far,
+            False, True, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
         dk_rows = rows_at(DK2, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN, False)
-        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN, False)
+        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
+        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -120,7 +127,7 @@ def _piecewise_dq_kernel(
     dq_batch_stride, dq_head_stride, dq_seq_stride, lse_batch_stride, lse_head_stride,
     FORM: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, entry = program(max_q, BM, heads)
+    tile, head, entry = program(tl.program_id(0), max_q, BM, heads)
     first = ((max_q + BM - 1) // BM - 1 - tile) * BM
     kv_head = head // group
     batch, q_start, seq_q = sequence(CU_SEQLENS_Q, entry, max_q, FORM.packed)
@@ -150,7 +157,7 @@ def _piecewise_dq_kernel(
             False, True, FORM, BN, EDGE, DESCRIPTORS,
         )  # fmt: skip
         dq_rows = rows_at(DQ2, batch, head, q_start, dq_batch_stride, dq_head_stride, dq_seq_stride, FORM.wide)
-        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM, False)
+        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM)
 
         near = Terms(seq_q, seq_k, threshold - 1, 0, 0.0, to_cap, from_cap, to_log2)
         q_rows = rows_at(Q1, batch, head, q_start, q1_batch_stride, q1_head_stride, q1_seq_stride, FORM.wide)
@@ -163,4 +170,4 @@ def _piecewise_dq_kernel(
             True, FORM.right, FORM, BN, EDGE, DESCRIPTORS,
         )  # fmt: skip
         dq_rows = rows_at(DQ1, batch, head, q_start, dq_batch_stride, dq_head_stride, dq_seq_stride, FORM.wide)
-        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM, False)
+        store_rows(dq_rows, first, seq_q, dq, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BM)

@@ -55,10 +55,9 @@ class Terms(NamedTuple):
 
 
 @triton.jit
-def program(length, tile: tl.constexpr, heads):
-    """(tile, head, batch entry) of this program. The grid has one dimension, as the others hold at most 65,535."""
+def program(index, length, tile: tl.constexpr, heads):
+    """(tile, head, batch entry) of program `index`. The grid has one dimension, as the others hold at most 65,535."""
     tiles = (length + tile - 1) // tile
-    index = tl.program_id(0)
     rest = index // tiles
     return index % tiles, tl.cast(rest % heads, tl.int64), tl.cast(rest // heads, tl.int64)
 
@@ -142,28 +141,20 @@ def load_rows(
 
 
 @triton.jit
-def _store(
-    dst, first, count, column, x, LIMIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr
-):
+def _store(dst, first, count, column, x, LIMIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.arange(0, ROWS)
     cols = column + tl.arange(0, WIDTH)
     pointers = dst.base + tl.cast(first, tl.int64) * dst.stride + rows[:, None] * dst.stride + cols[None, :]
     mask = (first + rows < count)[:, None] & (cols < LIMIT)[None, :]
-    if ADD:
-        tl.atomic_add(pointers, x, mask=mask, sem="relaxed")
-    else:
-        tl.store(pointers, x.to(dst.base.dtype.element_ty), mask=mask)
+    tl.store(pointers, x.to(dst.base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_rows(
-    dst, first, count, x, factor, LIMIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
-    ADD: tl.constexpr,
-):  # fmt: skip
-    """Store (or ADD in memory) factor * x, a pair of tiles, without rows from `count` on and columns from LIMIT on."""
-    _store(dst, first, count, 0, x[0] * factor, LIMIT, ROWS, A, ADD)
+def store_rows(dst, first, count, x, factor, LIMIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+    """Store factor * x, a pair of tiles, without rows from `count` on and columns from LIMIT on."""
+    _store(dst, first, count, 0, x[0] * factor, LIMIT, ROWS, A)
     if B > 0:
-        _store(dst, first, count, A, x[1] * factor, LIMIT, ROWS, B, ADD)
+        _store(dst, first, count, A, x[1] * factor, LIMIT, ROWS, B)
 
 
 @triton.jit
@@ -235,7 +226,7 @@ def delta_kernel(
     lse_batch_stride, lse_head_stride, HAS_DLSE: tl.constexpr, FORM: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Store delta = sum_d o do - dlse, and the LSE in base 2, +inf for a row without keys so that exp2(s - lse) is 0."""
-    tile, head, entry = program(seq_q, BM, heads)
+    tile, head, entry = program(tl.program_id(0), seq_q, BM, heads)
     first = tile * BM
     batch, start, seq_q = sequence(CU_SEQLENS_Q, entry, seq_q, FORM.packed)
     o_rows = rows_at(O, batch, head, start, o_batch_stride, o_head_stride, o_seq_stride, FORM.wide)

@@ -6,7 +6,7 @@ r"""Flash attention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.086
 of queries. The dK and dV kernel runs one program per tile of keys of a KV head, which sums over the query heads of its
 group in registers. One program writes each element of a gradient, in a fixed order, so the backward is deterministic. It
 computes S and dP twice: 7 products. With deterministic=False the kernel of dK and dV also adds dQ up in memory, by
-atomics in fp32: 5 products. Nothing of size [seq_q, seq_k] is stored.
+atomics in fp32: 5 products. `_dq_sums.py` adds it up in order too. Nothing of size [seq_q, seq_k] is stored.
 """
 
 import torch
@@ -28,6 +28,7 @@ from flagscale_kernels._attention_checks import (
 from flagscale_kernels._attention_kernels import _flash_dkdv_kernel, _flash_dq_kernel, _flash_forward_kernel
 from flagscale_kernels._attention_launch import NO_BOUND, Kernels, Launcher, Problem
 from flagscale_kernels._checks import choose_backend
+from flagscale_kernels._dq_sums import ADDED, APART, ORDERED
 from flagscale_kernels._layouts import PACKED, as_bnsd, from_bnsd, sizes
 from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
@@ -108,7 +109,8 @@ forward_kernel = TunedKernel(
 DKDV_TILES = tile_lists(
     sm80={
         64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2)],
+        192: [Config(bm=16, bn=64, warps=4, stages=2, edge=2)],
         256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
     },
     sm90={
@@ -133,14 +135,15 @@ DKDV_TILES = tile_lists(
     interpreter=Config(bm=32, bn=64, edge=0),
 )
 dkdv_kernel = TunedKernel(
-    Launcher(_flash_dkdv_kernel, "_flash_dkdv_kernel", descriptors={0: "BM", 3: "BM"}, ADD_DQ=False),
+    Launcher(_flash_dkdv_kernel, "_flash_dkdv_kernel", descriptors={0: "BM", 3: "BM"}, SUM=APART),
     DKDV_TILES,
 )
 DQ_TILES = tile_lists(
     sm80={
-        64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2)],
-        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-        256: [Config(bm=64, bn=32, warps=8, stages=1)],
+        64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        192: [Config(bm=64, bn=16, warps=4, stages=2, edge=2)],
+        256: [Config(bm=64, bn=64, warps=8, stages=1)],
     },
     sm90={
         64: [
@@ -167,17 +170,16 @@ dq_kernel = TunedKernel(
     Launcher(_flash_dq_kernel, "_flash_dq_kernel", descriptors={1: "BN", 2: "BN"}),
     DQ_TILES,
 )
-BACKWARD_TILES = tile_lists(
+FIVE_PRODUCT_TILES = tile_lists(
     sm80={
-        64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
+        64: [Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        96: [Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2)],
+        256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
     },
     sm90={
-        128: [
-            Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True),
-            Config(bm=64, bn=128, warps=8, stages=1, edge=1, descriptors=True),
-        ],
+        64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True)],
+        128: [Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True)],
         256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
     },
     other={
@@ -187,11 +189,13 @@ BACKWARD_TILES = tile_lists(
     float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
     interpreter=Config(bm=32, bn=64, edge=2),
 )
-backward_kernel = TunedKernel(
-    Launcher(_flash_dkdv_kernel, "_flash_backward_kernel", descriptors={0: "BM", 3: "BM"}, zeroed=(4,), ADD_DQ=True),
-    BACKWARD_TILES,
+added_kernel, ordered_kernel = (
+    TunedKernel(
+        Launcher(_flash_dkdv_kernel, name, descriptors={0: "BM", 3: "BM"}, zeroed=(4, 5), SUM=how), FIVE_PRODUCT_TILES
+    )
+    for name, how in (("_flash_added_kernel", ADDED), ("_flash_ordered_kernel", ORDERED))
 )
-KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)
+KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, added_kernel, ordered_kernel)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
@@ -318,7 +322,7 @@ def flash_attention(
     return_lse: also return the log of the softmax's denominator, fp32 [b, n, s] ([n, t] for "tnd"), which has a gradient.
     deterministic: False lets the backward add dQ up in the order in which programs come to it: 5 products instead of 7,
     4 more bytes for each element of q while it runs, and a rounding of dQ that differs from run to run. The backward is
-    deterministic without it, and in PyTorch always.
+    deterministic without it, and in PyTorch always; FLAGSCALE_KERNELS_ORDERED_DQ=1 gives it 5 products too, with that memory.
     A query without keys gives 0, and its head's sink or -inf for the LSE.
     Raises ValueError for a shape, dtype, device, stride, layout, window or head count that does not fit.
     """

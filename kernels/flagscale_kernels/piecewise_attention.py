@@ -30,6 +30,7 @@ from flagscale_kernels._attention_checks import (
 )
 from flagscale_kernels._attention_launch import NO_BOUND, Kernels, Launcher, Problem
 from flagscale_kernels._checks import check_same, choose_backend, require
+from flagscale_kernels._dq_sums import ADDED, APART, ORDERED
 from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._piecewise_kernels import (
     _piecewise_dkdv_kernel,
@@ -38,9 +39,9 @@ from flagscale_kernels._piecewise_kernels import (
 )
 from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
 from flagscale_kernels.flash_attention import (
-    BACKWARD_TILES,
     DKDV_TILES,
     DQ_TILES,
+    FIVE_PRODUCT_TILES,
     fake_output,
     run_backward,
 )
@@ -88,7 +89,7 @@ forward_kernel = TunedKernel(
     Launcher(_piecewise_forward_kernel, "_piecewise_forward_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
     tile_lists(
         sm80={
-            128: [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            128: [Config(bm=128, bn=32, warps=8, stages=2)],
             256: [Config(bm=64, bn=64, warps=8, stages=1)],
         },
         sm90={
@@ -115,24 +116,30 @@ forward_kernel = TunedKernel(
     ),
 )
 dkdv_kernel = TunedKernel(
-    Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, ADD_DQ=False),
+    Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, SUM=APART),
     DKDV_TILES,
 )
+
+
+def _dq_tiles(*key: int) -> list[Config]:
+    """Flash attention's but for the widest: two bands need more registers than that leaves."""
+    return [config for config in DQ_TILES(*key) if config.bn < 128]
+
+
 dq_kernel = TunedKernel(
     Launcher(_piecewise_dq_kernel, "_piecewise_dq_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
-    DQ_TILES,
+    _dq_tiles,
 )
-backward_kernel = TunedKernel(
-    Launcher(
-        _piecewise_dkdv_kernel,
-        "_piecewise_backward_kernel",
-        descriptors={0: "BM", 2: "BM", 5: "BM"},
-        zeroed=(6, 7),
-        ADD_DQ=True,
-    ),
-    BACKWARD_TILES,
-)
-KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, backward_kernel)
+added_kernel, ordered_kernel = (
+    TunedKernel(
+        Launcher(
+            _piecewise_dkdv_kernel, name, descriptors={0: "BM", 2: "BM", 5: "BM"}, zeroed=(6, 7, 8), SUM=how
+        ),
+        FIVE_PRODUCT_TILES,
+    )
+    for name, how in (("_piecewise_added_kernel", ADDED), ("_piecewise_ordered_kernel", ORDERED))
+)  # fmt: skip
+KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, added_kernel, ordered_kernel)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

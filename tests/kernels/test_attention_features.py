@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_checks import BACKENDS, assert_as_good_as_pytorch, seeded
 
-from flagscale_kernels import _attention_launch as launch
 from flagscale_kernels import (
+    _attention_kernels,
     attention_reference,
     flash_attention,
     flash_attention_backward,
@@ -16,6 +18,7 @@ from flagscale_kernels import (
     piecewise_attention_backward,
     piecewise_reference,
 )
+from flagscale_kernels import _attention_launch as launch
 from flagscale_kernels.flash_attention import KERNELS as FLASH
 from flagscale_kernels.piecewise_attention import KERNELS as PIECEWISE
 
@@ -87,10 +90,18 @@ def packs(widths, ends, heads):
     return [seeded(ends[-1] + 3, n, d, seed=i).requires_grad_() for i, (n, d) in enumerate(zip(heads, widths))]
 
 
+WAYS = {"seven products": True, "added": False, "ordered": True}  # of the backward: whether it is deterministic
+
+
+def way_of(monkeypatch, way):
+    """The options of a call whose backward goes this way."""
+    monkeypatch.setenv(launch.ORDERED_VARIABLE, str(int(way == "ordered")))
+    return {"deterministic": WAYS[way], "backend": "triton"}
+
+
 @pytest.mark.parametrize("with_lengths", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packs_of_piecewise_attention_equal_each_sequence_alone(backend, deterministic, with_lengths):
+@pytest.mark.parametrize("way", [*WAYS, "torch"])
+def test_packs_of_piecewise_attention_equal_each_sequence_alone(monkeypatch, way, with_lengths):
     ends = [0, 5, 5, 74]
     q1, k1, q2, k2, v = packs([16, 16, 16, 16, 24], ends, [4, 2, 4, 2, 2])
     sinks = seeded(4, seed=8).requires_grad_()
@@ -99,8 +110,8 @@ def test_packs_of_piecewise_attention_equal_each_sequence_alone(backend, determi
     options = {"causal": True, "softcap": 2.0, "sinks": sinks}
     leaves = [q1, k1, q2, k2, v, sinks]
     out, lse = piecewise_attention(
-        q1, k1, q2, k2, v, 33, layout="tnd", cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True, backend=backend,
-        deterministic=deterministic, **lengths, **options,
+        q1, k1, q2, k2, v, 33, layout="tnd", cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True,
+        **({"backend": "torch"} if way == "torch" else way_of(monkeypatch, way)), **lengths, **options,
     )  # fmt: skip
     assert out[74:].eq(0).all()
     assert lse[:, 74:].eq(-torch.inf).all()
@@ -125,29 +136,58 @@ def test_packs_of_piecewise_attention_equal_each_sequence_alone(backend, determi
     "options", [{}, {"window": 33}, {"softcap": 1.0, "sinks": torch.tensor([0.5, 1.0, -2.0, 0.0])}]
 )
 @pytest.mark.parametrize("s_k", [69, 40, 100])
-def test_five_products_give_the_gradients_of_seven(options, s_k):
+def test_five_products_give_the_gradients_of_seven(monkeypatch, options, s_k):
     q, k, v = qkv(s_k=s_k, dtype=torch.bfloat16)
     found = {}
-    for deterministic in (True, False):
+    for way in WAYS:
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = flash_attention(*leaves, causal=True, backend="triton", deterministic=deterministic, **options)
-        found[deterministic] = torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3).bfloat16())
-    for five, seven in zip(found[False], found[True]):
+        out = flash_attention(*leaves, causal=True, **way_of(monkeypatch, way), **options)
+        found[way] = torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3).bfloat16())
+    for way in ("added", "ordered"):
+        for five, seven in zip(found[way], found["seven products"]):
+            torch.testing.assert_close(five, seven, rtol=2e-2, atol=2e-2)
+        assert torch.equal(found[way][1], found["seven products"][1])
+
+
+@pytest.mark.parametrize("s_k", [69, 40, 100, 150])
+@pytest.mark.parametrize("window", [(33, 0), (20, 30), (-1, 10), (-1, -1)])
+def test_dq_is_added_up_from_the_last_key_to_the_first(monkeypatch, window, s_k):
+    """A program that comes out of its turn would make nan here, and on a GPU wait."""
+    q, k, v = qkv(s_k=s_k, n=4, n_kv=2, dtype=torch.bfloat16)
+    found = []
+    for way in ("ordered", "seven products"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = flash_attention(*leaves, causal=False, window=window, **way_of(monkeypatch, way))
+        found.append(torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3).bfloat16()))
+    for five, seven in zip(*found):
+        assert five.isfinite().all()
         torch.testing.assert_close(five, seven, rtol=2e-2, atol=2e-2)
-    assert torch.equal(found[False][1], found[True][1])
 
 
-def test_keys_beyond_the_last_do_not_count_where_their_exponentials_overflow():
+@triton.jit
+def place_in_the_grid(ORDER, tiles, SUM: tl.constexpr):
+    return tl.program_id(0)
+
+
+def test_a_program_out_of_its_turn_shows(monkeypatch):
+    monkeypatch.setattr(_attention_kernels, "place", place_in_the_grid)
+    leaves = [t.requires_grad_() for t in qkv(s_k=150, dtype=torch.bfloat16)]
+    out = flash_attention(*leaves, causal=False, **way_of(monkeypatch, "ordered"))
+    assert torch.autograd.grad(out.sum(), leaves)[0].isnan().any()
+
+
+def test_keys_beyond_the_last_do_not_count_where_their_exponentials_overflow(monkeypatch):
     # The scores are -1600, so exp(0 - LSE) of a key of zeros behind the last one is infinite.
     q, k, v = torch.full((1, 1, 5, 16), 20.0), torch.full((1, 1, 5, 16), -20.0), seeded(1, 1, 5, 16)
     found = []
-    for deterministic in (True, False):
+    for way in WAYS:
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = flash_attention(*leaves, causal=False, backend="triton", deterministic=deterministic)
+        out = flash_attention(*leaves, causal=False, **way_of(monkeypatch, way))
         found.append(torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3)))
-    for seven, five in zip(*found):
-        assert five.isfinite().all()
-        torch.testing.assert_close(five, seven)
+    for seven, *five in zip(*found):
+        for one in five:
+            assert one.isfinite().all()
+            torch.testing.assert_close(one, seven)
 
 
 @pytest.mark.parametrize("kernels", [FLASH, PIECEWISE], ids=["flash", "piecewise"])
@@ -161,21 +201,21 @@ def test_tiles_by_descriptors_are_the_same(monkeypatch, kernels, layout, s_k):
     used = []
     monkeypatch.setattr(launch, "descriptor", lambda *a, made=launch.descriptor: used.append(a) or made(*a))
 
-    def run(deterministic):
+    def run(way):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        options = {"causal": True, "layout": layout, "backend": "triton", "deterministic": deterministic}
+        options = {"causal": True, "layout": layout, **way_of(monkeypatch, way)}
         if kernels is FLASH:
             out = flash_attention(*leaves, **options)
         else:
             out = piecewise_attention(*leaves[:2], leaves[0] * 0.5, leaves[1], leaves[2], 33, **options)
         return [out, *torch.autograd.grad(out, leaves, seeded(*out.shape, seed=3).bfloat16())]
 
-    expected = [run(True), run(False)]
+    expected = [run(way) for way in WAYS]
     assert not used
     for kernel in kernels:
         [config] = kernel.configs(0, 16, 2)
         monkeypatch.setattr(kernel, "configs", lambda *_, c=config: [replace(c, descriptors=True)])
-    for mine, theirs in zip([run(True), run(False)], expected):
+    for mine, theirs in zip([run(way) for way in WAYS], expected):
         for a, b in zip(mine, theirs):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert used

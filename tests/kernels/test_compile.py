@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 from kernel_checks import BENCHMARKS
@@ -18,44 +19,50 @@ SCRIPT = BENCHMARKS / "resources.py"
 MOST_COMPILED = (
     60  # kernels that the file does not have, seconds each; above it the test asks for the file to be written
 )
-# Accesses to local memory over all instructions of a loop: a few pointers read again each time round cost less than the
-# smaller tile that would hold them in registers (14 of 925 in the fastest sm_80 tile of dK and dV, by arithmetic).
-LOCAL_SHARE = 0.03
 ATTENTION = ("flash_forward", "flash_dkdv", "flash_dq", "piecewise_forward", "piecewise_dkdv", "piecewise_dq")
 NORMS = ("norm_forward", "norm_backward", "norm_backward_parts")
 OTHERS = (*NORMS, "rope", "gated_forward", "gated_backward", "sum_rows", "copy_rows")
 HOPPER = ("hopper_forward", "hopper_dkdv", "hopper_dq")
 FITS, UNIT, SERIAL = "fits", "uses the chip's matrix unit", "products are not serialised"
-TWICE, SPILL, NO_SPILL = "no product is computed twice", "hardly a spill inside a loop", "no spill"
+TWICE, SPILL, NO_SPILL = "no product is computed twice", "no spill inside a loop", "no spill"
 KERNELS = (*ATTENTION, *OTHERS, "statistics", "gradient", "delta")
 
-FILLED = "the sums of dK and dV alone fill the registers of so wide a head; a smaller tile computes products twice"
-SUMS = "dQ's product is added to memory from registers that the sums of dK and dV need"
+
+class Known(NamedTuple):
+    """What does not hold, and cannot be mended.
+
+    Attributes:
+        parts: of the names of its rows.
+        gates: that they do not pass.
+        reason: why.
+        share: the most accesses to local memory over the instructions of a loop, where SPILL is among the gates.
+    """
+
+    parts: tuple[str, ...]
+    gates: set[str]
+    reason: str
+    share: float = 0.0
+
+
+SUMS = "dK and dV leave few registers, and the addresses of dQ's sums take some of them"
 AHEAD = "an H200 had this tile ahead of 32x128, which spills nothing (2026-11-26, dense, an earlier kernel)"
-# What does not hold: (parts of the row's name, gates, reason). An entry that nothing needs any more fails the test.
+FILLED = "the sums of dK and dV fill the registers above D 128: 8 warps share 64 rows, which computes S twice"
+EDGES = "only a loop over tiles at the edge of a band reads a few addresses again"
+WINDOW = "a window's second bound takes registers; 128x32, the next of the list, spills nothing"
+# An entry that nothing needs any more fails the test.
 KNOWN_FAILURES = [
-    (("dkdv_kernel", "D256"), {SPILL, TWICE, UNIT}, FILLED),
-    (("_flash_dkdv_kernel", "D192"), {SPILL, TWICE, UNIT}, FILLED),
-    (("_flash_dkdv_kernel", "D96"), {SPILL}, FILLED),
-    (("adding dQ",), {SPILL, TWICE, UNIT}, SUMS),
-    (("_flash_dkdv_kernel", "packed D128", "sm_90", "64x128"), {SPILL}, AHEAD),
-    (("_flash_dkdv_kernel", "softcap and sinks D128", "sm_90", "64x128"), {SPILL}, AHEAD),
-    (
-        ("dq_kernel", "D192 V128", "sm_80"),
-        {SPILL, TWICE},
-        "64 rows of 192 columns do not fit into the registers of 4 warps",
-    ),
-    (("dq_kernel", "D256", "sm_80"), {SPILL, TWICE}, "64 rows of 256 columns do not fit into the registers of 4 warps"),
-    (
-        ("_flash_dkdv_kernel", "softcap", "sm_80"),
-        {SPILL},
-        "the slope of the capped scores takes registers besides them",
-    ),
-    (
-        ("_piecewise_dq_kernel", "D128)", "128x128"),
-        {SPILL},
-        "not the default; the tuner takes it only where it is faster",
-    ),
+    Known(("_flash_dkdv_kernel", "D128", "sm_90", "64x128", "edge 2"), {SPILL}, AHEAD, 0.07),
+    Known(("_flash_dkdv_kernel", "D128", "sm_90", "64x128", "edge 0"), {SPILL}, AHEAD, 0.05),
+    Known(("_piecewise_dkdv_kernel", "D128", "sm_90", "64x128"), {SPILL}, AHEAD, 0.016),
+    Known(("_flash_dkdv_kernel", "D96", "sm_90", "64x128"), {SPILL}, AHEAD, 0.035),
+    Known(("dkdv_kernel", ", dQ "), {SPILL}, SUMS, 0.08),
+    Known(("_flash_dkdv_kernel", "D192", "sm_90"), {SPILL, TWICE, UNIT}, FILLED, 0.03),
+    Known(("dkdv_kernel", "D256", "sm_90"), {SPILL, TWICE, UNIT}, FILLED, 0.15),
+    Known(("_flash_forward_kernel", "window", "sm_80"), {SPILL}, WINDOW, 0.017),
+    Known(("_flash_forward_kernel", "packed", "sm_90", "128x128"), {SPILL}, EDGES, 0.015),
+    Known(("_flash_dq_kernel", "D128"), {SPILL}, EDGES, 0.02),
+    Known(("_piecewise_dq_kernel",), {SPILL}, EDGES, 0.02),
+    Known(("_hopper_dkdv_kernel", "D128"), {SPILL}, "its sums take 128 registers of 240", 0.015),
 ]
 
 
@@ -69,12 +76,18 @@ def compiled(*options):
 
 def named(row):
     tile = f", {row['bm']}x{row['bn']}, {row['warps']} warps, {row['stages']} stages" if row["bn"] else ""
-    summed = ", adding dQ" if row.get("adds_dq") else ""
-    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}{tile}{summed}"
+    edge = f", edge {row['edge']}" if row["bn"] else ""
+    summed = f", dQ {row['dq']}" if row["dq"] else ""
+    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}{tile}{edge}{summed}"
 
 
 def is_attention(row):
     return any(name in row["kernel"] for name in (*ATTENTION, *HOPPER)) and "fp32" not in row["case"]
+
+
+def spilled(row):
+    """Accesses to local memory over all instructions, of the loop with the largest share."""
+    return max((loop["local"] / loop["instructions"] for loop in row["loops"]), default=0.0)
 
 
 def gates(row):
@@ -86,9 +99,7 @@ def gates(row):
             UNIT: row[wanted] > 0 and row[other] == 0,
             # ptxas waits after each product where it cannot keep one in flight: as many beginnings as products.
             SERIAL: row["HGMMA"] == 0 or row["WARPGROUP.ARRIVE"] < row["HGMMA"],
-            # Warps that share rows compute the same products more than once.
-            SPILL: bool(row["loops"])
-            and all(loop["local"] <= LOCAL_SHARE * loop["instructions"] for loop in row["loops"]),
+            SPILL: bool(row["loops"]) and spilled(row) == 0,
         }
         if row["bn"]:  # the others walk over tiles of two sizes
             # Warps that share rows compute the same products more than once.
@@ -102,11 +113,15 @@ def failures(rows):
     return {(named(row), gate): row for row in rows for gate, passed in gates(row).items() if not passed}
 
 
-def excuses(failure):
+def excuses(failure, row):
     """The places in KNOWN_FAILURES of the entries that name the failure."""
     name, gate = failure
     return [
-        i for i, (parts, allowed, _) in enumerate(KNOWN_FAILURES) if gate in allowed and all(p in name for p in parts)
+        i
+        for i, known in enumerate(KNOWN_FAILURES)
+        if gate in known.gates
+        and all(part in name for part in known.parts)
+        and (gate != SPILL or spilled(row) <= known.share)
     ]
 
 
@@ -117,10 +132,14 @@ def check(rows):
         assert not missing, f"not compiled for sm_{arch}: {missing}"
     assert {name for name in HOPPER if any(name in row["kernel"] for row in rows)} == set(HOPPER)
     found = failures(rows)
-    new = [f"{name}: not so: {gate}" for name, gate in found if not excuses((name, gate))]
+    new = [
+        f"{name}: not so: {gate} ({spilled(row):.1%} of a loop)"
+        for (name, gate), row in found.items()
+        if not excuses((name, gate), row)
+    ]
     assert not new, "\n".join(new)
-    needed = {i for failure in found for i in excuses(failure)}
-    mended = [entry[0] for i, entry in enumerate(KNOWN_FAILURES) if i not in needed]
+    needed = {i for failure, row in found.items() for i in excuses(failure, row)}
+    mended = [entry.parts for i, entry in enumerate(KNOWN_FAILURES) if i not in needed]
     assert not mended, f"these hold now, so take them out of KNOWN_FAILURES: {mended}"
 
 
@@ -135,8 +154,8 @@ def test_every_variant_and_config_keeps_the_matrix_units_busy(rows):
 
 def test_a_new_threshold_of_piecewise_attention_compiles_nothing(rows):
     d128 = [row for row in rows if row["case"] == "D128" and "piecewise" in row["kernel"] and row["chosen"]]
-    distinct = {(row["arch"], row["kernel"], row.get("adds_dq")) for row in d128}
-    assert len(d128) == len(distinct) == 8, d128
+    distinct = {(row["arch"], row["kernel"], row["dq"]) for row in d128}
+    assert len(d128) == len(distinct) == 10, d128
 
 
 def test_the_key_of_a_kernel_follows_its_source_and_not_its_place():
@@ -166,6 +185,25 @@ SASS = """
         /*0070*/                   BRA 0x0 ;
         /*0080*/                   BRA 0x80 ;
 """
+
+
+WAITING = """
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0010*/                   LD.E.STRONG.GPU R3, [R2.64] ;
+        /*0020*/               @P0 BRA 0x10 ;
+        /*0030*/                   RED.E.ADD.F32 [R6.64], R4 ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   LDL R3, [R1] ;
+        /*0070*/                   BRA 0x30 ;
+"""
+
+
+def test_a_loop_that_waits_inside_a_loop_of_products_is_part_of_it():
+    import machine_code
+
+    [loop] = machine_code.matrix_loops(WAITING, 1)
+    assert loop == {"multiplications": 16 * 8 * 16, "local": 0, "instructions": 5}
 
 
 def test_the_loops_of_machine_code_are_read():

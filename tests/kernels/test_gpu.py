@@ -44,7 +44,7 @@ def fresh_process_after_a_lost_context():
 
 def limited(variant):
     """The variant with the time after which its process is ended: a kernel may never return. The other tests go on."""
-    return pytest.param(variant, marks=pytest.mark.timeout(30 if variant.rival else 120, method="thread"))
+    return pytest.param(variant, marks=pytest.mark.timeout(45 if variant.may_hang else 120, method="thread"))
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,51 @@ def test_a_rival_is_chosen_only_where_it_is_right_and_faster(monkeypatch):
     torch.testing.assert_close(chosen, plain, atol=2e-2, rtol=2e-2)
 
 
-def test_the_backward_is_deterministic():
-    q, k, v, do = (seeded(2, 4, 1000, 128, dtype=torch.bfloat16, seed=i).cuda() for i in range(4))
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("ordered", ["0", "1"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_backward_is_deterministic(monkeypatch, ordered, causal):
+    monkeypatch.setenv("FLAGSCALE_KERNELS_ORDERED_DQ", ordered)
+    q, k, v, do = (seeded(2, 16, 4000, 128, dtype=torch.bfloat16, seed=i).cuda() for i in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    first, second = (
-        torch.autograd.grad(fk.flash_attention(*leaves, causal=True), leaves, do) for _ in range(2)
+    first, *others = (
+        torch.autograd.grad(fk.flash_attention(*leaves, causal=causal), leaves, do) for _ in range(4)
     )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("variable", ["FLAGSCALE_KERNELS_RIVALS=always", "FLAGSCALE_KERNELS_ORDERED_DQ=1"])
+def test_keys_beyond_the_last_do_not_count_where_their_exponentials_overflow(monkeypatch, variable):
+    monkeypatch.setenv(*variable.split("="))
+    q, k = torch.full((1, 1, 100, 64), 20.0), torch.full((1, 1, 100, 64), -20.0)  # scores of -3200
+    leaves = [t.bfloat16().cuda().requires_grad_() for t in (q, k, seeded(1, 1, 100, 64))]
+    out = fk.flash_attention(*leaves, causal=False)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("others_first", [False, True])
+def test_kernels_run_on_the_device_of_their_tensors(others_first):
+    """Triton launches on the current device. Both are asked for all operators, with the other one current."""
+    found = {}
+    for device in ("cuda:1", "cuda:0") if others_first else ("cuda:0", "cuda:1"):
+        q, k, v = (seeded(1, 4, 300, 64, dtype=torch.bfloat16, seed=i).to(device).requires_grad_() for i in range(3))
+        x, weight = (seeded(*shape, seed=5).to(device).requires_grad_() for shape in ((64, 256), (256,)))
+        target = torch.arange(64, device=device)
+        with torch.cuda.device(1 - q.device.index):
+            outs = [
+                fk.flash_attention(q, k, v, causal=True),
+                fk.flash_attention(q, k, v, causal=True, deterministic=False),
+                fk.piecewise_attention(q, k, q, k, v, 100, causal=True),
+                fk.rms_norm(x, weight), fk.swiglu(x), fk.cross_entropy(x, target),
+            ]  # fmt: skip
+            leaves = [q, k, v, x, weight]
+            grads = torch.autograd.grad(sum(o.float().sum() for o in outs), leaves)
+        assert {t.device for t in (*outs, *grads)} == {torch.device(device)}
+        found[device] = [t.float().cpu() for t in (*outs, *grads)]
+    for one, other in zip(*found.values()):
+        torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
 
 
 def test_a_captured_graph_repeats_the_result():
