@@ -99,7 +99,7 @@ def record_rank(
         recorder.name_groups(group_names(ctx))
         watching = Repeats(recorder).watching() if repeats(config) else contextlib.nullcontext()
         with recorder, watching:
-            run(config, ctx, lambda engine: [Begins(recorder)])
+            run(config, ctx, lambda *_: [Begins(recorder)])
         record.stage = ctx.pp_rank
     return record
 

@@ -37,7 +37,7 @@ def made_up_prompts(config: RunConfig) -> list[Row]:
 class MadeUpGenerator:
     """Draws the longest rollouts, without a model; see generation.rollout.GenerationEngine."""
 
-    version = 0
+    version, at_once = 0, False
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         count = sampling.max_new_tokens

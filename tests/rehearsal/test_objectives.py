@@ -14,6 +14,19 @@ from tests.rehearsal.test_rehearsal import config_of, record_real, rehearse_as_c
 
 EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48}
 GROUPS = {"objective": {"kind": "contrastive", "passages": 3}, "train__seq_length": 64}
+RL = {
+    "task": "rl",
+    "data": {"prompts": ["not/there.jsonl"], "tokenizer": "not/there"},
+    "train__global_batch_size": 8,
+    "train__seq_length": 64,
+    "rl": {
+        "algorithm": "ppo",
+        "rollout": {"samples": 4, "max_new_tokens": 16},
+        "reward": {"kind": "function", "function": "x.py:f"},
+        "kl": {"coefficient": 0.05, "into": "reward"},
+        "critic": {"lr": 1e-3},
+    },
+}
 # name -> (changes, ranks of the world)
 CASES = {
     "dpo, adapters off": (
@@ -27,6 +40,7 @@ CASES = {
     "reward, interleaved": ({"objective": {"kind": "reward", "heads": 2}, "parallel": {"pp": 2, "vpp": 2}}, 2),
     "reward, adapters": ({"objective": {"kind": "reward"}, "lora": {"rank": 4}, "parallel": {"cp": 2}}, 2),
     "groups": ({**GROUPS, "parallel": {"pp": 2}}, 4),
+    "task rl, with a critic": ({**RL, "parallel": {"pp": 2}}, 2),
     "packs": ({"data": {"synthetic": "conversations"}, "parallel": {"cp": 2, "pp": 2, "first_stage_layers": 1}}, 4),
 }
 
