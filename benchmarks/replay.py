@@ -4,9 +4,10 @@
 
 Four ranks share the CPU's cores, and other work may share the machine, so what a prediction needs is measured beside each
 layout, in the same four processes, before and after its steps: a small decoder layer forward and backward, which says how
-much slower ranks compute together than one alone; and the calls of gloo that the layout makes, by operation, number of ranks
-and bytes. What one kernel takes beside its roofline is chosen so that the step of one rank alone comes out. Layouts are
-rehearsed, and replayed with these numbers; the steps themselves are not looked at before.
+much slower ranks compute together than one alone; and the calls of gloo that the layout makes, by operation, number of
+ranks and bytes, with the share of their time in which a rank has a core: one that waits leaves it to the others. What one
+kernel takes beside its roofline is chosen so that the step of one rank alone comes out. Layouts are rehearsed, and replayed
+with these numbers; the steps themselves are not looked at before.
 """
 
 from __future__ import annotations
@@ -139,6 +140,13 @@ def gloo_calls(wanted: Sequence[tuple[str, int]]) -> Calls:
     return found
 
 
+def calls_and_processor(wanted: Sequence[tuple[str, int]]) -> tuple[Calls, float]:
+    """gloo_calls(), and the share of their time in which this rank had a core: the rest it waited for the others."""
+    wall, processor = time.perf_counter(), time.process_time()
+    found = gloo_calls(wanted)
+    return found, min(1.0, (time.process_time() - processor) / (time.perf_counter() - wall))
+
+
 def between(several: Sequence[Calls]) -> Calls:
     """The means of what was measured several times."""
     return {
@@ -153,10 +161,13 @@ def measured(config: RunConfig, hidden: int, wanted: Sequence[tuple[str, int]]) 
     with parallel_context(config.parallel) as ctx:
         CONTEXT[:] = [ctx]
         work = unit(hidden, config.train.seq_length)
-        units, calls, load = [seconds_of(work, 0.7)], [gloo_calls(wanted)], os.getloadavg()[0]
+        units, load = [seconds_of(work, 0.7)], os.getloadavg()[0]
+        before, busy_before = calls_and_processor(wanted)
         step = step_seconds(config)
-        units, calls = [*units, seconds_of(work, 0.7)], [*calls, gloo_calls(wanted)]
-        return {"step_s": step, "unit_s": sum(units) / 2, "units_s": units, "calls": between(calls), "load": load}
+        units = [*units, seconds_of(work, 0.7)]
+        after, busy_after = calls_and_processor(wanted)
+        found = {"step_s": step, "unit_s": sum(units) / 2, "units_s": units, "load": load}
+        return found | {"calls": between([before, after]), "calls_busy": (busy_before + busy_after) / 2}
 
 
 def waiting(seconds: float) -> float:
@@ -200,12 +211,19 @@ def crowded(k: float, together: float) -> float:
     return 1.0 if k <= CORES else 1 + (together - 1) * (k / CORES - 1) / (RANKS / CORES - 1)
 
 
-def predict(records: list[RankRecord], config: RunConfig, costs: Costs, together: float) -> tuple[float, float]:
-    """Seconds of a step, and how many ranks compute at a time, which is what their kernels' time depends on."""
+def predict(
+    records: list[RankRecord], config: RunConfig, costs: Costs, together: float, calls_busy: float
+) -> tuple[float, float]:
+    """Seconds of a step, and how many ranks want a core at a time, which is what their kernels' time depends on.
+
+    Args:
+        together: how many times slower a rank computes when all do.
+        calls_busy: share of the calls' time in which a rank has a core.
+    """
     k = float(RANKS)
     for _ in range(4):
         line = time_step(records, config, costs.cluster, costs=replace(costs, crowd=crowded(k, together))).timeline
-        busy = line.share("compute") + line.share(CALLS)
+        busy = line.share("compute") + calls_busy * line.share(CALLS)
         k = 1 + (RANKS - 1) * busy
     return line.seconds, k
 
@@ -244,12 +262,14 @@ def compare(
     ranks = run_ranks(RANKS, measured, real, hidden, calls_of(records))
     calls = between([rank["calls"] for rank in ranks])
     together = statistics.mean(rank["unit_s"] for rank in ranks) / unit_s
-    predicted_s, at_once = predict(records, config, replace(costs, calls=calls), together)
+    calls_busy = statistics.mean(rank["calls_busy"] for rank in ranks)
+    predicted_s, at_once = predict(records, config, replace(costs, calls=calls), together, calls_busy)
     return {
         "predicted_s": predicted_s,
         "measured_s": max(rank["step_s"] for rank in ranks),
         "together": together,
         "at_once": at_once,
+        "calls_busy": calls_busy,
         "load": ranks[0]["load"],
         "units_s": [rank["units_s"] for rank in ranks],
         "calls": [[*key, points] for key, points in calls.items()],

@@ -109,7 +109,7 @@ forward_kernel = TunedKernel(
 DKDV_TILES = tile_lists(
     sm80={
         64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2)],
+        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
         192: [Config(bm=16, bn=64, warps=4, stages=2, edge=2)],
         256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
     },
@@ -141,7 +141,7 @@ dkdv_kernel = TunedKernel(
 DQ_TILES = tile_lists(
     sm80={
         64: [Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
-        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
+        128: [Config(bm=64, bn=64, warps=4, stages=2, edge=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
         192: [Config(bm=64, bn=16, warps=4, stages=2, edge=2)],
         256: [Config(bm=64, bn=64, warps=8, stages=1)],
     },

@@ -89,7 +89,7 @@ forward_kernel = TunedKernel(
     Launcher(_piecewise_forward_kernel, "_piecewise_forward_kernel", descriptors={1: "BN", 3: "BN", 4: "BN"}),
     tile_lists(
         sm80={
-            128: [Config(bm=128, bn=32, warps=8, stages=2)],
+            128: [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
             256: [Config(bm=64, bn=64, warps=8, stages=1)],
         },
         sm90={

@@ -90,9 +90,10 @@ def measured_once(configs):
 def test_objectives_on_pairs_and_groups_are_measured_on_rows_that_are_made_up(tmp_path):
     objectives = ({"kind": "dpo"}, {"kind": "reward"}, {"kind": "contrastive", "passages": 3})
     data = {"sources": [{"path": "not/there"}], "tokenizer": "t"}
-    (points,) = run_ranks(1, measured_once, [tiny_config(tmp_path, data=data, objective=one) for one in objectives])
+    configs = [tiny_config(tmp_path, data=data, objective=one, optimizer__lr=1e-6) for one in objectives]
+    (points,) = run_ranks(1, measured_once, configs)
     assert all(point.states == point.planned_states for point in points)
-    assert points[0].loss == pytest.approx(math.log(2), abs=0.1)  # next to the reference
+    assert points[0].loss == pytest.approx(math.log(2), abs=1e-3)  # the policy is still the reference
 
 
 def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):
