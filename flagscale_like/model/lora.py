@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from flagscale_like.config import Lora
 from flagscale_like.model.experts import GroupedLinear, mark_expert
 from flagscale_like.runtime.parallel import ParallelContext
+from flagscale_like.runtime.platforms import Platform
 
 # The number of masks drawn so far, among megatron-core's random streams: a recomputed forward pass gets its own number back,
 # and checkpoints save it with the other streams.
@@ -71,13 +72,17 @@ class Adapter(nn.Module):
     Args:
         linear: holds W, whose dtype and device the adapter has.
         seed: of the dropout, different on ranks that see different data or layers.
+        platform: draws the masks of the dropout.
 
     Attributes:
         on: whether the adapter takes part in the forward pass.
     """
 
-    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, options: Lora, seed: str) -> None:
+    def __init__(
+        self, linear: ColumnParallelLinear | RowParallelLinear, options: Lora, seed: str, platform: Platform
+    ) -> None:
         super().__init__()
+        self.generator = platform.generator
         self.column, self.group = isinstance(linear, ColumnParallelLinear), linear.tp_group
         self.sequence_parallel, self.scale = linear.sequence_parallel, options.scale
         self.dropout, self.on = options.dropout, True
@@ -138,7 +143,7 @@ class Adapter(nn.Module):
         drawn = states[MASKS_DRAWN]
         tracker.set_states(states | {MASKS_DRAWN: drawn + 1})
         digest = hashlib.sha256(f"{self.seed}/{int(drawn)}".encode()).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:6], "little"))
+        generator = self.generator(int.from_bytes(digest[:6], "little"))
         return x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
             1 - self.dropout, generator=generator
         )
@@ -161,8 +166,9 @@ class Adapter(nn.Module):
 class ExpertAdapter(Adapter):
     """A [e, r, in] and B [e, out, r] of this rank's experts, beside the matrices of a GroupedLinear. Nothing of it is cut."""
 
-    def __init__(self, linear: GroupedLinear, options: Lora, seed: str) -> None:
+    def __init__(self, linear: GroupedLinear, options: Lora, seed: str, platform: Platform) -> None:
         nn.Module.__init__(self)
+        self.generator = platform.generator
         self.scale, self.dropout, self.on, self.seed = options.scale, options.dropout, True, seed
         experts, out, inner = linear.weight.shape
 
@@ -207,10 +213,10 @@ def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed:
         if name.rpartition(".")[2] not in options.targets:
             continue
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module.lora = Adapter(module, options, place)
+            module.lora = Adapter(module, options, place, ctx.platform)
             module.register_forward_hook(_adapt)
         elif isinstance(module, GroupedLinear):  # over tp, too, ranks see different tokens
-            module.lora = ExpertAdapter(module, options, f"{place}/tp{ctx.tp_rank}")
+            module.lora = ExpertAdapter(module, options, f"{place}/tp{ctx.tp_rank}", ctx.platform)
             module.register_forward_hook(_adapt_experts)
 
 
