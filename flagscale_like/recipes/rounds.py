@@ -164,8 +164,7 @@ class RunPhases:
         return {p.number: [every[p.number, sample] for sample in range(p.samples)] for p in prompts}
 
     def _answer(self, rollout: Rollout, row: Row) -> Answer:
-        text = self.words.text_of(rollout.ids, self.config.rl.rollout.stop_strings)
-        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
+        return self.words.answer(row, rollout, self.config.rl.rollout.stop_strings)
 
     def _generator(self, number: int) -> tuple[Engine, GenerationEngine]:
         """The policy as the last round left it, and what draws with it."""

@@ -64,3 +64,9 @@ class RewardSource(Protocol):
             DataError: a score is not finite, or the source fails on a sample; the message shows the sample.
         """
         ...
+
+
+def means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
+    """The mean reward of each source of a mixture, by the source's name; empty where the reward is no mixture."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    return {name: sum(score.parts[name] for score in scores) / len(scores) for name in names}

@@ -10,7 +10,8 @@ from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
-from flagscale_like.rl.answers import Answer, Score
+from flagscale_like.rl.answers import Answer, Score, means_of_parts
+from flagscale_like.rl.iteration_log import part_name
 from flagscale_like.rl.prompts import Row, Words
 from flagscale_like.training.evaluation import Measured
 
@@ -62,7 +63,8 @@ class HeldOut:
             DataError: the reward failed on an answer.
         """
         rollouts = self._drawn()
-        answers = [self._answer(rollout) for rollout in rollouts]
+        stop_strings = self.sampling.stop_strings
+        answers = [self.words.answer(self.rows[rollout.prompt], rollout, stop_strings) for rollout in rollouts]
         scores = self.scores_of(answers)
         values = [score.value for score in scores]
         found = {
@@ -70,7 +72,7 @@ class HeldOut:
             "eval/deviation": statistics.pstdev(values),
             "eval/length": statistics.fmean(len(rollout.ids) for rollout in rollouts),
             "eval/ended": statistics.fmean(rollout.finish == "stop" for rollout in rollouts),
-            **_parts(scores),
+            **{f"eval/{part_name(name)}": mean for name, mean in means_of_parts(scores).items()},
         }
         parts = "".join(f" | {name} {value:.4g}" for name, value in found.items())
         return Measured(found, f"{len(answers)} answers to held-out prompts{parts}")
@@ -92,14 +94,3 @@ class HeldOut:
             memory.wake()
         every = [rollout for part in self.ctx.gather(rollouts) for rollout in part]
         return sorted(every, key=lambda rollout: (rollout.prompt, rollout.sample))
-
-    def _answer(self, rollout: Rollout) -> Answer:
-        row = self.rows[rollout.prompt]
-        text = self.words.text_of(rollout.ids, self.sampling.stop_strings)
-        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
-
-
-def _parts(scores: Sequence[Score]) -> dict[str, float]:
-    """The mean reward of each source of a mixture."""
-    names = dict.fromkeys(name for score in scores for name in score.parts)
-    return {f"eval/reward/{name}": statistics.fmean(score.parts[name] for score in scores) for name in names}

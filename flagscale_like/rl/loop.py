@@ -21,7 +21,7 @@ from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout,
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.objectives.value import ValueLoss
 from flagscale_like.rl.algorithms import next_coefficient
-from flagscale_like.rl.answers import Answer, RewardSource, Score
+from flagscale_like.rl.answers import Answer, RewardSource, Score, means_of_parts
 from flagscale_like.rl.apart import DrawnApart
 from flagscale_like.rl.experience import Experience, appraise
 from flagscale_like.rl.generators import load_weights
@@ -182,7 +182,7 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
-        self._numbers(_means_of_parts(drawn))
+        self._numbers({part_name(name): mean for name, mean in means_of_parts(drawn).items()})
         if self.guarding is not None:
             self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
@@ -284,9 +284,7 @@ class RlRun:
         return found
 
     def _answer(self, rollout: Rollout) -> Answer:
-        row = self._asks[rollout.prompt].row
-        text = self.words.text_of(rollout.ids, self.sampling.stop_strings)
-        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
+        return self.words.answer(self._asks[rollout.prompt].row, rollout, self.sampling.stop_strings)
 
     def appraise(self, scored: Sequence[Scored]) -> Experience:
         """The advantages of scored rollouts."""
@@ -377,12 +375,6 @@ class _NoReward:
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         return [Score(0.0)] * len(answers)
-
-
-def _means_of_parts(scores: Sequence[Score]) -> dict[str, float]:
-    """The mean reward of each source of a mixture over all that was drawn, by the name that it is reported as."""
-    names = dict.fromkeys(name for score in scores for name in score.parts)
-    return {part_name(name): sum(score.parts[name] for score in scores) / len(scores) for name in names}
 
 
 def _all_equal(members: Sequence[Scored]) -> bool:

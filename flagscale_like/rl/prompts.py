@@ -14,6 +14,8 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.chat import BadConversationError, ChatTokenizer, check_messages, read_template_file, tools_of
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.generation.rollout import Rollout
+from flagscale_like.rl.answers import Answer
 from flagscale_like.training.parts import Part
 
 
@@ -93,6 +95,11 @@ class Words:
         text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stop else ids)
         found = [at for at in (text.find(stop) for stop in stop_strings) if at >= 0]
         return text[: min(found)] if found else text
+
+    def answer(self, row: Row, rollout: Rollout, stop_strings: Sequence[str] = ()) -> Answer:
+        """A rollout of a prompt as a reward sees it."""
+        text = self.text_of(rollout.ids, stop_strings)
+        return Answer(row.text, text, row.fields, row.ids, tuple(rollout.ids), rollout.finish, row.messages)
 
 
 def read_prompts(config: RunConfig, words: Words, files: Sequence[str] | None = None) -> list[Row]:

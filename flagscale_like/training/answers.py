@@ -88,7 +88,7 @@ def own_values(engine: Engine, items: Items, objective: Objective) -> np.ndarray
         samples = engine.forward(_batches(engine, items, plan, 0), objective, plan.count).samples
     if not samples:
         return None
-    own = samples[objective.metric].float().cpu().numpy()
+    own = engine.ctx.platform.to_numpy(samples[objective.metric].float())
     values = np.full((len(items.sizes), *own.shape[1:]), np.nan, np.float32)
     values[plan.order(0)] = own
     return values
