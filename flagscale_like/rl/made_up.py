@@ -10,17 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from flagscale_like.config import RunConfig
-from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
-from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.prompts import Row
+from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
+from flagscale_like.rl.answers import Answer, RewardSource, Score
+from flagscale_like.rl.prompts import Row, Words
 
 PROMPTS = 8
 
 
-class MadeUpWords:
-    """A tokenizer without words; see rl.prompts.Words."""
+class MadeUpWords(Words):
+    """A tokenizer without words, which nothing ends."""
 
-    folder, tokenizer, stop = None, None, ()
+    def __init__(self) -> None:
+        self.folder, self.tokenizer, self.stop = None, None, ()
 
     def text_of(self, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
         return ""
@@ -34,8 +35,8 @@ def made_up_prompts(config: RunConfig) -> list[Row]:
     return [Row("", (0,) * max(1, room)) for _ in range(PROMPTS)]
 
 
-class MadeUpGenerator:
-    """Draws the longest rollouts, without a model; see generation.rollout.GenerationEngine."""
+class MadeUpGenerator(GenerationEngine):
+    """Draws the longest rollouts, without a model."""
 
     version, at_once = 0, False
 
@@ -56,8 +57,8 @@ class MadeUpGenerator:
     def wake(self) -> None: ...
 
 
-class MadeUpReward:
-    """Likes every second answer, so that each group teaches something; see rl.answers.RewardSource."""
+class MadeUpReward(RewardSource):
+    """Likes every second answer, so that each group teaches something."""
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         return [Score(float(number % 2)) for number in range(len(answers))]
