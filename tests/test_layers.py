@@ -13,6 +13,7 @@ LAYER = {
     "config": 0,
     "arch": 0,
     "cluster": 0,
+    "figures": 0,
     "json_files": 0,
     "run_folder": 0,
     "run_lock": 0,

@@ -13,6 +13,7 @@ import typer
 
 from flagscale_like.cli.base import app, example
 from flagscale_like.errors import ConfigError
+from flagscale_like.figures import fixed
 from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -445,7 +446,7 @@ def locate(
         f"{len(shown)} of {len(found)} shown, {order}"
     )
     for sample in shown:
-        loss = f"loss {sample.loss:.4f}, " if sample.loss is not None else ""
+        loss = f"loss {fixed(sample.loss)}, " if sample.loss is not None else ""
         typer.echo(f"sample {sample.position}: {loss}dp rank {sample.dp_rank}, micro-batch {sample.micro_batch}")
         for part in sample.parts:
             text = excerpt(tokenizer.decode(provenance.tokens(part).tolist()), 120)

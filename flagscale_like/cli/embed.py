@@ -27,6 +27,7 @@ from flagscale_like.cli.model_options import (
     TensorParallel,
 )
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.figures import fixed
 
 if TYPE_CHECKING:
     from flagscale_like.config import Parallel
@@ -191,6 +192,6 @@ def evaluate_retrieval(embedder: Embedder, folders: list[Path], split: str, dime
         found = evaluate_retrieval(embedder, collection, dimensions=dimensions)
         say_cut(embedder)
         if found is not None:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            values = ", ".join(f"{name} {fixed(value)}" for name, value in found.items())
             counts = f"{len(collection.queries):,} queries and {len(collection.passages):,} passages"
             typer.echo(f"{folder}: {values} over {counts}")

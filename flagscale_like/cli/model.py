@@ -23,6 +23,7 @@ from flagscale_like.cli.model_options import (
     TensorParallel,
 )
 from flagscale_like.errors import ConfigError, PlatformError
+from flagscale_like.figures import fixed
 
 if TYPE_CHECKING:
     from flagscale_like.cli.base import OpenedWeights
@@ -144,8 +145,10 @@ def evaluate(  # typer makes an option of every parameter
             stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
             found = evaluate_stream(source, stream, ctx, **options)
         if ctx.is_main:
-            bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
-            typer.echo(f"loss {found.loss:.6f}, perplexity {found.perplexity:.4f}{bits} over {found.tokens:,} tokens")
+            bits = f", {fixed(found.bits_per_byte)} bits a byte" if found.bits_per_byte is not None else ""
+            typer.echo(
+                f"loss {found.loss:.6f}, perplexity {fixed(found.perplexity)}{bits} over {found.tokens:,} tokens"
+            )
 
 
 def _evaluate_tasks(

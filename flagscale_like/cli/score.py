@@ -19,6 +19,7 @@ from flagscale_like.cli.model_options import (
     TensorParallel,
 )
 from flagscale_like.errors import ConfigError
+from flagscale_like.figures import fixed
 
 
 @app.command(epilog=example("flagscale-like score --checkpoint runs/reward --pairs data/held-out --out scores.jsonl"))
@@ -91,5 +92,5 @@ def score(  # typer makes an option of every parameter
             typer.echo(f"kept {found.keep(source, str(pairs), beside)}")
     typer.echo(
         f"{found.kind} of {len(found.values):,} pairs: the chosen answer has the higher one in {found.accuracy:.1%}, by "
-        f"{found.margin:.4f} on average" + (f"; wrote {out}" if out else "")
+        f"{fixed(found.margin)} on average" + (f"; wrote {out}" if out else "")
     )

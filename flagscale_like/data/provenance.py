@@ -27,6 +27,7 @@ from flagscale_like.data.selection import Mixture
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import DataError
+from flagscale_like.figures import fixed
 from flagscale_like.json_files import BAD_VALUES, append_record, read_records
 from flagscale_like.run_folder import RunFolder
 
@@ -328,7 +329,8 @@ class Provenance:
         """Describe a sample in one line for the log, with the places of its first `documents` documents."""
         parts = self.parts(position)
         more = f" and {len(parts) - documents} more" if len(parts) > documents else ""
-        return f"sample {position}, loss {loss:.4f}, source {parts[0].source}: {', '.join(map(str, parts[:documents]))}{more}"
+        shown = ", ".join(map(str, parts[:documents]))
+        return f"sample {position}, loss {fixed(loss)}, source {parts[0].source}: {shown}{more}"
 
 
 def positions(reading: Reading) -> Iterator[tuple[int, int, int]]:

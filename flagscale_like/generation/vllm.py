@@ -2,7 +2,8 @@
 
 Written for vLLM 0.32, whose trainer side is WeightTransferTrainerFactory.trainer_init(init_info, client, source), and then
 send_weights() for each update: it calls init, start, update (once for each bucket) and finish on the inference side, here
-through LlmClient. Backend `ipc` is for a vLLM on the trainer's own devices, `nccl` for one on others.
+through LlmClient. The backend is `ipc`: vLLM runs in the rank's own process, on its device. Ranks that only draw (rl.apart)
+have a vLLM each, too: with them it runs on other devices than those that learn.
 
 Not yet run on a GPU: the tests run it against a stand-in that records what is asked of vLLM's interface.
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,37 +26,8 @@ from flagscale_like.generation.manifest import checked_weights
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
 from flagscale_like.runtime.parallel import ParallelContext
 
-BUCKET_BYTES = 512 << 20  # of the weights under way at a time; vLLM has two such buffers with nccl
+BUCKET_BYTES = 512 << 20  # of the weights under way at a time
 OLDEST = (0, 32)  # the first vLLM version with this interface that was read
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """How weights go to vLLM.
-
-    Attributes:
-        backend: `ipc`: vLLM runs on the trainer's devices; `nccl`: on others.
-        address, port: where the trainer's rank 0 meets the workers, with nccl.
-        workers: of vLLM, with nccl.
-    """
-
-    backend: Literal["ipc", "nccl"] = "ipc"
-    address: str = "127.0.0.1"
-    port: int = 0
-    workers: int = 1
-
-    def init_info(self, rank: int) -> Any:
-        """vLLM's description of this trainer rank and of the buffers; only rank 0 sends."""
-        buckets = {"packed": True, "packed_buffer_size_bytes": BUCKET_BYTES}
-        if self.backend == "ipc":
-            return _module("distributed.weight_transfer.ipc_engine").IPCTrainerInitInfo(rank=rank, **buckets)
-        return _module("distributed.weight_transfer.nccl_engine").NCCLTrainerInitInfo(
-            master_address=self.address,
-            master_port=self.port,
-            world_size=self.workers + 1,
-            rank=rank,
-            **buckets,
-        )
 
 
 def _module(name: str = "") -> ModuleType:
@@ -130,7 +101,7 @@ def _source(specs: Sequence[WeightSpec], weights: Callable[[], Iterable[tuple[st
 class VllmEngine:
     """A generation engine on a vLLM LLM; see generation.rollout.GenerationEngine.
 
-    Each rank has an LLM of its own (ipc: on its device). The ranks that share a model divide the prompts, and all get all
+    Each rank has an LLM of its own, on its device. The ranks that share a model divide the prompts, and all get all
     rollouts, once the last one has ended.
 
     Args:
@@ -145,16 +116,17 @@ class VllmEngine:
 
     at_once = True
 
-    def __init__(
-        self, llm: Any, arch: ModelArch, ctx: ParallelContext, *, transfer: Transfer, dtype: torch.dtype, room: int
-    ) -> None:
+    def __init__(self, llm: Any, arch: ModelArch, ctx: ParallelContext, *, dtype: torch.dtype, room: int) -> None:
         self.llm, self.ctx, self.room, self.version = llm, ctx, room, -1
         self._weights: Iterable[tuple[str, Tensor]] = ()
         self._asleep, self._whole = False, False
         factory = _module("distributed.weight_transfer").WeightTransferTrainerFactory
-        # With ipc, each rank sends to the LLM on its own device, and is the sender there.
         self._trainer = factory.trainer_init(
-            init_info=transfer.init_info(0 if transfer.backend == "ipc" else ctx.rank),
+            init_info=_module("distributed.weight_transfer.ipc_engine").IPCTrainerInitInfo(
+                rank=0,  # each rank sends to the LLM on its own device, and is the sender there
+                packed=True,
+                packed_buffer_size_bytes=BUCKET_BYTES,
+            ),
             client=LlmClient(llm),
             source=_source(weight_specs(arch, dtype), lambda: self._weights),
         )
@@ -268,9 +240,7 @@ class VllmEngine:
         )
 
 
-def open_llm(
-    folder: str, *, room: int, dtype: torch.dtype, memory: float, transfer: Transfer | None = None, seed: int = 0
-) -> Any:
+def open_llm(folder: str, *, room: int, dtype: torch.dtype, memory: float, seed: int = 0) -> Any:
     """A vLLM LLM for a model whose weights come later.
 
     Args:
@@ -281,7 +251,6 @@ def open_llm(
     Raises:
         PlatformError: vLLM is not installed.
     """
-    backend = (transfer or Transfer()).backend
     return _module().LLM(
         model=folder,
         load_format="dummy",
@@ -290,6 +259,6 @@ def open_llm(
         gpu_memory_utilization=memory,
         enable_sleep_mode=True,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=_module("config").WeightTransferConfig(backend=backend),
+        weight_transfer_config=_module("config").WeightTransferConfig(backend="ipc"),
         seed=seed,
     )

@@ -165,15 +165,14 @@ def reinforce(
 
 def held_out(iterations: RlRun, rows: Sequence[Row]) -> HeldOut:
     """What a run measures on held-out prompts."""
-    run, models, asleep = iterations.run, iterations.models, iterations.config.rl.rollout.training_sleeps
-    trained = [models.policy, *([models.critic.engine] if models.critic else [])] if asleep else []
+    run = iterations.run
     return HeldOut(
         run.config,
-        models.policy,
+        iterations.models.policy,
         iterations.words,
         lambda answers: iterations.reward.scores(answers),
         rows,
-        trained=trained,
+        asleep=iterations.asleep,
         beat=lambda: run.watchdog.beat(run.progress.step, "evaluation"),
     )
 

@@ -24,6 +24,7 @@ from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.reinforce import reinforce, surroundings
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl.answers import Answer, RewardSource
+from flagscale_like.rl.drawing import drawn
 from flagscale_like.rl.generators import build_generator, check_generator, load_weights
 from flagscale_like.rl.guard import Candidates, answer_of
 from flagscale_like.rl.prompts import Row, Words, read_prompts
@@ -157,9 +158,7 @@ class RunPhases:
             seed=int.from_bytes(digest[:4], "big"),
         )
         own = prompts[self.ctx.dp_rank :: self.ctx.dp]
-        generator.wake()
-        found = {(r.prompt, r.sample): r for r in generator.generate(own, sampling)}
-        generator.sleep()
+        found = {(r.prompt, r.sample): r for r in drawn(generator, own, sampling)}
         every = {key: rollout for part in self.ctx.gather(found) for key, rollout in part.items()}
         return {p.number: [every[p.number, sample] for sample in range(p.samples)] for p in prompts}
 

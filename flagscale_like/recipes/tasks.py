@@ -23,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import DataError
+from flagscale_like.figures import fixed
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
 
@@ -205,6 +206,6 @@ def lines_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if not isinstance(value, int | float) or not kind or metric.endswith("_stderr"):
                 continue
             error = numbers.get(f"{metric}_stderr,{kind}")
-            spread = f" +- {error:.4f}" if isinstance(error, float) else ""
-            lines.append(f"{task}: {metric}{'' if kind == 'none' else f' ({kind})'} {value:.4f}{spread}")
+            spread = f" +- {fixed(error)}" if isinstance(error, float) else ""
+            lines.append(f"{task}: {metric}{'' if kind == 'none' else f' ({kind})'} {fixed(value)}{spread}")
     return lines

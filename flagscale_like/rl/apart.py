@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flagscale_like.engine.engine import Engine
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
+from flagscale_like.rl.drawing import drawn
 from flagscale_like.runtime.bridge import Bridge
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -142,14 +143,11 @@ def draw_for_others(generator: GenerationEngine, engine: Engine, bridge: Bridge,
             version, generator.version = asked[0][1], -1  # what it has is another version's, or the same again
             continue
         owner = {prompt.number: number for number, (_, prompts, _) in enumerate(asked) for prompt in prompts}
-        drawn: list[list[Rollout]] = [[] for _ in asked]
-        load(version)
-        generator.wake()
+        rollouts: list[list[Rollout]] = [[] for _ in asked]
         prompts = [prompt for _, own, _ in asked for prompt in own]
-        for rollout in generator.generate(prompts, asked[0][2]):
-            drawn[owner[rollout.prompt]].append(rollout)
-        generator.sleep()
+        for rollout in drawn(generator, prompts, asked[0][2], load=lambda version=version: load(version)):
+            rollouts[owner[rollout.prompt]].append(rollout)
         if links.is_first:
-            for copy, rollouts in zip(links.copies, drawn, strict=True):
+            for copy, own in zip(links.copies, rollouts, strict=True):
                 for rank in copy:
-                    bridge.send(rollouts, rank)
+                    bridge.send(own, rank)

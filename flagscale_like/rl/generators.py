@@ -15,7 +15,7 @@ from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.hf_weights import hf_weights
 from flagscale_like.generation.refit import RefitEngine
 from flagscale_like.generation.rollout import GenerationEngine
-from flagscale_like.generation.vllm import Transfer, VllmEngine, check_installed, open_llm
+from flagscale_like.generation.vllm import VllmEngine, check_installed, open_llm
 from flagscale_like.rl.apart import DrawnApart
 from flagscale_like.rl.prompts import Words
 from flagscale_like.run_folder import RunFolder
@@ -78,9 +78,9 @@ def _vllm(config: RunConfig, engine: Engine, words: Words) -> VllmEngine:
     """vLLM on this rank's device. It sleeps until it gets weights."""
     folder, room, dtype = RunFolder(config.run_dir).vllm, config.train.seq_length, DTYPES[config.train.precision]
     agree(engine.ctx, lambda: _describe(config, folder, words) if engine.ctx.is_main else None)
-    memory, transfer = config.rl.rollout.vllm.memory, Transfer()
-    llm = open_llm(str(folder), room=room, dtype=dtype, memory=memory, transfer=transfer, seed=config.train.seed)
-    found = VllmEngine(llm, engine.spec.arch, engine.ctx, transfer=transfer, dtype=dtype, room=room)
+    memory = config.rl.rollout.vllm.memory
+    llm = open_llm(str(folder), room=room, dtype=dtype, memory=memory, seed=config.train.seed)
+    found = VllmEngine(llm, engine.spec.arch, engine.ctx, dtype=dtype, room=room)
     found.sleep()
     return found
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.engine.engine import Engine
+from flagscale_like.figures import short
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
 from flagscale_like.rl.answers import Answer, Score, means_of_parts
+from flagscale_like.rl.drawing import drawn
 from flagscale_like.rl.iteration_log import part_name
 from flagscale_like.rl.prompts import Row, Words
 from flagscale_like.training.evaluation import Measured
@@ -26,7 +28,7 @@ class HeldOut:
         engine: the policy.
         scores_of: the run's reward.
         rows: the prompts; the data-parallel ranks share them.
-        trained: engines whose training memory sleeps while answers are drawn.
+        asleep: what sleeps while answers are drawn; see rl.drawing.
         beat: told of each answer.
     """
 
@@ -38,12 +40,12 @@ class HeldOut:
         scores_of: Callable[[Sequence[Answer]], list[Score]],
         rows: Sequence[Row],
         *,
-        trained: Sequence[Engine] = (),
+        asleep: Sequence[TrainingMemory] = (),
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         drawing, options = config.rl.rollout, config.rl.evaluation
         self.ctx, self.words, self.scores_of, self.rows, self.beat = engine.ctx, words, scores_of, rows, beat
-        self.samples, self._trained = options.samples, [TrainingMemory(one) for one in trained]
+        self.samples, self.asleep = options.samples, asleep
         # With the trainer's weights in place, whatever draws the rollouts.
         self.generator = OwnEngine(
             engine, rows=drawing.rows, room=config.train.seq_length, decode=words.tokenizer.decode
@@ -74,7 +76,7 @@ class HeldOut:
             "eval/ended": statistics.fmean(rollout.finish == "stop" for rollout in rollouts),
             **{f"eval/{part_name(name)}": mean for name, mean in means_of_parts(scores).items()},
         }
-        parts = "".join(f" | {name} {value:.4g}" for name, value in found.items())
+        parts = "".join(f" | {name} {short(value)}" for name, value in found.items())
         return Measured(found, f"{len(answers)} answers to held-out prompts{parts}")
 
     def _drawn(self) -> list[Rollout]:
@@ -83,14 +85,8 @@ class HeldOut:
         prompts = [Prompt(row.ids, number, self.samples) for number, row in own]
         rollouts = []
         self.beat()
-        for memory in self._trained:
-            memory.sleep()
-        self.generator.wake()
-        for rollout in self.generator.generate(prompts, self.sampling):
+        for rollout in drawn(self.generator, prompts, self.sampling, asleep=self.asleep):
             self.beat()
             rollouts.append(rollout)
-        self.generator.sleep()
-        for memory in self._trained:
-            memory.wake()
         every = [rollout for part in self.ctx.gather(rollouts) for rollout in part]
         return sorted(every, key=lambda rollout: (rollout.prompt, rollout.sample))

@@ -23,6 +23,7 @@ from flagscale_like.objectives.value import ValueLoss
 from flagscale_like.rl.algorithms import next_coefficient
 from flagscale_like.rl.answers import Answer, RewardSource, Score, means_of_parts
 from flagscale_like.rl.apart import DrawnApart
+from flagscale_like.rl.drawing import drawn
 from flagscale_like.rl.experience import Experience, appraise
 from flagscale_like.rl.generators import load_weights
 from flagscale_like.rl.guarding import Guarding
@@ -68,6 +69,9 @@ class RlRun:
         state: what the run keeps beside its models; a part of the run.
         numbers: takes what an iteration reports, by name.
         guarding: the guard on exploration; None where there is none.
+
+    Attributes:
+        asleep: what sleeps while these ranks draw.
     """
 
     def __init__(  # the nouns of the loop
@@ -102,9 +106,7 @@ class RlRun:
         self._updates = Updates(run)
         self._critic = CriticUpdates(models.critic.engine, run.config) if models.critic else None
         self._asks: dict[int, Ask] = {}
-        trained = [models.policy, *([models.critic.engine] if models.critic else [])]
-        sleeps = drawing.training_sleeps and not isinstance(generator, DrawnApart)
-        self._sleeping = [TrainingMemory(engine) for engine in trained] if sleeps else []
+        self.asleep = [TrainingMemory(engine) for engine in models.trained] if drawing.training_sleeps else []
 
     @property
     def config(self) -> RunConfig:
@@ -165,11 +167,11 @@ class RlRun:
         """
         asks = self._new_asks() if asks is None else asks
         wanted, kept = len(asks), {}  # by group
-        left_out, drawn = {"rollout/rejected": 0, "rollout/equal-groups": 0}, []
+        left_out, scores = {"rollout/rejected": 0, "rollout/equal-groups": 0}, []
         for turn in range(1 + self._refills):
             rollouts = under_way if under_way is not None and not turn else self.generate(asks)
             for one in self.score(rollouts):
-                drawn.append(one.score)
+                scores.append(one.score)
                 if one.score.rejected:
                     left_out["rollout/rejected"] += 1
                 else:
@@ -182,7 +184,7 @@ class RlRun:
             if turn == self._refills or not (asks := self._refill(asks, kept, wanted)):
                 break
         self._numbers({name: float(count) for name, count in left_out.items()})
-        self._numbers({part_name(name): mean for name, mean in means_of_parts(drawn).items()})
+        self._numbers({part_name(name): mean for name, mean in means_of_parts(scores).items()})
         if self.guarding is not None:
             self._numbers(self.guarding.pop())
         return [one for group in sorted(kept) for one in kept[group]]
@@ -214,30 +216,23 @@ class RlRun:
         version = self.progress.step
         with self.phases.phase("generate"):
             self.run.watchdog.beat(version, "drawing rollouts")
-            for memory in self._sleeping:
-                memory.sleep()
-            load_weights(self.generator, self.models.policy, version)
             own = asks[self.run.ctx.dp_rank :: self.run.ctx.dp]
-            prompts = [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own]
-            self.generator.wake()
-            rollouts = iter(self.generator.generate(prompts, self.sampling))
+            rollouts = drawn(
+                self.generator,
+                [Prompt(ask.row.ids, ask.number, ask.samples) for ask in own],
+                self.sampling,
+                load=lambda: load_weights(self.generator, self.models.policy, version),
+                asleep=() if isinstance(self.generator, DrawnApart) else self.asleep,
+            )
         return self._taken(rollouts, version)
 
     def _taken(self, rollouts: Iterator[Rollout], version: int) -> Iterator[Rollout]:
-        if self.generator.at_once:
-            with self.phases.phase("generate"):  # then its memory is free for scoring
-                self.run.watchdog.beat(self.progress.step, "drawing rollouts", slow=True)
-                rollouts = iter(list(rollouts))
-                self.generator.sleep()
+        self.run.watchdog.beat(self.progress.step, "drawing rollouts", slow=self.generator.at_once)
         while True:
             with self.phases.phase("generate"):
                 rollout = next(rollouts, None)
-                if rollout is None:
-                    if not self.generator.at_once:
-                        self.generator.sleep()
-                    for memory in self._sleeping:
-                        memory.wake()
-                    return
+            if rollout is None:
+                return
             self.run.watchdog.beat(self.progress.step, "drawing rollouts")
             assert rollout.version == version, f"drawn by weights {rollout.version}, not {version}"
             self.phases.tokens["generate"] += len(rollout.ids)

@@ -92,9 +92,14 @@ class Models:
     def evaluation(self) -> Iterator[None]:
         """Within it the trained models make passes, each copy as many as it likes. All ranks enter it together."""
         with ExitStack() as open_ones:
-            for engine in (self.policy, *([self.critic.engine] if self.critic else [])):
+            for engine in self.trained:
                 open_ones.enter_context(engine.evaluation())
             yield
+
+    @property
+    def trained(self) -> list[Engine]:
+        """The engines with an optimizer."""
+        return [self.policy, *([self.critic.engine] if self.critic else [])]
 
     @property
     def beside(self) -> list[Beside]:

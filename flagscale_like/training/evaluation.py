@@ -12,6 +12,7 @@ from torch import Tensor
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
+from flagscale_like.figures import fixed, short
 from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.training.step_log import SHOWN_SUMS, Named
 
@@ -50,9 +51,9 @@ class Evaluation:
         metric = f"{objective.metric} {split}"
         by_source = {f"{metric}/{source}": value for source, value in self.by_source.items()}
         means = {f"{name} {split}": value for name, value in self.means.items()}
-        parts = "".join(f" | {name} {self.means[name]:.4g}" for name in objective.sums[:SHOWN_SUMS])
-        parts += "".join(f" | {source} {value:.4f}" for source, value in self.by_source.items())
-        return Measured({metric: self.loss, **by_source, **means}, f"{split} loss {self.loss:.4f}{parts}")
+        parts = "".join(f" | {name} {short(self.means[name])}" for name in objective.sums[:SHOWN_SUMS])
+        parts += "".join(f" | {source} {fixed(value)}" for source, value in self.by_source.items())
+        return Measured({metric: self.loss, **by_source, **means}, f"{split} loss {fixed(self.loss)}{parts}")
 
 
 def evaluate(

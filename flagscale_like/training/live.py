@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from flagscale_like.config import RunConfig
+from flagscale_like.figures import fixed
 from flagscale_like.training.parts import Part, Report, Step
 from flagscale_like.training.step_log import Pace
 
@@ -55,7 +56,7 @@ class LiveLine(Part):
         seconds = now - self._drawn if self._drawn else 0.0
         self._drawn = now
         left = datetime.timedelta(seconds=round(self.pace.seconds_left(step.plan.step, seconds)))
-        text = f"loss {step.facts.loss:.4f}  eta {left}"
+        text = f"loss {fixed(step.facts.loss)}  eta {left}"
         self._bar.update(self._task, completed=step.plan.step, description=text, refresh=True)
 
     def close(self, error: BaseException | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from flagscale_like.config import RunConfig, load_config
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.figures import fixed, short
 from flagscale_like.json_files import read_records
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.memory import RankMemory, rank_memory
@@ -283,7 +284,7 @@ def _by_source(story: Story) -> str:
     if not story.by_source:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in story.by_source.items()
+        f"<tr><td>{html.escape(name)}</td><td>{fixed(value)}</td></tr>" for name, value in story.by_source.items()
     )
     return f'<section><h2>Validation loss by source</h2><div class="wide"><table>{rows}</table></div></section>'
 
@@ -293,15 +294,15 @@ def _tiles(story: Story) -> str:
     kept, last = story.kept, story.last
     speed = statistics.median(r["tokens-per-second"] for r in kept)
     losses = loss_curve(kept, story.loss)
-    tiles = [("loss", f"{losses[-1][1]:.4f}" if losses else "not finite")]
+    tiles = [("loss", fixed(losses[-1][1]) if losses else "not finite")]
     held_out = "validation loss" if story.validated == story.loss else "reward on held-out prompts"
-    tiles += [(held_out, f"{story.validation[-1][1]:.4f}")] if story.validation else []
+    tiles += [(held_out, fixed(story.validation[-1][1]))] if story.validation else []
     tiles += [("tokens/s, median", f"{speed:,.0f}")]
     tiles += (
         [("MFU, median", f"{statistics.median(r['mfu'] for r in kept if 'mfu' in r):.1%}")] if "mfu" in last else []
     )
     if story.config.task == "rl":
-        tiles += [("reward", f"{last['reward/mean']:.4g}")] if "reward/mean" in last else []
+        tiles += [("reward", short(last["reward/mean"]))] if "reward/mean" in last else []
         tiles += [("rollouts", f"{last['consumed-samples']:,}")]
     else:
         tiles += [("tokens", f"{last['consumed-samples'] * story.config.train.seq_length:,}")]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
+from flagscale_like.figures import fixed, short
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.clock import Clock
 from flagscale_like.training.metrics import KEPT, MEAN
@@ -131,7 +132,7 @@ class StepLog(Part):
         parts = [
             f"step {number:>{len(str(steps))}}/{steps}",
             *self._loss_of(step),
-            *(f"{name} {record[name]:.4g}" for name in self.names[: self.shown] if name in record),
+            *(f"{name} {short(record[name])}" for name in self.names[: self.shown] if name in record),
             f"lr {step.learning_rate:.2e}",
             *([f"grad norm {record['grad-norm']:.3f}"] if "grad-norm" in record else []),
             f"{record['tokens-per-second']:,.0f} tokens/s",
@@ -146,8 +147,8 @@ class StepLog(Part):
     def _loss_of(self, step: Step) -> list[str]:
         """The part of the line on the loss."""
         mean, last = self._mean(self._loss), step.facts.loss
-        other = f" (this step {last:.4f})" if self._steps > 1 or not math.isfinite(last) else ""
-        return [f"loss {mean:.4f}{other}"]
+        other = f" (this step {fixed(last)})" if self._steps > 1 or not math.isfinite(last) else ""
+        return [f"loss {fixed(mean)}{other}"]
 
     def _work(self, record: Mapping[str, Any]) -> list[str]:
         """The parts of the line on how well the device is used."""

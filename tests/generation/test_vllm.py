@@ -13,7 +13,7 @@ from flagscale_like.generation import vllm
 from flagscale_like.generation.hf_weights import WeightSpec, hf_weights, weight_specs
 from flagscale_like.generation.manifest import checked_weights
 from flagscale_like.generation.rollout import Prompt, Sampling
-from flagscale_like.generation.vllm import Transfer, VllmEngine, open_llm
+from flagscale_like.generation.vllm import VllmEngine, open_llm
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from tests.generation import vllm_stand_in
@@ -53,7 +53,7 @@ def hand_over(layouts, experts):
             spec = ModelSpec.of(config)
             engine = Engine.build(spec, ctx, optimizer=config.optimizer)
             llm = open_llm("folder", room=16, dtype=torch.float32, memory=0.4)
-            generator = VllmEngine(llm, spec.arch, ctx, transfer=Transfer(), dtype=torch.float32, room=16)
+            generator = VllmEngine(llm, spec.arch, ctx, dtype=torch.float32, room=16)
             problems = []
             for act in (lambda g=generator: g.generate(PROMPTS, Sampling(4)), generator.wake):
                 try:
@@ -148,7 +148,7 @@ def stand_in(monkeypatch):
 def test_what_vllm_cannot_do_is_refused(stand_in):
     arch = tiny_config("x").model
     llm = open_llm("folder", room=16, dtype=torch.float32, memory=0.4)
-    engine = VllmEngine(llm, arch, Alone(), transfer=Transfer(), dtype=torch.float32, room=16)
+    engine = VllmEngine(llm, arch, Alone(), dtype=torch.float32, room=16)
     with pytest.raises(CheckpointError, match="is not known"):
         engine.load([("x", torch.zeros(1))], 1)
     with pytest.raises(ConfigError, match="no whole weights"):
@@ -161,8 +161,6 @@ def test_what_vllm_cannot_do_is_refused(stand_in):
     llm.finish_reason = "abort"
     with pytest.raises(DataError, match="gave up a text of prompt 7: finish_reason is 'abort'"):
         engine.generate(PROMPTS, Sampling(2))
-    info = Transfer("nccl", address="10.0.0.1", port=29501, workers=4).init_info(0)
-    assert (info.world_size, info.packed_buffer_size_bytes, info.rank) == (5, 512 << 20, 0)
     stand_in.install("0.20.2")
     with pytest.raises(PlatformError, match=r"vLLM 0.20.2 is installed.*install 0.32 or later"):
         open_llm("folder", room=16, dtype=torch.float32, memory=0.4)

@@ -46,16 +46,6 @@ class IPCTrainerInitInfo:
     packed_buffer_size_bytes: int = 1 << 30
 
 
-@dataclasses.dataclass
-class NCCLTrainerInitInfo:
-    master_address: str
-    master_port: int
-    world_size: int
-    rank: int
-    packed: bool = True
-    packed_buffer_size_bytes: int = 1 << 30
-
-
 class Trainer:
     def __init__(self, info, client, source):
         self.info, self.client, self.source = info, client, source
@@ -184,7 +174,6 @@ def install(version="0.32.1"):
             "WeightTransferUpdateRequest": WeightTransferUpdateRequest,
         },
         "vllm.distributed.weight_transfer.ipc_engine": {"IPCTrainerInitInfo": IPCTrainerInitInfo},
-        "vllm.distributed.weight_transfer.nccl_engine": {"NCCLTrainerInitInfo": NCCLTrainerInitInfo},
     }
     for name, members in modules.items():
         module = ModuleType(name)

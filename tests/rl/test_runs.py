@@ -70,6 +70,8 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     configs.append(rl_config(tmp_path / "groups cp2 refit", folder, groups, parallel={"cp": 2}, **load))
     vllm = PPO | {"rollout": {"samples": 1, "engine": "vllm", "vllm": {"memory": 0.3}}}
     configs.append(rl_config(tmp_path / "vllm", folder, vllm, parallel=layouts["tp2sp"], **load))
+    elsewhere = STALE | {"rollout": {"samples": 1, "engine": "vllm", "apart": 1}}
+    configs.append(rl_config(tmp_path / "vllm apart", folder, elsewhere, train__steps=2))
     ranks = run_ranks(2, partial(run_all, vllm=True), configs)
     for found in ranks:
         assert [error for _, error in found] == [None] * len(configs)
@@ -89,7 +91,9 @@ def test_an_iteration_is_the_same_on_every_layout_and_packed(one_process, folder
     assert numbers(tmp_path / "groups cp2 refit")[-1]["rollout/equal-groups"] > 0  # it draws again
     drawn = numbers(tmp_path / "vllm")  # other draws, of the same weights
     assert all(0 < record["policy/engine-difference"] < 1e-5 for record in drawn)
-    assert [line for line in ranks[0][-1][0] if "not yet run on a GPU" in line]
+    assert all([line for line in ranks[0][at][0] if "not yet run on a GPU" in line] for at in (-2, -1))
+    first, second = numbers(tmp_path / "vllm apart")
+    assert 0 < first["policy/engine-difference"] < 1e-5 < second["policy/engine-difference"]  # an update lies between
     # One rank draws while the other learns, what the same rank does in turns.
     assert numbers(tmp_path / "apart") == numbers(one_process["stale"].run_dir)
     runs = (tmp_path / "apart", Path(one_process["stale"].run_dir))
