@@ -15,6 +15,12 @@
 | 19   | DoesNotFitError   | a rehearsed rank needs more memory than its device has               |
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class UserError(ValueError):
     """Base class. The command line prints the message as one line (cause and fix) and exits with `exit_code`."""
@@ -60,3 +66,14 @@ class RehearsalError(UserError):
 
 class DoesNotFitError(UserError):
     exit_code = 19
+
+
+def required(value: T | None, name: str) -> T:
+    """`value`, where it cannot be missing.
+
+    Raises:
+        AssertionError: it is None, which is a bug of ours and no user's error.
+    """
+    if value is None:
+        raise AssertionError(f"{name} is missing")
+    return value

@@ -14,6 +14,7 @@ from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
 from flagscale_like.arch.latent_attention import LatentAttention, MultiLatentAttention
 from flagscale_like.arch.position import Position
 from flagscale_like.arch.table import EMBEDDING_NAME, OUTPUT_NAME, Parameter, Role, padded_rows
+from flagscale_like.errors import required
 
 
 class ModelArch(Frozen):
@@ -86,8 +87,9 @@ class ModelArch(Frozen):
         if latent and not values.get("head_dim"):
             parts = latent if isinstance(latent, dict) else latent.model_dump()
             sizes = [whole_number(parts.get(name)) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-            if None not in sizes:
-                values = {**values, "head_dim": sum(sizes)}
+            known = [size for size in sizes if size is not None]
+            if len(known) == len(sizes):
+                values = {**values, "head_dim": sum(known)}
         if heads is not None and heads > 0:
             values = dict(values)
             if not values.get("num_query_groups"):
@@ -148,6 +150,16 @@ class ModelArch(Frozen):
     def layers(self) -> tuple[Layer, ...]:
         """The decoder's layers, the first one first."""
         return _layers(self)
+
+    @property
+    def required_experts(self) -> Experts:
+        """The group experts, of an architecture that has it."""
+        return required(self.experts, "model.experts")
+
+    @property
+    def required_latent_attention(self) -> LatentAttention:
+        """The group latent_attention, of an architecture that has it."""
+        return required(self.latent_attention, "model.latent_attention")
 
     @property
     def longest_sequence(self) -> int:

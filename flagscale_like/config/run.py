@@ -23,11 +23,11 @@ from flagscale_like.config.groups import (
 )
 from flagscale_like.config.health import Init, Monitors
 from flagscale_like.config.lora import Lora
-from flagscale_like.config.objectives import AnyObjective, NextTokenLoss
+from flagscale_like.config.objectives import AnyObjective, Contrastive, NextTokenLoss
 from flagscale_like.config.rewards import judges
 from flagscale_like.config.rl import ReinforcementLearning
 from flagscale_like.config.trackers import Logging
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 
 
 def near_divisors(value: int, number: int) -> str:
@@ -229,8 +229,8 @@ class RunConfig(Frozen):
             )
         if self.objective.reads == "pairs":
             self._check_pairs()
-        if self.objective.reads == "groups":
-            self._check_groups()
+        if isinstance(objective, Contrastive):
+            self._check_groups(objective)
         self._check_rl()
         self._check_schedule()
         return self
@@ -306,20 +306,20 @@ class RunConfig(Frozen):
                 f"rule with {kind}, or objective.reference none"
             )
 
-    def _check_groups(self) -> None:
-        kind, data = f"objective.kind {self.objective.kind}", self.data
+    def _check_groups(self, objective: Contrastive) -> None:
+        kind, data = f"objective.kind {objective.kind}", self.data
         if data.prepare:
             raise ValueError(f"{kind} reads groups, which data.prepare has not: make a source with `data groups`")
-        if data.synthetic and self.train.seq_length <= self.objective.passages:
+        if data.synthetic and self.train.seq_length <= objective.passages:
             raise ValueError(
-                f"train.seq_length ({self.train.seq_length}) has no room for a query and {self.objective.passages} passages "
+                f"train.seq_length ({self.train.seq_length}) has no room for a query and {objective.passages} passages "
                 "(objective.passages)"
             )
         if self.init.salience:
             raise ValueError(f"init.salience is for new weights that learn text: leave it out with {kind}")
-        if max(self.objective.dimensions, default=0) > self.model.hidden_size:
+        if max(objective.dimensions, default=0) > self.model.hidden_size:
             raise ValueError(
-                f"objective.dimensions ({list(self.objective.dimensions)}) exceed model.hidden_size "
+                f"objective.dimensions ({list(objective.dimensions)}) exceed model.hidden_size "
                 f"({self.model.hidden_size}), the size of a whole vector"
             )
         if self.one_source_batches and (data.selection or self.train.ramp_up):
@@ -338,7 +338,7 @@ class RunConfig(Frozen):
             )
         if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
             raise ValueError("optimizer.schedule wsd needs optimizer.decay_steps")
-        if optimizer.schedule == "wsd" and optimizer.decay_steps > steps:
+        if optimizer.schedule == "wsd" and optimizer.decay_steps is not None and optimizer.decay_steps > steps:
             raise ValueError(
                 f"optimizer.decay_steps ({optimizer.decay_steps}) exceeds train.steps ({steps}): add "
                 f"optimizer.decay_steps={max(1, steps // 5)}; or keep train.steps, and stop with train.exit_at_step={steps}"
@@ -392,6 +392,11 @@ class RunConfig(Frozen):
         return dp
 
     @property
+    def required_rl(self) -> ReinforcementLearning:
+        """The group rl, of a run with task rl."""
+        return required(self.rl, "the group rl")
+
+    @property
     def ranks_apart(self) -> int:
         """Ranks of a launch that only draw rollouts; see Drawing.apart."""
         return self.rl.rollout.apart if self.rl is not None else 0
@@ -416,7 +421,8 @@ class RunConfig(Frozen):
     @property
     def one_source_batches(self) -> bool:
         """Whether each global batch is of one of several sources; see Contrastive.same_source."""
-        return self.objective.reads == "groups" and self.objective.same_source and len(self.data.sources) > 1
+        objective = self.objective
+        return isinstance(objective, Contrastive) and objective.same_source and len(self.data.sources) > 1
 
     def planned_samples(self) -> int:
         """Samples that the run may read: those of all its steps, and a reserve for the steps that rewinds repeat."""

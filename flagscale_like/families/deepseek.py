@@ -94,7 +94,7 @@ def _read_v3(settings: Settings) -> ModelArch:
 
 
 def _write(arch: ModelArch) -> dict[str, Any]:
-    experts, latent = arch.experts, arch.latent_attention
+    experts, latent = arch.required_experts, arch.required_latent_attention
     shared = experts.shared_ffn_hidden_size
     # Several shared experts are one FFN here; its width is told as a multiple of an expert's.
     return {
@@ -119,17 +119,18 @@ def _write(arch: ModelArch) -> dict[str, Any]:
 
 
 def _write_v2(arch: ModelArch) -> dict[str, Any]:
-    groups = arch.experts.groups
-    method = {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
-    return {**_write(arch), **method, "n_group": groups, "topk_group": arch.experts.top_groups, "mlp_bias": False}
+    experts = arch.required_experts
+    method = {"topk_method": "group_limited_greedy" if experts.groups > 1 else "greedy"}
+    groups = {"n_group": experts.groups, "topk_group": experts.top_groups}
+    return {**_write(arch), **method, **groups, "mlp_bias": False}
 
 
 def _write_v3(arch: ModelArch) -> dict[str, Any]:
     return {
         **_write(arch),
         "topk_method": "noaux_tc",
-        "n_group": arch.experts.groups,
-        "topk_group": arch.experts.top_groups,
+        "n_group": arch.required_experts.groups,
+        "topk_group": arch.required_experts.top_groups,
         "rope_interleave": True,
         "num_nextn_predict_layers": 0,
     }

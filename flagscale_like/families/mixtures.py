@@ -33,7 +33,8 @@ def layer_count(settings: Settings) -> int:
 
 def written_loss(arch: ModelArch) -> float:
     """router_aux_loss_coef of a config.json."""
-    return arch.experts.coefficient if arch.experts.balances else 0.0
+    experts = arch.required_experts
+    return experts.coefficient if experts.balances else 0.0
 
 
 def _read_mixtral(settings: Settings) -> ModelArch:
@@ -52,12 +53,12 @@ def _write_mixtral(arch: ModelArch) -> dict[str, Any]:
     return {
         **common_config(arch),
         **rope_config(arch),
-        "intermediate_size": arch.experts.ffn_hidden_size,
+        "intermediate_size": arch.required_experts.ffn_hidden_size,
         "num_key_value_heads": arch.num_query_groups,
         "head_dim": arch.head_dim,
         "sliding_window": arch.sliding_window,
-        "num_local_experts": arch.experts.count,
-        "num_experts_per_tok": arch.experts.top_k,
+        "num_local_experts": arch.required_experts.count,
+        "num_experts_per_tok": arch.required_experts.top_k,
         "router_aux_loss_coef": written_loss(arch),
     }
 
@@ -81,7 +82,7 @@ def _qwen_experts(settings: Settings, count: int, top_k: int, size: int) -> dict
 
 
 def _write_qwen(arch: ModelArch) -> dict[str, Any]:
-    experts = arch.experts
+    experts = arch.required_experts
     return {
         **common_config(arch),
         **rope_config(arch),
@@ -106,7 +107,7 @@ def _read_qwen2_moe(settings: Settings) -> ModelArch:
 
 
 def _write_qwen2_moe(arch: ModelArch) -> dict[str, Any]:
-    return {**_write_qwen(arch), "shared_expert_intermediate_size": arch.experts.shared_ffn_hidden_size}
+    return {**_write_qwen(arch), "shared_expert_intermediate_size": arch.required_experts.shared_ffn_hidden_size}
 
 
 def _read_qwen3_moe(settings: Settings) -> ModelArch:
@@ -137,13 +138,13 @@ def _write_olmoe(arch: ModelArch) -> dict[str, Any]:
     return {
         **common_config(arch),
         **rope_config(arch),
-        "intermediate_size": arch.experts.ffn_hidden_size,
+        "intermediate_size": arch.required_experts.ffn_hidden_size,
         "num_key_value_heads": arch.num_query_groups,
         "attention_bias": False,
         "clip_qkv": None,
-        "num_experts": arch.experts.count,
-        "num_experts_per_tok": arch.experts.top_k,
-        "norm_topk_prob": arch.experts.normalize,
+        "num_experts": arch.required_experts.count,
+        "num_experts_per_tok": arch.required_experts.top_k,
+        "norm_topk_prob": arch.required_experts.normalize,
         "router_aux_loss_coef": written_loss(arch),
     }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from flagscale_like.arch import (
     EMBEDDING_NAME,
     OUTPUT_NAME,
+    Block,
     GatedFeedForward,
     GroupedQueryAttention,
     MixtureOfExperts,
@@ -169,8 +170,14 @@ def expert_rules(block: MixtureOfExperts, core: str, hf: str, shapes: Mapping[st
 
 
 # The rules of each class of block in flagscale_like.arch.
-ATTENTION_RULES = {GroupedQueryAttention: attention_rules, MultiLatentAttention: latent_attention_rules}
-FEED_FORWARD_RULES = {GatedFeedForward: gated_feed_forward_rules, MixtureOfExperts: expert_rules}
+ATTENTION_RULES: dict[type[Block], Callable[..., list[Rule]]] = {
+    GroupedQueryAttention: attention_rules,
+    MultiLatentAttention: latent_attention_rules,
+}
+FEED_FORWARD_RULES: dict[type[Block], Callable[..., list[Rule]]] = {
+    GatedFeedForward: gated_feed_forward_rules,
+    MixtureOfExperts: expert_rules,
+}
 
 
 def split_qkv(core: str, hf: str, shapes: Mapping[str, Shape]) -> list[Rule]:

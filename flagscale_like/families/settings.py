@@ -141,7 +141,7 @@ class Settings:
         if missing:
             raise self.fail(f"rope_scaling of type {kind} has no {', '.join(sorted(missing))}")
         try:
-            scaling = RopeScaling(kind=kind, **given)
+            scaling = RopeScaling.model_validate({"kind": kind, **given})
         except ValidationError as error:
             raise self.fail(f"rope_scaling: {_first_message(error)}") from None
         return None if kind == "linear" and scaling.factor == 1 else scaling

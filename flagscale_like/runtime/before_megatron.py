@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -28,7 +28,7 @@ def hidden(name: str) -> Iterator[None]:
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # what Python itself documents for this
+    sys.modules[name] = None  # ty: ignore[invalid-assignment]  # what Python itself documents for this
     try:
         yield
     finally:
@@ -41,15 +41,12 @@ class _WithoutWandb(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in LOAD_WANDB:
             return None
-        spec = PathFinder.find_spec(name, path, target)
-        load = spec.loader.exec_module
+        return device_shim.loaded_by(PathFinder.find_spec(name, path, target), self._load)
 
-        def load_without(module: ModuleType) -> None:
-            with hidden("wandb"):
-                load(module)
-
-        spec.loader.exec_module = load_without
-        return spec
+    @staticmethod
+    def _load(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        with hidden("wandb"):
+            load(module)
 
 
 def prepare() -> None:

@@ -206,6 +206,16 @@ class _WeightGradient:
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
+def loaded_by(
+    spec: ModuleSpec | None, run: Callable[[Callable[[ModuleType], None], ModuleType], None]
+) -> ModuleSpec | None:
+    """A module's spec whose loader leaves the loading to `run`, which gets the loader's own function and the module."""
+    if spec is not None and spec.loader is not None:
+        # A loader is an object of one module: what is set on it is for that module alone.
+        spec.loader.exec_module = functools.partial(run, spec.loader.exec_module)
+    return spec
+
+
 class _WithoutFusions(MetaPathFinder):
     """Loads the real megatron.core.jit, once, and switches its fuser off before another module takes it from there."""
 
@@ -213,15 +223,12 @@ class _WithoutFusions(MetaPathFinder):
         if name != "megatron.core.jit":
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        load = spec.loader.exec_module
+        return loaded_by(PathFinder.find_spec(name, path, target), self._load)
 
-        def load_and_switch_off(module: ModuleType) -> None:
-            load(module)
-            module.disable_jit_fuser()
-
-        spec.loader.exec_module = load_and_switch_off
-        return spec
+    @staticmethod
+    def _load(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        load(module)
+        module.disable_jit_fuser()
 
 
 def without_fusions() -> None:
@@ -261,7 +268,7 @@ def install(platform: Platform) -> None:
     logger.info("megatron-core is patched to run on %s (runtime/device_shim.py)", platform.device)
     stand_in = _Torch(platform)
     for name in MODULES:
-        importlib.import_module(name).torch = stand_in
+        vars(importlib.import_module(name))["torch"] = stand_in
     for module_name, class_name, function_name in SCOPED:
         module: ModuleType = importlib.import_module(module_name)
         owner = getattr(module, class_name) if class_name else module

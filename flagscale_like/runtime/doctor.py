@@ -85,8 +85,8 @@ def _package(name: str) -> Finding:
 def _devices() -> list[Finding]:
     """Every platform, and why this machine has it not; then what the one that is chosen is given."""
     try:
-        import torch
         import torch.distributed as dist
+        from torch.cuda import nccl
 
         platforms = importlib.import_module("flagscale_like.runtime.platforms")
     except ImportError as error:
@@ -99,7 +99,7 @@ def _devices() -> list[Finding]:
         return [*found, Finding("devices", "broken", str(error))]
     backends = [name for name in dist.Backend.backend_list if name != "undefined" and dist.is_backend_available(name)]
     if "nccl" in backends:
-        backends[backends.index("nccl")] += " " + ".".join(map(str, torch.cuda.nccl.version()))
+        backends[backends.index("nccl")] += " " + ".".join(map(str, nccl.version()))
     found.append(Finding("backends", "ok", ", ".join(backends)))
     reason = chosen.missing_backend()
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset")
@@ -114,7 +114,7 @@ def _devices() -> list[Finding]:
 def _platform(each: Surveyed) -> Finding:
     name = f"platform {each.name}"
     if each.platform is None:
-        return Finding(name, "broken", each.reason)
+        return Finding(name, "broken", each.reason or "no reason given")
     if each.reason is not None:
         return Finding(name, "missing", each.reason)
     if each.platform.claims:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ class ParallelContext:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """`value` of rank 0, on every rank. Any picklable object."""
         box = [value]
         dist.broadcast_object_list(box, 0, device=self.platform.device)
@@ -138,7 +139,7 @@ class ParallelContext:
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank. Any picklable object."""
-        return self.broadcast(work() if self.is_main else None)  # type: ignore[return-value]
+        return self.broadcast(work() if self.is_main else None)
 
     def add_up(self, numbers: Tensor, names: Sequence[str]) -> list[float]:
         """The sums over all ranks of a float64 vector on the device, for which the host waits.
@@ -190,7 +191,8 @@ def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank, the one that `work` raised on any; a DataError where it was an OSError.
     """
-    problem, result = None, None
+    problem: tuple[type[UserError], str] | None = None
+    result: Any = None
     try:
         result = work()
     except UserError as error:
@@ -199,7 +201,7 @@ def agree(ctx: ParallelContext, work: Callable[[], T]) -> T:
         problem = (DataError, str(error))
     for kind, text in filter(None, ctx.gather(problem)):
         raise kind(text)
-    return result  # type: ignore[return-value]
+    return result
 
 
 def agree_on_a_launch(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
@@ -244,9 +246,11 @@ def _meet(platform: Platform, launch: Launch | None, timeout_s: float, apart: in
         PlatformError: the port is taken, or nobody answers there.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    options = {"timeout": timeout, "device_id": platform.group_device}
+    start = functools.partial(
+        dist.init_process_group, platform.backend, timeout=timeout, device_id=platform.group_device
+    )
     if launch is None:
-        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        start(store=dist.HashStore(), rank=0, world_size=1)
         return 1, None
     launch.check_address()
     try:
@@ -256,7 +260,7 @@ def _meet(platform: Platform, launch: Launch | None, timeout_s: float, apart: in
             bridge = Bridge(dist.PrefixStore("bridge", store), rank, world, apart, timeout_s)
             store = dist.PrefixStore("apart" if bridge.is_apart else "together", store)
             rank, world = bridge.world
-        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, **options)
+        start(store=store, rank=rank, world_size=world)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         cause = "the port is taken: choose another --master-port" if "EADDRINUSE" in str(error) else "no answer"
         raise PlatformError(
@@ -335,7 +339,7 @@ def grid(
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=timeout_s / 60,
+        distributed_timeout_minutes=timeout_s / 60,  # ty: ignore[invalid-argument-type]  # a timedelta takes any number
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

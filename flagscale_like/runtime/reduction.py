@@ -56,15 +56,13 @@ def _is_vector(value: Value) -> bool:
 def _flat(values: Mapping[str, Value], device: torch.device) -> dict[str, Tensor]:
     """Each value as a float64 vector on the device. The host's numbers go there in one copy, which nothing waits for."""
     hosts = {
-        name: [*value] if _is_vector(value) else [value] for name, value in values.items() if not _is_tensor(value)
+        name: [*value] if isinstance(value, Sequence) else [value]
+        for name, value in values.items()
+        if not isinstance(value, Tensor)
     }
     numbers = torch.tensor([number for own in hosts.values() for number in own], dtype=torch.float64)
     moved = iter(numbers.to(device, non_blocking=True).split([len(own) for own in hosts.values()]))
     return {
-        name: value.detach().to(device, torch.float64).reshape(-1) if _is_tensor(value) else next(moved)
+        name: value.detach().to(device, torch.float64).reshape(-1) if isinstance(value, Tensor) else next(moved)
         for name, value in values.items()
     }
-
-
-def _is_tensor(value: Value) -> bool:
-    return isinstance(value, Tensor)

@@ -132,7 +132,7 @@ CHIPS = (
 )
 
 
-class _FromRow:
+class _FromRow(Platform):
     """What a row adds to the platform of its torch type."""
 
     chip: Chip
