@@ -285,3 +285,8 @@ def test_the_command_line_ends_with_the_code_of_the_error_and_no_traceback(tmp_p
         f"{path}:", f"{path}:{path.read_text().splitlines().index('train:') + 1}:"
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_group_that_a_run_does_not_have_is_named_where_it_is_asked_for(tmp_path):
+    with pytest.raises(AssertionError, match="the group rl is missing"):
+        _ = tiny_config(tmp_path).required_rl

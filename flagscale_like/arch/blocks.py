@@ -34,13 +34,24 @@ class Block(ABC):
         return 2.0 * self.matrix_parameters
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlock(Block):
+    """The attention half of a layer.
+
+    Attributes:
+        position: how it receives the order of the tokens.
+    """
+
+    position: Position
+
+
 def groups_on(groups: int, tp: int) -> int:
     """KV groups that each tensor-parallel rank computes. Where there are fewer groups than ranks, several ranks share one."""
     return max(1, groups // tp)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedQueryAttention(Block):
+class GroupedQueryAttention(AttentionBlock):
     """Grouped-query attention (Ainslie et al. 2023). The fields are ModelArch's."""
 
     hidden_size: int
@@ -95,7 +106,7 @@ class Layer:
     """A decoder layer: two residual branches, each a norm and a block."""
 
     hidden_size: int
-    attention: Block
+    attention: AttentionBlock
     feed_forward: Block
 
     def parameters(self, layer: int) -> tuple[Parameter, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import Field, model_validator
 
 from flagscale_like.arch.base import Frozen
-from flagscale_like.arch.blocks import Block, counted_keys
+from flagscale_like.arch.blocks import AttentionBlock, counted_keys
 from flagscale_like.arch.position import Position
 from flagscale_like.arch.table import Parameter, Role
 
@@ -51,7 +51,7 @@ class LatentAttention(Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiLatentAttention(Block):
+class MultiLatentAttention(AttentionBlock):
     """Multi-head latent attention. A head's first channels of q and k are those that are rotated."""
 
     hidden_size: int

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from flagscale_like.arch.base import Frozen, whole_number
-from flagscale_like.arch.blocks import Block, GatedFeedForward, GroupedQueryAttention, Layer
+from flagscale_like.arch.blocks import AttentionBlock, GatedFeedForward, GroupedQueryAttention, Layer
 from flagscale_like.arch.experts import Experts, MixtureOfExperts, active
 from flagscale_like.arch.latent_attention import LatentAttention, MultiLatentAttention
 from flagscale_like.arch.position import Position
@@ -217,7 +217,7 @@ class ModelArch(Frozen):
         return total
 
 
-def _attention(arch: ModelArch) -> Block:
+def _attention(arch: ModelArch) -> AttentionBlock:
     if arch.latent_attention is not None:
         return MultiLatentAttention(
             hidden_size=arch.hidden_size,

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from flagscale_like.arch.base import Frozen
+from flagscale_like.errors import required
 
 # The numbers that a kind of scaling uses; those of another kind must have their default values.
 SCALING_FIELDS = {
@@ -112,6 +113,11 @@ class Position(Frozen):
     threshold: int | None = Field(default=None, gt=0)
     far: Literal["clipped", "compressed"] = "clipped"
     far_factor: float = Field(default=8.0, gt=1.0)
+
+    @property
+    def required_threshold(self) -> int:
+        """The threshold, of a position of kind nlpe."""
+        return required(self.threshold, "position.threshold")
 
     @model_validator(mode="after")
     def _check(self) -> Position:

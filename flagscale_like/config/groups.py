@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 
 from flagscale_like.arch import Frozen
 from flagscale_like.config.health import Selection
+from flagscale_like.errors import required
 
 KernelChoice = Literal["auto", "triton", "torch"]
 ContextParallelKind = Literal["gather", "a2a"]
@@ -324,6 +325,16 @@ class Data(Frozen):
     cache_dir: PathText | None = None
     selection: Selection | None = None
     accept_changes: bool = False
+
+    @property
+    def required_tokenizer(self) -> str:
+        """The tokenizer's folder, of a run that reads text."""
+        return required(self.tokenizer, "data.tokenizer")
+
+    @property
+    def required_prepare(self) -> Prepare:
+        """The group prepare, of a run that prepares its data."""
+        return required(self.prepare, "data.prepare")
 
     @property
     def tests(self) -> bool:

@@ -397,6 +397,13 @@ class RunConfig(Frozen):
         return required(self.rl, "the group rl")
 
     @property
+    def required_contrast(self) -> Contrastive:
+        """The objective, of a run that reads groups."""
+        return required(
+            self.objective if isinstance(self.objective, Contrastive) else None, "objective.kind contrastive"
+        )
+
+    @property
     def ranks_apart(self) -> int:
         """Ranks of a launch that only draw rollouts; see Drawing.apart."""
         return self.rl.rollout.apart if self.rl is not None else 0

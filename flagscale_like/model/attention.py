@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from flagscale_kernels import (
     rope_tables,
 )
 from flagscale_like.arch import ModelArch, Position
-from flagscale_like.config import Kernels
+from flagscale_like.config import ContextParallelKind, Kernels
+from flagscale_like.errors import required
 from flagscale_like.model.context_parallel import (
     Flash,
     Piecewise,
@@ -45,7 +47,7 @@ from flagscale_like.model.context_parallel import (
 from flagscale_like.model.kv_cache import CachedStep
 from flagscale_like.model.modules import backend_of
 from flagscale_like.model.packs import Pack
-from flagscale_like.runtime.row_cut import row_cut
+from flagscale_like.runtime.row_cut import RowCut, row_cut
 
 # The mask types that megatron-core may name for what is computed: of rows, and of packs.
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -69,12 +71,11 @@ class RotaryTables:
         self._fixed_up_to: int | None = None  # tokens up to which one set of frequencies holds; None: any number
         scaling = arch.position.scaling
         if scaling is not None:
-            numbers = scaling.numbers
-            original = numbers.pop("original_max_position_embeddings", None)
-            self._options = {"scaling": scaling.kind, "original_max_positions": original, **numbers}
-            self._fixed_up_to = original if scaling.kind == "dynamic" else None
+            numbers, name = scaling.numbers, "original_max_position_embeddings"
+            self._options = {"scaling": scaling.kind, "original_max_positions": numbers.pop(name, None), **numbers}
+            self._fixed_up_to = scaling.original_max_position_embeddings if scaling.kind == "dynamic" else None
         _, self.attention_factor = self._frequencies(1)
-        self._made: dict[tuple, tuple[Tensor | None, ...]] = {}
+        self._made: dict[tuple, tuple[Any, ...]] = {}
         self._packs: dict[tuple, tuple[tuple[int, ...], tuple[Tensor | None, ...]]] = {}
 
     def vary(self, longest: int) -> bool:
@@ -97,7 +98,7 @@ class RotaryTables:
         """NLPE's angles for q2 and k2, fp32 [s, 1, 1, d] (each twice); None for a k2 that is not rotated."""
 
         def make() -> tuple[Tensor | None, ...]:
-            true, w = torch.arange(seq_length, dtype=torch.float32, device="cpu"), float(position.threshold)
+            true, w = torch.arange(seq_length, dtype=torch.float32, device="cpu"), float(position.required_threshold)
             if position.far == "clipped":
                 places = (torch.full_like(true, w), None)
             else:
@@ -108,9 +109,7 @@ class RotaryTables:
 
         return self._kept("far", seq_length, device, make)
 
-    def of_documents(
-        self, lengths: tuple[int, ...], made: Callable[..., tuple[Tensor | None, ...]], *args: Any
-    ) -> tuple:
+    def of_documents(self, lengths: tuple[int, ...], made: MethodType, *args: Any) -> tuple:
         """`made(*args, length, device)` of each document of a pack, one after another: a row for each token.
 
         What was made last is kept, for the layers that read the same pack.
@@ -134,14 +133,14 @@ class RotaryTables:
         length = {} if self._fixed_up_to is None else {"seq_len": seq_length}
         return rope_frequencies(self._dim, self._base, device="cpu", **self._options, **length)
 
-    def _kept(self, name: str, seq_length: int, device: torch.device, make: Callable) -> tuple[Tensor | None, ...]:
+    def _kept(self, name: str, seq_length: int, device: torch.device, make: Callable) -> tuple[Any, ...]:
         """The first rows of what was made for the longest sequence so far.
 
         Beyond the length up to which the frequencies are fixed, what was made last is kept, for its own length.
         """
         fixed = not self.vary(seq_length)
         key = (name, device, fixed)
-        rows = len(self._made[key][0]) if key in self._made else 0
+        rows = len(self._made[key][0]) if key in self._made else 0  # the first one is always there
         if rows < seq_length if fixed else rows != seq_length:
             self._made[key] = tuple(t if t is None else t.to(device) for t in make())
         return tuple(t if t is None else t[:seq_length] for t in self._made[key])
@@ -193,7 +192,7 @@ class CoreAttention(nn.Module):
         layer_number: int | None = None,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         attention_type: str = "self",
-        cp_comm_type: str | None = None,
+        cp_comm_type: ContextParallelKind | None = None,
         attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
@@ -259,7 +258,7 @@ class CoreAttention(nn.Module):
             return self._rows(query, key, value, packed_seq_params)
         pack = _with_bounds(packed_seq_params) if packed_seq_params is not None else None
         if self.cut.zigzag:
-            return self._gathered(query, key, value, pack)
+            return self._gathered(query, key, value, pack, self.cut)
         rows = pack.rows if pack is not None else 1
         query, key, value = tokens_for_heads((query, key, value), self.cut, rows)
         return heads_for_tokens(self._rows(query, key, value, pack), self.cut, rows)
@@ -277,7 +276,7 @@ class CoreAttention(nn.Module):
         if self.position.kind == "nlpe":
             return self._piecewise(query, key, value, (query.shape[0],)).flatten(2)
         if self.tables is not None:
-            query, key = self._rotate(query, key)
+            query, key = self._rotate(query, key, self.tables)
         return self._attend(query, key, value, layout="sbnd").flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **documents: Any) -> Tensor:
@@ -304,28 +303,28 @@ class CoreAttention(nn.Module):
             query, key = rope(query, key, *tables, layout="tnd", inplace_backward=True, backend=self.rope_backend)
         elif self.tables is not None:
             tables = self.tables.tables(query.shape[0], query.device)
-            options = {"layout": "tnd", "cu_seqlens": bounds, "inplace_backward": True, "backend": self.rope_backend}
-            query, key = rope(query, key, *tables, **options)
-        longest = {"max_seqlen_q": pack.max_seqlen_q, "max_seqlen_k": pack.max_seqlen_kv}
-        return self._attend(query, key, value, layout="tnd", cu_seqlens_q=bounds, cu_seqlens_k=bounds, **longest)
+            options: dict[str, Any] = {"layout": "tnd", "inplace_backward": True, "backend": self.rope_backend}
+            query, key = rope(query, key, *tables, cu_seqlens=bounds, **options)
+        lengths = {"max_seqlen_q": pack.max_seqlen_q, "max_seqlen_k": pack.max_seqlen_kv}
+        return self._attend(query, key, value, layout="tnd", cu_seqlens_q=bounds, cu_seqlens_k=bounds, **lengths)
 
-    def _gathered(self, query: Tensor, key: Tensor, value: Tensor, pack: Pack | None) -> Tensor:
+    def _gathered(self, query: Tensor, key: Tensor, value: Tensor, pack: Pack | None, cut: RowCut) -> Tensor:
         """Attention of this rank's tokens over the keys of all context-parallel ranks."""
         options = {"causal": self.causal, "softmax_scale": self.softmax_scale, "backend": self.backend}
         nlpe = self.position.kind == "nlpe"
         if nlpe:
-            kernel = Piecewise(self.position.threshold, options)
+            kernel = Piecewise(self.position.required_threshold, options)
         else:
             kernel = Flash(options | {"alibi_slopes": self.slopes, "window": self.window})
         if pack is None:
-            plan = plan_rows(self.cut, query.shape[0], query.device)
+            plan = plan_rows(cut, query.shape[0], query.device)
         else:
             if pack.plan is None:
-                pack.plan = plan_pack(self.cut, pack, query.device, one_by_one=nlpe)
+                pack.plan = plan_pack(cut, pack, query.device, one_by_one=nlpe)
             plan = pack.plan
         if self.frees_qkv:
             value = value.contiguous()
-        out = gathered_attention(kernel, plan, self.cut, value, lambda: self._rotate_at(query, key, plan))
+        out = gathered_attention(kernel, plan, cut, value, lambda: self._rotate_at(query, key, plan))
         return out.flatten(-2)
 
     def _rotate_at(self, query: Tensor, key: Tensor, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -333,7 +332,7 @@ class CoreAttention(nn.Module):
         if self.tables is None:
             return (query,), (key,)
         tables, layout = self.tables, "sbnd" if query.dim() == 4 else "tnd"
-        options = {"layout": layout, "inplace_backward": True, "backend": self.rope_backend}
+        options: dict[str, Any] = {"layout": layout, "inplace_backward": True, "backend": self.rope_backend}
         if tables.vary(max(plan.lengths)):
             true, places = tables.of_documents(plan.lengths, tables.tables, query.device), plan.tokens
         else:
@@ -353,14 +352,14 @@ class CoreAttention(nn.Module):
         k2 = key.contiguous() if self.frees_qkv else key  # q2 takes the factor of both
         return (q1, far(query, far_q, factor**2)), (k1, k2)
 
-    def _rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        tables = self.tables.tables(query.shape[0], query.device)
+    def _rotate(self, query: Tensor, key: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        angles = tables.tables(query.shape[0], query.device)
         # In place: the rotated q and k go to the attention alone, so nothing else reads their gradients.
-        return rope(query, key, *tables, layout="sbnd", inplace_backward=True, backend=self.rope_backend)
+        return rope(query, key, *angles, layout="sbnd", inplace_backward=True, backend=self.rope_backend)
 
     def _piecewise(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """NLPE, one call of the kernel for each document. lengths: tokens of the documents, which fill the rows."""
-        tables, backend = self.tables, self.rope_backend
+        tables, backend = required(self.tables, "RoPE's tables"), self.rope_backend
         far_q, far_k = tables.of_documents(lengths, tables.far_angles, self.position, query.device)
         factor = tables.attention_factor
         if far_k is not None:
@@ -373,8 +372,8 @@ class CoreAttention(nn.Module):
         q1, k1 = rope(query, key, *true, layout="sbnd", inplace_backward=True, backend=backend)
 
         def attend(*document: Tensor) -> Tensor:
-            options = {"softmax_scale": self.softmax_scale, "layout": "sbnd", "backend": self.backend}
-            return piecewise_attention(*document, self.position.threshold, causal=self.causal, **options)
+            options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "layout": "sbnd", "backend": self.backend}
+            return piecewise_attention(*document, self.position.required_threshold, causal=self.causal, **options)
 
         if len(lengths) == 1:
             return attend(q1, k1, q2, k2, value)

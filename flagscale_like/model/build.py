@@ -106,7 +106,7 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
 
 def expert_options(spec: ModelSpec) -> dict[str, Any]:
     """What megatron-core has to know of a mixture of experts; model.experts computes choice, losses and bias."""
-    experts = spec.arch.experts
+    experts = spec.arch.required_experts
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.top_k,
@@ -325,7 +325,7 @@ def _requires_grad(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if module.training and torch.is_grad_enabled() else output
 
 
-def named_shards(chunk: LanguageModel) -> dict[str, Tensor]:
+def named_shards(chunk: LanguageModel) -> dict[str, nn.Parameter]:
     """A chunk's parameters under names that no layout changes: layers counted over the whole model."""
     offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
 
@@ -395,6 +395,7 @@ def _each(functions: list[Callable]) -> Callable | list[Callable]:
 
 def unwrap(module: nn.Module) -> LanguageModel:
     """The LanguageModel inside DistributedDataParallel and Float16Module."""
-    while not isinstance(module, LanguageModel):
-        module = module.module
-    return module
+    inner: Any = module
+    while not isinstance(inner, LanguageModel):
+        inner = inner.module
+    return inner

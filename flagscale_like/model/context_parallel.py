@@ -83,13 +83,13 @@ def plan_rows(cut: RowCut, tokens: int, device: torch.device) -> Plan:
         tokens: of a row, on this rank.
     """
     length = tokens // 2
-    calls = tuple(
+    front, back = (
         [Call(slice(half * length, (half + 1) * length), slice(0, (chunk + 1) * length), {})]
         for half, chunk in enumerate(cut.held)
     )
     # Made once for all layers; without the group, which would outlive its run here.
     mine = _tokens_of_row(replace(cut, group=None), tokens * cut.size, device)
-    return Plan(1, (tokens * cut.size,), mine, mine, calls)
+    return Plan(1, (tokens * cut.size,), mine, mine, (front, back))
 
 
 def plan_pack(cut: RowCut, pack: Pack, device: torch.device, *, one_by_one: bool) -> Plan:
@@ -139,6 +139,9 @@ def _cu_seqlens(documents: list[tuple[int, int, int]]) -> tuple[list[int], list[
     first_query, first_key, _ = documents[0]
     ends = [stop for _, _, stop in documents]
     return [0, *(end - first_query for end in ends)], [0, *(end - first_key for end in ends)]
+
+
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q1, k1, q2, k2, v
 
 
 class Kernel(Protocol):
@@ -197,12 +200,13 @@ class Piecewise:
         dq1, dk1, dq2, dk2, dv = (x.view(t.shape) for x, t in zip(found, self._flat(queries, keys), strict=True))
         return (dq1, dq2), (dk1, dk2, dv)
 
-    def _flat(self, queries: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, ...]:
+    def _flat(self, queries: list[Tensor], keys: list[Tensor]) -> FiveTensors:
         (q1, q2), (k1, k2, v) = queries, keys
         return q1, k1, q2, k2, v
 
-    def _in_rows(self, queries: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(t if t.dim() == 4 else t[:, None] for t in self._flat(queries, keys))
+    def _in_rows(self, queries: list[Tensor], keys: list[Tensor]) -> FiveTensors:
+        q1, k1, q2, k2, v = (t if t.dim() == 4 else t[:, None] for t in self._flat(queries, keys))
+        return q1, k1, q2, k2, v
 
 
 class Whole:
@@ -302,7 +306,8 @@ class _Gathered(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         count, plan, saved = ctx.count, ctx.plan, ctx.saved_tensors
         queries, keys, (out, *statistics) = saved[:count], saved[count : 2 * count + 1], saved[2 * count + 1 :]
         wholes = ctx.wholes or _gather(keys, ctx.cut, plan.rows)
@@ -360,8 +365,8 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grad, ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grads[0], ctx.group), None
 
 
 def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:

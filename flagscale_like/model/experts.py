@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from flagscale_kernels import collect_tokens, spread_tokens, swiglu, token_order
 from flagscale_like.arch import Experts
-from flagscale_like.model.modules import in_backward
+from flagscale_like.model.modules import in_backward, mark
 
 
 class Router(TopKRouter):
@@ -215,9 +215,9 @@ def mark_expert(parameter: nn.Parameter, *, copies_as_dense: bool) -> None:
     Args:
         copies_as_dense: its copies are on the ranks that hold copies of the dense parameters, and it is reduced with them.
     """
-    parameter.of_expert, parameter.allreduce = True, copies_as_dense
+    mark(parameter, of_expert=True, allreduce=copies_as_dense)
     # What is not marked counts in the gradient norm on the first tensor-parallel rank alone, and here each rank's counts.
-    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
+    mark(parameter, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -11,6 +11,8 @@ within a call of the module alone: there the optimizer's all-gather of it, which
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -20,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from flagscale_kernels import cross_entropy, fused_linear_cross_entropy
+from flagscale_like.model.modules import mark
 
 
 class LanguageModelHead(ColumnParallelLinear):
@@ -107,7 +110,7 @@ class LanguageModelHead(ColumnParallelLinear):
             return losses
         logits, _ = self(hidden, weight)
         # The backward pass writes the logits' gradient over them: nothing else reads what `forward` has made.
-        options = {"reduction": "none", "inplace_backward": True, "backend": self.backend}
+        options: dict[str, Any] = {"reduction": "none", "inplace_backward": True, "backend": self.backend}
         return cross_entropy(logits, labels.t(), group=self.tp_group, **options).t()
 
     def _fused_loss(self, hidden: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class ValueHead(MegatronModule):
         super().__init__(config)
         self.weight = nn.Parameter(torch.zeros(outputs, config.hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism a rank sees its part of the tokens: megatron-core then sums the gradient over tp.
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
         self.sequence_parallel, self.tp_group = config.sequence_parallel, tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:

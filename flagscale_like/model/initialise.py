@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flagscale_like.arch import OUTPUT_NAME, Parameter, Role
+from flagscale_like.errors import required
 from flagscale_like.model.build import LanguageModel, named_shards
 from flagscale_like.model.lora import adapted
 from flagscale_like.model.spec import ModelSpec
@@ -70,10 +71,10 @@ def initialize_weights(
                 _fill_experts(shard, parameter, spec, ctx)
             else:
                 shard.copy_(_shard_of(_draw(parameter, spec, ctx), parameter, ctx))
-    for linear in adapted(chunks):
-        magnitude = linear.lora.magnitude
+    for linear, adapter in adapted(chunks):
+        magnitude = adapter.magnitude
         if magnitude is not None and (only is None or magnitude in only):
-            magnitude.copy_(linear.lora.row_norms(linear.weight))
+            magnitude.copy_(adapter.row_norms(linear.weight))
 
 
 def _fill_experts(shard: Tensor, parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> None:
@@ -86,7 +87,7 @@ def _fill_experts(shard: Tensor, parameter: Parameter, spec: ModelSpec, ctx: Par
 
 def _draw(parameter: Parameter, spec: ModelSpec, ctx: ParallelContext) -> Tensor:
     """The whole matrix in fp32, without the padding of the vocabulary, which must not shift the numbers drawn."""
-    if parameter.role is Role.ADAPTER_A and spec.lora.init == "gaussian":
+    if parameter.role is Role.ADAPTER_A and required(spec.lora, "lora").init == "gaussian":
         return _normal(parameter.name, parameter.shape, 1 / parameter.shape[0], spec.seed, ctx)
     if parameter.role is Role.ADAPTER_A:
         full, generator = _empty(parameter.name, parameter.shape, spec.seed, ctx)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from flagscale_kernels import apply_rope, flash_attention, piecewise_attention, rope
+from flagscale_like.errors import required
 
 if TYPE_CHECKING:
-    from flagscale_like.model.attention import CoreAttention
+    from flagscale_like.model.attention import CoreAttention, RotaryTables
     from flagscale_like.model.build import LanguageModel
 
 GROWS_BY = 64  # places; a cache has a multiple of it
@@ -119,7 +121,7 @@ class PromptPart:
     length: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CachedStep(PackedSeqParams):
     """The tokens of one step, as megatron-core hands them to core attention. Make one with `cached_step`.
 
@@ -130,13 +132,13 @@ class CachedStep(PackedSeqParams):
         prompts: the tokens behind them.
     """
 
-    cache: KeyValueCache | None = None
-    rows: Tensor | None = None
-    places: Tensor | None = None
+    cache: KeyValueCache
+    rows: Tensor
+    places: Tensor
     on_host: Sequence[int] = ()
     decoding: int = 0
     prompts: Sequence[PromptPart] = ()
-    _made: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    _made: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def attend(self, core: CoreAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Put the tokens' keys and values into the cache, and attend to what is there of their texts.
@@ -149,7 +151,7 @@ class CachedStep(PackedSeqParams):
             [t, n/tp, d].
         """
         queries, keys = self._rotate(core, query, key)
-        stored = self.cache.of_layer(core.layer_number)
+        stored = self.cache.of_layer(required(core.layer_number, "layer_number"))
         for held, new in zip(stored, (*keys, value), strict=True):
             held[self.rows, :, self.places] = new
         if not self.prompts:
@@ -170,7 +172,7 @@ class CachedStep(PackedSeqParams):
             return out.flatten(1, 2)
         near, far = (torch.matmul(q, k.transpose(-1, -2)).float() for q, k in zip(queries, keys, strict=True))
         scale = core.softmax_scale if core.softmax_scale is not None else queries[0].shape[-1] ** -0.5
-        scores = torch.where(distance >= core.position.threshold, far, near) * scale + bias
+        scores = torch.where(distance >= core.position.required_threshold, far, near) * scale + bias
         return torch.matmul(scores.softmax(-1).to(values.dtype), values).flatten(1, 2)
 
     def _bias(self, core: CoreAttention, longest: int, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -196,10 +198,10 @@ class CachedStep(PackedSeqParams):
         tables, backend = core.tables, core.rope_backend
         if tables is None:
             return (query,), (key,)
-        near = rope(query, key, *self._angles(core, tables.tables, query.device), layout="tnd", backend=backend)
+        near = rope(query, key, *self._angles(tables, tables.tables, query.device), layout="tnd", backend=backend)
         if core.position.kind != "nlpe":
             return near[:1], near[1:]
-        far_q, far_k = self._angles(core, tables.far_angles, core.position, query.device)
+        far_q, far_k = self._angles(tables, tables.far_angles, core.position, query.device)
         factor = tables.attention_factor
 
         def far(x: Tensor, angles: Tensor, mscale: float) -> Tensor:
@@ -209,13 +211,13 @@ class CachedStep(PackedSeqParams):
             return (near[0], far(query, far_q, factor)), (near[1], far(key, far_k, factor))
         return (near[0], far(query, far_q, factor**2)), (near[1], key)  # q2 takes the factor of both
 
-    def _angles(self, core: CoreAttention, made, *args) -> tuple[Tensor | None, ...]:  # noqa: ANN001, ANN002
-        """The rows of `made` (RotaryTables.tables or far_angles) at the tokens' places, made once for all layers."""
+    def _angles(self, tables: RotaryTables, made: MethodType, *args: Any) -> tuple[Any, ...]:
+        """The rows of `made` (tables.tables or tables.far_angles) at the tokens' places, made once for all layers."""
         name = made.__name__
         if name not in self._made:
             *first, device = args
             longest = max(self.lengths)
-            if core.tables.vary(longest):
+            if tables.vary(longest):
                 found = [
                     tuple(t if t is None else t[places] for t in made(*first, length, device))
                     for length, places in self._spans()
@@ -242,13 +244,18 @@ def _prompt(core: CoreAttention, part: PromptPart, queries: Sequence[Tensor], st
     end = part.start + part.count
     *keys, values = (held[part.row : part.row + 1, :, :end] for held in stored)  # [1, g, end, d]
     queries = [q[part.at : part.at + part.count].transpose(0, 1)[None] for q in queries]  # [1, n, count, d]
-    options = {"causal": True, "softmax_scale": core.softmax_scale, "layout": "bnsd", "backend": core.backend}
+    options: dict[str, Any] = {
+        "causal": True,
+        "softmax_scale": core.softmax_scale,
+        "layout": "bnsd",
+        "backend": core.backend,
+    }
     if len(keys) == 1:
         slopes = core.head_slopes if core.head_slopes is None else core.head_slopes.to(values.device)
         out = flash_attention(queries[0], keys[0], values, alibi_slopes=slopes, window=core.window, **options)
     else:
         near, far = zip(queries, keys, strict=True)
-        out = piecewise_attention(*near, *far, values, core.position.threshold, **options)
+        out = piecewise_attention(*near, *far, values, core.position.required_threshold, **options)
     return out[0].transpose(0, 1)
 
 

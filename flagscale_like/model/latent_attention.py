@@ -26,7 +26,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from flagscale_like.arch import MultiLatentAttention
+from flagscale_like.errors import required
 from flagscale_like.model.attention import CoreAttention
+from flagscale_like.model.modules import mark
 
 
 class LatentSelfAttention(MegatronModule):
@@ -52,7 +54,7 @@ class LatentSelfAttention(MegatronModule):
         **_: Any,  # newer versions of megatron-core name the module
     ) -> None:
         super().__init__(config)
-        self.latent, self.pg_collection = block.latent, pg_collection
+        self.latent, self.pg_collection = block.latent, required(pg_collection, "pg_collection")
         self.recomputes = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         n, h, q, kv = block.heads, config.hidden_size, self.latent.q_lora_rank, self.latent.kv_lora_rank
         d, r, v = self.latent.head_dim, self.latent.qk_rope_head_dim, self.latent.v_head_dim
@@ -76,7 +78,7 @@ class LatentSelfAttention(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
-            tp_group=pg_collection.tp,
+            tp_group=self.pg_collection.tp,
         )
 
     def _up(self, inputs: int, outputs: int) -> ColumnParallelLinear:
@@ -135,7 +137,7 @@ class WholeLinear(nn.Module):
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s, b, inputs] -> [s, b, outputs]."""
@@ -151,7 +153,8 @@ class LatentCoreAttention(CoreAttention):
     """
 
     def __init__(self, *, block: MultiLatentAttention, **options: Any) -> None:
-        super().__init__(**{**options, "softmax_scale": block.softmax_scale})
+        options["softmax_scale"] = block.softmax_scale
+        super().__init__(**options)
         self.head_dim, self.v_head_dim = block.latent.head_dim, block.latent.v_head_dim
         self.frees_qkv = False  # q, k and v are no views of one product
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from flagscale_like.arch import (
+    Block,
     GatedFeedForward,
     GroupedQueryAttention,
     Layer,
@@ -101,8 +103,14 @@ def experts_spec(block: MixtureOfExperts, kernels: Kernels, rows: int) -> Module
 
 
 # The modules of each class of block in flagscale_like.arch.
-ATTENTION_SPECS = {GroupedQueryAttention: attention_spec, MultiLatentAttention: latent_attention_spec}
-FEED_FORWARD_SPECS = {GatedFeedForward: feed_forward_spec, MixtureOfExperts: experts_spec}
+ATTENTION_SPECS: dict[type[Block], Callable[..., ModuleSpec]] = {
+    GroupedQueryAttention: attention_spec,
+    MultiLatentAttention: latent_attention_spec,
+}
+FEED_FORWARD_SPECS: dict[type[Block], Callable[..., ModuleSpec]] = {
+    GatedFeedForward: feed_forward_spec,
+    MixtureOfExperts: experts_spec,
+}
 
 
 def layer_spec(layer: Layer, arch: ModelArch, kernels: Kernels, rows: int) -> ModuleSpec:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -62,7 +62,7 @@ def _gated(mlp: MLP) -> Product:
     return lambda x: down(swiglu(up(x), backend=backend))
 
 
-def _product(linear: nn.Module) -> Product:
+def _product(linear: ColumnParallelLinear | RowParallelLinear) -> Product:
     """x Wᵀ of this rank's part; the sum over tensor-parallel ranks where they hold parts of the columns."""
     if linear._forward_hooks or linear._forward_pre_hooks:
         return lambda x: linear(x[:, None])[0][:, 0]

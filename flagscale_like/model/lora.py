@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,12 +35,18 @@ from torch import Tensor, nn
 
 from flagscale_like.config import Lora
 from flagscale_like.model.experts import GroupedLinear, mark_expert
+from flagscale_like.model.modules import mark
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.platforms import Platform
+
+if TYPE_CHECKING:
+    from flagscale_like.model.build import LanguageModel
 
 # The number of masks drawn so far, among megatron-core's random streams: a recomputed forward pass gets its own number back,
 # and checkpoints save it with the other streams.
 MASKS_DRAWN = "adapter-dropout"
+
+MegatronLinear = ColumnParallelLinear | RowParallelLinear
 
 
 class _AddProduct(torch.autograd.Function):
@@ -58,7 +64,8 @@ class _AddProduct(torch.autograd.Function):
         return torch.addmm(rows, low.reshape(-1, low.shape[-1]), b.t(), alpha=scale).view_as(base)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (grad,) = grads
         low, b = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_low = (b.t() @ rows.t()).t() * ctx.scale
@@ -67,10 +74,9 @@ class _AddProduct(torch.autograd.Function):
 
 
 class Adapter(nn.Module):
-    """A and B of one matrix.
+    """A and B of one matrix, or of a stack of them.
 
     Args:
-        linear: holds W, whose dtype and device the adapter has.
         seed: of the dropout, different on ranks that see different data or layers.
         platform: draws the masks of the dropout.
 
@@ -78,17 +84,44 @@ class Adapter(nn.Module):
         on: whether the adapter takes part in the forward pass.
     """
 
-    def __init__(
-        self, linear: ColumnParallelLinear | RowParallelLinear, options: Lora, seed: str, platform: Platform
-    ) -> None:
+    a: nn.Parameter
+    b: nn.Parameter
+    magnitude: nn.Parameter | None
+
+    def __init__(self, options: Lora, seed: str, platform: Platform) -> None:
         super().__init__()
-        self.generator = platform.generator
+        self.generator, self.seed = platform.generator, seed
+        self.scale, self.dropout, self.on = options.scale, options.dropout, True
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """x with some elements set to 0; the others are scaled up with the product (see forward())."""
+        if not self.dropout or not self.training:
+            return x
+        tracker = get_cuda_rng_tracker()
+        states = tracker.get_states()
+        drawn = states[MASKS_DRAWN]
+        tracker.set_states(states | {MASKS_DRAWN: drawn + 1})
+        digest = hashlib.sha256(f"{self.seed}/{int(drawn)}".encode()).digest()
+        generator = self.generator(int.from_bytes(digest[:6], "little"))
+        return x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+            1 - self.dropout, generator=generator
+        )
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """|W + scale B A| over `in`, fp32."""
+        raise NotImplementedError
+
+
+class LinearAdapter(Adapter):
+    """A and B of one of megatron-core's linears, whose dtype and device the adapter has."""
+
+    def __init__(self, linear: MegatronLinear, options: Lora, seed: str, platform: Platform) -> None:
+        super().__init__(options, seed, platform)
         self.column, self.group = isinstance(linear, ColumnParallelLinear), linear.tp_group
-        self.sequence_parallel, self.scale = linear.sequence_parallel, options.scale
-        self.dropout, self.on = options.dropout, True
+        self.sequence_parallel = linear.sequence_parallel
         # Ranks that hold the same inputs draw the same mask: otherwise their copies of A would grow apart.
-        alike = self.column and not self.sequence_parallel
-        self.seed = seed if alike else f"{seed}/tp{self.group.rank()}"
+        if not self.column or self.sequence_parallel:
+            self.seed = f"{seed}/tp{self.group.rank()}"
         out, inner = linear.weight.shape
 
         def new(*shape: int) -> nn.Parameter:
@@ -105,12 +138,11 @@ class Adapter(nn.Module):
         else:
             self.magnitude = None
         for parameter, dimension in (*cut.items(), *((parameter, -1) for parameter in whole)):
-            parameter.tensor_model_parallel, parameter.partition_dim = dimension >= 0, dimension
-            parameter.partition_stride = 1
+            mark(parameter, tensor_model_parallel=dimension >= 0, partition_dim=dimension, partition_stride=1)
         for parameter in whole:
-            parameter.sequence_parallel = self.sequence_parallel
+            mark(parameter, sequence_parallel=self.sequence_parallel)
 
-    def forward(self, x: Tensor, base: Tensor, linear: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, linear: MegatronLinear) -> Tensor:
         """The output with the adapter.
 
         Args:
@@ -134,20 +166,6 @@ class Adapter(nn.Module):
         bias = linear.bias if linear.bias is not None and not linear.skip_bias_add else None
         return y * factor if bias is None else (y - bias) * factor + bias
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """x with some elements set to 0; the others are scaled up with the product (see forward())."""
-        if not self.dropout or not self.training:
-            return x
-        tracker = get_cuda_rng_tracker()
-        states = tracker.get_states()
-        drawn = states[MASKS_DRAWN]
-        tracker.set_states(states | {MASKS_DRAWN: drawn + 1})
-        digest = hashlib.sha256(f"{self.seed}/{int(drawn)}".encode()).digest()
-        generator = self.generator(int.from_bytes(digest[:6], "little"))
-        return x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
-            1 - self.dropout, generator=generator
-        )
-
     @torch.no_grad()
     def row_norms(self, weight: Tensor) -> Tensor:
         """|W + scale B A| over `in`, fp32: [out/tp] of a column's W, [out] of a row's, whose columns lie on all ranks.
@@ -167,9 +185,7 @@ class ExpertAdapter(Adapter):
     """A [e, r, in] and B [e, out, r] of this rank's experts, beside the matrices of a GroupedLinear. Nothing of it is cut."""
 
     def __init__(self, linear: GroupedLinear, options: Lora, seed: str, platform: Platform) -> None:
-        nn.Module.__init__(self)
-        self.generator = platform.generator
-        self.scale, self.dropout, self.on, self.seed = options.scale, options.dropout, True, seed
+        super().__init__(options, seed, platform)
         experts, out, inner = linear.weight.shape
 
         def new(*shape: int) -> nn.Parameter:
@@ -203,7 +219,7 @@ class ExpertAdapter(Adapter):
         )
 
 
-def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed: int) -> None:
+def attach_adapters(chunk: LanguageModel, options: Lora, ctx: ParallelContext, seed: int) -> None:
     """Give every linear of the layers that `options` names an adapter, with uninitialised weights."""
     tracker = get_cuda_rng_tracker()
     if MASKS_DRAWN not in tracker.get_states():
@@ -212,33 +228,36 @@ def attach_adapters(chunk: nn.Module, options: Lora, ctx: ParallelContext, seed:
     for name, module in list(chunk.decoder.layers.named_modules()):
         if name.rpartition(".")[2] not in options.targets:
             continue
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module.lora = Adapter(module, options, place, ctx.platform)
+        if isinstance(module, MegatronLinear):
+            module.lora = LinearAdapter(module, options, place, ctx.platform)
             module.register_forward_hook(_adapt)
         elif isinstance(module, GroupedLinear):  # over tp, too, ranks see different tokens
             module.lora = ExpertAdapter(module, options, f"{place}/tp{ctx.tp_rank}", ctx.platform)
             module.register_forward_hook(_adapt_experts)
 
 
-def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+def _adapt(linear: MegatronLinear, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
     return (linear.lora(inputs[0], output[0], linear), output[1]) if linear.lora.on else None
 
 
 def _adapt_experts(linear: GroupedLinear, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor | None:
     x, ends = inputs
-    return linear.lora(x, output, linear, ends) if linear.lora.on else None
+    adapter: Any = linear.lora
+    return adapter(x, output, linear, ends) if adapter.on else None
 
 
-def adapted(chunks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The linears that have an adapter."""
+def adapted(chunks: Iterable[nn.Module]) -> Iterator[tuple[Any, Adapter]]:
+    """The linears that have an adapter, with it."""
     for chunk in chunks:
-        yield from (module for module in chunk.modules() if isinstance(getattr(module, "lora", None), Adapter))
+        for module in chunk.modules():
+            if isinstance(adapter := getattr(module, "lora", None), Adapter):
+                yield module, adapter
 
 
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Within it the chunks compute what they compute without adapters."""
-    adapters = [module.lora for module in adapted(chunks)]
+    adapters = [adapter for _, adapter in adapted(chunks)]
     before = [adapter.on for adapter in adapters]
     for adapter in adapters:
         adapter.on = False

@@ -21,6 +21,12 @@ def backend_of(choice: KernelChoice) -> str | None:
     return None if choice == "auto" else choice
 
 
+def mark(parameter: nn.Parameter, **attributes: Any) -> None:
+    """Give a parameter attributes that megatron-core reads."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward pass: a layer that runs then is recomputed."""
     return torch._C._current_graph_task_id() != -1
@@ -39,7 +45,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., h] -> [..., h], rounded as Hugging Face models round."""
@@ -94,9 +100,9 @@ class _CutNorm(torch.autograd.Function):
         return weight * (x.float() * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed, grad = x.float() * scale, grad.float()
+        normed, grad = x.float() * scale, grads[0].float()
         of_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight.float()
         shared = (grad * normed).sum(-1, keepdim=True)

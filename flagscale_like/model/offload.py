@@ -28,11 +28,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flagscale_like.config import RunConfig
+from flagscale_like.errors import required
 from flagscale_like.model.build import LanguageModel
 from flagscale_like.model.modules import in_backward
 from flagscale_like.planner.memory import LAYERS_ON_THE_WAY
@@ -127,7 +130,7 @@ class _Handle:
             self.incoming = None
 
     def host(self) -> Tensor:
-        flat = self.buffer[: self.nbytes].view(self.dtype)
+        flat = required(self.buffer, "buffer")[: self.nbytes].view(self.dtype)
         return torch.as_strided(flat, self.shape, self.stride) if self.dense else flat.view(self.shape)
 
     def __del__(self) -> None:
@@ -171,7 +174,7 @@ class ActivationOffload:
         self._by_storage: dict[int, tuple[int, StorageWeakRef]] = {}
         self._constants: dict[int, StorageWeakRef] = {}
 
-    def attach(self, decoder: nn.Module, config: TransformerConfig) -> None:
+    def attach(self, decoder: TransformerBlock, config: TransformerConfig) -> None:
         """Watch a TransformerBlock's forward passes, through forward hooks: its layers and their order are as they were.
 
         Identity autograd functions or full backward hooks would make the block's output a view, which the pipeline
@@ -236,7 +239,8 @@ class ActivationOffload:
             self._out.wait(handle.ticket_out)
             handle.source = None
 
-    def _stays(self, tensor: Tensor, nbytes: int) -> bool:
+    def _stays(self, layer: int, tensor: Tensor, nbytes: int) -> bool:
+        """Whether a tensor that this layer saves is left on the device."""
         storage, pointer = tensor.untyped_storage(), memory_of(tensor)
         if isinstance(tensor, nn.Parameter) or pointer in self._fixed:
             return True
@@ -247,17 +251,17 @@ class ActivationOffload:
         known = self._constants.get(pointer)
         if known is not None and not known.expired():
             return True
-        layer, weak = self._by_storage.setdefault(pointer, (self._group.layer, StorageWeakRef(storage)))
-        if layer != self._group.layer:
+        first, weak = self._by_storage.setdefault(pointer, (layer, StorageWeakRef(storage)))
+        if first != layer:
             if not weak.expired():
                 self._constants[pointer] = weak
                 return True
-            self._by_storage[pointer] = (self._group.layer, StorageWeakRef(storage))
+            self._by_storage[pointer] = (layer, StorageWeakRef(storage))
         return False
 
     def _pack(self, tensor: Tensor) -> Any:
         group, nbytes = self._group, tensor.numel() * tensor.element_size()
-        if group is None or self._stays(tensor, nbytes):
+        if group is None or self._stays(group.layer, tensor, nbytes):
             return tensor
         shape, stride = tensor.shape, tensor.stride()
         dense = _is_dense(tensor)
@@ -272,7 +276,7 @@ class ActivationOffload:
             return tensor
         self._credit -= nbytes
         source = tensor.detach()
-        handle = _Handle(source, group, self._pass, self.pool, dense=dense)
+        handle = _Handle(source, group, required(self._pass, "pass"), self.pool, dense=dense)
         handle.buffer, last_reader = self.pool.get(nbytes)
         handle.ticket_out = self._out.copy(handle.host(), source, after=last_reader)
         group.handles.append(weakref.ref(handle))
@@ -312,7 +316,7 @@ class ActivationOffload:
     def _start_backward(self, group: _Group) -> None:
         """First use of a layer's tensors: bring in the rest of them and those that are needed next, last saved first."""
         group.started = True
-        owner = group.pass_ref()
+        owner = required(group.pass_ref(), "pass")  # a handle of the group keeps it alive
         if not owner.started:
             owner.started = True
             self._order.append(owner.index)
@@ -388,5 +392,5 @@ def return_weight_gradients(module: nn.Module) -> None:
     gradients during the backward pass.
     """
     for linear in module.modules():
-        if hasattr(linear, "gradient_accumulation_fusion"):
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
             linear.gradient_accumulation_fusion = False

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def vectors(folders, layouts, pooling):
         with parallel_context(Parallel(**parallel)) as ctx:
             for folder in folders:
                 source = HfFolder(folder)
-                sizes = {"seq_length": 16, "micro_batch_size": 2}
+                sizes: dict[str, Any] = {"seq_length": 16, "micro_batch_size": 2}
                 spec = ModelSpec(arch=source.arch, head="hidden", parallel=ctx.layout, **sizes)
                 engine = Engine.build(spec, ctx, source=source)
                 with engine.evaluation():
@@ -154,15 +156,9 @@ def test_a_family_of_transformers_writes_it_and_others_refuse_it(tmp_path):
         FAMILIES["aquila"].hf_config(both)
 
 
-class Weights:
-    folder = "causal-model"
-
-    def __init__(self, arch):
-        self.arch = arch
-
-
 def test_a_new_run_may_make_causal_weights_look_in_both_directions_and_says_so(tmp_path):
-    source, config = Weights(tiny_config(tmp_path).model), tiny_config(tmp_path)
+    config = tiny_config(tmp_path)
+    source: Any = SimpleNamespace(folder="causal-model", arch=config.model)  # all that is read of it
     config = config.model_copy(update={"model": source.arch.model_copy(update={"attention": "bidirectional"})})
     (note,) = check_model(config, source, resuming=False)
     assert note == "model.attention is 'bidirectional' from here on; the weights were trained with 'causal'"

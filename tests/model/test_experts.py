@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from flagscale_like.runtime.reduction import NamedSum
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
 ROWS, LENGTH, STEPS = 8, 32, 2
-FOUR = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "coefficient": 0.1}
+FOUR: dict[str, Any] = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "coefficient": 0.1}
 KINDS = {
     "batch": {**FOUR, "z_loss": 1e-3},
     "sequence": {**FOUR, "balance": "sequence", "shared_ffn_hidden_size": 32, "shared_gate": True, "dense_layers": 1},

@@ -1,5 +1,7 @@
 """Latent attention, and norms of q and k over whole projections: every layout learns what one process does."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -19,7 +21,13 @@ YARN = {
     }
 }
 LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
-EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "dense_layers": 1, "shared_ffn_hidden_size": 32}
+EXPERTS: dict[str, Any] = {
+    "count": 4,
+    "top_k": 2,
+    "ffn_hidden_size": 48,
+    "dense_layers": 1,
+    "shared_ffn_hidden_size": 32,
+}
 KINDS = {
     "latent": {"latent_attention": {**LATENT, "q_lora_rank": 24}, "num_query_groups": 4, "position": YARN},
     "whole q": {"latent_attention": LATENT, "num_query_groups": 4},
@@ -63,7 +71,13 @@ def test_every_layout_learns_what_one_process_learns(tmp_path):
             np.testing.assert_allclose(steps, one, rtol=1e-5, err_msg=str(run))
 
 
-SHAPE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 250}
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 96,
+    "vocab_size": 250,
+}
 
 
 @pytest.mark.parametrize(

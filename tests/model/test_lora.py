@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import peft
 import pytest
@@ -73,7 +74,9 @@ def one_process(experts, **lora):
 def test_a_layout_trains_adapters_as_one_process_does(name):
     ranks, changes = CASES[name]
     config = tiny_config("unused", **{"lora": {**LORA}, **changes})
-    options = {name.removeprefix("lora__"): value for name, value in changes.items() if name.startswith("lora__")}
+    options: dict[str, Any] = {
+        name.removeprefix("lora__"): value for name, value in changes.items() if name.startswith("lora__")
+    }
     expected = one_process("model__experts" in changes, **options)
     results = run_ranks(ranks, steps_of, config)
     for found, same, moved, sums, _ in results:
@@ -123,7 +126,7 @@ def with_dropout(config, recomputes):
             steps = train_steps(engine, config, 2)
             named = named_shards(engine.model).items()
             alike = {n: p.double().sum().item() for n, p in named if engine.spec.table[n].cut is None}
-            masks = [module.lora._drop(torch.ones(64)).sum().item() for module in adapted(engine.models)]
+            masks = [adapter._drop(torch.ones(64)).sum().item() for _, adapter in adapted(engine.models)]
             found.append((steps, alike, masks))
     return found
 
