@@ -144,7 +144,7 @@ def _collect(pipes: list, processes: list, timeout_s: float) -> tuple[list[Any],
     end = None
     while pending:
         left = timeout_s if end is None else max(0.0, end - time.monotonic())
-        ready = multiprocessing.connection.wait(list(pending), timeout=left)
+        ready: list[Any] = multiprocessing.connection.wait(list(pending), timeout=left)
         if not ready and failures:
             break
         if not ready:

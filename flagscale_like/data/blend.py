@@ -25,16 +25,15 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Contrastive, RunConfig
 from flagscale_like.data.batch import CONVERSATIONS
 from flagscale_like.data.conversations import conversations_at, mask_of, pair_values
 from flagscale_like.data.draws import draw
 from flagscale_like.data.group_source import GroupSource
 from flagscale_like.data.groups import groups_at
-from flagscale_like.data.order import OneSource, checked_position
+from flagscale_like.data.order import OneSource, Row, Samples, checked_position
 from flagscale_like.data.packing import ConversationSource, PackedSource
 from flagscale_like.data.pairs import PairSource
 from flagscale_like.data.tokenizer import Tokenizer
@@ -129,7 +128,7 @@ class SourceDataset(OneSource, GPTDataset):
         build = super()._build_document_sample_shuffle_indices
         return self.config.index_cache.fetch(key, ("document", "sample", "shuffle"), build)
 
-    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+    def __getitem__(self, idx: int | None) -> Row:
         sample = super().__getitem__(idx)
         del sample["position_ids"]  # a model counts them itself, and rows of conversations have none
         if self.config.per_conversation:
@@ -176,7 +175,7 @@ def source_class(prefix: str) -> type[AnySource]:
     return PairSource if found.pairs else ConversationSource
 
 
-class _Rows(Dataset):
+class _Rows(Samples):
     """A source's samples under one class: megatron-core blends datasets of one class only."""
 
     def __init__(self, source: AnySource) -> None:
@@ -185,7 +184,7 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         return self.source[index]
 
 
@@ -277,21 +276,11 @@ def build_split(
     total = sum(source.weight for source in sources)
     weights = [source.weight / total for source in sources]
     options = _Config(
-        random_seed=config.train.seed,
-        sequence_length=config.train.seq_length,
-        blend=([s.path for s in sources], weights if len(sources) > 1 else None),
-        split=config.data.split,
-        path_to_cache="",  # megatron-core writes no index of its own
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=SURPLUS,
+        **_of_megatron(config, tokenizer, weights),
         index_cache=cache,
         source_marks={source.path: source_mark(source.path) for source in sources},
         per_conversation=objective.kind == "next_token" and objective.per == "conversation",
-        passages=objective.passages if objective.reads == "groups" else 1,
+        passages=objective.passages if isinstance(objective, Contrastive) else 1,
         run_length=run_length,
     )
     shares = [math.ceil(samples * weight) for weight in weights]
@@ -319,6 +308,24 @@ def build_split(
     except Exception as error:  # `agree` passes a DataError of one rank on to the other ranks
         reason = str(error).splitlines()[0] if str(error) else ""
         raise DataError(f"the sample index cannot be built: {type(error).__name__}: {reason}") from error
+
+
+def _of_megatron(config: RunConfig, tokenizer: Tokenizer, weights: Sequence[float]) -> dict[str, Any]:
+    """The fields that _Config has from megatron-core."""
+    paths = [source.path for source in config.data.sources]
+    return {
+        "random_seed": config.train.seed,
+        "sequence_length": config.train.seq_length,
+        "blend": (paths, weights if len(paths) > 1 else None),
+        "split": config.data.split,
+        "path_to_cache": "",  # megatron-core writes no index of its own
+        "tokenizer": tokenizer,
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+        "mid_level_dataset_surplus": SURPLUS,
+    }
 
 
 def source_mark(prefix: str) -> str:

@@ -256,7 +256,9 @@ class ChatTokenizer:
         if found is None:
             raise DataError(f"tokenizer {folder}: has no chat template: give one with --template FILE (Jinja)")
         self.template = found
-        self._render, self._error, self._marked = render_jinja_template, TemplateError, bool(MARKS.search(found))
+        # Any: transformers' annotation leaves out what it returns where the parts are marked.
+        self._render: Any = render_jinja_template
+        self._error, self._marked = TemplateError, bool(MARKS.search(found))
         self._special, self._ends = self.tokenizer.special_tokens, self.tokenizer.special_texts
         try:
             render_jinja_template(conversations=[], chat_template=found)
@@ -331,7 +333,7 @@ class ChatTokenizer:
             )
         except (self._error, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BadConversationError(f"the chat template refuses it: {str(error).splitlines()[0]}") from None
-        return texts[0], list(marks[0]) if self._marked else []
+        return texts[0], [*marks[0]] if self._marked else []
 
     def _marked_spans(
         self, messages: list[Message], tools: list[Any] | None, answers: list[int], weight_of: Mapping[int, float]

@@ -11,8 +11,8 @@ from flagscale_like.data.chat import BadConversationError, ChatTokenizer, Encode
 from flagscale_like.data.formats import printable
 from flagscale_like.data.readers import BadLine, Document, Piece, PieceReader
 from flagscale_like.data.report import Report
-from flagscale_like.data.shards import ChatOptions, ShardMaker, ShardOptions, in_file
-from flagscale_like.errors import DataError
+from flagscale_like.data.shards import ShardMaker, ShardOptions, in_file
+from flagscale_like.errors import DataError, required
 
 # Names of Report.counts.
 COUNTED, CUT, FRACTIONS, NO_END = "counted tokens", "cut", "weights other than 0 and 1", "no special token"
@@ -25,8 +25,8 @@ class ChatShardMaker(ShardMaker):
 
     def __init__(self, options: ShardOptions) -> None:
         super().__init__(options)
-        self.options_of_chat: ChatOptions = options.chat
-        self.chat = ChatTokenizer(options.tokenizer_folder, self.options_of_chat.template, train=options.chat.train)
+        chat = self.options_of_chat = required(options.chat, "ShardOptions.chat")
+        self.chat = ChatTokenizer(options.tokenizer_folder, chat.template, train=chat.train)
         self._special = set(self.chat.tokenizer.special_texts)
 
     def encoded(
@@ -66,9 +66,10 @@ class ChatShardMaker(ShardMaker):
         if fit == "drop":
             return []
         if fit == "cut":
-            encoded = Encoded(encoded.ids[: options.length + 1], encoded.weights[: options.length + 1])
+            end = required(options.length, "ChatOptions.length") + 1
+            encoded = Encoded(encoded.ids[:end], encoded.weights[:end])
             if not encoded.weights.any():
-                raise NothingCountsError(f"no token of its first {options.length + 1:,} counts")
+                raise NothingCountsError(f"no token of its first {end:,} counts")
             report.count(CUT)
         return [(line, encoded)]
 

@@ -29,7 +29,7 @@ class Conversations:
     Attributes:
         tokenizer: the tokenizer's folder.
         vocab_size: number of its ids.
-        template: the chat template.
+        template: the chat template; None of tokens that were made without one.
         train: which of the assistant's messages count.
         length: places of a row that every conversation fits. None: unknown.
         counted: tokens that count.
@@ -38,7 +38,7 @@ class Conversations:
 
     tokenizer: str
     vocab_size: int
-    template: str
+    template: str | None
     train: str
     length: int | None
     counted: int

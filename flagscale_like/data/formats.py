@@ -12,7 +12,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 from flagscale_like.errors import DataError
 from flagscale_like.json_files import BAD_JSON
@@ -149,7 +149,7 @@ def _records_of(sample: bytes) -> Literal["json lines", "json array"] | None:
         return None
 
 
-def decompressed(file: BinaryIO, compression: Compression | None) -> BinaryIO:
+def decompressed(file: BinaryIO, compression: Compression | None) -> Stream:
     """The content of an open file. Reading raises one of DAMAGE or ZstdDamagedError where it is damaged or cut short."""
     if compression == "gzip":
         return gzip.GzipFile(fileobj=file)
@@ -162,6 +162,9 @@ def decompressed(file: BinaryIO, compression: Compression | None) -> BinaryIO:
     return file
 
 
+Stream = IO[bytes] | io.BufferedIOBase
+
+
 class _Bz2File(io.RawIOBase):
     """bz2.BZ2File, whose OSError for damaged data is told from one of the disk."""
 
@@ -171,7 +174,7 @@ class _Bz2File(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         try:
             data = self._file.read(len(buffer))
         except OSError as error:
@@ -196,7 +199,7 @@ class _ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         while not self._held:
             rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             if self._frame is not None and self._frame.eof:

@@ -25,8 +25,9 @@ import numpy as np
 from flagscale_like.data.formats import printable
 from flagscale_like.data.readers import BadLine, Document, Piece, PieceReader
 from flagscale_like.data.report import Report
-from flagscale_like.data.shards import BATCH_CHARACTERS, GroupOptions, ShardMaker, ShardOptions
+from flagscale_like.data.shards import BATCH_CHARACTERS, ShardMaker, ShardOptions
 from flagscale_like.data.texts import EncodedText, TextEncoder
+from flagscale_like.errors import required
 
 QUERY, POSITIVE, NEGATIVE = 0, 1, 2  # GroupText.side
 
@@ -209,7 +210,7 @@ class GroupShardMaker(ShardMaker):
 
     def __init__(self, options: ShardOptions) -> None:
         super().__init__(options)
-        self.options_of_groups: GroupOptions = options.groups
+        self.options_of_groups = required(options.groups, "ShardOptions.groups")
         self.texts = TextEncoder(options.tokenizer_folder)
 
     def encoded(

@@ -10,9 +10,9 @@ import xxhash
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from torch import Tensor
 
 from flagscale_like.data.groups import GroupTable
+from flagscale_like.data.order import Row
 from flagscale_like.data.packing import PackedSource, pack_epochs
 
 
@@ -67,7 +67,7 @@ class GroupSource(PackedSource):
         epoch = int(self.starts[row]) // len(self.indices)
         return self.table.choose(**self._choice(np.array(self.members_of(row)), epoch))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         documents = self.documents_of(index)
         row = pack_texts([self.dataset.get(n) for n in documents.flat], self.config.sequence_length, pad=self._pad)
         row["extras"]["teacher"] = torch.from_numpy(self.table.scores[documents[:, 1:].reshape(-1)])
@@ -88,7 +88,7 @@ class GroupSource(PackedSource):
         return sum(int(part.sum(dtype=np.int64)) for part in [self.taken] * turns + [self.taken[: self.starts[rest]]])
 
 
-def pack_texts(texts: Sequence[np.ndarray], length: int, *, pad: int) -> dict[str, Tensor]:
+def pack_texts(texts: Sequence[np.ndarray], length: int, *, pad: int) -> Row:
     """Put texts into one row.
 
     Args:

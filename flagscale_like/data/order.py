@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sized
+from typing import Any, Self
+
+from torch.utils.data import Dataset
 
 from flagscale_like.errors import DataError
+
+# A row of a dataset, as data.batch collates it: tensors by their names, and under extras others.
+Row = dict[str, Any]
+
+
+class Samples(Dataset[Row]):
+    """A dataset that knows how many samples it has."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 class OneSource:
@@ -15,13 +28,13 @@ class OneSource:
         """The dataset of each source, in the order of data.sources."""
         return [self]
 
-    def place(self, position: int) -> tuple[int, int]:
+    def place(self: Sized, position: int) -> tuple[int, int]:
         """Return (number of the source, index in the source's dataset) of the sample at `position`.
 
         Raises:
             DataError: `position` is outside the dataset.
         """
-        return 0, checked_position(position, len(self))  # type: ignore[arg-type]
+        return 0, checked_position(position, len(self))
 
 
 def checked_position(position: int, samples: int) -> int:

@@ -14,13 +14,12 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
-from torch import Tensor
 
 from flagscale_like.data.batch import CONVERSATIONS, Batch, collate
 from flagscale_like.data.best_fit import best_fit_decreasing
 from flagscale_like.data.conversations import mask_of
 from flagscale_like.data.index_file import read_lengths
-from flagscale_like.data.order import OneSource
+from flagscale_like.data.order import OneSource, Row
 from flagscale_like.errors import DataError
 from flagscale_like.runtime.parallel import ParallelContext
 
@@ -118,7 +117,7 @@ class ConversationSource(PackedSource):
         )
         return self.indices[members], starts
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         pairs = [(self.dataset.get(number), self.weights.get(number)) for number in self.members_of(index)]
         return pack_row(
             pairs,
@@ -145,7 +144,7 @@ class ConversationSource(PackedSource):
 
 def pack_row(
     conversations: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad: int, per_conversation: bool = False
-) -> dict[str, Tensor]:
+) -> Row:
     """Put conversations into one row.
 
     Args:

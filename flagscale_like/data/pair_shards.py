@@ -31,6 +31,7 @@ from flagscale_like.data.chat import (
 from flagscale_like.data.chat_shards import CUT, ChatShardMaker
 from flagscale_like.data.readers import Document, Piece
 from flagscale_like.data.report import Report
+from flagscale_like.errors import required
 
 PAIR_FORMS = "prompt, chosen and rejected (texts or messages), or chosen and rejected (whole conversations of messages)"
 OTHER_PROMPTS = "pairs whose prompts tokenise differently before the two answers"
@@ -146,12 +147,12 @@ class PairShardMaker(ChatShardMaker):
         if fit == "drop":
             return []
         if fit == "cut":
-            sides = _cut(sides, self.options_of_chat.length)
+            sides = _cut(sides, required(self.options_of_chat.length, "ChatOptions.length"))
             report.count(CUT)
         if np.array_equal(sides[0].ids, sides[1].ids):
             raise BadConversationError("chosen and rejected are the same tokens")
-        prompts = [side.ids[: int(np.flatnonzero(side.weights)[0])] for side in sides]
-        report.count(OTHER_PROMPTS, int(not np.array_equal(*prompts)))
+        chosen, rejected = (side.ids[: int(np.flatnonzero(side.weights)[0])] for side in sides)
+        report.count(OTHER_PROMPTS, int(not np.array_equal(chosen, rejected)))
         report.count(MARGINS, int(pair.margin != 0))
         judged = JudgedLine(line.source, line.line, line.text, pair.margin, pair.weight)
         return [(judged, side) for side in sides]

@@ -9,9 +9,9 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from torch import Tensor
 
 from flagscale_like.data.conversations import mask_of, pair_values
+from flagscale_like.data.order import Row
 from flagscale_like.data.packing import ConversationSource
 
 
@@ -35,7 +35,7 @@ class PairRows:
         self.sizes = dataset.sequence_lengths.reshape(-1, 2).sum(1, dtype=np.int64)
         self.values = pair_values(prefix)
 
-    def row(self, pairs: Sequence[int]) -> dict[str, Tensor]:
+    def row(self, pairs: Sequence[int]) -> Row:
         """The row of these pairs, of which one row has room; see pack_pairs."""
         documents = [2 * pair + side for pair in pairs for side in (0, 1)]
         answers = [(self.dataset.get(number), self.weights.get(number)) for number in documents]
@@ -78,7 +78,7 @@ class PairSource(ConversationSource):
 
     places = sizes
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         pairs = self.members_of(index)
         row = self.rows.row(pairs)
         if self.references is not None:
@@ -91,7 +91,7 @@ class PairSource(ConversationSource):
         return [(n, 0, int(lengths[n])) for pair in self.members_of(index) for n in (2 * pair, 2 * pair + 1)]
 
 
-def pack_answers(answers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad: int) -> dict[str, Tensor]:
+def pack_answers(answers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad: int) -> Row:
     """Put answers into one row, each after its prompt.
 
     Args:
@@ -119,9 +119,7 @@ def pack_answers(answers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, 
     }
 
 
-def pack_pairs(
-    answers: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray, length: int, *, pad: int
-) -> dict[str, Tensor]:
+def pack_pairs(answers: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray, length: int, *, pad: int) -> Row:
     """Put the answers of whole pairs into one row.
 
     Args:

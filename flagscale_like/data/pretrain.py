@@ -14,9 +14,9 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from flagscale_like.config import Chat, Prepare, RunConfig, Source
+from flagscale_like.config import Chat, Contrastive, Prepare, RunConfig, Source
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import IndexCache, SplitName, build_split, index_folder
 from flagscale_like.data.chat import BadConversationError, parse_record, read_template, read_template_file
@@ -24,6 +24,7 @@ from flagscale_like.data.conversations import Conversations, check_conversations
 from flagscale_like.data.groups import Groups, GroupTable, check_groups, groups_at
 from flagscale_like.data.index_file import check_index, read_lengths
 from flagscale_like.data.inputs import ProgressLines, Say, changes_of_inputs, record_inputs, silent, size_of
+from flagscale_like.data.order import Samples
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.readers import find_inputs, read_documents
@@ -32,7 +33,7 @@ from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDatase
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.synthetic import synthetic_dataset
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.json_files import BAD_JSON
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.runtime.parallel import ParallelContext, agree
@@ -66,7 +67,7 @@ def prepare_once(config: RunConfig, workers: int = 1, say: Say = silent) -> RunC
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
             say(f"preparing data: training a tokenizer of {prepare.tokenizer_vocab_size:,} entries")
             texts = _texts(prepare, pairs=config.objective.reads == "pairs")
-            train_bpe(texts, prepare.tokenizer_vocab_size, folder / "tokenizer")
+            train_bpe(texts, required(prepare.tokenizer_vocab_size, "tokenizer_vocab_size"), folder / "tokenizer")
     if prepare.chat is not None:
         tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers, progress)
     elif not Path(f"{prefix}.idx").is_file():
@@ -84,7 +85,7 @@ def begin_preparing(config: RunConfig, prefix: Path, say: Say) -> ProgressLines:
     Returns:
         What says how much is tokenized.
     """
-    folder, patterns = prefix.parent, config.data.prepare.input
+    folder, patterns = prefix.parent, config.data.required_prepare.input
     if say is silent:
         return ProgressLines(0, say)
     if Path(f"{prefix}.idx").is_file():
@@ -130,7 +131,7 @@ def _prepare_chat(  # many parameters: those of the preparation, and of its repo
     if found is None:
         pairs = config.objective.reads == "pairs"
         options = ChatOptions(template, chat.train, config.train.seq_length, chat.long, chat.skip_empty, pairs)
-        files = find_inputs(config.data.prepare.input)
+        files = find_inputs(config.data.required_prepare.input)
         made, _ = preprocess_chat(files, tokenizer, prefix, options, workers=workers, progress=progress)
         progress.say(f"prepared {made.documents:,} conversations, {made.tokens:,} tokens")
     elif (found.template, found.train, found.pairs) != (template, chat.train, config.objective.reads == "pairs"):
@@ -153,7 +154,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
     """
     if config.data.synthetic:
         return None
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(config.data.required_tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.folder} has {tokenizer.vocab_size} ids, model.vocab_size is {config.model.vocab_size}: "
@@ -179,7 +180,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
             check_groups(
                 source.path,
                 groups,
-                passages=config.objective.passages,
+                passages=config.required_contrast.passages,
                 places=config.train.seq_length,
                 tokenizer=tokenizer.folder,
                 vocab_size=config.model.vocab_size,
@@ -190,7 +191,7 @@ def check_sources(config: RunConfig) -> Tokenizer | None:
         _check_split(
             config, source.path, read_lengths(source.path).reshape(-1, 2 if found and found.pairs else 1).sum(1)
         )
-    if config.objective.reads == "groups" and config.objective.distill and not scored:
+    if isinstance(config.objective, Contrastive) and config.objective.distill and not scored:
         raise DataError(
             f"objective.distill is {config.objective.distill}, and no group of data.sources has a teacher's scores: write "
             "some with `data score`, or set objective.distill to 0"
@@ -282,7 +283,7 @@ def _check_split(config: RunConfig, prefix: str, lengths: np.ndarray) -> None:
 
 def build_datasets(
     config: RunConfig, ctx: ParallelContext, *, train_samples: int, valid_samples: int
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Samples, Samples | None]:
     """Build the training and the validation dataset. All ranks call it; one rank of each node builds the sample index.
 
     Args:
@@ -297,7 +298,7 @@ def build_datasets(
     return train, build_dataset(config, ctx, "valid", valid_samples) if valid_samples else None
 
 
-def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
+def build_dataset(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Samples:
     """Build the dataset of one split with `samples` samples. All ranks call it; see `build_datasets`."""
     if config.data.synthetic:
         offset = ("train", "valid", "test").index(split)
@@ -314,13 +315,15 @@ def each_source(config: RunConfig) -> list[RunConfig]:
     return [_with_data(config, sources=[source]) for source in config.data.sources]
 
 
-def build_target(config: RunConfig, ctx: ParallelContext, samples: int) -> Dataset:
+def build_target(config: RunConfig, ctx: ParallelContext, samples: int) -> Samples:
     """Build a dataset with `samples` samples of the held-out set that `data.selection.target` names. All ranks call it.
 
     Raises:
         DataError: on every rank, if the set is missing, is not a megatron-core index or holds no documents.
     """
-    config = _with_data(config, sources=[Source(path=config.data.selection.target)], split="1,0,0")
+    selection = required(config.data.selection, "data.selection")
+    target = required(selection.target, "data.selection.target")
+    config = _with_data(config, sources=[Source(path=target)], split="1,0,0")
     config = config.model_copy(update={"train": config.train.model_copy(update={"eval_interval": 0})})
     return _built_once(config, ctx, "train", samples)
 
@@ -329,9 +332,9 @@ def _with_data(config: RunConfig, **changes: object) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
-def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Dataset:
+def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, samples: int) -> Samples:
     """Build a split's dataset on all ranks, so that the sample index is written once for each storage."""
-    tokenizer = agree(ctx, lambda: check_sources(config))
+    tokenizer = required(agree(ctx, lambda: check_sources(config)), "data.tokenizer")
     cache = IndexCache(index_folder(config), may_build=ctx.is_node_main)
     build = functools.cache(lambda: build_split(config, tokenizer, split, samples, cache))
     # Rank 0 builds the index. Then the first rank of each node builds it, unless it finds rank 0's files: on shared storage
@@ -342,7 +345,7 @@ def _built_once(config: RunConfig, ctx: ParallelContext, split: SplitName, sampl
 
 
 def micro_batches(
-    dataset: Dataset, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
+    dataset: Samples, config: RunConfig, ctx: ParallelContext, *, consumed: int = 0, mixture: Mixture | None = None
 ) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches, on its device. Ranks of one tensor-parallel group get the same micro-batches.
 
@@ -355,10 +358,12 @@ def micro_batches(
         DataError: all samples of the dataset are read.
     """
     size = config.train.micro_batch_size
-    if mixture is not None:
-        sampler = MixtureSampler(mixture, size, ctx.dp_rank, ctx.dp)
-    else:
-        sampler = MicroBatchSampler(len(dataset), consumed, size, ctx.dp_rank, ctx.dp)
+    # Any: torch's annotation wants lists of a sampler.
+    sampler: Any = (
+        MicroBatchSampler(len(dataset), consumed, size, ctx.dp_rank, ctx.dp)
+        if mixture is None
+        else MixtureSampler(mixture, size, ctx.dp_rank, ctx.dp)
+    )
     workers = config.data.num_workers
     loader = DataLoader(
         dataset,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def segments_of_states(states: Iterable[dict[str, Any]]) -> list[Segment]:
         found = ([beginning] if _consumed_at(beginning, first.step) == first.consumed else []) + found
     for before, after in zip(found[:-1], found[1:], strict=True):
         if _consumed_at(before, after.step) != after.consumed:
-            found[found.index(before)] = Segment(**{**vars(before), "event": "gap"})
+            found[found.index(before)] = replace(before, event="gap")
     return found
 
 
@@ -219,7 +219,7 @@ def readings_of(segments: Sequence[Segment], step: int) -> list[Reading]:
             # the same samples: then the following segment gives its reading.
             if following.event != "rewind" or first + count > following.consumed:
                 continue
-        elif segment.event == "gap":
+        elif segment.event == "gap" and following is not None:
             raise DataError(
                 f"between the checkpoints of steps {segment.step} and {following.step} the run rewound: which samples step "
                 f"{step} read is known from the run's samples.jsonl only: restore that file"
@@ -287,7 +287,7 @@ def open_order(segment: Segment, draws: Sequence[DrawState] = ()) -> AnySource |
 
 
 def _open_split(config: RunConfig, samples: int) -> AnySource | Blend:
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(config.data.required_tokenizer)
     try:
         return build_split(config, tokenizer, "train", samples, IndexCache(index_folder(config), may_build=False))
     except DataError:

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from flagscale_like.data.formats import (
     DAMAGE,
@@ -19,6 +19,7 @@ from flagscale_like.data.formats import (
     LINES_NAMES,
     PARQUET_NAMES,
     Content,
+    Stream,
     ZstdDamagedError,
     decompressed,
     format_of,
@@ -133,7 +134,7 @@ def can_split(path: Path, unit: TextUnit) -> bool:
 
 
 def read_documents(
-    files: Sequence[Path], *, key: str = "text", unit: TextUnit = "file", bad_lines: BadLines = "stop"
+    files: Sequence[Path], *, key: str | None = "text", unit: TextUnit = "file", bad_lines: BadLines = "stop"
 ) -> Iterator[Document]:
     """Yield the documents of the files, in order.
 
@@ -186,7 +187,7 @@ class PieceReader:
     def _bad(self, line: int, reason: str) -> BadLine:
         return BadLine(self._name, line, reason)
 
-    def _read(self, stream: BinaryIO, content: Content) -> Iterator[Document | BadLine]:
+    def _read(self, stream: Stream, content: Content) -> Iterator[Document | BadLine]:
         if content == "json lines":
             for found in self._lines(stream):
                 yield self._parse(found) if isinstance(found, Document) and self.options.key is not None else found
@@ -201,7 +202,7 @@ class PieceReader:
         else:
             yield self._whole(stream)
 
-    def _lines(self, stream: BinaryIO, *, blank: bool = False) -> Iterator[Document | BadLine]:
+    def _lines(self, stream: Stream, *, blank: bool = False) -> Iterator[Document | BadLine]:
         """Yield each line as a Document, or a BadLine. Blank lines are left out unless `blank` is True."""
         limit, position = self.options.max_document_bytes, self.piece.start
         if (
@@ -251,7 +252,7 @@ class PieceReader:
             value = value[part]
         return self._checked(line, value)
 
-    def _array(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
+    def _array(self, stream: Stream) -> Iterator[Document | BadLine]:
         """The records of an array, with one in memory at a time."""
         decoder, limit = json.JSONDecoder(), self.options.max_document_bytes
         text, line, ended = "", 1, False
@@ -302,7 +303,7 @@ class PieceReader:
             return self._bad(line, f"{self.options.key!r} has an unpaired surrogate at character {error.start}")
         return Document(self._name, line, text)
 
-    def _paragraphs(self, stream: BinaryIO) -> Iterator[Document | BadLine]:
+    def _paragraphs(self, stream: Stream) -> Iterator[Document | BadLine]:
         held: list[Document] = []
         broken = False  # a paragraph with a bad line is skipped as a whole
         for found in self._lines(stream, blank=True):
@@ -318,7 +319,7 @@ class PieceReader:
         if held:
             yield Document(held[0].source, held[0].line, "".join(d.text for d in held))
 
-    def _whole(self, stream: BinaryIO) -> Document | BadLine:
+    def _whole(self, stream: Stream) -> Document | BadLine:
         limit = self.options.max_document_bytes
         raw = stream.read(limit + 1)
         self.lines += 1
@@ -351,7 +352,7 @@ class PieceReader:
             yield self._bad(self.lines + 1, f"the rows from here on cannot be read ({str(error).splitlines()[0]})")
 
 
-def _line_parts(stream: BinaryIO, limit: int) -> Iterator[bytes]:
+def _line_parts(stream: Stream, limit: int) -> Iterator[bytes]:
     """Yield the next line in parts of at most limit + 1 bytes, which bounds the memory that a long line takes."""
     while part := stream.readline(limit + 1):
         yield part

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flagscale_like.config import Selection, Train
 from flagscale_like.data.draws import DrawState, draw
+from flagscale_like.data.order import Row, Samples
 from flagscale_like.errors import DataError
 
 STATE_KEYS = ("log_weights", "credits", "drawn", "losses", "scores", "errors")
@@ -176,16 +176,19 @@ def _average(past: float | None, new: float | None, keep: float) -> float | None
     return keep * past + (1 - keep) * new
 
 
-class SourcesDataset(Dataset):
+class SourcesDataset(Samples):
     """The datasets of all sources, indexed by (source, index). As in BlendedDataset, `dataset_id` is a sample's source."""
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self.datasets = list(datasets)
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.datasets = list(datasets)  # each of one source: data.blend.AnySource
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        source, index = key
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def __getitem__(self, index: tuple[int, int]) -> Row:
+        source, number = index
         dataset = self.datasets[source]
-        return {**dataset[index % len(dataset)], "dataset_id": source}  # type: ignore[arg-type]
+        return {**dataset[number % len(dataset)], "dataset_id": source}
 
 
 class MixtureSampler:

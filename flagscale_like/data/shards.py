@@ -24,7 +24,7 @@ from flagscale_like.data.index_file import token_dtype
 from flagscale_like.data.readers import BadLine, BadLines, Document, Piece, PieceReader, ReadOptions, can_split
 from flagscale_like.data.report import Report
 from flagscale_like.data.tokenizer import Tokenizer
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 
 BATCH_CHARACTERS = 1 << 18
 
@@ -175,7 +175,7 @@ class ShardMaker:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         if options.add_bos and self.tokenizer.bos is None:
             raise DataError(f"tokenizer {options.tokenizer_folder}: names no bos_token, which --add-bos writes")
-        self._begin = [self.tokenizer.bos] if options.add_bos else []
+        self._begin = [required(self.tokenizer.bos, "bos")] if options.add_bos else []
 
     def make(self, shard: Shard, pieces: Sequence[Piece]) -> Report:
         """Write one shard and return its report.
@@ -195,7 +195,7 @@ class ShardMaker:
                 for document, ids, weights in self.encoded(pieces, report, lines):
                     tokens.write(ids.astype(self.dtype).tobytes())
                     if masks is not None:
-                        masks.write(weights.astype(np.float32).tobytes())
+                        masks.write(required(weights, "weights").astype(np.float32).tobytes())
                     rows.add(document, len(ids))
                     report.documents += 1
                     report.tokens += len(ids)
@@ -232,7 +232,8 @@ class ShardMaker:
         for batch in _batches(self._documents(pieces, report, lines)):
             for document, ids in zip(batch, self.tokenizer.encode_many([d.text for d in batch]), strict=True):
                 if len(ids):
-                    yield document, np.concatenate((self._begin, ids, [self.tokenizer.eod])).astype(np.int32), None
+                    whole = np.concatenate((self._begin, ids, [self.tokenizer.eod])).astype(np.int32)
+                    yield document, whole, None
                 else:
                     report.empty += 1
 
@@ -323,7 +324,7 @@ class _RowWriter:
         self._rows: list[tuple[Any, ...]] = []
 
     def add(self, document: Document, tokens: int) -> None:
-        row = [document.source, document.line, tokens, len(document.text)]
+        row: list[Any] = [document.source, document.line, tokens, len(document.text)]
         row += [text_digest(document.text)] if self._duplicates != "keep" else []
         row += [minhash_signature(document.text)] if self._duplicates == "near" else []
         row += [getattr(document, name) for name in self._columns]

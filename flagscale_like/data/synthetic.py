@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flagscale_like.config import RunConfig
 from flagscale_like.data.conversations import conversations_at
 from flagscale_like.data.group_source import pack_texts
-from flagscale_like.data.order import OneSource
+from flagscale_like.data.order import OneSource, Row, Samples
 from flagscale_like.data.packing import pack_row
 from flagscale_like.data.pairs import pack_pairs
 
@@ -27,7 +26,7 @@ TEXT = 128  # most tokens of a text of a group
 PAIR_ROWS = 8  # rows of a source of pairs, which repeat
 
 
-class SyntheticDataset(OneSource, Dataset):
+class SyntheticDataset(OneSource, Samples):
     """Rows of text. Tokens depend on (seed, index) only.
 
     Attributes:
@@ -48,7 +47,7 @@ class SyntheticDataset(OneSource, Dataset):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return torch.randint(0, self.vocab_size, (count,), generator=generator)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         tokens = self.tokens(index, self.seq_length + 1)
         return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(self.seq_length)}
 
@@ -63,7 +62,7 @@ class SyntheticConversations(SyntheticDataset):
 
     packed = True
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         places = shares(self.seq_length, min(CONVERSATIONS_OF_ROW, self.seq_length))
         found = self.documents(index, [count + 1 for count in places])  # the last token is only a label
         per = getattr(self.config.objective, "per", "token") == "conversation"
@@ -96,7 +95,7 @@ class SyntheticPairs(SyntheticDataset):
         """Tokens of each pair, int64 [pairs]."""
         return np.array([sum(pair) for pair in self._answers] * PAIR_ROWS)
 
-    def row(self, pairs: Sequence[int]) -> dict[str, Tensor]:
+    def row(self, pairs: Sequence[int]) -> Row:
         """The row of these pairs."""
         answers = [
             (ids, counted(ids))
@@ -106,7 +105,7 @@ class SyntheticPairs(SyntheticDataset):
         values = np.tile(np.array([[0.0, 1.0]], dtype=np.float32), (len(pairs), 1))
         return pack_pairs(answers, values, self.seq_length, pad=0)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         count = len(self._answers)
         pairs = [count * (index % PAIR_ROWS) + number for number in range(count)]
         row = self.row(pairs)
@@ -120,8 +119,8 @@ class SyntheticGroups(SyntheticDataset):
 
     packed = True
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        passages = self.config.objective.passages
+    def __getitem__(self, index: int) -> Row:
+        passages = self.config.required_contrast.passages
         groups = max(1, self.seq_length // (TEXT * (1 + passages)))
         lengths = shares(self.seq_length, groups * (1 + passages), even=True)
         row = pack_texts(self.documents(index, lengths), self.seq_length, pad=0)

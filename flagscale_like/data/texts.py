@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,9 +132,8 @@ def _check_end(folder: Path, wanted: Affixes) -> None:
     from transformers import AutoTokenizer
 
     found = TextEncoder(folder)
-    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)("a")[
-        "input_ids"
-    ]
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    theirs = tokenizer("a")["input_ids"]
     ours = found.encode(["a"])[0].ids.tolist()
     if found.affixes != wanted or theirs != ours:
         raise DataError(

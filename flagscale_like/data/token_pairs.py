@@ -71,7 +71,7 @@ def write_token_pairs(folder: Path, pairs: Sequence[TokenPair], tokenizer: Path)
     Conversations(
         tokenizer=str(tokenizer),
         vocab_size=vocab_size,
-        template=read_template(tokenizer),  # type: ignore[arg-type]  # a tokenizer may have none
+        template=read_template(tokenizer),
         train="last",
         length=int(lengths.reshape(-1, 2).sum(1).max()),
         counted=sum(answers),

@@ -97,7 +97,8 @@ class TransformersBackend:
     def __init__(self, folder: Path, *, special: bool) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        # Any: the class depends on the folder.
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         self._options = {"add_special_tokens": False, "split_special_tokens": not special}
         self.size = 1 + max(self.tokenizer.get_vocab().values())
         added = self.tokenizer.added_tokens_decoder.values()
@@ -262,7 +263,7 @@ class Tokenizer:
         """Encode like `encode_batch`, to int32 arrays. Faster for many texts, because it uses data.word_memo where it can."""
         if self._memo is None and isinstance(self._backend, FastBackend) and not self._memo_tried:
             self._memo, self._memo_tried = WordMemo.of(self._backend.tokenizer), True
-        found: list[np.ndarray | None] = [None] * len(texts)
+        found: list[Any] = [None] * len(texts)
         if self._memo is not None:
             found = [self._memo.encode(text) if self._memo.handles(text) else None for text in texts]
         rest = [i for i, ids in enumerate(found) if ids is None]

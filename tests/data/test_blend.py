@@ -9,7 +9,7 @@ import pytest
 from flagscale_like.data import blend
 from flagscale_like.data.blend import IndexCache, build_split, counts_of, index_folder, source_use
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import run_ranks, tiny_config
 
@@ -35,7 +35,7 @@ def on_two_nodes(config, private_folders: bool) -> tuple[list[str], int, list[in
             sample = next(micro_batches(train, config, ctx)).tokens[0].tolist()
     finally:
         blend.os.replace = replace
-    return written, len(train) + len(valid), sample
+    return written, len(train) + len(required(valid, "validation data")), sample
 
 
 @pytest.mark.parametrize("private_folders", [False, True], ids=["shared storage", "a folder a node"])
@@ -86,7 +86,9 @@ def test_an_index_that_cannot_be_built_on_one_rank_is_every_ranks_error(tmp_path
 
 
 def in_memory(config, split="train", samples=64):
-    return build_split(config, check_sources(config), split, samples, IndexCache(None, may_build=True))
+    return build_split(
+        config, required(check_sources(config), "tokenizer"), split, samples, IndexCache(None, may_build=True)
+    )
 
 
 def test_a_blend_holds_its_weights_at_any_point_and_counts_epochs(tmp_path, corpus):

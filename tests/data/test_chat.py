@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def counted(chat: ChatTokenizer, messages, tools=None) -> list[str]:
     encoded = chat.encode(check_messages(messages), tools)
     edges = np.flatnonzero(np.diff(np.r_[0, encoded.weights != 0, 0]))
     return [
-        chat.tokenizer.decode(encoded.ids[start:stop], special=True)
+        chat.tokenizer.decode(encoded.ids[start:stop].tolist(), special=True)
         for start, stop in zip(edges[::2], edges[1::2], strict=True)
     ]
 
@@ -153,7 +154,7 @@ def test_a_conversation_without_a_counted_token_is_refused(folder):
 
 
 def options(folder, **changes):
-    return ChatOptions(**{"template": read_template(folder), **changes})
+    return replace(ChatOptions(read_template(folder) or ""), **changes)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -12,6 +12,7 @@ from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.pretrain import check_sources
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import train_bpe
+from flagscale_like.errors import required
 from tests.data.chats import CHATML, make_tokenizer, write_chats
 from tests.fuzz import ODD, answers, odd_bytes, odd_json
 from tests.harness import tiny_config
@@ -44,7 +45,7 @@ def test_a_damaged_index_is_read_or_refused(source, tmp_path):
             lengths = read_lengths(str(tmp_path / "text"))
             for document in range(len(lengths)):
                 assert len(read_tokens(str(tmp_path / "text"), lengths, document)) == lengths[document]
-            words = check_sources(config)
+            words = required(check_sources(config), "tokenizer")
             samples = build_split(config, words, "train", 20, IndexCache(None, may_build=True))
             for number in range(len(samples)):
                 assert np.asarray(samples[number]["tokens"]).shape == (8,)

@@ -1,6 +1,7 @@
 """Groups of a query and its passages: which lines are read, what is counted and refused, and which texts a row has."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from flagscale_like.data.provenance import Provenance
 from flagscale_like.data.shards import ChatOptions, GroupOptions
 from flagscale_like.data.texts import TextEncoder
 from flagscale_like.data.tokenizer import Tokenizer
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.training.changes import describe_changes
 from tests.commands import invoke
 from tests.data.chats import CHATML, make_tokenizer
@@ -297,13 +298,14 @@ def test_what_a_run_cannot_read_is_refused_and_repeated_negatives_are_said(prefi
     assert notes_on_groups([str(prefix)], 4) == [
         f"data source {prefix}: {few} of 40 groups have fewer than 3 negatives; theirs are taken more than once in an epoch"
     ]
-    found, options = groups_at(prefix), {"passages": 4, "places": 120, "tokenizer": tokenizer, "vocab_size": 300}
+    found = required(groups_at(prefix), "groups")
+    options: dict[str, Any] = {"passages": 4, "tokenizer": tokenizer, "vocab_size": 300}
     with pytest.raises(
         DataError, match=r"a group can take \d+ places \(.*groups.jsonl:\d+\), .* train.seq_length \(50\)"
     ):
-        check_groups(str(prefix), found, **{**options, "places": 50})
+        check_groups(str(prefix), found, places=50, **options)
     with pytest.raises(DataError, match="tokenizer has 300 ids, model.vocab_size is 299"):
-        check_groups(str(prefix), found, **{**options, "vocab_size": 299})
+        check_groups(str(prefix), found, places=120, passages=4, tokenizer=tokenizer, vocab_size=299)
     with pytest.raises(DataError, match="objective.kind next_token reads text"):
         check_sources(run_config(tmp_path, tokenizer, prefix, objective={"kind": "next_token"}))
     write_pairs(tmp_path / "pairs.jsonl", 4)

@@ -14,7 +14,7 @@ from flagscale_like.data.pretrain import check_sources, prepare_once
 from flagscale_like.data.provenance import Provenance
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from tests.data.chats import CHATML, MARKED, make_tokenizer, write_chats
 from tests.harness import tiny_config
 
@@ -85,7 +85,9 @@ def chat_config(run_dir, chats, *, names=("chats",), **changes):
 
 
 def in_memory(config, split="train", samples=40):
-    return build_split(config, check_sources(config), split, samples, IndexCache(None, may_build=True))
+    return build_split(
+        config, required(check_sources(config), "tokenizer"), split, samples, IndexCache(None, may_build=True)
+    )
 
 
 def test_the_parts_of_a_row_are_its_conversations_and_lead_to_their_lines(chats, tmp_path):
@@ -142,10 +144,11 @@ def test_per_conversation_each_has_the_same_weight(chats, tmp_path):
 
 def test_the_packs_are_cached_and_follow_their_source(chats, tmp_path):
     config = chat_config(tmp_path, chats)
-    build_split(config, check_sources(config), "train", 40, IndexCache(tmp_path / "index", may_build=True))
+    tokenizer = required(check_sources(config), "tokenizer")
+    build_split(config, tokenizer, "train", 40, IndexCache(tmp_path / "index", may_build=True))
     made = {path.name for path in (tmp_path / "index").iterdir()}
     assert {name.rpartition("-")[2] for name in made} == {"conversation.npy", "row.npy"}
-    again = build_split(config, check_sources(config), "train", 40, IndexCache(tmp_path / "index", may_build=False))
+    again = build_split(config, tokenizer, "train", 40, IndexCache(tmp_path / "index", may_build=False))
     assert torch.equal(again[3]["tokens"], in_memory(config)[3]["tokens"])
 
 

@@ -15,7 +15,7 @@ from flagscale_like.data.pairs import pack_pairs
 from flagscale_like.data.preprocess import preprocess_chat
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.tokenizer import Tokenizer
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from tests.commands import invoke
 from tests.data.chats import CHATML, make_tokenizer
 from tests.data.pairs import write_pairs
@@ -187,12 +187,13 @@ def test_a_prefix_whose_margins_are_of_other_pairs_is_refused(tokenizer, tmp_pat
     write_pairs(tmp_path / "pairs.jsonl", 4)
     preprocess_chat([tmp_path / "pairs.jsonl"], tokenizer, tmp_path / "out", ChatOptions(CHATML, pairs=True))
     prefix = str(tmp_path / "out")
-    check_readable(prefix, conversations_at(prefix), places=128, vocab_size=300)
+    found = required(conversations_at(prefix), "pairs")
+    check_readable(prefix, found, places=128, vocab_size=300)
     with pytest.raises(DataError, match="tokenizer has 300 ids, model.vocab_size is 200"):
-        check_readable(prefix, conversations_at(prefix), places=128, vocab_size=200)
+        check_readable(prefix, found, places=128, vocab_size=200)
     np.save(prefix + ".pairs.npy", np.zeros((3, 2), dtype=np.float32))
     with pytest.raises(DataError, match=r"out.pairs.npy is of other pairs: run `data pairs` again"):
-        check_readable(prefix, conversations_at(prefix), places=128, vocab_size=300)
+        check_readable(prefix, found, places=128, vocab_size=300)
 
 
 def test_every_line_of_the_example_is_a_pair():

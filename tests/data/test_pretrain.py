@@ -9,7 +9,7 @@ import torch
 from flagscale_like.data.inputs import ProgressLines
 from flagscale_like.data.pretrain import build_datasets, check_sources, micro_batches, prepare_once
 from flagscale_like.data.sampler import MicroBatchSampler
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import cli, run_ranks, tiny_config, write_yaml
 
@@ -45,7 +45,7 @@ def read_tokens(config, consumed: int, count: int) -> np.ndarray:
     """Tokens of this rank's next micro-batches, [count, s]."""
     with parallel_context(config.parallel) as ctx:
         data, valid = build_datasets(config, ctx, train_samples=96, valid_samples=8)
-        assert len(valid) >= 8
+        assert len(required(valid, "validation data")) >= 8
         stream = micro_batches(data, config, ctx, consumed=consumed)
         return torch.cat([next(stream).tokens for _ in range(count)]).numpy()
 

@@ -1,6 +1,7 @@
 """Dynamic data selection: shares kept exactly, weights that follow the scores, and nothing that depends on the layout."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -140,7 +141,8 @@ def test_the_draw_is_followed_from_where_selection_began_and_no_further_than_the
         read += mixture.plan
         if mixture.note(totals(3.0 - step, 2.0)):
             mixture.change()
-    order = DrawnOrder([range(1000)] * 2, read_draws(tmp_path))
+    parts: list[Any] = [range(1000)] * 2  # the order asks for their lengths alone
+    order = DrawnOrder(parts, read_draws(tmp_path))
     assert [order.place(800 + i) for i in range(40)] == read
     for unknown in (799, 800 + 48):
         with pytest.raises(DataError, match="up to the last step of the run"):
