@@ -92,6 +92,9 @@ class Adapters(Protocol):
     folder: Path
     state: dict[str, Any]
 
+    @property
+    def arch(self) -> ModelArch: ...
+
     def keys(self) -> list[str]: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
@@ -137,9 +140,10 @@ def open_base(
         CheckpointError, ConversionError: it is not there, cannot be read, or is another one.
     """
     record = adapters.state.get("base")
-    if not isinstance(record, dict) and named is None:
+    recorded = Path(record["folder"]) if isinstance(record, dict) else None
+    folder = named or recorded
+    if folder is None:
         raise CheckpointError(f"{adapters.folder}: holds adapters, and does not say of which base: {way_out}")
-    folder = named or Path(record["folder"])
     if not folder.is_dir():
         raise CheckpointError(f"{adapters.folder}: the base of its adapters is not at {folder}: {way_out}")
     base = open_weights(folder)
@@ -199,6 +203,9 @@ class AdaptedWeights:
     def record(self) -> dict[str, Any]:
         """What state.json records of the base."""
         return identify(self.base)
+
+    def origin(self) -> Origin:
+        return self.base.origin()
 
     def keys(self) -> list[str]:
         return sorted({*self.base.keys(), *self._own})

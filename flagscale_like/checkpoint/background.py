@@ -50,7 +50,7 @@ class Background(Generic[T]):
         self._future.exception()
 
     @property
-    def error(self) -> Exception | None:
+    def error(self) -> BaseException | None:
         """What the function raised, or None; waits for its end."""
         return self._future.exception()
 

@@ -457,8 +457,8 @@ class Shapes(Protocol):
 
 def is_embedder(source: Shapes) -> bool:
     """Whether a source of weights is an embedding model: it has no output layer, or its run did not train the one it has."""
-    if hasattr(source, "embedder"):  # a Hugging Face folder
-        return source.embedder
+    if (embedder := getattr(source, "embedder", None)) is not None:  # a Hugging Face folder
+        return bool(embedder)
     state = getattr(source, "state", None) or getattr(getattr(source, "adapters", None), "state", None) or {}
     if state.get("embedder") or state.get("config", {}).get("objective", {}).get("kind") == "contrastive":
         return True

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,11 @@ if TYPE_CHECKING:  # megatron-core takes seconds to load, and a conversion needs
     from flagscale_like.runtime.parallel import ParallelContext
 
 MAX_FILE_BYTES = 4 << 30
+T = TypeVar("T")
 
 
-def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int, max_bytes: int) -> list[list[Rule]]:
-    """Divide the rules into consecutive groups, one for each file.
+def split_rules(rules: list[T], nbytes: Callable[[T], int], *, files: int, max_bytes: int) -> list[list[T]]:
+    """Divide the rules, or other things that bytes are written of, into consecutive groups, one for each file.
 
     Args:
         nbytes: the bytes of a rule's tensors.
@@ -69,7 +70,7 @@ def split_rules(rules: list[Rule], nbytes: Callable[[Rule], int], *, files: int,
     """
     sizes = [nbytes(rule) for rule in rules]
     limit = min(max_bytes, -(-sum(sizes) // files))
-    groups: list[list[Rule]] = [[]]
+    groups: list[list[T]] = [[]]
     held = 0
     for rule, size in zip(rules, sizes, strict=True):
         if groups[-1] and held + size > limit:
@@ -182,7 +183,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 # From native to Hugging Face
 
-ExportSource = CheckpointReader | MergedWeights
+ExportSource = CheckpointReader | HfFolder | MergedWeights
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ def finish_export(plan: ExportPlan, folder: Path, *, tokenizer: Path | None, ori
         write_index(folder, weight_map, total)
     ids = tokenizer_ids(tokenizer)
     same = origin.has_tokenizer(tokenizer)
-    ids = (dict(origin.token_ids) or ids) if same else origin.token_ids | ids
+    ids = (dict(origin.token_ids) or ids) if same else {**origin.token_ids, **ids}
     rules = [rule for group in plan.groups for rule in group for _ in rule.hf]
     specs = [spec for specs in plan.specs for spec in specs]
     dtypes = {spec.dtype for rule, spec in zip(rules, specs, strict=True) if not isinstance(rule, Exact)}

@@ -18,7 +18,7 @@ from flagscale_like.arch import OUTPUT_NAME
 from flagscale_like.checkpoint.companions import Origin, fingerprint
 from flagscale_like.checkpoint.format import is_vocabulary
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap, elements_within, overlaps
-from flagscale_like.checkpoint.packed import PackedWeight, with_packed
+from flagscale_like.checkpoint.packed import PackedWeight, WeightFile, with_packed
 from flagscale_like.checkpoint.pickle_file import PickleFile
 from flagscale_like.checkpoint.tensor_file import TensorFile, TensorSpec
 from flagscale_like.errors import ConversionError
@@ -72,7 +72,7 @@ class HfFolder:
         self.quantization = Scheme.of(settings)
         self.embedder = self.family.is_embedder(settings)
         self.notes: list[str] = []
-        self._files: dict[str, TensorFile | PickleFile | PackedWeight] = self._open_files()
+        self._files: dict[str, WeightFile | PackedWeight] = {**self._open_files()}
         if self.quantization is not None:
             try:
                 self._files = with_packed(self._files, self.quantization)

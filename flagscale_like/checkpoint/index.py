@@ -11,6 +11,7 @@ binary search. The arrays are memory-mapped from the file: the processes of a no
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import struct
@@ -198,22 +199,24 @@ class FragmentTable:
     place: np.ndarray
     form: np.ndarray
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_numbers", {key: number for number, (key, _) in enumerate(self.names.keys)})
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each tensor."""
+        return {key: number for number, (key, _) in enumerate(self.names.keys)}
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._numbers  # type: ignore[attr-defined]
+        return key in self._numbers
 
     def keys(self) -> list[str]:
         """Names of the tensors, sorted."""
-        return list(self._numbers)  # type: ignore[attr-defined]
+        return list(self._numbers)
 
     def global_shape(self, key: str) -> Index:
         """Raises KeyError where there is no such tensor."""
-        return self.names.keys[self._numbers[key]][1]  # type: ignore[attr-defined]
+        return self.names.keys[self._numbers[key]][1]
 
     def forms(self, key: str | None = None) -> list[Form]:
         """The different forms of a tensor's fragments, or of all."""
@@ -244,7 +247,7 @@ class FragmentTable:
 
     def _overlapping(self, target: Fragment) -> Iterator[tuple[int, np.ndarray]]:
         """Of each box that holds elements of `target` the numbers of the rows that do."""
-        number = self._numbers[target.key]  # type: ignore[attr-defined]
+        number = self._numbers[target.key]
         first, last = self.key_boxes[number], self.key_boxes[number + 1]
         padding = self.offset.shape[1] - len(target.offset)
         low = np.array([*target.offset, *[0] * padding])
@@ -286,7 +289,7 @@ class FragmentTable:
         return max(first, 0) * mine, max(min(last, size), 0) * mine
 
     def _row_range(self, key: str) -> tuple[int, int]:
-        number = self._numbers[key]  # type: ignore[attr-defined]
+        number = self._numbers[key]
         return int(self.box_rows[self.key_boxes[number]]), int(self.box_rows[self.key_boxes[number + 1]])
 
     def _rows(self, key: str, box: int, first: int, last: int) -> Iterator[Row]:
@@ -346,7 +349,7 @@ class FragmentTable:
         Raises:
             ValueError: two do.
         """
-        number = self._numbers[key]  # type: ignore[attr-defined]
+        number = self._numbers[key]
         first, last = self.key_boxes[number], self.key_boxes[number + 1]
         low = self.offset[first:last]
         high = low + self.shape[first:last]

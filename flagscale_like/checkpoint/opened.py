@@ -44,7 +44,7 @@ def open_adapted(
         CheckpointError, ConversionError: something cannot be read, or does not belong together.
     """
     source = HfFolder(path) if hugging_face else open_weights(path)
-    notes = list(getattr(source, "notes", ()))
+    notes: list[str] = list(getattr(source, "notes", ()))
     if adapter is not None and is_peft_folder(adapter):
         if holds_adapters(source):
             raise CheckpointError(f"{path}: holds adapters alone, and cannot be the base of others")

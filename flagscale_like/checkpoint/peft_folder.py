@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from flagscale_like import json_files
 from flagscale_like.arch import ModelArch, Parameter, parameters_by_name
-from flagscale_like.checkpoint.adapters import Base, identify, lora_of
-from flagscale_like.checkpoint.format import CheckpointReader, finish_folder, specs_of, write_fragments
+from flagscale_like.checkpoint.adapters import Adapters, Base, identify, lora_of
+from flagscale_like.checkpoint.format import finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment, copy_overlap
 from flagscale_like.checkpoint.hf import copy_tokenizer, written_aside
 from flagscale_like.checkpoint.manifest import STATE, write_json
@@ -126,7 +127,7 @@ class PeftFolder:
             a, b = (self._found.pop(f"{stem}.lora_{letter}.weight", None) for letter in "AB")
             if (a is None) != (b is None):
                 raise self._fail(f"{stem} has one of lora_A and lora_B, not both")
-            if a is not None and (a.shape, b.shape) != ((rank, columns), (rows, rank)):
+            if a is not None and b is not None and (a.shape, b.shape) != ((rank, columns), (rows, rank)):
                 raise self._fail(
                     f"{stem}: A is {list(a.shape)} and B {list(b.shape)}, rank {rank} of a matrix of {rows} x {columns} "
                     f"has {[rank, columns]} and {[rows, rank]}: it is an adapter of another model"
@@ -277,7 +278,7 @@ def import_adapter(folder: Path, base: Base, out: Path) -> Lora:
 
 
 def export_adapter(
-    adapters: CheckpointReader, out: Path, *, base_name: str | None, dtype: torch.dtype, tokenizer: Path | None
+    adapters: Adapters, out: Path, *, base_name: str | None, dtype: torch.dtype, tokenizer: Path | None
 ) -> None:
     """Write a checkpoint's adapters as peft reads them.
 
@@ -296,7 +297,7 @@ def export_adapter(
             continue
         at = matrix.name.removesuffix("weight") + "lora."
         a, b = adapters.full(at + "a", dtype=dtype), adapters.full(at + "b", dtype=dtype)
-        lengths = (None,) * len(rule.hf)
+        lengths: Sequence[Tensor | None] = (None,) * len(rule.hf)
         if lora.dora:
             lengths = rule.to_hf(adapters.full(at + "magnitude", dtype=dtype), arch)
         for name, part, length in zip(rule.hf, rule.to_hf(b, arch), lengths, strict=True):

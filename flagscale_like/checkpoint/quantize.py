@@ -25,7 +25,7 @@ from flagscale_like.checkpoint.hf import write_index, written_aside
 from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.packed import Quantized, pack
 from flagscale_like.checkpoint.tensor_file import TensorSpec, write_tensors
-from flagscale_like.errors import ConversionError
+from flagscale_like.errors import ConversionError, required
 from flagscale_like.families.quantization import Scheme
 from flagscale_like.json_files import write_json
 
@@ -77,8 +77,9 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
         best = Quantized(
             torch.where(better.unsqueeze(-1), found.values, best.values),
             torch.where(better, found.scale, best.scale),
-            None if scheme.symmetric else torch.where(better, found.zero, best.zero),
+            None if found.zero is None or best.zero is None else torch.where(better, found.zero, best.zero),
         )
+    best = required(best, "a scale to try")
     return Quantized(best.values.view(weight.shape), best.scale, best.zero)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flagscale_like.arch import ModelArch
 from flagscale_like.checkpoint.background import Background
-from flagscale_like.checkpoint.companions import write_companions
+from flagscale_like.checkpoint.companions import Origin, write_companions
 from flagscale_like.checkpoint.format import WrittenFile, finish_folder, specs_of, write_fragments
 from flagscale_like.checkpoint.fragments import Fragment
 from flagscale_like.checkpoint.manifest import (
@@ -44,7 +44,7 @@ from flagscale_like.checkpoint.manifest import (
 )
 from flagscale_like.checkpoint.shard import Shard
 from flagscale_like.config import Checkpoint
-from flagscale_like.errors import CheckpointError
+from flagscale_like.errors import CheckpointError, required
 from flagscale_like.runtime.host_copy import HostCopies
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.runtime.random_state import random_states
@@ -69,6 +69,8 @@ class WeightSource(Protocol):
     def keys(self) -> list[str]: ...
 
     def global_shape(self, key: str) -> tuple[int, ...]: ...
+
+    def origin(self) -> Origin: ...
 
     def check(self, target: Fragment) -> None: ...
 
@@ -149,7 +151,7 @@ class CheckpointStore:
             except OSError as error:
                 problem = f"{self.root}: cannot be made: {error.strerror}"
         # Of this start of the run: what an earlier, killed one left has another name.
-        self._launch, problem = ctx.broadcast((uuid.uuid4().hex[:8], problem))  # type: ignore[misc]
+        self._launch, problem = ctx.broadcast((uuid.uuid4().hex[:8], problem))
         if problem:
             raise CheckpointError(problem)
 
@@ -221,7 +223,7 @@ class CheckpointStore:
             self._end(None)
 
     def _end(self, error: str | None) -> None:
-        save = self._save
+        save = required(self._save, "a save under way")
         self._save = None
         self.outcomes.append(Saved(save.step, save.final, save.stall_s, save.write_s, error, save.notes))
 
@@ -304,7 +306,7 @@ class CheckpointStore:
             raise CheckpointError("; ".join(problems))
 
 
-def _describe(error: Exception | None, rank: int) -> str | None:
+def _describe(error: BaseException | None, rank: int) -> str | None:
     if error is None:
         return None
     return f"rank {rank}: {error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'}"

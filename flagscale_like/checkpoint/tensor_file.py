@@ -175,11 +175,15 @@ def _write_back(handle: int) -> Iterator[Callable[[int], None]]:
 
 def ahead(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same tensors; a thread reads the next one while the caller uses the last."""
-    source, end = iter(tensors), object()
+    source = iter(tensors)
+
+    def following() -> Tensor | None:
+        return next(source, None)
+
     with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(next, source, end)
-        while (tensor := pending.result()) is not end:
-            pending = reader.submit(next, source, end)
+        pending = reader.submit(following)
+        while (tensor := pending.result()) is not None:
+            pending = reader.submit(following)
             yield tensor
 
 

@@ -163,7 +163,7 @@ class _Maker:
         if parameter.name in self.held:
             return self.source.full(parameter.name).reshape(-1)
         if parameter.role is Role.ROUTER:
-            copies = self.arch.experts.count // options.split
+            copies = self.arch.required_experts.count // options.split
             rows = self._normal(parameter.name, (copies, parameter.shape[1])) * self.arch.init_std
             return rows.repeat_interleave(options.split, dim=0).to(self.dtype(piece)).reshape(-1)
         matrix = self._part(parameter, piece.expert)

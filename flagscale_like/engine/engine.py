@@ -31,7 +31,7 @@ from flagscale_like.engine.load import Left, base_record, load_optimizer, load_w
 from flagscale_like.engine.objective import BatchObjective, Objective, VectorObjective
 from flagscale_like.engine.optimizer import build_optimizer
 from flagscale_like.engine.shards import OwnedShard, adam_step, ensure_moments, loss_scaler_state, owned_shards
-from flagscale_like.errors import CheckpointError, ConfigError
+from flagscale_like.errors import CheckpointError, ConfigError, required
 from flagscale_like.model.build import LanguageModel, build_chunks, unwrap, wrap_chunks
 from flagscale_like.model.experts import Router
 from flagscale_like.model.initialise import initialize_weights
@@ -166,6 +166,11 @@ class Engine:
         (model,) = self.models
         return model
 
+    @property
+    def required_optimizer(self) -> MegatronOptimizer:
+        """The optimizer, of an engine that trains."""
+        return required(self.optimizer, "optimizer")
+
     # Passes
 
     def forward_backward(self, batches: Iterator[Batch], objective: Objective | BatchObjective, count: int) -> Outputs:
@@ -179,12 +184,12 @@ class Engine:
             raise RuntimeError("the engine evaluates or generates: end that before a training step")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.required_optimizer.zero_grad()
         for router in self.routers:
             router.forget_recompute()
         outputs = self._run(batches, objective, count, forward_only=False)
         self._add_up_loads()
-        outputs.overflow = self.optimizer.prepare_grads()
+        outputs.overflow = self.required_optimizer.prepare_grads()
         grads = [s.main.grad for s in self.owned if s.trained and s.counts and s.main.grad is not None]
         if grads:
             outputs.grad_square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
@@ -198,13 +203,11 @@ class Engine:
             grad_norm: of the gradient, over all ranks.
         """
         self._be_awake()
-        scale = clip / (grad_norm + 1e-6)
+        scale, optimizer = clip / (grad_norm + 1e-6), self.required_optimizer
         if 0 < scale < 1:
-            parameters = itertools.chain.from_iterable(
-                part.get_parameters() for part in self.optimizer.chained_optimizers
-            )
+            parameters = itertools.chain.from_iterable(part.get_parameters() for part in optimizer.chained_optimizers)
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-        self.optimizer.step_with_ready_grads()
+        optimizer.step_with_ready_grads()
         for router in self.routers:
             router.update_bias()
 
@@ -271,19 +274,21 @@ class Engine:
         if isinstance(objective, BatchObjective):
             whole = GlobalBatch(objective, list(itertools.islice(batches, count)), self.ctx)
             if forward_only:
-                batches, objective = iter(whole.batches), ForwardPass(whole)
+                batches, learned = iter(whole.batches), ForwardPass(whole)
             else:
-                batches, objective = self._first_pass(whole)
-        losses = self._reports(batches, objective, count, forward_only=forward_only)
-        names = ("total", "count", *objective.sums)
+                batches, learned = self._first_pass(whole)
+        else:
+            learned = objective
+        losses = self._reports(batches, learned, count, forward_only=forward_only)
+        names = ("total", "count", *learned.sums)
         if not losses or self.ctx.tp_rank != 0:
             return Outputs(dict.fromkeys(names, 0.0))
         sums = {name: torch.stack([one["sums"][name] for one in losses]).sum(dtype=torch.float64) for name in names}
         names = dict.fromkeys(name for one in losses for name in one["samples"])
         samples = {n: torch.cat([one["samples"][n] for one in losses if n in one["samples"]]) for n in names}
         if self.ctx.row_cut is not None:
-            samples = _whole_samples(samples, self.ctx.row_cut, objective)
-        return Outputs(sums, samples)
+            samples = _whole_samples(samples, self.ctx.row_cut, learned)
+        return Outputs({**sums}, samples)
 
     def _first_pass(self, whole: GlobalBatch) -> tuple[Iterator[Batch], SecondPass]:
         """The first pass of gradient caching; returns what the second one reads and learns.
@@ -471,7 +476,7 @@ def _loss_of_rows(
     whole = cut.whole(output.reshape(rows, length // cut.size, *output.shape[2:]))  # [b, s, ...]
     total, count, reported = loss_function(objective, batch, whole.flatten(0, 1)[None] if objective.packed else whole)
     if cut.rank:
-        reported["sums"] = {name: torch.zeros_like(value) for name, value in reported["sums"].items()}
+        reported = {**reported, "sums": {name: torch.zeros_like(value) for name, value in reported["sums"].items()}}
         count = torch.zeros_like(count)
     return total, count, reported
 
@@ -480,7 +485,7 @@ def loss_function(
     objective: Objective, batch: Batch | None, output: Tensor
 ) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
     """megatron-core's loss function: it divides the gradients by the count of the whole global batch."""
-    loss = objective.loss(output, batch)
+    loss = objective.loss(output, required(batch, "the last stage's batch"))
     # The schedule scales the first value in place after this returns, so what is reported is a copy.
     sums = {"total": loss.total.detach().clone(), "count": loss.count, **loss.sums}
     return loss.total, loss.count.to(torch.int), {"sums": sums, "samples": loss.samples}

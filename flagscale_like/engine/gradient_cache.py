@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.objective import BatchObjective, Loss, VectorObjective
+from flagscale_like.engine.objective import BatchObjective, Cut, Loss, VectorObjective
+from flagscale_like.errors import required
 from flagscale_like.runtime.parallel import ParallelContext
 
 
@@ -32,8 +34,20 @@ class VectorsOf:
     sums: tuple[str, ...] = ()
 
     def __init__(self, objective: VectorObjective) -> None:
-        self.inputs, self.packed, self.cut = objective.inputs, objective.packed, objective.cut
-        self.vectors, self.row_counts = objective.vectors, objective.row_counts
+        self._objective, self.packed = objective, objective.packed
+        self.cut: Cut = objective.cut
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The other one's."""
+        return self._objective.inputs(batch)
+
+    def row_counts(self, batch: Batch) -> Tensor:
+        """The other one's."""
+        return self._objective.row_counts(batch)
+
+    def vectors(self, output: Tensor, batch: Batch) -> Tensor:
+        """The other one's."""
+        return self._objective.vectors(output, batch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """No loss: the total is there because the schedule wants a number."""
@@ -129,7 +143,7 @@ class SecondPass(VectorsOf):
         vectors = self.vectors(output, batch)
         begins, count = self._gradients is None, self.row_counts(batch).sum()
         found = self._begin(vectors.detach()) if begins else _no_loss(count, self.sums)
-        pull = (vectors * next(self._gradients)).sum().double()
+        pull = (vectors * next(required(self._gradients, "gradients"))).sum().double()
         return replace(found, total=pull + (found.total.double() - pull).detach(), count=count)
 
     def _begin(self, first: Tensor) -> Loss:
@@ -137,7 +151,7 @@ class SecondPass(VectorsOf):
         is_known = len(self._known) == len(whole.batches)
         own = torch.cat(self._known if is_known else [first, *self._known])
         found, gradient = whole.loss(own, gradient=True)
-        self._gradients = iter(gradient.split(whole.documents))
+        self._gradients = iter(required(gradient, "gradient").split(whole.documents))
         return found
 
 

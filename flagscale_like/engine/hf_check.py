@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flagscale_like.arch import ModelArch, is_adapter
 from flagscale_like.checkpoint.adapters import AdaptedWeights
@@ -170,7 +171,7 @@ def _logits_of_folder(folder: Path, model_type: str, ids: Tensor, ctx: ParallelC
     return model(ids).logits.float()
 
 
-def _transformers_model(folder: Path) -> nn.Module:
+def _transformers_model(folder: Path) -> Any:
     """transformers' model of a folder, in fp32.
 
     Raises:

@@ -17,6 +17,7 @@ from flagscale_like.checkpoint.adapters import AdaptedWeights, identify
 from flagscale_like.checkpoint.dealing import deal
 from flagscale_like.checkpoint.format import CheckpointReader, is_vocabulary, keys_of
 from flagscale_like.checkpoint.fragments import Fragment
+from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.checkpoint.shard import MOMENTS
 from flagscale_like.checkpoint.store import WeightSource, layout_record
 from flagscale_like.engine.shards import (
@@ -148,7 +149,15 @@ def _grain(pieces: list[Piece], source: WeightSource) -> int:
 
 def base_record(source: WeightSource, ctx: ParallelContext) -> dict[str, Any]:
     """What a checkpoint of adapters records of the weights that they belong to. Rank 0 reads what there is to read."""
-    return ctx.from_main(lambda: source.record if isinstance(source, AdaptedWeights) else identify(source))
+
+    def record() -> dict[str, Any]:
+        if isinstance(source, AdaptedWeights):
+            return source.record
+        if isinstance(source, CheckpointReader | HfFolder):
+            return identify(source)
+        raise AssertionError(f"{type(source).__name__} is no base of adapters")
+
+    return ctx.from_main(record)
 
 
 def _fill(views: list[tuple[Tensor, str, Fragment]], source: WeightSource) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flagscale_like.data.batch import Batch
 
+Cut = Literal["tokens", "rows"] | None  # see Objective.cut
+
 
 @dataclass
 class Loss:
@@ -45,7 +47,7 @@ class Objective(Protocol):
 
     metric: str
     sums: tuple[str, ...]
-    cut: Literal["tokens", "rows"] | None
+    cut: Cut
     packed: bool
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class Objective(Protocol):
 class VectorObjective(Protocol):
     """What an engine is asked for vectors by. The attributes are those of Objective; `packed` and `cut` are as there."""
 
-    cut: Literal["tokens", "rows"] | None
+    cut: Cut
     packed: bool
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -12,6 +12,7 @@ with: its positive, and what may be its negatives.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class ContrastiveLoss(TextVectors):
     def __init__(self, options: Contrastive) -> None:
         super().__init__(options.pooling)
         self.options, self.documents_in_one = options, 1 + options.passages
-        self.shared = ("texts",) if options.negatives == "cross" else None
+        self.shared: tuple[str, ...] | None = ("texts",) if options.negatives == "cross" else None
         self.sums: tuple[str, ...] = REPORTED + ((DISTILLED,) if options.distill else ())
 
     def check(self, documents: Sequence[int]) -> None:
@@ -82,26 +83,28 @@ class ContrastiveLoss(TextVectors):
         blocks = torch.arange(own, device=vectors.device).split(max(1, SCORES_AT_ONCE // candidates))
         widths = sorted({*options.dimensions, vectors.shape[1]})
         found = [learn_width(vectors, width, blocks, of_block, gradient=gradient) for width in widths]
-        losses = sum(each for each, _, _ in found) / len(widths)
+        losses = functools.reduce(torch.add, [each for each, _, _ in found]) / len(widths)
         sums = dict(zip(REPORTED, found[-1][2], strict=True))
         if teacher is not None:
             sums[DISTILLED] = teacher.isfinite().all(1).float().sum()
         loss = Loss(losses.sum(), losses.new_tensor(own), sums=sums, samples=self._samples(losses, batches))
-        return loss, sum(grad for _, grad, _ in found) / len(widths) if gradient else None
+        grads = [grad for _, grad, _ in found if grad is not None]
+        return loss, functools.reduce(torch.add, grads) / len(widths) if gradient else None
 
     def _samples(self, losses: Tensor, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Loss and queries of each row, [micro-batches * b], and the row's source."""
         rows, begun = [], 0
         for batch in batches:  # the row of each query
-            rows.append(batch.documents[: -1 : self.documents_in_one].long() // batch.tokens.shape[1] + begun)
+            rows.append(batch.bounds()[: -1 : self.documents_in_one].long() // batch.tokens.shape[1] + begun)
             begun += len(batch.tokens)
         places = torch.cat(rows).to(losses.device, non_blocking=True)
         samples = {
             "loss": losses.new_zeros(begun).index_add_(0, places, losses),
             "tokens": torch.cat([self.row_counts(batch) for batch in batches]),
         }
-        if all(batch.source is not None for batch in batches):
-            samples["source"] = torch.cat([batch.source for batch in batches])
+        sources = [batch.source for batch in batches if batch.source is not None]
+        if len(sources) == len(batches):
+            samples["source"] = torch.cat(sources)
         return samples
 
 

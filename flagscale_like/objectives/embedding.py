@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flagscale_like.data.batch import Batch
+from flagscale_like.engine.objective import Cut
 from flagscale_like.model.packs import packing
+from flagscale_like.objectives.segments import sums_between
 
 Pooling = Literal["last", "mean", "first"]
 
@@ -27,7 +29,7 @@ class TextVectors:
 
     metric = "vector"
     sums: tuple[str, ...] = ()
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def __init__(self, pooling: Pooling) -> None:
@@ -65,7 +67,7 @@ def pool(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         # Sums between the bounds of texts and paddings in turn; the paddings' sums are dropped.
         parts = torch.stack((bounds[:-1], bounds[:-1] + lengths), dim=1).flatten()
         parts = torch.cat((parts, bounds[-1:])).to(device, non_blocking=True)
-        sums = torch.segment_reduce(rows.float(), "sum", offsets=parts, axis=0, unsafe=True)[0::2]
+        sums = sums_between(rows.float(), parts)[0::2]
         pooled = sums / lengths.to(device, non_blocking=True)[:, None]
     else:
         places = bounds[:-1] + (lengths - 1 if pooling == "last" else 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flagscale_like.config import NextTokenLoss
 from flagscale_like.data.batch import CONVERSATIONS, Batch
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss
 from flagscale_like.model.packs import packing
 
 
@@ -23,7 +23,7 @@ class NextToken:
 
     metric = NextTokenLoss.metric
     sums: tuple[str, ...] = ()
-    cut = "tokens"
+    cut: Cut = "tokens"
 
     def __init__(self, *, packed: bool = False, per: Literal["token", "conversation"] = "token") -> None:
         self.packed, self.per = packed, per

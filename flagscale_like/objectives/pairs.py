@@ -20,6 +20,7 @@ from torch import Tensor
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.objective import Loss
 from flagscale_like.model.packs import packing
+from flagscale_like.objectives.segments import sums_between
 
 REWARDS = ("rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected")
 
@@ -29,27 +30,27 @@ def pack_inputs(batch: Batch, *, labels: bool) -> dict[str, Any]:
     inputs = {"input_ids": batch.tokens.view(1, -1), "position_ids": None, "attention_mask": None}
     if labels:
         inputs["labels"] = batch.labels.view(1, -1)
-    return inputs | {"packed_seq_params": packing(batch.documents, batch.tokens.device, len(batch.tokens))}
+    return inputs | {"packed_seq_params": packing(batch.bounds(), batch.tokens.device, len(batch.tokens))}
 
 
 def pairs_of_rows(batch: Batch) -> Tensor:
     """fp32 [b]: the pairs of each row."""
     b, s = batch.tokens.shape
-    counts = torch.bincount(batch.documents[:-1:2].long() // s, minlength=b)  # on the host
+    counts = torch.bincount(batch.bounds()[:-1:2].long() // s, minlength=b)  # on the host
     return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
 
 
 def answers_of_rows(batch: Batch) -> Tensor:
     """fp32 [b]: the answers of each row, which need not be pairs."""
     b, s = batch.tokens.shape
-    counts = torch.bincount(batch.documents[:-1].long() // s, minlength=b)  # on the host
+    counts = torch.bincount(batch.bounds()[:-1].long() // s, minlength=b)  # on the host
     return counts.to(batch.tokens.device, torch.float32, non_blocking=True)
 
 
 def answer_sums(values: Tensor, batch: Batch) -> Tensor:
     """Add up [b * s] numbers over each document: [2 p]. The order of the additions is fixed, on every device."""
-    bounds = batch.documents.to(values.device, non_blocking=True)
-    return torch.segment_reduce(values, "sum", offsets=bounds.long(), unsafe=True)
+    bounds = batch.bounds().to(values.device, non_blocking=True)
+    return sums_between(values, bounds.long())
 
 
 def log_probabilities(output: Tensor, batch: Batch) -> Tensor:
@@ -78,7 +79,7 @@ def pair_loss(losses: Tensor, rewards: tuple[Tensor, Tensor], batch: Batch, more
     weighted = losses * batch.extras["weights"]
     sums = (chosen > rejected, chosen - rejected, chosen, rejected)
     b, s = batch.tokens.shape
-    rows = (batch.documents[:-1:2] // s).long().to(losses.device, non_blocking=True)  # [p], the row of each pair
+    rows = (batch.bounds()[:-1:2] // s).long().to(losses.device, non_blocking=True)  # [p], the row of each pair
     per_row = torch.zeros(b, device=losses.device).index_add_(0, rows, weighted.detach())
     counts = pairs_of_rows(batch)
     samples = {"loss": per_row, "tokens": counts}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flagscale_like.config import Clip
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss
 from flagscale_like.objectives.pairs import pack_inputs
 
 SUMS = ("policy/clip-share", "policy/kl-old", "policy/entropy", "policy/engine-difference", "policy/importance")
@@ -105,7 +105,7 @@ class PolicyLoss:
     """
 
     metric = "policy loss"
-    cut = "tokens"
+    cut: Cut = "tokens"
     packed = True
 
     def __init__(self, options: PolicyOptions) -> None:
@@ -153,7 +153,7 @@ class TokenLogProbabilities:
 
     metric = "log-probability"
     sums: tuple[str, ...] = ()
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class TokenValues:
 
     metric = "value"
     sums: tuple[str, ...] = ()
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flagscale_like.config import DirectPreference
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss
 from flagscale_like.objectives.pairs import (
     REWARDS,
     answer_sums,
@@ -36,8 +36,8 @@ class Preference:
     """
 
     metric = DirectPreference.metric
-    sums = (*REWARDS, "log-probability/chosen", "log-probability/rejected")
-    cut = "rows"
+    sums: tuple[str, ...] = (*REWARDS, "log-probability/chosen", "log-probability/rejected")
+    cut: Cut = "rows"
     packed = True
 
     def __init__(self, options: DirectPreference) -> None:
@@ -63,7 +63,7 @@ class Preference:
         losses = preference_losses(chosen - rejected, batch.extras["margins"], options)
         if options.sft:
             losses = losses - options.sft * chosen_and_rejected(own / counted)[0]
-        rewards = tuple(options.beta * side.detach() for side in (chosen, rejected))
+        rewards = options.beta * chosen.detach(), options.beta * rejected.detach()
         totals = [side.detach().sum() for side in chosen_and_rejected(own)]
         return pair_loss(losses, rewards, batch, dict(zip(self.sums[-2:], totals, strict=True)))
 
@@ -92,7 +92,7 @@ class AnswerLogProbabilities:
 
     metric = "log-probability"
     sums: tuple[str, ...] = ()
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

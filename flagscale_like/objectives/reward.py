@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flagscale_like.config import RewardModel
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss
+from flagscale_like.errors import required
 from flagscale_like.objectives.pairs import (
     REWARDS,
     answers_of_rows,
@@ -29,7 +30,7 @@ class Reward:
     """
 
     metric = RewardModel.metric
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def __init__(self, options: RewardModel) -> None:
@@ -49,7 +50,7 @@ class Reward:
         rewards = answer_rewards(output, batch)  # [2 p, k]
         chosen, rejected = chosen_and_rejected(rewards)  # [p, k]
         losses = reward_losses(chosen, rejected, batch.extras["margins"], self.options)
-        means = tuple(side.detach().mean(-1) for side in (chosen, rejected))
+        means = chosen.detach().mean(-1), rejected.detach().mean(-1)
         more = {}
         if self.options.heads > 1:
             more["rewards/disagreement"] = rewards.detach().std(-1, correction=0).sum() / 2  # a mean over both answers
@@ -62,7 +63,7 @@ def answer_rewards(output: Tensor, batch: Batch) -> Tensor:
     Args:
         output: fp32 [1, b * s, k], or [1, b * s] of one head.
     """
-    last = (batch.documents[:-1] + batch.lengths - 1).to(output.device, non_blocking=True)
+    last = (batch.bounds()[:-1] + required(batch.lengths, "lengths") - 1).to(output.device, non_blocking=True)
     return output.float().view(batch.tokens.numel(), -1)[last]
 
 
@@ -84,7 +85,7 @@ class AnswerRewards:
 
     metric = "reward"
     sums: tuple[str, ...] = ()
-    cut = "rows"
+    cut: Cut = "rows"
     packed = True
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flagscale_like.data.batch import Batch
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss
 from flagscale_like.objectives.pairs import pack_inputs
 from flagscale_like.objectives.policy import row_samples
 
@@ -39,7 +39,7 @@ class ValueLoss:
 
     metric = "value loss"
     sums: tuple[str, ...] = ("value/clip-share",)
-    cut = "tokens"
+    cut: Cut = "tokens"
     packed = True
 
     def __init__(self, clip: float | None) -> None:

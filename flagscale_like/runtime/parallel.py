@@ -339,7 +339,7 @@ def grid(
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=timeout_s / 60,  # ty: ignore[invalid-argument-type]  # a timedelta takes any number
+        distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class NamedSum:
         self.ctx = ctx
         self._sizes: dict[str, int] | None = None
 
-    def __call__(self, values: Mapping[str, Value]) -> dict[str, float | list[float]]:
+    def __call__(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The sums over all ranks, by name, in float64: a number for a scalar, a list for a vector.
 
         The values may lie on the device or on the host. The host waits for the device once, for the result.

@@ -5,6 +5,7 @@ import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,7 +164,13 @@ def test_a_conversion_holds_the_matrices_of_one_expert_and_not_those_of_a_layer(
 
 
 def test_a_family_with_experts_is_not_written_as_one_without_and_the_other_way_round():
-    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 100}
+    shape: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "vocab_size": 100,
+    }
     mixture = ModelArch(**shape, experts={"count": 4, "top_k": 2, "ffn_hidden_size": 32})
     with pytest.raises(ConversionError, match="a model with experts cannot be written as llama"):
         FAMILIES["llama"].hf_config(mixture)

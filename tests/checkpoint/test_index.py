@@ -264,7 +264,7 @@ def test_a_damaged_index_is_named_by_verify_and_makes_no_checkpoint_unusable(fol
     assert "the headers of all files are read instead" in " ".join(shown.split())
     reshard(folder, folder.parent / "again", files=2, weights_only=False, sha256=True, processes=1)
     assert verify_files(folder.parent / "again", processes=1) == []
-    assert len(read_records(folder.parent / "again")[1].sha256) == 64
+    assert len(read_records(folder.parent / "again")[1].sha256 or "") == 64
     assert_whole(CheckpointReader(folder.parent / "again"))
 
 

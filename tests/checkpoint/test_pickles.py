@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,13 @@ print((peak() - before) * 1024)
 
 
 def test_an_import_of_pickles_holds_the_largest_tensors_and_not_the_file(tmp_path):
-    shape = {"num_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1536, "vocab_size": 512}
+    shape: dict[str, Any] = {
+        "num_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 1536,
+        "vocab_size": 512,
+    }
     arch, family = ModelArch(**shape), find_family("llama")
     (tmp_path / "hf").mkdir()
     write_json(tmp_path / "hf/config.json", family.hf_config(arch))

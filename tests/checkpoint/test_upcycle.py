@@ -1,6 +1,7 @@
 """Upcycling: the mixture of experts computes what the dense model does, and trains; what does not fit is refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.families import tiny
 from tests.harness import run_ranks, tiny_config
 
 # dense model -> the options, and the family that the mixture of experts exports as
-UPCYCLED = {
+UPCYCLED: dict[str, tuple[dict[str, Any], str]] = {
     "aquila": ({"experts": 4, "top_k": 2}, "mixtral"),
     "mistral": ({"experts": 4, "top_k": 3, "shared": True, "dense_layers": 1}, "mistral"),
     "baichuan-13b": ({"experts": 8, "top_k": 4, "split": 2}, "baichuan"),
@@ -61,8 +62,8 @@ def test_experts_differ_by_their_noise_alone_and_a_seed_gives_the_same_ones(tmp_
     dense = HfFolder(tiny.make("llama", tmp_path))
     key = "decoder.layers.0.mlp.experts.linear_fc2.weight"
     found = {}
-    for name, options in {"a": {}, "again": {}, "other": {"seed": 1}}.items():
-        upcycle(dense, tmp_path / name, Upcycling(experts=4, top_k=2, noise=0.1, **options), workers=2)
+    for name, seed in {"a": 0, "again": 0, "other": 1}.items():
+        upcycle(dense, tmp_path / name, Upcycling(experts=4, top_k=2, noise=0.1, seed=seed), workers=2)
         found[name] = CheckpointReader(tmp_path / name).full(key)
     assert torch.equal(found["a"], found["again"])
     assert not torch.equal(found["a"], found["other"])

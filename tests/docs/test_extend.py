@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from flagscale_like.checkpoint.hf_folder import HfFolder
 from flagscale_like.config import Parallel
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConversionError
+from flagscale_like.errors import ConversionError, required
 from flagscale_like.families.features import EXPERT_FEATURES, features
 from flagscale_like.json_files import read_records
 from flagscale_like.model.spec import ModelSpec
@@ -171,7 +172,13 @@ def test_the_pages_family_refuses_what_it_cannot_compute(larch, tmp_path):
 
 def test_the_family_page_has_every_feature_and_every_rule():
     page = text_of("add-a-family.md")
-    shape = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 9}
+    shape: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "vocab_size": 9,
+    }
     every = {"qkv_bias": True, "qk_norm": True, "norm_head": True, "sliding_window": 4, "num_query_groups": 2}
     latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
     others = (
@@ -361,9 +368,9 @@ def test_the_pages_part_finds_the_same_on_two_ranks_also_after_a_resume(watched,
     assert parts_found(tmp_path / "run") == parts_found(watched)
 
 
-class Named(Part):
-    def __init__(self, name):
-        self.name = name
+def named(name):
+    """A part of that name."""
+    return type("Named", (Part,), {"name": name})()
 
 
 def refused_names(config):
@@ -372,7 +379,7 @@ def refused_names(config):
     for name in ("guard", "consumed_samples"):
         with parallel_context(config.parallel) as ctx:
             try:
-                pretrain(config, ctx, parts=lambda engine, name=name: [Named(name)])
+                pretrain(config, ctx, parts=lambda engine, name=name: [named(name)])
                 said.append("nothing")
             except AssertionError as error:
                 said.append(str(error))
@@ -405,7 +412,7 @@ def operator(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernel") / "relu_squared.py"
     path.write_text(blocks("add-a-kernel.md")[OPERATOR])
     name = "flagscale_kernels.relu_squared"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = required(importlib.util.spec_from_file_location(name, path), "spec")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, name, module)

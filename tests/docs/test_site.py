@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from flagscale_like import errors
 from flagscale_like.cli import app
 from flagscale_like.config import RunConfig
-from flagscale_like.errors import UserError
+from flagscale_like.errors import UserError, required
 from flagscale_like.planner.layout import Layout
 from tests.harness import REPOSITORY
 
@@ -23,7 +23,7 @@ DOCS = REPOSITORY / "docs"
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    spec = required(importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py"), "spec")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -5,6 +5,7 @@ import pytest
 from flagscale_like.engine.asleep import TrainingMemory
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
+from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import build_engine, run_ranks, tiny_config, train_steps
 
@@ -22,7 +23,7 @@ def trained(precision, *, sleeps):
             with pytest.raises(RuntimeError, match="asleep"):
                 next(engine.fragments())
             with pytest.raises(RuntimeError, match="asleep"):
-                engine.forward_backward(iter(()), None, 0)
+                engine.forward_backward(iter(()), NextToken(), 0)
         (rollout,) = own.generate([Prompt([1, 2, 3], 0)], Sampling(6, seed=1))
         memory.wake()
         return found + train_steps(engine, config, 2), freed, rollout.ids, len(list(engine.fragments()))

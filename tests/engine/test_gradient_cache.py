@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,12 @@ from tests.objectives.contrastive import contrastive_loss
 
 PASSAGES, LENGTH = 3, 32
 GROUPS = (2, 1, 2, 1, 1, 2, 1, 2)  # of each row: the ranks' parts of a batch are not of one size
-OPTIONS = {"passages": PASSAGES, "temperature": 0.05, "false_negative_margin": 0.3, "dimensions": [16, 32]}
+OPTIONS: dict[str, Any] = {
+    "passages": PASSAGES,
+    "temperature": 0.05,
+    "false_negative_margin": 0.3,
+    "dimensions": [16, 32],
+}
 OPTIONS |= {"symmetric": True, "distill": 0.5, "distill_kind": "stable"}
 
 

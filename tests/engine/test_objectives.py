@@ -9,7 +9,7 @@ import torch
 from flagscale_like.config import DirectPreference, RewardModel
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.engine.engine import Engine
-from flagscale_like.engine.objective import Loss
+from flagscale_like.engine.objective import Cut, Loss, Objective
 from flagscale_like.errors import ConfigError
 from flagscale_like.model.build import build_chunks, named_shards
 from flagscale_like.model.spec import ModelSpec
@@ -122,16 +122,19 @@ def test_collate_counts_the_documents_on_over_the_rows():
     assert "documents" not in collate([row, row])
 
 
-class Regression:
+class Regression(Objective):
     """An objective of a value head: the squared distance of each token's value to a target, and the mean value."""
 
     metric = "squared error"
-    sums = ("value",)
-    cut = "tokens"
+    sums: tuple[str, ...] = ("value",)
+    cut: Cut = "tokens"
     packed = False
 
     def inputs(self, batch):
         return {"input_ids": batch.tokens, "position_ids": None, "attention_mask": None}
+
+    def row_counts(self, batch):
+        return batch.loss_mask.sum(1)
 
     def loss(self, output, batch):
         squares = (output - batch.extras["target"]).square() * batch.loss_mask
@@ -142,8 +145,11 @@ class Similarity(Regression):
     """An objective of hidden states: the length of each row's mean."""
 
     metric = "length"
-    sums = ()
-    cut = "rows"
+    sums: tuple[str, ...] = ()
+    cut: Cut = "rows"
+
+    def row_counts(self, batch):
+        return torch.ones(len(batch.tokens))
 
     def loss(self, output, batch):
         lengths = output.float().mean(1).square().sum(-1)
@@ -223,7 +229,7 @@ def test_objectives_on_pairs_learn_whole_rows_from_context_parallel_ranks(tmp_pa
 class WholeRows(Regression):
     """An objective that does not say how it takes a part of a row."""
 
-    cut = None
+    cut: Cut = None
 
 
 def learn_whole_rows(config):

@@ -16,7 +16,7 @@ def contrastive_loss(vectors: Tensor, texts: Tensor, teacher: Tensor, options: C
         v = v.view(groups, 1 + options.passages, width)
         t = texts.view(groups, -1).tolist()
         each.append(torch.stack([of_query(i, v, t, teacher.view(groups, -1)[i], options) for i in range(groups)]))
-    return sum(each) / len(each)
+    return torch.stack(each).sum(0) / len(each)
 
 
 def of_query(i: int, v: Tensor, texts: list[list[int]], teacher: Tensor, o: Contrastive) -> Tensor:

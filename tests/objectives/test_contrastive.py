@@ -3,20 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import flagscale_like.objectives.contrastive as module
 from flagscale_like.config import Contrastive
 from flagscale_like.data.batch import Batch
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 from flagscale_like.objectives.contrastive import ContrastiveLoss, stable_distillation
-from flagscale_like.objectives.embedding import pool
+from flagscale_like.objectives.embedding import Pooling, pool
 from tests.objectives.contrastive import contrastive_loss
 
 GROUPS, PASSAGES, WIDTH = 5, 3, 12
 
 
 def options(**changes):
-    return Contrastive(kind="contrastive", **{"passages": PASSAGES, "temperature": 0.2, **changes})
+    return Contrastive.model_validate({"kind": "contrastive", "passages": PASSAGES, "temperature": 0.2, **changes})
 
 
 def data(groups=GROUPS, passages=PASSAGES):
@@ -90,7 +91,7 @@ def test_the_parts_of_a_batch_add_up_to_its_loss_and_its_gradient():
         rows = batch_of(texts[own], teacher[first * PASSAGES : last * PASSAGES])
         parts.append(objective.batch_loss([rows], vectors, extras, own.start, gradient=True))
     torch.testing.assert_close(sum(part.total for part, _ in parts), whole.total)
-    torch.testing.assert_close(sum(grad for _, grad in parts), gradient)
+    torch.testing.assert_close(sum(required(grad, "gradient") for _, grad in parts), gradient)
     for name, value in whole.sums.items():
         torch.testing.assert_close(sum(part.sums[name] for part, _ in parts), value)
 
@@ -147,7 +148,7 @@ def test_pooling_leaves_padding_out():
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     batch = Batch(tokens=tokens, labels=tokens, loss_mask=tokens, documents=bounds, lengths=lengths)
     rows = hidden[0]
-    expected = {
+    expected: dict[Pooling, list[Tensor]] = {
         "last": [rows[1], rows[4], rows[6]],
         "first": [rows[0], rows[2], rows[5]],
         "mean": [rows[:2].mean(0), rows[2:5].mean(0), rows[5:7].mean(0)],

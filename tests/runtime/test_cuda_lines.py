@@ -167,7 +167,7 @@ def use_the_platform(asked: set[str]) -> None:
     ):  # fmt: skip
         ask()
     platform.generator(1)
-    platform.set_rng_state(None)
+    platform.set_rng_state(torch.zeros(0))
     out, source, pool = CopyStream(platform), torch.ones(8), HostPool(platform)
     buffer, _ = pool.get(32)
     ticket = out.copy(buffer[:32].view(torch.float32), source, after=Recorded(asked))

@@ -1,6 +1,7 @@
 """The shim changes megatron-core and leaves torch alone; each silent error that it or we cure stays cured."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -56,12 +57,13 @@ def test_torch_is_as_it_was_for_code_outside():
 def read_stand_in() -> dict:
     device_shim.install(get_platform())
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    event = schedules.torch.cuda.Event(enable_timing=True)
     return {
         "zeros": schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type,
         "tensor": schedules.torch.tensor([1.0], device=torch.device("cuda", 0)).device.type,
-        "current_device": schedules.torch.cuda.current_device().type,
+        "current_device": torch.device(schedules.torch.cuda.current_device()).type,
         "passed through": schedules.torch.nn is torch.nn,
-        "timed": schedules.torch.cuda.Event(enable_timing=True).elapsed_time(None),
+        "timed": event.elapsed_time(event),
         "stream": schedules.torch.cuda.Stream(device=schedules.torch.cuda.current_device(), priority=-1).query(),
     }
 
@@ -93,7 +95,7 @@ def use_another_device() -> dict:
         type_name = half.type()
     return {
         "zeros": schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type,
-        "current_device": schedules.torch.cuda.current_device().type,
+        "current_device": torch.device(schedules.torch.cuda.current_device()).type,
         "left on the host": schedules.torch.zeros([]).device.type,
         "scale": scaler._scale.device.type,
         "type": type_name,
@@ -135,7 +137,7 @@ def test_a_pipeline_output_that_is_freed_after_its_send_is_whole_in_what_gloo_se
     assert torch.equal(sent[0], torch.arange(6.0) * 2)
 
 
-def steps_after_restoring(config) -> tuple[int, set[int], list[float]]:
+def steps_after_restoring(config) -> tuple[int, int, list[float]]:
     """(updates counted, distinct step tensors, their values) after one update of an optimizer restored to step 4."""
     with parallel_context(config.parallel) as ctx:
         optimizer = build_engine(config, ctx).optimizer
@@ -175,7 +177,7 @@ def gradients_of_two_micro_batches(fused: bool, dtype: torch.dtype) -> tuple[lis
     device_shim.install(get_platform())
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     generator = torch.Generator().manual_seed(1)
-    weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator).to(dtype))
+    weight: Any = torch.nn.Parameter(torch.randn(5, 7, generator=generator).to(dtype))
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(5, 7), False
     for _ in range(2):
         x = torch.randn(3, 2, 7, generator=generator).to(dtype).requires_grad_()
@@ -184,7 +186,8 @@ def gradients_of_two_micro_batches(fused: bool, dtype: torch.dtype) -> tuple[lis
         )
         output.backward(torch.randn(3, 2, 5, generator=generator).to(dtype))
         if not fused:
-            weight.main_grad.add_(weight.grad)
+            gradient: Any = weight.grad
+            weight.main_grad.add_(gradient)
         weight.grad = None
     return weight.main_grad.tolist(), weight.grad_added_to_main_grad
 

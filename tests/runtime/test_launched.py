@@ -1,5 +1,7 @@
 """What the environment says of a launch: all of torchrun's variables, or none."""
 
+from typing import Any
+
 import pytest
 
 from flagscale_like.config import Parallel
@@ -8,7 +10,13 @@ from flagscale_like.runtime.launched import NAMES, current_launch
 from flagscale_like.runtime.parallel import parallel_context
 from tests.harness import cli, tiny_config, write_yaml
 
-RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+RANK: dict[str, Any] = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.fixture
@@ -67,6 +75,7 @@ def test_train_refuses_half_a_launch_and_ranks_that_would_start_ranks(tmp_path):
     assert half.returncode == PlatformError.exit_code
     assert half.stderr.startswith("error: the environment has WORLD_SIZE=2, but no RANK")
     assert not (tmp_path / "run").exists()
-    again = cli("train", str(path), "--nproc-per-node", "2", **{**RANK, "MASTER_ADDR": "127.0.0.1"})
+    environment: dict[str, Any] = {**RANK, "MASTER_ADDR": "127.0.0.1"}
+    again = cli("train", str(path), "--nproc-per-node", "2", **environment)
     assert again.returncode == 10
     assert "this process is rank 1 of 2 already: leave it out" in again.stderr
