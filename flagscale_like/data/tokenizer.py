@@ -16,6 +16,7 @@ from flagscale_like.data.word_memo import WordMemo
 from flagscale_like.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+LONGEST_WORD_BYTES = 1000  # that a tokenizer is trained on in one piece: the time grows with the square
 
 
 # The files that say what a tokenizer's special tokens are. The first that names one decides.
@@ -318,13 +319,16 @@ class Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and save it as a Hugging Face folder.
 
+    Longer words than LONGEST_WORD_BYTES, such as base64 or DNA without spaces, are read in pieces.
+
     Args:
         texts: the training texts.
         vocab_size: 257 or more: the 256 bytes and the end-of-text token.
         folder: where to save the tokenizer.
     """
     tokenizer = FastTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -333,6 +337,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -1,6 +1,7 @@
 """What a tokenizer folder gives: ids and their bound, special tokens as text or as tokens, the text that new tokens add."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -115,3 +116,12 @@ def test_special_tokens_inside_a_text_are_text_unless_asked_for(tmp_path):
     assert tokenizer.decode(found["text"]) == text
     refused = invoke([*words, "--special-tokens", "error", "--overwrite"])
     assert f"{tmp_path}/x.txt:1: holds the special token '<|endoftext|>'" in refused.error
+
+
+def test_a_tokenizer_is_trained_on_a_very_long_word_and_reads_it_whole(tmp_path):
+    """Without the cut it takes half a minute: the time of a word's merges grows with the square of its length."""
+    text = random.Random(0).choices("acgt", k=300_000)
+    tokenizer = train_bpe(["".join(text), "one two"], 300, tmp_path / "tok")
+    assert tokenizer.vocab_size == 300
+    saved = json.loads((tmp_path / "tok/tokenizer.json").read_text())
+    assert saved["pre_tokenizer"]["type"] == "ByteLevel"
