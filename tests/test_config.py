@@ -26,6 +26,12 @@ WRONG = {
     "negative number": (["train.micro_batch_size=-1"], "greater than 0 (got -1)"),
     "zero": (["parallel.tp=0"], "greater than 0 (got 0)"),
     "missing": (["train=null"], "train"),
+    "true as a number": (["train.steps=yes"], "train.steps: Input should be a valid integer"),
+    "true as a fraction": (["optimizer.lr=true"], "optimizer.lr: Input should be a valid number"),
+    "more samples than can be counted": (["train.steps=99999999999999999999"], "less than or equal to 1000000000000"),
+    "a seed that no generator takes": (["train.seed=99999999999999999999"], "train.seed: Input should be less than"),
+    "an empty path": (["run_dir=''"], "run_dir: is empty: write a path"),
+    "a key twice in an override": (["data.sources=[{path: x, path: y}]"], "path is given twice"),
     "heads % tp": (
         ["parallel.tp=3"],
         "num_attention_heads (4) must be divisible by parallel.tp (3): tp 2 or 4 would do",
@@ -193,6 +199,11 @@ def test_an_error_names_file_and_line(tmp_path):
 
 def test_all_errors_are_told_at_once(tmp_path):
     assert len(broken(tmp_path, ["train.steps=0", "optimizer.lr=-1", "model.layers=3"]).splitlines()) == 3
+
+
+def test_a_value_of_several_types_is_told_what_each_would_be(tmp_path):
+    both = broken(tmp_path, ["data.synthetic=maybe"]).splitlines()
+    assert ["data.synthetic: Input should be" in line for line in both] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ def expand_path(text: str) -> str:
     """A path with `~`, `$NAME` and `${NAME}` replaced, as a shell does.
 
     Raises:
-        ValueError: a variable is not set. Its name would become a folder's.
+        ValueError: it is empty, or a variable is not set, whose name would become a folder's.
     """
+    if not text:
+        raise ValueError("is empty: write a path; for the folder of the command itself, a dot")
     expanded = os.path.expandvars(os.path.expanduser(text))
     if unset := re.search(r"\$\{?[A-Za-z_]\w*\}?", expanded):
         raise ValueError(
@@ -157,11 +159,11 @@ class Train(Frozen):
             collection to Python.
     """
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=10**12)
     micro_batch_size: int = Field(gt=0)
-    global_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, le=10**6)
     seq_length: int = Field(gt=0)
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**31)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     ramp_up: RampUp | None = None

@@ -101,10 +101,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             raise ConfigError(f"override {override!r}: {parent} is not a group of keys")
     try:
-        here[leaf] = yaml.safe_load(text)
+        value, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         reason = "its brackets are nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(f"override {override[:80]!r}: not a YAML value: {reason}") from None
+    if twice := _twice(node):
+        raise ConfigError(f"override {override[:80]!r}: line {twice[0]}")
+    here[leaf] = value
 
 
 def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
@@ -125,7 +128,7 @@ def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
 def _groups_at(location: Sequence[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:
     """`location` as it is written in YAML, and the group at it; None where it is a value.
 
-    pydantic's locations also name the kind of a group that has several, behind the group's own name.
+    pydantic's locations also name the kind of a group, or the type of a value, that has several, behind its own name.
     """
     group: Any = RunConfig
     options: list[type[BaseModel]] = []
@@ -134,6 +137,8 @@ def _groups_at(location: Sequence[str | int]) -> tuple[list[str | int], type[Bas
         kind = next((o for o in options if part in _tags(o)), None) if len(options) > 1 else None
         if kind is not None:
             group, options = kind, [kind]
+            continue
+        if group is None and isinstance(part, str):
             continue
         written.append(part)
         if isinstance(part, int) or group is None:
