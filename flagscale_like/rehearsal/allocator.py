@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
+from typing import Any
 
 MIB = 1 << 20
 ROUND, SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, LARGE_ROUND = 512, MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
@@ -31,7 +32,7 @@ class Block:
     size: int
     free: bool = False
     requested: int = 0
-    tag: object = None
+    tag: Any = None
     before: Block | None = None
     after: Block | None = None
 
@@ -43,10 +44,11 @@ class Segment:
     address: int
     size: int
     small: bool
-    first: Block | None = None
+    first: Block = field(init=False)
 
     def blocks(self) -> list[Block]:
-        found, block = [], self.first
+        found: list[Block] = []
+        block: Block | None = self.first
         while block is not None:
             found.append(block)
             block = block.after

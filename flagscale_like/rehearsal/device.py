@@ -17,6 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from flagscale_kernels import stand_for_cuda
 from flagscale_like.cluster import DeviceSpec
+from flagscale_like.errors import required
 from flagscale_like.rehearsal.expected import Expected
 from flagscale_like.runtime.platforms import Platform
 
@@ -183,9 +184,9 @@ class RehearsedPlatform(Platform):
     def __init__(self, of: type[Platform], spec: DeviceSpec) -> None:
         make_device()
         super().__init__()
-        for name in CAPABILITIES:
+        for name in ("name", *CAPABILITIES):
             setattr(self, name, getattr(of, name))
-        self.name, self._of, self._spec = of.name, of, spec
+        self._of, self._spec = of, spec
         self.compute = Stream(self, "compute")
         self._side_streams = 0
         self.observer, _Now.expected, _Now.stream = Silent(), Expected(), self.compute
@@ -204,7 +205,7 @@ class RehearsedPlatform(Platform):
 
     @property
     def current(self) -> Stream:
-        return _Now.stream
+        return required(_Now.stream, "stream")
 
     @property
     def fuses_main_grad(self) -> bool:
@@ -248,7 +249,8 @@ class RehearsedPlatform(Platform):
 
     def set_rng_state(self, state: torch.Tensor) -> None: ...
 
-    def side_stream(self) -> Stream | None:
+    def side_stream(self) -> Any:
+        """A Stream of this module."""
         if not self.has_streams:
             return None
         self._side_streams += 1
@@ -266,10 +268,12 @@ class RehearsedPlatform(Platform):
         finally:
             _Now.stream = before
 
-    def compute_stream(self) -> Stream:
+    def compute_stream(self) -> Any:
+        """A Stream of this module."""
         return self.compute
 
-    def event(self) -> Event:
+    def event(self) -> Any:
+        """An Event of this module."""
         return Event(self)
 
     def synchronize(self) -> None:

@@ -1,6 +1,7 @@
 """What the host reads of a tensor that has no data: the mean of its elements, as far as the operators tell it.
 
 A step reads few numbers: whether fp16 overflowed, whether a rank is to stop, how many tokens go to each expert. They follow
+from typing import Any
 from constants and shapes once routing is taken to be even: a map of [tokens, experts] into which each token's top_k ones are
 scattered has the mean top_k / experts, its sum over the tokens is tokens * top_k / experts for each expert, and so on through
 the few operators below. Of anything else the answer is 1.
@@ -61,8 +62,8 @@ class Expected:
     def __init__(self) -> None:
         self._known = WeakTensorKeyDictionary()
 
-    def see(self, function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Note what an operator's output is, where its inputs tell it."""
+    def see(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Note what an operator's output is, where its inputs tell it. function: torch's, an OpOverload."""
         if function in KEEPING or function.namespace == "c10d":
             return  # every rank has what this one has; a sum over them is 0 where it was
         if function in PARTS:
@@ -77,9 +78,9 @@ class Expected:
 
     def _output(self, function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Known | None:
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        if function in SAME:
+        if function in SAME and first is not None:
             return self.of(first)
-        if function in SOME:
+        if function in SOME and first is not None:
             found = self.of(first)
             return None if isinstance(found, list) else found
         if function in ZEROS:
@@ -95,7 +96,7 @@ class Expected:
             parts = [self._each(tensor) for tensor in args[0]]
             return [number for part in parts for number in part] if out.numel() <= FEW else None
         mean = self.of(first) if first is not None else None
-        if not isinstance(mean, float):
+        if first is None or not isinstance(mean, float):
             return None
         if function in SUMS and isinstance(out, Tensor):
             return mean * first.numel() / max(1, out.numel())

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 
+from flagscale_like.errors import required
+
 aten = torch.ops.aten
 
 # c10d's operators that torch leaves without an implementation for tensors without data.
@@ -40,7 +42,7 @@ def _grouped_product(
         offs: [e], where each group of the two-dimensional side ends.
     """
     if a.dim() == b.dim():
-        lead = (offs.shape[0],) if a.dim() == 2 else (a.shape[0],)
+        lead = (required(offs, "offs").shape[0],) if a.dim() == 2 else (a.shape[0],)
         return a.new_empty(*lead, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype)
     return a.new_empty(a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype)
 

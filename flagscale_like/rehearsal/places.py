@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerLayer
 from torch import nn
+from torch._C._autograd import _get_sequence_nr
 
 # Folders whose lines are named, and what their names begin with.
 PACKAGES = ("flagscale_like", "flagscale_kernels", "megatron")
@@ -113,7 +114,7 @@ class Places:
                 self._note(0)
 
     def _note(self, owner: int) -> None:
-        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._starts.append(_get_sequence_nr())
         self._owners.append(owner)
 
 

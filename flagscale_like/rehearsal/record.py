@@ -105,4 +105,5 @@ class RankRecord:
 
 
 def _event(values: Mapping[str, Any]) -> Event:
-    return Event(**{**values, "group": tuple(values["group"]), "shape": tuple(values["shape"])})
+    given: dict[str, Any] = {**values, "group": tuple(values["group"]), "shape": tuple(values["shape"])}
+    return Event(**given)

@@ -126,9 +126,9 @@ class Recorder(TorchDispatchMode):
         self._watching.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._watching.__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self._watching.__exit__(exc_type, exc_val, exc_tb)
 
     # What the loop and the device tell it.
 
@@ -209,8 +209,8 @@ class Recorder(TorchDispatchMode):
 
     # What the dispatcher tells it.
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
-        kwargs = kwargs or {}
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
+        function, kwargs = func, kwargs or {}
         if self._muted:
             return function(*args, **kwargs)
         if function.namespace == "c10d":
@@ -291,7 +291,10 @@ class Recorder(TorchDispatchMode):
 
     def _communicates(self, function: Any, args: Sequence, kwargs: Mapping[str, Any]) -> Any:
         schema = function._schema
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        given: dict[str, Any] = {
+            **dict(zip((argument.name for argument in schema.arguments), args, strict=False)),
+            **kwargs,
+        }
         boxed = next(v for v in given.values() if isinstance(v, torch.ScriptObject) and _is_group(v))
         ranks, label = self._group(dist.ProcessGroup.unbox(boxed))
         op = schema.name.removeprefix("c10d::")
@@ -300,8 +303,8 @@ class Recorder(TorchDispatchMode):
         handle = self._handle()
         kind, peer = "collective", None
         if op in ("send", "recv_"):
-            kind, peer = ("send", given.get("dst")) if op == "send" else ("receive", given.get("src"))
-            peer = ranks[peer]
+            kind, end = ("send", "dst") if op == "send" else ("receive", "src")
+            peer = ranks[given[end]]
         nbytes = sum(tensor.nbytes for tensor in source)
         line = self.places.line()
         first = source[0] if source else None

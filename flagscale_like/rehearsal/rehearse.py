@@ -14,7 +14,7 @@ import torch.distributed as dist
 from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import RehearsalError
+from flagscale_like.errors import RehearsalError, required
 from flagscale_like.planner.memory import CONTEXT_BYTES, RankMemory, rank_memory, state_bytes
 from flagscale_like.planner.search import Goal, configured_layout
 from flagscale_like.rehearsal.components import MemoryReport, name_states, report
@@ -164,7 +164,7 @@ def planned_memory(config: RunConfig, platform: Platform, rank: int, world_size:
 
 def group_names(ctx: ParallelContext) -> dict[str, str]:
     """torch's names of the process groups -> megatron-core's; all ranks are `world`."""
-    names: dict[str, str] = {dist.group.WORLD.group_name: "world"}
+    names: dict[str, str] = {required(dist.group.WORLD, "world").group_name: "world"}
     for name in ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expt_dp", "tp_ep", "tp_cp", "mp", "embd", "tp_dp_cp"):
         group = getattr(ctx.groups, name, None)
         if hasattr(group, "group_name"):
@@ -179,9 +179,10 @@ def _process_bytes() -> int:
 
 def overflow_message(found: Rehearsed, cluster: ClusterSpec) -> str:
     """What did not fit, in words."""
-    broke, over = found.overflow.broke, found.overflow
+    over, limit = required(found.overflow, "overflow"), required(found.limit, "limit")
+    broke = required(over.broke, "the allocation that did not fit")
     return (
         f"stage {found.stage} (rank {found.record.rank}) does not fit {cluster.device.name}: {broke.op} at {broke.where} "
         f"({broke.part}) asks for {broke.nbytes / GIB:.2f} GiB, with {over.in_use / GIB:.2f} GiB in use and "
-        f"{over.allocator.reserved / GIB:.2f} reserved of {found.limit / GIB:.2f}"
+        f"{over.allocator.reserved / GIB:.2f} reserved of {limit / GIB:.2f}"
     )

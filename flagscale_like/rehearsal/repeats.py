@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.config import RunConfig
-from flagscale_like.errors import RehearsalError
+from flagscale_like.errors import RehearsalError, required
 from flagscale_like.rehearsal.device import DEVICE, RehearsedPlatform
 from flagscale_like.rehearsal.record import Event, RankRecord
 from flagscale_like.rehearsal.recorder import Recorder
@@ -75,7 +75,7 @@ class _Counted:
 
     def __next__(self) -> Any:
         self.asked += 1
-        return next(self.inner)
+        return next(required(self.inner, "batches"))
 
 
 def repeats(config: RunConfig) -> bool:
@@ -154,8 +154,8 @@ class Repeats:
         if known is not None and MODEL_PASS < current_microbatch < num_microbatches - 1:
             with self._recorder.muted():
                 for _ in range(known.batches):
-                    next(data_iterator)
-                output = torch.empty_like(known.output).requires_grad_()
+                    next(required(data_iterator, "batches"))
+                output: Any = torch.empty_like(known.output).requires_grad_()
             self._recorder.write_again(known.written.events, known.written.handles)
             forward_data_store += known.reports
             output.rehearsed = chunk, AGAIN

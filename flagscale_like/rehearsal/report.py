@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +48,7 @@ def rehearsed_row(found: Rehearsed) -> dict[str, float]:
 
 def planned_row(found: Rehearsed) -> dict[str, float]:
     """The planner's bytes under the same names."""
-    row: dict[str, float] = Counter()
+    row: dict[str, float] = defaultdict(float)
     for name, ours in PLANNED.items():
         row[ours] += getattr(found.planned, name)
     return dict(row)

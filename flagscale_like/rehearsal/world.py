@@ -73,8 +73,8 @@ class Host(TorchDispatchMode):
         """See Recorder."""
         return False
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
-        kwargs = kwargs or {}
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
+        function, kwargs = func, kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if function is READ and isinstance(args[0], FakeTensor):
             return self.expected.number(args[0])

@@ -2,6 +2,7 @@
 
 import random
 
+from flagscale_like.errors import required
 from flagscale_like.rehearsal.allocator import MIB, CachingAllocator
 from flagscale_like.rehearsal.memory import Allocation, Memory
 from flagscale_like.rehearsal.snapshot import place
@@ -28,7 +29,7 @@ def test_large_tensors_take_20_mib_or_a_segment_of_their_own():
 
 def test_what_is_freed_is_joined_and_used_again_and_the_best_fit_is_taken():
     allocator = CachingAllocator()
-    blocks = [allocator.allocate(5 * MIB) for _ in range(4)]
+    blocks = [required(allocator.allocate(5 * MIB), "memory") for _ in range(4)]
     assert allocator.reserved == 20 * MIB
     allocator.release(blocks[0])
     allocator.release(blocks[2])
@@ -40,7 +41,7 @@ def test_what_is_freed_is_joined_and_used_again_and_the_best_fit_is_taken():
 
 def test_holes_cost_memory_until_the_device_is_full():
     allocator = CachingAllocator(limit=60 * MIB)
-    blocks = [allocator.allocate(20 * MIB) for _ in range(3)]
+    blocks = [required(allocator.allocate(20 * MIB), "memory") for _ in range(3)]
     allocator.release(blocks[0])
     allocator.release(blocks[2])
     found = allocator.allocate(40 * MIB)  # two whole segments are given back for it

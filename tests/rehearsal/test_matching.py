@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,18 @@ P2P = "megatron/core/pipeline_parallel/p2p_communication.py"
 
 
 def reduction(group, line=10, *, numel=8, name="tp", **more):
-    shape = {"dtype": "float32", "shape": (numel,), "bytes": 4 * numel}
+    shape: dict[str, Any] = {"dtype": "float32", "shape": (numel,), "bytes": 4 * numel}
     return Event("collective", "all_reduce", f"model.py:{line} forward", group, name, **{**shape, **more})
 
 
 def message(kind, peer, line=20, *, group=(0, 1), handle=None, where=None, **more):
-    shape = {"dtype": "bfloat16", "shape": (4, 2), "bytes": 16, "asynchronous": handle is not None, "handle": handle}
+    shape: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "shape": (4, 2),
+        "bytes": 16,
+        "asynchronous": handle is not None,
+        "handle": handle,
+    }
     op = {"send": "isend", "receive": "irecv"}[kind]
     return Event(kind, op, where or f"pipe.py:{line} exchange", group, "pp", peer, **{**shape, **more})
 

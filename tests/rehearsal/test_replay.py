@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def kernel(ms, part="layer 1 forward", stream="compute"):
 def reduction(ms, group, name="tp", handle=None):
     """On links of one node: 2 (n - 1) / n of its bytes go to the neighbour."""
     nbytes = int(ms * 1e8 * len(group) / (2 * (len(group) - 1)))
-    more = {"asynchronous": handle is not None, "handle": handle, "dtype": "float32"}
+    more: dict[str, Any] = {"asynchronous": handle is not None, "handle": handle, "dtype": "float32"}
     return Event("collective", "all_reduce", "model.py:2 forward", group, name, bytes=nbytes, **more)
 
 
