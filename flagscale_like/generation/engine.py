@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 from flagscale_like.generation.forward import StepForward
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
 from flagscale_like.generation.sampling import Draws, check_sampling, uniforms
@@ -207,7 +207,10 @@ class OwnEngine:
         if self.forward.stage == self.forward.stages - 1:
             first = found[: len(decoding)] if found is not None else None
             rest = iter(found[len(decoding) :].split(1) if found is not None else ())
-            ends = [group.logits if group.held is not None else next(rest) for group, _, _ in plan.placed]
+            ends = [
+                required(group.logits, "logits") if group.held is not None else next(rest)
+                for group, _, _ in plan.placed
+            ]
             self.schedule.computed(plan, torch.cat(ends) if ends else None)
             rows = [one.expand(len(texts), -1) for one, (_, _, texts) in zip(ends, plan.placed, strict=True)]
             logits = torch.cat([*([first] if first is not None else []), *rows]) if rows else first
@@ -250,7 +253,7 @@ class OwnEngine:
             return "stop"
         if sampling.stop_strings:
             longest = max(len(one.encode()) for one in sampling.stop_strings)
-            end = self.decode(rollout.ids[-longest - STOP_MARGIN :])
+            end = required(self.decode, "decode")(rollout.ids[-longest - STOP_MARGIN :])
             if any(one in end for one in sampling.stop_strings):
                 return "stop"
         return "length" if text.length >= text.room else ""

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -202,7 +203,7 @@ class RefitEngine(OwnEngine):
 
     at_once = True
 
-    def __init__(self, trained: Engine, **options: object) -> None:
+    def __init__(self, trained: Engine, **options: Any) -> None:
         spec, ctx = trained.spec, whole_on_each_rank(trained.ctx)
         spec = dataclasses.replace(spec, parallel=Parallel(), recompute="none")
         engine = Engine(spec, ctx, build_chunks(spec, ctx))

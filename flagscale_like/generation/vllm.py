@@ -88,7 +88,7 @@ def _source(specs: Sequence[WeightSpec], weights: Callable[[], Iterable[tuple[st
     """vLLM's WeightSource: what is announced, and a pass over the weights, which are checked against it."""
     base = _module("distributed.weight_transfer")
 
-    class Source(base.WeightSource):  # type: ignore[misc, name-defined]
+    class Source(base.WeightSource):
         def metadata(self) -> list[Any]:
             return [base.ParamMeta(spec.name, spec.dtype, spec.shape) for spec in specs]
 

@@ -63,7 +63,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def group_advantages(scores: Tensor, groups: Tensor, how: Literal["grpo", "dr_grpo", "rloo"]) -> Tensor:
+def group_advantages(scores: Tensor, groups: Tensor, how: str) -> Tensor:
     """The advantage of each rollout over the others of its prompt, [n].
 
         grpo     (score - mean) / (standard deviation + 1e-4)     (Shao et al. 2024, section 4.1)

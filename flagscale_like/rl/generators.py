@@ -10,6 +10,7 @@ from torch import Tensor
 from flagscale_like.checkpoint.hf import tokenizer_ids, write_settings
 from flagscale_like.config import RunConfig
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import required
 from flagscale_like.families import find_family
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.hf_weights import hf_weights
@@ -31,13 +32,13 @@ def check_generator(config: RunConfig) -> None:
     Raises:
         PlatformError: vLLM is asked for, and is not installed.
     """
-    if config.rl.rollout.engine == "vllm":
+    if config.required_rl.rollout.engine == "vllm":
         check_installed()
 
 
 def generator_notes(config: RunConfig) -> list[str]:
     """What to tell the user about what draws."""
-    engine, layout = config.rl.rollout.engine, config.parallel
+    engine, layout = config.required_rl.rollout.engine, config.parallel
     if engine == "vllm":
         return [NOT_RUN]
     waste = {
@@ -54,7 +55,7 @@ def build_generator(config: RunConfig, engine: Engine, words: Words) -> Generati
     Args:
         engine: the policy.
     """
-    drawing, ctx = config.rl.rollout, engine.ctx
+    drawing, ctx = config.required_rl.rollout, engine.ctx
     if ctx.bridge is not None and not ctx.bridge.is_apart:
         return DrawnApart(engine, ctx.bridge)
     if drawing.engine == "vllm":
@@ -78,7 +79,7 @@ def _vllm(config: RunConfig, engine: Engine, words: Words) -> VllmEngine:
     """vLLM on this rank's device. It sleeps until it gets weights."""
     folder, room, dtype = RunFolder(config.run_dir).vllm, config.train.seq_length, DTYPES[config.train.precision]
     agree(engine.ctx, lambda: _describe(config, folder, words) if engine.ctx.is_main else None)
-    memory = config.rl.rollout.vllm.memory
+    memory = config.required_rl.rollout.vllm.memory
     llm = open_llm(str(folder), room=room, dtype=dtype, memory=memory, seed=config.train.seed)
     found = VllmEngine(llm, engine.spec.arch, engine.ctx, dtype=dtype, room=room)
     found.sleep()
@@ -87,7 +88,7 @@ def _vllm(config: RunConfig, engine: Engine, words: Words) -> VllmEngine:
 
 def _describe(config: RunConfig, folder: Path, words: Words) -> None:
     """Write what vLLM builds the model from: config.json and the tokenizer."""
-    arch, tokenizer = config.model, Path(words.folder)
+    arch, tokenizer = config.model, Path(required(words.folder, "data.tokenizer"))
     if not arch.max_position_embeddings:
         arch = arch.model_copy(update={"max_position_embeddings": config.train.seq_length})
     folder.mkdir(parents=True, exist_ok=True)

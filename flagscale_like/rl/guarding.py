@@ -88,8 +88,9 @@ def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress, 
     Raises:
         CheckpointError: the reward model has no record of what it was validated on, or one of other weights.
     """
-    options, reward, kl = config.rl.outside, config.rl.reward, config.rl.kl
-    if config.rl.guard == "off":
+    rl = config.required_rl
+    options, reward, kl = rl.outside, rl.reward, rl.kl
+    if rl.guard == "off":
         return None
     model = model_in(reward)
     if model is None or model.path is None:
@@ -101,10 +102,10 @@ def build_guarding(config: RunConfig, ctx: ParallelContext, progress: Progress, 
             "rl.outside.action off leaves this line out"
         )
         return None
-    options = options.model_copy(update={"action": config.rl.guard})
+    options = options.model_copy(update={"action": rl.guard})
     part = (model.name, model.weight) if isinstance(reward, Mixture) else None
     candidates = Candidates(RunFolder(config.run_dir).outside, options.keep) if ctx.is_main else None
     blind = "rl.kl.coefficient 0 keeps no reference" if not kl.coefficient else ""
-    blind = "rl.staleness 1 measures the reference after the guard" if config.rl.staleness else blind
+    blind = "rl.staleness 1 measures the reference after the guard" if rl.staleness else blind
     guard = Guard(options, Validation.read(opened.source), part=part)
     return Guarding(guard, candidates, progress, blind=blind)

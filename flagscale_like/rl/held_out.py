@@ -43,7 +43,7 @@ class HeldOut:
         asleep: Sequence[TrainingMemory] = (),
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        drawing, options = config.rl.rollout, config.rl.evaluation
+        drawing, options = config.required_rl.rollout, config.required_rl.evaluation
         self.ctx, self.words, self.scores_of, self.rows, self.beat = engine.ctx, words, scores_of, rows, beat
         self.samples, self.asleep = options.samples, asleep
         # With the trainer's weights in place, whatever draws the rollouts.

@@ -58,7 +58,7 @@ class IterationLog(StepLog):
     """
 
     def __init__(self, config: RunConfig, ctx: ParallelContext, clock: Clock) -> None:
-        names = numbers_of(config.rl)
+        names = numbers_of(config.required_rl)
         self.shown = sum(name in SHOWN for name in names)
         self._noted: dict[str, float] = {}
         super().__init__(config, ctx, clock, None, _Names(PolicyLoss.metric, names))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -89,7 +90,7 @@ class RlRun:
     ) -> None:
         self.run, self.models, self.generator, self.reward = run, models, generator, reward
         self.prompts, self.words, self.state, self._numbers = prompts, words, state, numbers
-        self.guarding, self.options, self.phases = guarding, run.config.rl, Phases()
+        self.guarding, self.options, self.phases = guarding, run.config.required_rl, Phases()
         drawing = self.options.rollout
         self.sampling = Sampling(
             max_new_tokens=drawing.max_new_tokens,
@@ -268,7 +269,7 @@ class RlRun:
         own = scored[self.run.ctx.dp_rank :: self.run.ctx.dp]
         known = {(one.rollout.prompt, one.rollout.sample): one for one in scored}
         groups = {one.rollout.prompt: (one.group, 0) for one in scored}
-        scorer = Scorer(self.models, _NoReward(), lambda _: None, groups.__getitem__, with_old=self.with_old)
+        scorer = Scorer(self.models, _NoReward(), _no_answer, groups.__getitem__, with_old=self.with_old)
         with self.phases.phase("score"), self.models.evaluation():
             for one in own:
                 scorer.add(one.rollout)
@@ -365,7 +366,12 @@ class RlRun:
             self.state.coefficient = next_coefficient(self.state.coefficient, found, kl.target, rollouts, kl.horizon)
 
 
-class _NoReward:
+def _no_answer(rollout: Rollout) -> Any:
+    """_NoReward reads no answers."""
+    return None
+
+
+class _NoReward(RewardSource):
     """Scores what is scored already."""
 
     def scores(self, answers: Sequence[Answer]) -> list[Score]:

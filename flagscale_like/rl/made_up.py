@@ -29,9 +29,10 @@ class MadeUpWords(Words):
 
 def made_up_prompts(config: RunConfig) -> list[Row]:
     """Prompts that fill the room that a row has beside the longest rollout."""
-    room = config.train.seq_length - config.rl.rollout.max_new_tokens
+    new = config.required_rl.rollout.max_new_tokens
+    room = config.train.seq_length - new
     if config.model.longest_sequence:
-        room = min(room, config.model.longest_sequence - config.rl.rollout.max_new_tokens)
+        room = min(room, config.model.longest_sequence - new)
     return [Row("", (0,) * max(1, room)) for _ in range(PROMPTS)]
 
 

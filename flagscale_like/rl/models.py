@@ -39,7 +39,8 @@ class Reference:
     def __init__(self, policy: Engine, engine: Engine | None, *, swapped: bool) -> None:
         self.policy, self.engine, self.swapped = policy, engine, swapped
         self.waits = swapped
-        own = [parameter for model in engine.models for parameter in model.parameters()] if swapped else []
+        models = engine.models if engine is not None and swapped else []
+        own = [parameter for model in models for parameter in model.parameters()]
         self._kept = [_in_host_memory(parameter, policy.ctx.platform) for parameter in own]
 
     @contextmanager
@@ -116,19 +117,19 @@ def build_models(config: RunConfig, begun: Start) -> Models:
         CheckpointError: the checkpoint lacks a model that the configuration asks for, or a source is of another role.
     """
     models = Models(begun.engine)
-    if config.rl.has_critic:
+    if config.required_rl.has_critic:
         models.critic = _build_critic(config, begun)
-    if config.rl.kl.coefficient:
+    if config.required_rl.kl.coefficient:
         models.reference = _build_reference(config, begun)
     return models
 
 
 def _build_critic(config: RunConfig, begun: Start) -> Beside:
-    ctx, options = begun.engine.ctx, config.rl.critic
+    ctx, options = begun.engine.ctx, config.required_rl.critic
     spec = replace(begun.engine.spec, head="value", value_heads=1, temperature=1.0, lora=None, frozen=())
     optimizer = config.optimizer.model_copy(update={"lr": options.lr, "min_lr": _min_lr(config)})
     own = config.model_copy(update={"optimizer": optimizer})
-    source = _saved(begun.reader, CRITIC, f"rl.algorithm {config.rl.algorithm} trains one")
+    source = _saved(begun.reader, CRITIC, f"rl.algorithm {config.required_rl.algorithm} trains one")
     if source is not None:
         engine = Engine.build(spec, ctx, optimizer=optimizer, source=source, name=CRITIC, states=source)
     else:
@@ -143,13 +144,14 @@ def _build_critic(config: RunConfig, begun: Start) -> Beside:
 
 def _min_lr(config: RunConfig) -> float:
     """The critic's rate at the end of the decay: the same share of its peak as the policy's."""
-    return config.rl.critic.lr * config.optimizer.min_lr / config.optimizer.lr
+    return config.required_rl.critic.lr * config.optimizer.min_lr / config.optimizer.lr
 
 
 def _source(config: RunConfig, begun: Start) -> WeightSource | None:
     """The weights that a new critic begins from; None where they are drawn."""
-    if config.rl.critic.load is not None:
-        return open_folder(Path(config.rl.critic.load))
+    folder = config.required_rl.critic.load
+    if folder is not None:
+        return open_folder(Path(folder))
     source = open_weights(config.checkpoint, begun.engine.ctx)
     return source.base if isinstance(source, AdaptedWeights) else source
 
@@ -160,7 +162,7 @@ def _name_in(source: WeightSource | None) -> str:
 
 
 def _build_reference(config: RunConfig, begun: Start) -> Reference:
-    policy, memory = begun.engine, config.rl.kl.memory
+    policy, memory = begun.engine, config.required_rl.kl.memory
     if config.lora is not None:
         return Reference(policy, None, swapped=False)
     spec = replace(policy.spec, frozen=())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.best_fit import best_fit_decreasing
+from flagscale_like.data.order import Row
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.model.spec import ModelSpec
 
@@ -70,7 +71,7 @@ def _work(lengths: Sequence[int], spec: ModelSpec) -> float:
 
 def pack(
     rollouts: Sequence[Rollout], fields: Mapping[str, Sequence[Tensor]], length: int, *, weights: str | None = None
-) -> dict[str, Tensor]:
+) -> Row:
     """Put rollouts into one row.
 
     Args:

@@ -44,9 +44,9 @@ class Words:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.folder = config.data.tokenizer
-        self.tokenizer = Tokenizer(self.folder)
-        self._template = read_template_file(Path(config.rl.template)) if config.rl.template else None
+        self.folder, template = config.data.tokenizer, config.required_rl.template
+        self.tokenizer = Tokenizer(config.data.required_tokenizer)
+        self._template = read_template_file(Path(template)) if template else None
         self._chat: ChatTokenizer | None = None
         self._special = set(self.tokenizer.special_texts)
         self.stop: tuple[int, ...] = (self.tokenizer.eod,)
@@ -82,7 +82,7 @@ class Words:
 
     def _of_messages(self, record: Mapping[str, Any]) -> str:
         if self._chat is None:
-            self._chat = ChatTokenizer(self.folder, self._template)
+            self._chat = ChatTokenizer(self.tokenizer.folder, self._template)
             self.stop = tuple(dict.fromkeys((*self.stop, *([self._chat.end] if self._chat.end is not None else []))))
         try:
             messages = check_messages(record["messages"])
@@ -109,7 +109,7 @@ def read_prompts(config: RunConfig, words: Words, files: Sequence[str] | None = 
         DataError: a file cannot be read or has no prompt; or a line is no prompt, or leaves no room for
             rl.rollout.max_new_tokens. The message names file and line.
     """
-    rows, new = [], config.rl.rollout.max_new_tokens
+    rows, new = [], config.required_rl.rollout.max_new_tokens
     room = config.train.seq_length - new
     if config.model.longest_sequence:
         room = min(room, config.model.longest_sequence - new)

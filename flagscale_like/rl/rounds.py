@@ -159,7 +159,7 @@ class RoundsRun:
             return
         for begin in range(parts * PART, count, PART):
             records = make(begin, min(begin + PART, count))
-            on_main(self.ctx, lambda records=records: file.add(records))  # type: ignore[misc]
+            on_main(self.ctx, lambda records=records: file.add(records))
         on_main(self.ctx, file.finish)
 
     def _write_pairs(self, number: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
-from flagscale_like.errors import DataError, UserError
+from flagscale_like.errors import DataError, UserError, required
 from flagscale_like.generation.rollout import Rollout
 from flagscale_like.objectives.policy import TokenLogProbabilities, TokenValues
 from flagscale_like.rl.answers import Answer, RewardSource, Score
@@ -118,7 +118,7 @@ class Scorer:
             self._note("old", models.policy, TokenLogProbabilities(), new)
 
     def _note_reference(self, rollouts: Sequence[Rollout]) -> None:
-        with self.models.reference.scoring() as engine:
+        with required(self.models.reference, "reference").scoring() as engine:
             self._note("reference", engine, TokenLogProbabilities(), rollouts)
 
     def _note(self, name: str, engine: Engine, objective: Objective, rollouts: Sequence[Rollout]) -> None:

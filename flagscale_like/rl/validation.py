@@ -128,9 +128,8 @@ class Validation:
         try:
             weights = found.pop("weights")
             bands = tuple(Band(**band) for band in found.pop("bands"))
-            record = cls(
-                **{k: tuple(map(float, v)) if isinstance(v, list) else v for k, v in found.items()}, bands=bands
-            )
+            given: dict[str, Any] = {k: tuple(map(float, v)) if isinstance(v, list) else v for k, v in found.items()}
+            record = cls(**given, bands=bands)
             record.check()
         except BAD_VALUES as error:
             raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error}): {way_out}") from None

@@ -15,7 +15,7 @@ from flagscale_like.generation.manifest import checked_weights
 from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.generation.vllm import VllmEngine, open_llm
 from flagscale_like.model.spec import ModelSpec
-from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from tests.generation import vllm_stand_in
 from tests.harness import run_ranks, tiny_config
 
@@ -128,8 +128,12 @@ def test_weights_that_are_not_the_models_are_refused(weights, words):
     assert [t.dtype for _, t in checked_weights([A, B], SPECS)] == [torch.float32, torch.bfloat16]
 
 
-class Alone:
+class Alone(ParallelContext):
+    """A world of one, without torch.distributed."""
+
     rank = dp_rank = 0
+
+    def __init__(self): ...
 
     def gather(self, value):
         return [value]

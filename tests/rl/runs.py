@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from flagscale_like.config import RunConfig
 from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.generation.engine import OwnEngine
-from flagscale_like.recipes.reinforce import draw, reinforce
+from flagscale_like.recipes.reinforce import draw, reinforce, reward_of
 from flagscale_like.rl.answers import RewardSource, Score
 from flagscale_like.rl.loop import RlRun
 from flagscale_like.rl.scoring import Scorer
@@ -116,7 +116,7 @@ def run_all(
                 if ctx.bridge is not None and ctx.bridge.is_apart:
                     draw(config, ctx)
                 else:
-                    reinforce(config, ctx, **({} if reward is None else {"make_reward": lambda *_: reward}))
+                    reinforce(config, ctx, make_reward=reward_of if reward is None else lambda *_: reward)
         except ValueError as problem:
             error = f"{type(problem).__name__}: {problem}"
         found.append((said, error))

@@ -22,7 +22,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would take the key to another host."""
 
-    def redirect_request(self, *arguments: Any) -> None:
+    def redirect_request(self, *arguments: Any, **more: Any) -> None:
         return None
 
 

@@ -74,7 +74,7 @@ def on_main(ctx: ParallelContext, work: Callable[[], T]) -> T:
             result = work()
         except UserError as error:
             problem = error
-    result, problem = ctx.broadcast((result, problem))  # type: ignore[misc]
+    result, problem = ctx.broadcast((result, problem))
     if problem is not None:
         raise problem
     return result

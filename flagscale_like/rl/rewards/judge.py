@@ -250,7 +250,8 @@ class JudgedAnswers:
             for place, step in itertools.product(range(len(members)), range(1, self.opponents + 1)):
                 other = (place + step) % len(members)
                 if other != place:
-                    pairs[tuple(sorted((members[place], members[other])))] = None
+                    one, two = members[place], members[other]
+                    pairs[min(one, two), max(one, two)] = None
         verdicts = self.judge.compare(
             [Comparison(prompt_text(answers[i]), answers[i].text, answers[j].text) for i, j in pairs]
         )

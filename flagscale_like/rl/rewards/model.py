@@ -51,7 +51,7 @@ class RewardModel:
             return []
         items = self._items(answers)
         values = item_values(self.engine, items, AnswerRewards())
-        return self._scores(answers, self.engine.ctx.broadcast(values))  # type: ignore[arg-type]
+        return self._scores(answers, self.engine.ctx.broadcast(values))
 
     def own_scores(self, answers: Sequence[Answer]) -> list[Score] | None:
         """The scores of the answers of one copy of the policy; its ranks alone call it. Not for a model with experts.
