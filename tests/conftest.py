@@ -1,4 +1,3 @@
-import multiprocessing.forkserver
 import os
 import sys
 
@@ -12,5 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_collection_finish(session):
     """Start the server that ranks fork from, before a test runs code that would start it with less loaded."""
-    if "tests.harness" in sys.modules and session.items and not session.config.option.collectonly:
-        multiprocessing.forkserver.ensure_running()
+    harness = sys.modules.get("tests.harness")
+    if harness and session.items and not session.config.option.collectonly:
+        harness.start_server()

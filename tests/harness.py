@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import socket
 import subprocess
@@ -28,11 +29,20 @@ from flagscale_like.runtime.reduction import NamedSum
 REPOSITORY = Path(__file__).parents[1]
 AFTER_A_FAILURE_S = 5  # what the other ranks get to end once one has failed
 
-# Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups. torch loads
-# torch._dynamo with the first optimizer that is made, and rank 0 loads matplotlib to draw the losses: a second and a half
-# of a rank.
+# Ranks fork from a server that has torch and megatron-core loaded, and neither threads nor process groups.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["flagscale_like.recipes.pretrain", "torch._dynamo", "matplotlib.pyplot"])
+# torch loads torch._dynamo with the first optimizer that is made, and rank 0 loads matplotlib to draw the losses.
+LOADED = ["flagscale_like.recipes.pretrain", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.pyplot"]
+# Packages of which the server loads what the collected tests have imported: a rank that imports a test's module imports
+# them too, and transformers alone takes up to two seconds.
+SHARED = {"flagscale_like", "flagscale_kernels", "peft", "pytest", "pytrec_eval", "tokenizers", "transformers", "typer"}
+
+
+def start_server() -> None:
+    """Start the server, which loads modules while the first tests run."""
+    used = [name for name in sys.modules if name.partition(".")[0] in SHARED]
+    _context.set_forkserver_preload([*LOADED, *used, "tests.frozen"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def tiny_config(run_dir: Path | str, **changes: Any) -> RunConfig:
