@@ -87,17 +87,21 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that hold a JSON object. A line that does not (cut short by a kill) is left out, and said."""
+    """All of records(): for a file that is short."""
+    return list(records(path))
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file's lines, one by one. A line that holds none (cut short by a kill) is left out, and said."""
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        record = _parsed(line)
-        if record is not None:
-            records.append(record)
-        elif line:
-            print(f"{path}: an unreadable line was left out", file=sys.stderr)
-    return records
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parsed(line.removesuffix(b"\n"))
+            if record is not None:
+                yield record
+            elif line != b"\n":
+                print(f"{path}: an unreadable line was left out", file=sys.stderr)
 
 
 def records_backwards(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, write_record
+from flagscale_like.json_files import dispensable, keep_records, open_records, read_records, records, write_record
 from flagscale_like.run_folder import RunFolder
+from flagscale_like.training.charts import thinned
 from flagscale_like.training.parts import Event, close_all
 from flagscale_like.training.plan import Progress
 from flagscale_like.training.trackers import Sender
@@ -119,19 +120,31 @@ KEPT = "kept-time"  # seconds of all steps until here, without those that a rewi
 MEAN = "/mean"  # what the name of a loss has where it is the mean over the steps since the last record
 
 
-def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> list[tuple[int, float]]:
-    """(step, loss) of the records: the mean since the record before.
+class LossCurve:
+    """(step, loss) of the records that come: the mean since the record before.
 
     The first step of a resumed run is recorded out of turn and has no mean: it is left out. Runs of a version that recorded
     no mean have the single step's loss, and show that.
     """
-    points, means = [], False
-    for record in records:
-        means |= name + MEAN in record
-        value = record.get(name + MEAN) if means else record.get(name)
+
+    def __init__(self, name: str) -> None:
+        self.name, self.points = name, list[tuple[int, float]]()
+        self._has_means = False
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One record of metrics.jsonl, in the file's order."""
+        self._has_means |= self.name + MEAN in record
+        value = record.get(self.name + MEAN if self._has_means else self.name)
         if value is not None and math.isfinite(value):
-            points.append((record["step"], value))
-    return points
+            self.points.append((record["step"], value))
+
+
+def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> list[tuple[int, float]]:
+    """The points of a LossCurve of these records."""
+    curve = LossCurve(name)
+    for record in records:
+        curve.add(record)
+    return curve.points
 
 
 def plot_losses(run_dir: Path) -> None:
@@ -144,16 +157,20 @@ def plot_losses(run_dir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(run_dir)
-    loss = loss_name(records)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    path = RunFolder(run_dir).metrics
+    loss = loss_name(records(path))
     validation = f"{loss} validation"
-    sources = sorted({name for record in records for name in record if name.startswith(f"{validation}/")})
+    curves = {loss: LossCurve(loss), validation: LossCurve(validation)}
+    for record in records(path):  # of a long run the curves alone are kept
+        for name in record:
+            if name in curves or name.startswith(f"{validation}/"):
+                curves.setdefault(name, LossCurve(name)).add(record)
+    sources = sorted(curves.keys() - {loss, validation})
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     lines = [(loss, "-", 1.5), (validation, "o--", 1.5)]
     lines += [(name, ".:", 0.8) for name in sources if len(sources) <= MOST_SOURCES]
     for name, style, width in lines:
-        points = loss_curve(records, name)
-        if points:
+        if points := thinned(curves[name].points):
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=width)
     starts = [r["step"] for r in read_records(RunFolder(run_dir).resilience) if r.get("event") == "start"]
     for number, step in enumerate(sorted({step for step in starts if step > 0})):

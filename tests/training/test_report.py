@@ -5,10 +5,12 @@ import math
 import re
 import shutil
 import subprocess
+import tracemalloc
 
 import pytest
 
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.json_files import write_record
 from flagscale_like.training.charts import Curve, chart, layout_drawing, short, thinned, ticks
 from flagscale_like.training.metrics import plot_losses
 from flagscale_like.training.report import planned_memory, read_story, write_report
@@ -111,6 +113,19 @@ def test_the_plot_marks_resumes_and_draws_the_sources(run, tmp_path):
         plot_losses(folder)
         pictures.append((folder / "loss.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_the_plot_of_a_long_run_holds_the_curves_and_not_the_records(tmp_path):
+    record = {"lm loss": 5.0, "lm loss/mean": 5.0, "iteration-time": 0.5} | {f"number {n}": n / 7 for n in range(20)}
+    with open(tmp_path / "metrics.jsonl", "wb") as file:
+        for step in range(5_000):
+            write_record(file, {"step": step, **record})
+    plot_losses(tmp_path)  # matplotlib itself is loaded
+    tracemalloc.start()
+    plot_losses(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
 
 
 def test_the_plan_on_the_page_is_the_planners_for_the_ranks_that_ran(run):
