@@ -194,6 +194,33 @@ def commands_of(group, path=()):
         yield from commands_of(inner.typer_instance, (*path, inner.name or inner.typer_instance.info.name))
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train x.yaml --world-size 8", "--world-size belongs to --dry-run: leave it out"),
+        (
+            "train x.yaml --cluster 1x8xH100 --world-size 8",
+            "--world-size, --cluster belong to --dry-run: leave them out",
+        ),
+        ("evaluate --hf m --data x --pooling mean --split dev", "--split, --pooling belong to --retrieval"),
+        ("evaluate --hf m --data x --shots 0", "--shots belongs to --tasks: leave it out"),
+        ("evaluate --hf m --retrieval x --seq-length 8", "--seq-length belongs to --data"),
+        ("evaluate --data x", "give either --checkpoint or --hf"),
+        ("generate --checkpoint m --chat x --no-add-bos", "--add-bos belongs to --prompt"),
+        ("generate --checkpoint m --prompt x --samples 2 --tp 2", "--samples, --tp belong to --batch"),
+        (
+            "preprocess x --train-tokenizer 300 --out o --near-threshold 0.5",
+            "--near-threshold belongs to --duplicates near",
+        ),
+        ("data mine x --hf m --out o --key body", "--key belongs to --corpus"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(words, line):
+    found = invoke(words.split())
+    assert found.exit_code == 10
+    assert line in found.error
+
+
 def test_every_number_on_the_command_line_has_its_bounds_in_its_type():
     """So that typer refuses what no code expects: `--train-tokenizer -3` was an OverflowError's traceback."""
     checked, without = 0, []

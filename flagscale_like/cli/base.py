@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flagscale_like.errors import ConfigError
+
 if TYPE_CHECKING:
     from flagscale_like.checkpoint.adapters import AdaptedWeights
     from flagscale_like.checkpoint.format import CheckpointReader
@@ -68,6 +70,24 @@ Force = Annotated[
 Processes = Annotated[
     int | None, typer.Option(help="Number of processes that read files. Default: the number of CPUs.", min=1)
 ]
+
+
+def refuse_unread(reader: str, **options: object) -> None:
+    """Refuse options that a command would not read.
+
+    Args:
+        reader: the option that they belong to, such as --batch.
+        options: each value by the option's name; None and False are not given.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    names = [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value is not False
+    ]
+    if names:
+        verb, them = ("belongs", "it") if len(names) == 1 else ("belong", "them")
+        raise ConfigError(f"{', '.join(names)} {verb} to {reader}: leave {them} out")
 
 
 def model_of_source(values: dict) -> dict | None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model
-from flagscale_like.cli.embed import MaxTokens, PassageInstruction, PoolingOption, QueryInstruction
+from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model, refuse_unread
+from flagscale_like.cli.model_options import MaxTokens, PassageInstruction, PoolingOption, QueryInstruction
 
 if TYPE_CHECKING:
     from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
@@ -129,9 +129,18 @@ def export(  # typer makes an option of every parameter
         reader = MergedWeights(adapted)
         if not reader.trained():
             typer.echo(f"warning: every B in {reader.folder} is 0: the adapters were not trained, and change nothing")
+    of_texts = {
+        "pooling": pooling,
+        "query_instruction": query_instruction,
+        "passage_instruction": passage_instruction,
+        "max_tokens": max_tokens,
+    }
+    if not sentence_transformers:
+        refuse_unread("--sentence-transformers", **of_texts)
     if adapter:
         if as_family is not None:
             raise ConfigError("--adapter writes for the base's own family: leave out --as")
+        refuse_unread("an export of the whole model", sentence_transformers=sentence_transformers)
         _export_adapter(adapted, out, dtype or "stored", tokenizer, verify=verify)
         return
     dtype, notes = dtype or "bf16", []
@@ -139,10 +148,6 @@ def export(  # typer makes an option of every parameter
     if sentence_transformers:
         given = {"query": query_instruction, "passage": passage_instruction}
         beside = _sentence_transformers(reader, notes, pooling=pooling, instructions=given, max_tokens=max_tokens)
-    elif pooling or query_instruction or passage_instruction or max_tokens:
-        raise ConfigError(
-            "--pooling, --query-instruction, --passage-instruction and --max-tokens need --sentence-transformers"
-        )
     options = {"family": as_family, "dtype": dtype, "tokenizer": tokenizer, "workers": workers, "beside": beside}
     plan = export(reader, out, **options)
     for note in notes:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flagscale_like.cli.base import app, example
-from flagscale_like.errors import ConfigError
+from flagscale_like.cli.base import app, example, refuse_unread
+from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.figures import fixed
 from flagscale_like.run_folder import RunFolder
 
@@ -85,8 +85,11 @@ def preprocess(  # typer makes an option of every parameter
         typer.Option(help="exact: drop documents whose text is repeated; near: also similar ones (MinHash)."),
     ] = "keep",
     near_threshold: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Jaccard similarity from which documents are near duplicates.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            min=0.1, max=1.0, help="Jaccard similarity from which documents are near duplicates. Default: 0.8."
+        ),
+    ] = None,
     max_document_mb: Annotated[
         float, typer.Option(min=0.001, help="Longer lines (or files) are bad lines. Bounds the memory of a process.")
     ] = 64.0,
@@ -107,8 +110,10 @@ def preprocess(  # typer makes an option of every parameter
     from flagscale_like.data.filters import Cleaning, Quality
     from flagscale_like.data.preprocess import preprocess
     from flagscale_like.data.readers import find_inputs, read_documents
-    from flagscale_like.data.tokenizer import Tokenizer, train_bpe
+    from flagscale_like.data.tokenizer import Tokenizer, is_trained_on, train_bpe
 
+    if duplicates != "near":
+        refuse_unread("--duplicates near", near_threshold=near_threshold)
     files = find_inputs(inputs)
     if (tokenizer is None) == (train_tokenizer is None):
         raise ConfigError("give either --tokenizer FOLDER, or --train-tokenizer SIZE to train one")
@@ -118,16 +123,18 @@ def preprocess(  # typer makes an option of every parameter
         max_characters=max_characters,
         quality=Quality() if quality == "gopher" else None,
         duplicates=duplicates,
-        near_threshold=near_threshold,
+        **({} if near_threshold is None else {"near_threshold": near_threshold}),
     )
     if tokenizer is None:
         tokenizer = Path(f"{out}-tokenizer")
-        if not (tokenizer / "tokenizer_config.json").is_file():  # exists if an interrupted run trained the tokenizer
-            train_bpe(
-                (d.text for d in read_documents(files, key=key, unit=unit, bad_lines=bad_lines)),
-                train_tokenizer,
-                tokenizer,
-            )
+        if not is_trained_on(tokenizer, train_tokenizer, files):  # by this command, before it was interrupted
+            if tokenizer.exists() and not overwrite:
+                raise DataError(
+                    f"{tokenizer}: exists, and was not trained for {train_tokenizer:,} entries on this input: give it as "
+                    "--tokenizer, choose another --out, or replace it with --overwrite"
+                )
+            texts = (d.text for d in read_documents(files, key=key, unit=unit, bad_lines=bad_lines))
+            train_bpe(texts, train_tokenizer, tokenizer, inputs=files)
     began = time.perf_counter()
     with show_progress(files) as progress:
         report = preprocess(

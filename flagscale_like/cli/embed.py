@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flagscale_like.cli.base import Adapter, Force, app, example, open_model
-from flagscale_like.cli.model_options import (
-    Dimensions,
-    HuggingFace,
-    MaxTokens,
-    MicroBatchSize,
-    ModelCheckpoint,
-    ModelTokenizer,
-    PassageInstruction,
-    PipelineParallel,
-    PoolingOption,
-    Precision,
-    QueryInstruction,
-    RanksToStart,
-    TensorParallel,
-)
+from flagscale_like.cli.base import app, example
+from flagscale_like.cli.model_options import Dimensions, EmbedderOptions, shares, start_ranks
 from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.figures import fixed
 
@@ -34,49 +19,27 @@ if TYPE_CHECKING:
     from flagscale_like.recipes.embedder import Embedder
 
 
-def start_ranks(checkpoint: Path | None, hf: Path | None, parallel: Parallel, nproc_per_node: int | None) -> None:
-    """Start the ranks of this command and end with their exit code, unless this process is one of them."""
-    from flagscale_like.runtime.launch import default_processes, launch
-    from flagscale_like.runtime.launched import current_launch
-
-    if (checkpoint is None) == (hf is None):
-        raise ConfigError("give either --checkpoint or --hf")
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
-    if processes > 1:
-        raise SystemExit(launch(processes, sys.argv[1:]))
-
-
 @contextmanager
-def open_embedder(  # the options of a command
-    path: Path,
-    parallel: Parallel,
-    *,
-    hugging_face: bool,
-    adapter: Path | None,
-    force: bool,
-    tokenizer: Path | None,
-    pooling: str | None,
-    instructions: dict[str, str | None],
-    max_tokens: int | None,
-    micro_batch_size: int = 1,
-    precision: str = "fp32",
-) -> Iterator[tuple[Embedder, dict[str, Any]]]:
+def open_embedder(model: EmbedderOptions, parallel: Parallel) -> Iterator[tuple[Embedder, dict[str, Any]]]:
     """Yield the model on this rank, and what its vectors depend on. Says which settings it has, and where they come from."""
     from flagscale_like.checkpoint.adapters import identities
     from flagscale_like.recipes.embedder import Embedder, settings_of, with_options
     from flagscale_like.runtime.parallel import parallel_context
 
-    source, found_tokenizer = open_model(path, hugging_face=hugging_face, adapter=adapter, force=force)
-    folder = tokenizer or found_tokenizer
+    source, found_tokenizer = model.open()
+    folder = model.tokenizer or found_tokenizer
     if folder is None:
-        raise ConfigError(f"{path}: names no tokenizer: give --tokenizer FOLDER")
-    settings = with_options(settings_of(source), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
+        raise ConfigError(f"{model.path}: names no tokenizer: give --tokenizer FOLDER")
+    instructions = {"query": model.query_instruction, "passage": model.passage_instruction}
+    settings = with_options(
+        settings_of(source), pooling=model.pooling, instructions=instructions, max_tokens=model.max_tokens
+    )
     made_from = {
         "weights": identities(source),
         "pooling": settings.pooling,
         "layout": parallel.model_dump(mode="json"),
-        "micro_batch_size": micro_batch_size,
-        "precision": precision,
+        "micro_batch_size": model.micro_batch_size,
+        "precision": model.precision,
     }
     with parallel_context(parallel) as ctx:
         embedder = Embedder(
@@ -84,9 +47,9 @@ def open_embedder(  # the options of a command
             folder,
             ctx,
             settings,
-            max_tokens=max_tokens or 0,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
+            max_tokens=model.max_tokens or 0,
+            micro_batch_size=model.micro_batch_size,
+            precision=model.precision,
         )
         if ctx.is_main:
             typer.echo(
@@ -113,49 +76,22 @@ def say_cut(embedder: Embedder) -> None:
 
 
 @app.command(epilog=example("flagscale-like embed passages.jsonl --checkpoint runs/embed --out passages.npy"))
-def embed(  # typer makes an option of every parameter
+@shares(EmbedderOptions)
+def embed(
     input: Annotated[Path, typer.Argument(help="Text, a line each, or JSON records, also compressed.")],
     out: Annotated[Path, typer.Option(help="The .npy file to write, a row a text.")],
-    checkpoint: ModelCheckpoint = None,
-    hf: HuggingFace = None,
-    adapter: Adapter = None,
-    force: Force = False,
-    tokenizer: ModelTokenizer = None,
+    model: EmbedderOptions,
     key: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
     side: Annotated[Literal["query", "passage"], typer.Option(help="What the texts are.")] = "passage",
-    query_instruction: QueryInstruction = None,
-    passage_instruction: PassageInstruction = None,
-    pooling: PoolingOption = None,
-    max_tokens: MaxTokens = None,
     dimensions: Dimensions = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Data type of the file.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    micro_batch_size: MicroBatchSize = 1,
-    precision: Precision = "fp32",
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    nproc_per_node: RanksToStart = None,
 ) -> None:
     """Write the vectors of a file's texts, of length 1. After an interruption, the same command goes on where it ended."""
-    from flagscale_like.config import Parallel
-
-    parallel = Parallel(tp=tp, pp=pp)
-    start_ranks(checkpoint, hf, parallel, nproc_per_node)
+    start_ranks(model.layout(), model.nproc_per_node)
     from flagscale_like.recipes.embed import embed_file
 
-    with open_embedder(
-        hf or checkpoint,
-        parallel,
-        hugging_face=hf is not None,
-        adapter=adapter,
-        force=force,
-        tokenizer=tokenizer,
-        pooling=pooling,
-        instructions={"query": query_instruction, "passage": passage_instruction},
-        max_tokens=max_tokens,
-        micro_batch_size=micro_batch_size,
-        precision=precision,
-    ) as (embedder, made_from):
+    with open_embedder(model, model.layout()) as (embedder, made_from):
         check_dimensions(dimensions, embedder)
         say_instruction(embedder, side)
         options = {"key": key, "side": side, "dtype": dtype, "dimensions": dimensions, "overwrite": overwrite}

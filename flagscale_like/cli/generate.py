@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model
-from flagscale_like.cli.model_options import Precision
+from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model, refuse_unread
+from flagscale_like.cli.model_options import Precision, start_ranks
 from flagscale_like.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,21 +81,18 @@ def generate(  # typer makes an option of every parameter
     """
     from flagscale_like.config import Parallel
     from flagscale_like.recipes.generate import TextGenerator, Wishes
-    from flagscale_like.runtime.launch import default_processes, launch
-    from flagscale_like.runtime.launched import current_launch
     from flagscale_like.runtime.parallel import parallel_context
 
     if sum(given is not None for given in (prompt, chat, batch)) != 1:
         raise ConfigError("give one of --prompt, --chat and --batch")
     parallel = Parallel(tp=tp, pp=pp)
-    if batch is None and (
-        out is not None or samples > 1 or parallel.model_parallel_size > 1 or (nproc_per_node or 1) > 1
-    ):
-        raise ConfigError("--out, --samples, --tp, --pp and --nproc-per-node belong to --batch")
-    if batch is not None:
-        processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
-        if processes > 1:
-            raise SystemExit(launch(processes, sys.argv[1:]))
+    if prompt is None:
+        refuse_unread("--prompt", add_bos=add_bos if add_bos is None else True)
+    if batch is None:
+        several = {"samples": samples, "tp": tp, "pp": pp, "nproc_per_node": nproc_per_node or 1}
+        refuse_unread("--batch", out=out, **{name: count > 1 for name, count in several.items()})
+    else:
+        start_ranks(parallel, nproc_per_node)
     source, found_tokenizer = open_model(checkpoint, adapter=adapter, force=force)
     folder = tokenizer or found_tokenizer
     if folder is None:

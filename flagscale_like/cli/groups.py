@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flagscale_like.cli.base import Adapter, Force, example, open_model
+from flagscale_like.cli.base import example, refuse_unread
 from flagscale_like.cli.data import (
     LongestLine,
     Overwrite,
@@ -20,22 +20,8 @@ from flagscale_like.cli.data import (
     print_report,
     show_progress,
 )
-from flagscale_like.cli.embed import open_embedder, say_cut, say_instruction, start_ranks
-from flagscale_like.cli.model_options import (
-    HuggingFace,
-    HuggingFaceFolder,
-    MaxTokens,
-    MicroBatchSize,
-    ModelCheckpoint,
-    ModelTokenizer,
-    PassageInstruction,
-    PipelineParallel,
-    PoolingOption,
-    Precision,
-    QueryInstruction,
-    RanksToStart,
-    TensorParallel,
-)
+from flagscale_like.cli.embed import open_embedder, say_cut, say_instruction
+from flagscale_like.cli.model_options import EmbedderOptions, ModelOptions, ModelTokenizer, shares, start_ranks
 from flagscale_like.errors import ConfigError, DataError
 
 QueryLength = Annotated[
@@ -131,19 +117,18 @@ def _print_counts(counts: dict[str, int], texts: int, tokens: int, tokenizer: Pa
     "mine",
     epilog=example("flagscale-like data mine nq.jsonl --checkpoint runs/embed --out nq-mined.jsonl --range 10-210"),
 )
+@shares(EmbedderOptions)
 def mine(  # typer makes an option of every parameter
     input: Annotated[Path, typer.Argument(help="JSON records with query and pos.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write: the records with new neg.")],
-    checkpoint: ModelCheckpoint = None,
-    hf: HuggingFace = None,
-    adapter: Adapter = None,
-    force: Force = False,
-    tokenizer: ModelTokenizer = None,
+    model: EmbedderOptions,
     corpus: Annotated[
         Path | None,
         typer.Option(help="Where negatives come from: text or JSON records. Default: all passages of the input."),
     ] = None,
-    key: Annotated[str, typer.Option(help="Field of the corpus's records that holds the text.")] = "text",
+    key: Annotated[
+        str | None, typer.Option(help="With --corpus: field of its records that holds the text. Default: text.")
+    ] = None,
     ranks: Annotated[
         str, typer.Option("--range", help="Ranks FROM-TO, from 0, of the passages that are no positives: candidates.")
     ] = "10-210",
@@ -153,47 +138,25 @@ def mine(  # typer makes an option of every parameter
         float | None,
         typer.Option(min=0.0, max=1.0, help="Leave out candidates that score above this share of the best positive."),
     ] = None,
-    query_instruction: QueryInstruction = None,
-    passage_instruction: PassageInstruction = None,
-    pooling: PoolingOption = None,
-    max_tokens: MaxTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    micro_batch_size: MicroBatchSize = 1,
-    precision: Precision = "fp32",
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    nproc_per_node: RanksToStart = None,
 ) -> None:
     """Find hard negatives: passages that an embedding model ranks high for a query, by exact search.
 
     Positives, and texts that are equal to one or to the query, are left out. The negatives replace those of the record.
     """
-    from flagscale_like.config import Parallel
-
+    if corpus is None:
+        refuse_unread("--corpus", key=key)
     first, last = _range_of(ranks)
     _check_out(out, overwrite=overwrite)
-    parallel = Parallel(tp=tp, pp=pp)
-    start_ranks(checkpoint, hf, parallel, nproc_per_node)
+    start_ranks(model.layout(), model.nproc_per_node)
     from flagscale_like.recipes.mine import MineOptions
     from flagscale_like.recipes.mine import mine as mine_negatives
 
-    with open_embedder(
-        hf or checkpoint,
-        parallel,
-        hugging_face=hf is not None,
-        adapter=adapter,
-        force=force,
-        tokenizer=tokenizer,
-        pooling=pooling,
-        instructions={"query": query_instruction, "passage": passage_instruction},
-        max_tokens=max_tokens,
-        micro_batch_size=micro_batch_size,
-        precision=precision,
-    ) as (embedder, _):
+    with open_embedder(model, model.layout()) as (embedder, _):
         for side in ("query", "passage"):
             say_instruction(embedder, side)
         options = MineOptions(first, last, count, seed, below_positive)
-        found = mine_negatives(embedder, input, corpus, options, key=key)
+        found = mine_negatives(embedder, input, corpus, options, key=key or "text")
         say_cut(embedder)
         if found is None:
             return
@@ -231,17 +194,15 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     "score",
     epilog=example("flagscale-like data score nq.jsonl --checkpoint runs/llm --out scored.jsonl --answer answers"),
 )
-def score(  # typer makes an option of every parameter
+@shares(ModelOptions)
+def score(
     input: Annotated[Path, typer.Argument(help="JSON records with query, pos, neg and an answer.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write: the records with pos_scores and neg_scores.")],
-    checkpoint: ModelCheckpoint = None,
-    hf: HuggingFaceFolder = None,
-    adapter: Adapter = None,
-    force: Force = False,
+    model: ModelOptions,
     tokenizer: ModelTokenizer = None,
     answer: Annotated[
         str, typer.Option(help="Field of a record with the answer: a text, or a list, of which the first.")
-    ] = ("answer"),
+    ] = "answer",
     template: Annotated[
         str, typer.Option(help=r"How passage, query and answer become a text; \n is a new line. The answer comes last.")
     ] = r"{passage}\n\n{query}\n\n{answer}",
@@ -250,32 +211,26 @@ def score(  # typer makes an option of every parameter
         typer.Option(min=2, help="Places of a row; longer passages are cut. Default: the model's, at most 1024."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    micro_batch_size: MicroBatchSize = 1,
-    precision: Precision = "fp32",
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    nproc_per_node: RanksToStart = None,
 ) -> None:
     """Score passages by a language model: the mean log-probability of the answer's tokens after each passage and the query.
 
     After an interruption, the same command goes on where it ended.
     """
     from flagscale_like.cli.model import MAX_DEFAULT_WINDOW
-    from flagscale_like.config import Parallel
 
-    parallel = Parallel(tp=tp, pp=pp)
-    start_ranks(checkpoint, hf, parallel, nproc_per_node)
+    parallel = model.layout()
+    start_ranks(parallel, model.nproc_per_node)
     from flagscale_like.checkpoint.adapters import identities
     from flagscale_like.recipes.teacher import Teacher, score_file
     from flagscale_like.runtime.parallel import parallel_context
 
-    source, own = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+    source, own = model.open()
     folder = tokenizer or own
     if folder is None:
-        raise ConfigError(f"{hf or checkpoint}: names no tokenizer: give --tokenizer FOLDER")
+        raise ConfigError(f"{model.path}: names no tokenizer: give --tokenizer FOLDER")
     length = seq_length or min(source.arch.max_position_embeddings or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
-    made_from = {"weights": identities(source), "layout": parallel.model_dump(mode="json"), "precision": precision}
-    made_from |= {"micro_batch_size": micro_batch_size}
+    how = {"micro_batch_size": model.micro_batch_size, "precision": model.precision}
+    made_from = {"weights": identities(source), "layout": parallel.model_dump(mode="json"), **how}
     with parallel_context(parallel) as ctx:
         teacher = Teacher(
             source,
@@ -283,8 +238,7 @@ def score(  # typer makes an option of every parameter
             ctx,
             template=template.replace(r"\n", "\n"),
             seq_length=length,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
+            **how,
         )
         made_from |= {"ranks": ctx.world_size}
         found = score_file(teacher, input, out, made_from=made_from, answer=answer, overwrite=overwrite)

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flagscale_like.cli.base import Adapter, Force, app, example, open_model
+from flagscale_like.cli.base import app, example, refuse_unread
 from flagscale_like.cli.embed import evaluate_retrieval, open_embedder
-from flagscale_like.cli.model_options import (
-    Dimensions,
-    HuggingFaceFolder,
-    ModelCheckpoint,
-    ModelTokenizer,
-    PassageInstruction,
-    PipelineParallel,
-    PoolingOption,
-    Precision,
-    QueryInstruction,
-    TensorParallel,
-)
+from flagscale_like.cli.model_options import Dimensions, EmbedderOptions, shares, start_ranks
 from flagscale_like.errors import ConfigError, PlatformError
 from flagscale_like.figures import fixed
 
 if TYPE_CHECKING:
     from flagscale_like.cli.base import OpenedWeights
+    from flagscale_like.config import Parallel
 
 MAX_DEFAULT_WINDOW = 1024  # tokens of a window of `evaluate` where no --seq-length is given
 
 
 @app.command(epilog=example("flagscale-like evaluate --hf SmolLM2-135M --data heldout.txt --pp 2"))
+@shares(EmbedderOptions)
 def evaluate(  # typer makes an option of every parameter
+    model: EmbedderOptions,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -45,104 +36,80 @@ def evaluate(  # typer makes an option of every parameter
             help="Instead of --data: folder with queries.jsonl, corpus.jsonl, qrels/ (BEIR) or qrels.jsonl. Repeatable."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="With --retrieval: the judgements, qrels/SPLIT.tsv.")] = "test",
-    pooling: PoolingOption = None,
-    query_instruction: QueryInstruction = None,
-    passage_instruction: PassageInstruction = None,
-    dimensions: Dimensions = None,
-    checkpoint: ModelCheckpoint = None,
-    hf: HuggingFaceFolder = None,
-    adapter: Adapter = None,
-    force: Force = False,
-    tokenizer: ModelTokenizer = None,
-    seq_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of one window of text, or most tokens of a text. Default: the model's, at most 1024.", min=1
-        ),
-    ] = None,
-    micro_batch_size: Annotated[int, typer.Option(help="Windows of one forward pass.", min=1)] = 1,
-    precision: Precision = "fp32",
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
-    nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks to start. Default: one for each GPU; on a CPU, tp*pp*cp.", min=1)
-    ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
             help="Instead of --data: a task of lm-evaluation-harness, or a YAML file of one; may be given several times."
         ),
     ] = None,
-    shots: Annotated[
-        int | None, typer.Option(help="Examples before each question. Default: the task's.", min=0)
+    seq_length: Annotated[
+        int | None,
+        typer.Option(help="With --data: tokens of one window of text. Default: the model's, at most 1024.", min=1),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.", min=1)] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --retrieval: the judgements, qrels/SPLIT.tsv. Default: test.")
+    ] = None,
+    dimensions: Dimensions = None,
+    shots: Annotated[
+        int | None, typer.Option(help="With --tasks: examples before each question. Default: the task's.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --tasks: questions of each. Default: all.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="With --tasks: also write the harness's numbers as JSON.")] = None,
+    cp: Annotated[int, typer.Option(help="Context-parallel ranks: each holds a part of every window.", min=1)] = 1,
 ) -> None:
     """Print a model's loss and perplexity on text, its scores on tasks, or how well an embedding model finds passages.
 
     Text and passages are computed on any layout: the command starts the ranks, or runs as a rank of torchrun. Tasks are
-    computed by one process.
+    computed by one process. How texts become vectors matters for --retrieval alone.
     """
-    from flagscale_like.config import Parallel
-    from flagscale_like.runtime.launch import default_processes, launch
-    from flagscale_like.runtime.launched import current_launch
-
-    if (checkpoint is None) == (hf is None):
-        raise ConfigError("give either --checkpoint or --hf")
     if (data is not None) + bool(tasks) + bool(retrieval) != 1:
         raise ConfigError("give one of --data, --tasks and --retrieval")
-    if not tasks and (shots is not None or limit is not None or out is not None):
-        raise ConfigError("--shots, --limit and --out belong to --tasks")
-    parallel = Parallel(tp=tp, pp=pp, cp=cp)
+    if data is None:
+        refuse_unread("--data", seq_length=seq_length)
+    if not retrieval:
+        refuse_unread("--retrieval", split=split, dimensions=dimensions, **model.of_vectors())
+    if not tasks:
+        refuse_unread("--tasks", shots=shots, limit=limit, out=out)
+    layout = model.layout(cp)
     if tasks:
-        if parallel.model_parallel_size > 1 or (nproc_per_node or 1) > 1:
+        if layout.model_parallel_size > 1 or (model.nproc_per_node or 1) > 1:
             raise ConfigError("tasks are computed by one process: leave out --tp, --pp, --cp and --nproc-per-node")
-        source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
-        options = {"batch_size": micro_batch_size, "shots": shots, "limit": limit}
-        _evaluate_tasks(source, tokenizer or own_tokenizer, tasks, precision, out, **options)
+        source, own_tokenizer = model.open()
+        options = {"batch_size": model.micro_batch_size, "shots": shots, "limit": limit}
+        _evaluate_tasks(source, model.tokenizer or own_tokenizer, tasks, model.precision, out, **options)
         return
-    processes = 1 if current_launch() else nproc_per_node or default_processes(parallel.smallest_world)
-    if processes > 1:
-        raise SystemExit(launch(processes, sys.argv[1:]))
-
+    start_ranks(layout, model.nproc_per_node)
     if retrieval:
-        with open_embedder(
-            hf or checkpoint,
-            parallel,
-            hugging_face=hf is not None,
-            adapter=adapter,
-            force=force,
-            tokenizer=tokenizer,
-            pooling=pooling,
-            instructions={"query": query_instruction, "passage": passage_instruction},
-            max_tokens=seq_length,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
-        ) as (embedder, _):
-            evaluate_retrieval(embedder, retrieval, split, dimensions)
+        with open_embedder(model, layout) as (embedder, _):
+            evaluate_retrieval(embedder, retrieval, split or "test", dimensions)
         return
+    _evaluate_text(model, data, layout, seq_length)
 
+
+def _evaluate_text(model: EmbedderOptions, data: Path, layout: Parallel, seq_length: int | None) -> None:
+    """`evaluate --data`: print loss and perplexity."""
     from flagscale_like.data.conversations import conversations_at
     from flagscale_like.data.stream import read_stream
     from flagscale_like.recipes.evaluate import evaluate_conversations, evaluate_stream
     from flagscale_like.runtime.parallel import parallel_context
 
-    source, own_tokenizer = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=adapter, force=force)
+    source, own_tokenizer = model.open()
     limit = source.arch.longest_sequence
     seq_length = seq_length or min(source.arch.max_position_embeddings or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
     if limit and seq_length > limit:
         raise ConfigError(
             f"the model takes at most {limit} tokens, --seq-length is {seq_length}: give --seq-length {limit}"
         )
-    with parallel_context(parallel) as ctx:
-        options = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "precision": precision}
+    with parallel_context(layout) as ctx:
+        options = {
+            "seq_length": seq_length,
+            "micro_batch_size": model.micro_batch_size,
+            "precision": model.precision,
+        }
         if conversations_at(prefix := str(data).removesuffix(".bin").removesuffix(".idx")):
             found = evaluate_conversations(source, prefix, ctx, **options)
         else:
-            stream = read_stream(data, tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
+            stream = read_stream(data, model.tokenizer or own_tokenizer, vocab_size=source.arch.vocab_size)
             found = evaluate_stream(source, stream, ctx, **options)
         if ctx.is_main:
             bits = f", {fixed(found.bits_per_byte)} bits a byte" if found.bits_per_byte is not None else ""

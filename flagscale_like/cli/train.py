@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source, refuse_unread
 from flagscale_like.cli.describe import describe
 from flagscale_like.errors import ConfigError
 from flagscale_like.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from flagscale_like.config import RunConfig
+    from flagscale_like.runtime.launched import Launch
     from flagscale_like.runtime.parallel import ParallelContext
 
 
@@ -34,9 +35,11 @@ def train(
             help="How often all ranks are restarted after a failure. They resume from the last checkpoint.", min=0
         ),
     ] = 0,
-    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration and exit.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Check the configuration and the data, print the plan, and exit.")
+        bool, typer.Option("--dry-run", help="Check the configuration and the data, print the plan, and exit.")
     ] = False,
     world_size: Annotated[int | None, typer.Option(help="With --dry-run: number of ranks to plan for.", min=1)] = None,
     cluster: Annotated[
@@ -47,6 +50,8 @@ def train(
     from flagscale_like.config import load_config
     from flagscale_like.runtime.launched import current_launch
 
+    if not dry_run:
+        refuse_unread("--dry-run", world_size=world_size, cluster=cluster)
     config = load_config(config_file, overrides or (), model_of_source)
     if print_config:  # loads no torch
         typer.echo(config.to_yaml(), nl=False)
@@ -56,15 +61,7 @@ def train(
     from flagscale_like.runtime.launch import default_processes, launch
 
     if (rank := current_launch()) is not None:
-        if nproc_per_node is not None:
-            raise ConfigError(
-                f"--nproc-per-node ({nproc_per_node}) starts ranks, and this process is rank {rank.rank} of "
-                f"{rank.world_size} already: leave it out"
-            )
-        if rank.restart and rank.rank == 0:
-            typer.echo(
-                f"restarting all ranks ({rank.restart} of {rank.max_restarts}): the error above ended one of them"
-            )
+        _check_rank(rank, nproc_per_node)
         _train_here(config)
         return
     processes = nproc_per_node or default_processes(config.parallel.smallest_world + config.ranks_apart)
@@ -79,6 +76,17 @@ def train(
     typer.echo(f"starting {processes} ranks on this machine")
     arguments = ["train", str(config_file), *(overrides or ())]
     raise SystemExit(launch(processes, arguments, max_restarts=max_restarts))
+
+
+def _check_rank(rank: Launch, nproc_per_node: int | None) -> None:
+    """Refuse to start ranks from one, and say that all were restarted."""
+    if nproc_per_node is not None:
+        raise ConfigError(
+            f"--nproc-per-node ({nproc_per_node}) starts ranks, and this process is rank {rank.rank} of "
+            f"{rank.world_size} already: leave it out"
+        )
+    if rank.restart and rank.rank == 0:
+        typer.echo(f"restarting all ranks ({rank.restart} of {rank.max_restarts}): the error above ended one of them")
 
 
 def _train_here(config: RunConfig) -> None:

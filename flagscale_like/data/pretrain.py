@@ -32,7 +32,7 @@ from flagscale_like.data.sampler import MicroBatchSampler
 from flagscale_like.data.selection import Mixture, MixtureSampler, SourcesDataset
 from flagscale_like.data.shards import ChatOptions
 from flagscale_like.data.synthetic import synthetic_dataset
-from flagscale_like.data.tokenizer import Tokenizer, train_bpe
+from flagscale_like.data.tokenizer import CONFIG_FILE, TRAINED_ON_FILE, Tokenizer, is_trained_on, train_bpe
 from flagscale_like.errors import DataError, required
 from flagscale_like.json_files import BAD_JSON
 from flagscale_like.run_folder import RunFolder
@@ -63,11 +63,15 @@ def prepare_once(config: RunConfig, workers: int = 1, say: Say = silent) -> RunC
     prefix, tokenizer = folder / ("chat" if prepare.chat else "text"), config.data.tokenizer
     progress = begin_preparing(config, prefix, say)
     if tokenizer is None:
-        tokenizer = str(folder / "tokenizer")
-        if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            say(f"preparing data: training a tokenizer of {prepare.tokenizer_vocab_size:,} entries")
-            texts = _texts(prepare, pairs=config.objective.reads == "pairs")
-            train_bpe(texts, required(prepare.tokenizer_vocab_size, "tokenizer_vocab_size"), folder / "tokenizer")
+        tokenizer, size = str(folder / "tokenizer"), required(prepare.tokenizer_vocab_size, "tokenizer_vocab_size")
+        if not (folder / "tokenizer" / CONFIG_FILE).is_file():
+            say(f"preparing data: training a tokenizer of {size:,} entries")
+            train_bpe(_texts(prepare, pairs=config.objective.reads == "pairs"), size, folder / "tokenizer")
+        elif (folder / "tokenizer" / TRAINED_ON_FILE).is_file() and not is_trained_on(folder / "tokenizer", size):
+            raise DataError(
+                f"{tokenizer}: was trained for another number of entries than data.prepare.tokenizer_vocab_size ({size}): "
+                "set that number, or choose another run_dir"
+            )
     if prepare.chat is not None:
         tokenizer = _prepare_chat(config, prepare.chat, tokenizer, prefix, workers, progress)
     elif not Path(f"{prefix}.idx").is_file():

@@ -11,13 +11,15 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from flagscale_like.data.formats import printable
 from flagscale_like.data.sentence_piece import MODEL_FILE, SentencePiece, is_sentence_piece, read_json_files
 from flagscale_like.data.word_memo import WordMemo
 from flagscale_like.errors import DataError
+from flagscale_like.json_files import BAD_JSON, write_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
 LONGEST_WORD_BYTES = 1000  # that a tokenizer is trained on in one piece: the time grows with the square
-
+TRAINED_ON_FILE = "trained_on.json"
 
 # The files that say what a tokenizer's special tokens are. The first that names one decides.
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -316,7 +318,7 @@ class Tokenizer:
         return whole[len(before) :] if whole.startswith(before) else self.decode(new)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, *, inputs: Sequence[Path] = ()) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and save it as a Hugging Face folder.
 
     Longer words than LONGEST_WORD_BYTES, such as base64 or DNA without spaces, are read in pieces.
@@ -325,6 +327,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
         texts: the training texts.
         vocab_size: 257 or more: the 256 bytes and the end-of-text token.
         folder: where to save the tokenizer.
+        inputs: the files of the texts, which is_trained_on() compares.
     """
     tokenizer = FastTokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -346,5 +349,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
         "eos_token": END_OF_DOCUMENT,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_json(folder / TRAINED_ON_FILE, _trained_on(vocab_size, inputs))
+    write_json(folder / CONFIG_FILE, config)  # the last file: a folder that has it is whole
     return Tokenizer(folder)
+
+
+def is_trained_on(folder: Path, vocab_size: int, inputs: Sequence[Path] = ()) -> bool:
+    """Whether train_bpe() made the folder, of this size and of files with these names, sizes and times."""
+    try:
+        found = json.loads((folder / TRAINED_ON_FILE).read_text(encoding="utf-8"))
+    except (OSError, *BAD_JSON):
+        return False
+    return (folder / CONFIG_FILE).is_file() and found == _trained_on(vocab_size, inputs)
+
+
+def _trained_on(vocab_size: int, inputs: Sequence[Path]) -> dict[str, Any]:
+    stats = [(printable(path), path.stat()) for path in inputs]
+    return {"vocab_size": vocab_size, "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}

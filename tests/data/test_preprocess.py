@@ -25,6 +25,7 @@ from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.shards import ShardMaker
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 from flagscale_like.errors import DataError
+from tests.commands import invoke
 from tests.harness import REPOSITORY, cli
 
 
@@ -318,3 +319,25 @@ def test_inspect_shows_counts_lengths_and_documents_with_their_places(tmp_path, 
     assert any(str(line).startswith("document 0, ") for line in describe_index(tmp_path / "text", None, samples=1))
     with pytest.raises(DataError, match="is missing; `preprocess` writes it"):
         list(describe_index(tmp_path / "nothing", None, samples=1))
+
+
+def test_a_tokenizer_of_another_input_or_size_is_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n" * 30)
+    (tmp_path / "b.txt").write_text("entirely different letters\n" * 30)
+    out = tmp_path / "x"
+
+    def run(name: str, size: str, *more: str):
+        return invoke(["preprocess", str(tmp_path / name), "--train-tokenizer", size, "--out", str(out), *more])
+
+    assert run("a.txt", "270").exit_code == 0
+    for path in tmp_path.glob("x.*"):  # as if it had been interrupted behind the training
+        path.unlink()
+    trained = (tmp_path / "x-tokenizer/tokenizer.json").stat().st_mtime_ns
+    assert run("a.txt", "270").exit_code == 0
+    assert (tmp_path / "x-tokenizer/tokenizer.json").stat().st_mtime_ns == trained
+    for path in tmp_path.glob("x.*"):
+        path.unlink()
+    for name, size in (("b.txt", "270"), ("a.txt", "265")):
+        assert f"exists, and was not trained for {size} entries on this input" in run(name, size).error
+    assert run("b.txt", "265", "--overwrite").exit_code == 0
+    assert Tokenizer(tmp_path / "x-tokenizer").vocab_size == 265

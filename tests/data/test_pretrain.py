@@ -66,6 +66,9 @@ def test_raw_text_is_prepared_once_under_the_run_folder(tmp_path, corpus):
     assert Path(prepared.data.sources[0].path + ".idx") in made
     assert prepare_once(config) == prepared
     assert {p: p.stat().st_mtime_ns for p in made} == made
+    data["prepare"]["tokenizer_vocab_size"] = 290
+    with pytest.raises(DataError, match=r"was trained for another number of entries than .* \(290\)"):
+        prepare_once(tiny_config(tmp_path / "run", model__vocab_size=384, data=data))
 
 
 def test_a_start_says_what_it_prepares_and_what_has_changed_since(tmp_path):
