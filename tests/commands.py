@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import subprocess
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ def invoke(words: list[str]) -> Outcome:
     if error is not None and not isinstance(error, SystemExit):
         return Outcome(1, result.output, "".join(traceback.format_exception(error)))
     return Outcome(result.exit_code, result.output)
+
+
+def command(*words: str, apart: bool = False) -> subprocess.CompletedProcess:
+    """What `harness.cli(*words)` gives, without its imports: for a test that is about what a command does.
+
+    Args:
+        apart: in a process forked from the warm server, for a command that starts a process group or workers, or changes its
+            process. Without it the command runs in this process.
+    """
+    found = run_commands([list(words)])[0][0] if apart else invoke(list(words))
+    return subprocess.CompletedProcess(words, found.exit_code, found.printed, found.error and f"{found.error}\n")
 
 
 def run_commands(

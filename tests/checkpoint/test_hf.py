@@ -21,8 +21,9 @@ from flagscale_like.checkpoint.hf import export, import_folder
 from flagscale_like.checkpoint.hf_folder import INDEX, HfFolder
 from flagscale_like.checkpoint.manifest import check_file, find_checkpoint, read_manifest
 from flagscale_like.errors import CheckpointError, ConversionError
+from tests.commands import command
 from tests.families import tiny
-from tests.harness import REPOSITORY, cli
+from tests.harness import REPOSITORY
 
 
 def tensors(folder):
@@ -269,24 +270,23 @@ def test_a_checkpoint_of_other_shapes_than_its_state_says_is_not_exported(tmp_pa
 def test_the_command_line_imports_exports_verifies_and_says_what_is_wrong(tmp_path):
     source = tiny.make("baichuan2-13b", tmp_path)
     native, out = str(tmp_path / "native"), tmp_path / "again"
-    imported = cli("convert", "import", "--hf", str(source), "--out", native)
+    imported = command("convert", "import", "--hf", str(source), "--out", native, apart=True)
     assert imported.returncode == 0, imported.stderr
     assert "baichuan2, " in imported.stdout
-    exported = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--dtype", "fp32")
+    exported = command("convert", "export", "--checkpoint", native, "--out", str(out), "--dtype", "fp32", apart=True)
     assert exported.returncode == 0, exported.stderr
     assert "not verified against other code: transformers has no model class for baichuan" in exported.stdout
     assert "logits from" in exported.stdout
     assert_same_tensors(source, out)
     shutil.rmtree(out)
-    refused = cli("convert", "export", "--checkpoint", native, "--out", str(out), "--as", "llama")
+    refused = command("convert", "export", "--checkpoint", native, "--out", str(out), "--as", "llama")
     assert refused.returncode == 13
     assert refused.stderr.startswith("error: a model with alibi cannot be written as llama")
 
 
 def test_the_command_line_verifies_an_export_as_llama_with_transformers(tmp_path):
     import_folder(tiny.make("baichuan2-7b", tmp_path), tmp_path / "native")
-    exported = cli(
-        "convert", "export", "--checkpoint", str(tmp_path / "native"), "--out", str(tmp_path / "llama"), "--as", "llama"
-    )
+    words = ["--checkpoint", str(tmp_path / "native"), "--out", str(tmp_path / "llama"), "--as", "llama"]
+    exported = command("convert", "export", *words, apart=True)
     assert exported.returncode == 0, exported.stderr
     assert "verified: transformers' logits differ" in exported.stdout

@@ -17,9 +17,8 @@ from flagscale_like.checkpoint.quantize import quantize, quantize_folder
 from flagscale_like.data.index_file import write_index
 from flagscale_like.errors import ConversionError
 from flagscale_like.families.quantization import Scheme
-from tests.commands import run_commands
+from tests.commands import command, run_commands
 from tests.families import tiny
-from tests.harness import cli
 
 SCHEMES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 
@@ -170,7 +169,7 @@ def test_wrong_numbers_are_refused_with_both(tmp_path):
 def test_the_command_line_quantizes(tmp_path):
     source = tiny.make("llama", tmp_path)
     arguments = ["--hf", str(source), "--out", str(tmp_path / "small"), "--bits", "4", "--group-size", "16"]
-    result = cli("convert", "quantize", *arguments, "--no-symmetric")
+    result = command("convert", "quantize", *arguments, "--no-symmetric")
     assert result.returncode == 0, result.stderr
     assert "14 matrices in INT4" in result.stdout
     assert "transformers loads it with compressed-tensors: pip install 'flagscale_like[quantized]'" in result.stdout

@@ -16,7 +16,8 @@ from flagscale_like.planner.saved import layer_saves, operators_of
 from flagscale_like.runtime.copies import HostPool
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platforms import get_platform
-from tests.harness import build_engine, cli, run_ranks, tiny_config, train_steps, write_yaml
+from tests.commands import command
+from tests.harness import build_engine, run_ranks, tiny_config, train_steps, write_yaml
 
 LAYOUTS = {
     "pp1": (1, {}),
@@ -119,15 +120,15 @@ def test_share_lists_must_name_every_stage(tmp_path):
     file = tmp_path / "x.yaml"
     config = tiny_config(tmp_path / "run", parallel={"pp": 2}, offload={"share": [0.5, 0.0]})
     write_yaml(config, file)
-    done = cli("train", str(file), "--dry-run", "offload.share=[0.5]")
+    done = command("train", str(file), "--dry-run", "offload.share=[0.5]")
     assert done.returncode == 10
     assert "offload.share lists 1 stages, parallel.pp is 2: give one share for each stage" in done.stderr
-    done = cli("train", str(file), "--dry-run", "offload.share=some")
+    done = command("train", str(file), "--dry-run", "offload.share=some")
     assert done.stderr.count("\n") == 1
     assert (
         "share must be auto, a number from 0 to 1, or a list of one number for each stage (got 'some')" in done.stderr
     )
-    done = cli("train", str(file), "--dry-run", "offload.share=1.5")
+    done = command("train", str(file), "--dry-run", "offload.share=1.5")
     assert "share (1.5) must be between 0 and 1, or auto" in done.stderr
 
 

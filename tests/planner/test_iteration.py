@@ -18,7 +18,8 @@ from flagscale_like.planner.search import Goal
 from flagscale_like.rl.models import build_models
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.training.run import start
-from tests.harness import cli, run_ranks, write_yaml
+from tests.commands import command
+from tests.harness import run_ranks, write_yaml
 from tests.rl.runs import make_folder, rl_config
 
 PPO = {"algorithm": "ppo", "rollout": {"samples": 1, "rows": 6}, "kl": {"coefficient": 0.05}}
@@ -125,7 +126,7 @@ def test_drawing_takes_as_long_as_reading_the_weights(folder, tmp_path):
 
 def test_the_plan_of_an_iteration_is_printed(folder, tmp_path):
     path = write_yaml(rl_config(tmp_path / "run", folder, PPO), tmp_path / "run.yaml")
-    said = cli("train", str(path), "--dry-run", "--cluster", "1x1xH100", "--world-size", "1")
+    said = command("train", str(path), "--dry-run", "--cluster", "1x1xH100", "--world-size", "1")
     assert said.returncode == 0, said.stderr
     columns = ["weights", "gradients", "optimizer", "keys and values", "activations", "overhead", "total", r"\(host\)"]
     assert re.search(r"^phase \(GiB\) +" + " +".join(columns) + "$", said.stdout, re.MULTILINE)
@@ -133,8 +134,8 @@ def test_the_plan_of_an_iteration_is_printed(folder, tmp_path):
         r"s an iteration where all of its 32 rollouts have \d+ \+ 10 tokens \(.*\): draw .* s, score .* s, learn .* s"
     )
     assert re.search(seconds, said.stdout)
-    said = cli("plan", str(path), "rl.reward={kind: model, path: none}", "rl.rollout.rows=100000", "train.seq_length=65536",
-               "--cluster", "1x1xA100-40", "--max-vpp", "1", "--top", "1")  # fmt: skip
+    large = ["rl.reward={kind: model, path: none}", "rl.rollout.rows=100000", "train.seq_length=65536"]
+    said = command("plan", str(path), *large, "--cluster", "1x1xA100-40", "--max-vpp", "1", "--top", "1")
     assert said.returncode == 10, said.stdout
     assert "none has room for all models of the run: the nearest needs" in said.stderr
     assert not Path(tmp_path / "run").exists()

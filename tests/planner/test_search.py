@@ -15,7 +15,8 @@ from flagscale_like.planner.memory import needed_offload, rank_memory
 from flagscale_like.planner.report import describe_ranking, ranking_rows, updated_config
 from flagscale_like.planner.saved import Operators, layer_bytes
 from flagscale_like.planner.search import Goal, configured_layout, evaluate, layouts, rank_layouts, uneven_ends
-from tests.harness import cli, tiny_config, write_yaml
+from tests.commands import command
+from tests.harness import tiny_config, write_yaml
 
 AQUILA2_34B = ModelArch(
     num_layers=60,
@@ -173,7 +174,7 @@ def test_a_plan_of_experts_has_a_column_for_ep_and_its_yaml_loads(tmp_path):
 
 def test_plan_takes_an_imbalance_of_experts_alone(tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
-    done = cli("plan", str(file), "--cluster", "1x4xH100", "--imbalance", "1.5")
+    done = command("plan", str(file), "--cluster", "1x4xH100", "--imbalance", "1.5")
     assert done.returncode == 10
     assert "--imbalance (1.5) is of experts, and the model has none" in done.stderr
 
@@ -229,7 +230,7 @@ def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
         write_yaml(tiny_config(tmp_path / "run", train__precision="bf16"), tmp_path / "x.yaml"),
         tmp_path / "o.yaml",
     )
-    done = cli("plan", str(file), "--cluster", "1x4xH100", "--top", "2", "--write", str(out))
+    done = command("plan", str(file), "--cluster", "1x4xH100", "--top", "2", "--write", str(out))
     assert done.returncode == 0, done.stderr
     assert "the fastest" in done.stdout
     assert "tokens/s/dev" in done.stdout
@@ -247,7 +248,7 @@ def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
 )
 def test_bad_clusters_are_one_line_and_exit_10(arguments, message, tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
-    done = cli("plan", str(file), *arguments)
+    done = command("plan", str(file), *arguments)
     assert done.returncode == 10
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -255,11 +256,11 @@ def test_bad_clusters_are_one_line_and_exit_10(arguments, message, tmp_path):
 
 def test_dry_run_prints_memory_by_component_bubble_and_tokens_a_second(tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run", parallel={"pp": 2}), tmp_path / "x.yaml")
-    done = cli("train", str(file), "--dry-run")
+    done = command("train", str(file), "--dry-run")
     assert done.returncode == 0, done.stderr
     for word in ("weights", "gradients", "optimizer", "activations", "bubble 12.5%", "tokens/s/device", "valid"):
         assert word in done.stdout
-    far = cli("train", str(file), "--dry-run", "--world-size", "16", "train.global_batch_size=16")
+    far = command("train", str(file), "--dry-run", "--world-size", "16", "train.global_batch_size=16")
     assert "give --cluster" in far.stdout
 
 

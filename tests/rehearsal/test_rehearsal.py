@@ -20,7 +20,8 @@ from flagscale_like.rehearsal.recorder import Recorder
 from flagscale_like.rehearsal.rehearse import Steps, group_names
 from flagscale_like.rehearsal.report import as_json, describe, write
 from flagscale_like.runtime.parallel import parallel_context
-from tests.harness import cli, run_ranks, tiny_config, write_yaml
+from tests.commands import command
+from tests.harness import run_ranks, tiny_config, write_yaml
 
 EXPERTS = {"count": 4, "top_k": 2, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 32}
 TWICE = {"tp": 2, "sp": True, "pp": 2}
@@ -220,7 +221,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(tmp_path):
         "parallel": {"tp": 2, "sp": True}, "train__micro_batch_size": 4, "train__global_batch_size": 4,
     }  # fmt: skip
     path = write_yaml(config_of(changes, tmp_path), tmp_path / "big.yaml")
-    done = cli("rehearse", str(path), "--world-size", "2", "--cluster", "1x2xA100-40")
+    done = command("rehearse", str(path), "--world-size", "2", "--cluster", "1x2xA100-40", apart=True)
     assert done.returncode == DoesNotFitError.exit_code, done.stderr
     assert "stage 0 (rank 0) does not fit A100-40: " in done.stderr
     assert "the nearest change that fits: train." in done.stderr

@@ -13,8 +13,8 @@ from flagscale_like.rehearsal.costs import Costs, with_constants
 from flagscale_like.rehearsal.matching import match
 from flagscale_like.rehearsal.record import Event, RankRecord
 from flagscale_like.rehearsal.replay import BUBBLE, CALLS, SKEW, replay
-from tests.commands import invoke
-from tests.harness import cli, tiny_config, write_yaml
+from tests.commands import command, invoke
+from tests.harness import tiny_config, write_yaml
 
 CLUSTER = parse_cluster("2x8xA100-80")
 # Round numbers: 1e12 bytes/s of memory, 1e11 of links, 1e10 of the network; nothing else takes time.
@@ -181,7 +181,7 @@ def test_the_command_matches_and_replays_a_rank_of_each_stage(tmp_path):
     parallel = {"tp": 2, "pp": 2, "vpp": 2, "sp": True}
     file = write_yaml(tiny_config(tmp_path / "run", parallel=parallel, train__precision="bf16"), tmp_path / "x.yaml")
     arguments = ["rehearse", str(file), "--world-size", "8", "--cluster", "1x8xH100"]
-    found = cli(*arguments, "--ranks", "stages", "--trace", str(tmp_path / "step.json"))
+    found = command(*arguments, "--ranks", "stages", "--trace", str(tmp_path / "step.json"), apart=True)
     assert found.returncode == 0, found.stderr
     assert "all operations meet; replayed on 1x8xH100: " in found.stdout
     assert "tokens/s/device, MFU" in found.stdout
@@ -189,7 +189,7 @@ def test_the_command_matches_and_replays_a_rank_of_each_stage(tmp_path):
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 4}
     assert "the host may be too slow for it" in found.stdout  # for a model of 64 channels
-    short = cli(*arguments, "--ranks", "stages", "--time-only")
+    short = command(*arguments, "--ranks", "stages", "--time-only", apart=True)
     assert short.returncode == 0, short.stderr
     lines, words = found.stdout.splitlines(), short.stdout.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("all operations meet"))

@@ -12,14 +12,16 @@ from flagscale_like.errors import ConfigError
 from flagscale_like.recipes.benchmark import compare_with_transformers, measure, sweep_points
 from flagscale_like.runtime.parallel import parallel_context
 from tests import faults
-from tests.harness import REPOSITORY, cli, run_ranks, tiny_config, write_yaml
+from tests.commands import command
+from tests.harness import REPOSITORY, run_ranks, tiny_config, write_yaml
 
 
 def test_a_sweep_times_every_point_and_says_why_one_cannot_run(tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
-    done = cli(
+    done = command(
         *["bench", str(file), "--steps", "3", "--warmup", "1", "--sweep", "train.micro_batch_size=2,3"],
         *["--compare", "--save", "--out", str(tmp_path / "out")],
+        apart=True,
     )
     assert done.returncode == 0, done.stderr
     good, bad = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -66,7 +68,7 @@ def test_offload_on_and_off_are_two_points_that_learn_alike(tmp_path):
 
 def test_a_wrong_sweep_or_layout_is_one_line(tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run", parallel={"pp": 2}), tmp_path / "x.yaml")
-    done = cli("bench", str(file), "--compare", "--out", str(tmp_path / "out"))
+    done = command("bench", str(file), "--compare", "--out", str(tmp_path / "out"))
     assert (done.returncode, done.stderr.count("\n")) == (10, 1)
     assert "--compare runs in one process, this layout has 2" in done.stderr
     for wrong in ("train.steps", "=1", "a=1,,2"):
@@ -109,7 +111,7 @@ def test_a_profile_has_the_steps_asked_for_on_every_rank(tmp_path):
 
 def test_a_profile_of_no_steps_is_refused(tmp_path):
     file = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "x.yaml")
-    done = cli("train", str(file), "--dry-run", "train.profile.steps=[3,2]")
+    done = command("train", str(file), "--dry-run", "train.profile.steps=[3,2]")
     assert done.returncode == 10
     assert "profile.steps (3, 2) must be a first and a last step" in done.stderr
 
@@ -119,5 +121,5 @@ def test_slices_load_and_are_planned_to_fit_one_80_gb_card(file):
     config = load_config(file)
     assert config.model.hidden_size >= 4096
     assert yaml.safe_load(file.read_text())["checkpoint"] == {"interval": 0}
-    done = cli("train", str(file), "--dry-run", "--world-size", "1", "--cluster", "1x1xA100-80")
+    done = command("train", str(file), "--dry-run", "--world-size", "1", "--cluster", "1x1xA100-80")
     assert done.returncode == 0, done.stderr

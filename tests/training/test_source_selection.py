@@ -19,7 +19,8 @@ from flagscale_like.errors import DataError
 from flagscale_like.training import source_selection, trail
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
-from tests.harness import cli, run_ranks, tiny_config
+from tests.commands import command
+from tests.harness import run_ranks, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_the_documents_of_a_step_are_named_from_the_journal_or_a_checkpoint(one_
         str(part) for sample in locate(run, reading, Provenance(order, ["useful", "noise"])) for part in sample.parts
     ]
     checkpoint = run / "checkpoints" / "step_00000005"  # the weights change after every second step
-    alone = cli("data", "locate", "--run", str(checkpoint), "--step", "6", "--top", "0")
+    alone = command("data", "locate", "--run", str(checkpoint), "--step", "6", "--top", "0")
     assert alone.returncode == 0, alone.stderr
     assert re.findall(r"  (\S+\.jsonl:\d+) ", alone.stdout) == named
     state = json.loads((checkpoint / "state.json").read_text())

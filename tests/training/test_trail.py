@@ -15,7 +15,8 @@ from flagscale_like.data.tokenizer import train_bpe
 from flagscale_like.engine.engine import Engine
 from flagscale_like.training.metrics import read_metrics
 from tests import faults
-from tests.harness import cli, run_ranks, tiny_config
+from tests.commands import command
+from tests.harness import run_ranks, tiny_config
 
 POISONED = {("web", 7), ("web", 30), ("web", 31), ("books", 12), ("books", 44)}
 
@@ -104,7 +105,7 @@ def test_the_command_names_them_from_the_run_or_a_checkpoint_alone(poisoned_run,
     run_dir, journal = Path(poisoned_run.run_dir), read_journal(Path(poisoned_run.run_dir))
     provenance = Provenance(open_order(journal[0]), poisoned_run.data.source_names)
     number = next(n for n in range(20, 41) if mostly_poisoned(locate(run_dir, *readings_of(journal, n), provenance)[0]))
-    shown = cli("data", "locate", "--run", str(run_dir), "--step", str(number), "--top", "1")
+    shown = command("data", "locate", "--run", str(run_dir), "--step", str(number), "--top", "1")
     assert shown.returncode == 0, shown.stderr
     head, sample, *parts = shown.stdout.splitlines()
     assert (
@@ -113,11 +114,11 @@ def test_the_command_names_them_from_the_run_or_a_checkpoint_alone(poisoned_run,
     assert re.match(r"sample \d+: loss \d", sample)
     places = {re.search(r"(web|books)\.jsonl:(\d+) ", part).groups() for part in parts}
     assert {(name, int(line)) for name, line in places} & POISONED
-    beyond = cli("data", "locate", "--run", str(run_dir), "--step", "41")
+    beyond = command("data", "locate", "--run", str(run_dir), "--step", "41")
     assert beyond.returncode != 0
     assert "--step (41): the run has 40 steps (train.steps)" in beyond.stderr
     checkpoint = run_dir / "checkpoints" / "step_00000040"
-    found = cli("data", "locate", "--run", str(checkpoint), "--step", str(number), "--rank", "3", "--json")
+    found = command("data", "locate", "--run", str(checkpoint), "--step", str(number), "--rank", "3", "--json")
     assert found.returncode == 0, found.stderr
     records = [json.loads(line) for line in found.stdout.splitlines()]
     assert {record["dp_rank"] for record in records} == {1}
