@@ -86,6 +86,15 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         write_record(file, record)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that has a JSON value in each.
+
+    Only a line feed ends one. str.splitlines() also ends a line at U+2028, U+2029 and U+0085, which JSON allows in a text.
+    """
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All of records(): for a file that is short."""
     return list(records(path))

@@ -254,7 +254,10 @@ class ChatTokenizer:
         self.tokenizer.encode_with_offsets("")  # refuse now a tokenizer that has none
         found = template if template is not None else read_template(folder)
         if found is None:
-            raise DataError(f"tokenizer {folder}: has no chat template: give one with --template FILE (Jinja)")
+            raise DataError(
+                f"tokenizer {folder}: has no chat template: give one with --template FILE (for a run of task rl, "
+                "rl.template), or put it there as chat_template.jinja"
+            )
         self.template = found
         # Any: transformers' annotation leaves out what it returns where the parts are marked.
         self._render: Any = render_jinja_template

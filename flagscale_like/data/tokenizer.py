@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,6 +185,22 @@ def special_ids(folder: Path) -> dict[str, int]:
     return {name: number for name, number in found.items() if number is not None}
 
 
+@contextmanager
+def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
+    """What a tokenizer raises for half a character, as JSON may write one (\\ud83d), in words."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError):
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"a text has an unpaired surrogate, half a character, at {error.start}: {text[:40]!r}: write all of it"
+                ) from None
+        raise
+
+
 class Tokenizer:
     """Encodes and decodes text. Code in the folder is never run.
 
@@ -255,8 +272,13 @@ class Tokenizer:
         return {"class": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text to token ids, without adding special tokens."""
-        return self._backend.encode(texts)
+        """Encode each text to token ids, without adding special tokens.
+
+        Raises:
+            DataError: a text is none that UTF-8 can write.
+        """
+        with _whole_characters(texts):
+            return self._backend.encode(texts)
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text with the special tokens that the tokenizer puts around it."""
@@ -279,10 +301,11 @@ class Tokenizer:
         """Encode a text to int32 ids, and [start, end) of each token in the text's characters. No special token is added.
 
         Raises:
-            DataError: the tokenizer knows no offsets.
+            DataError: the tokenizer knows no offsets, or the text is none that UTF-8 can write.
         """
         try:
-            ids, offsets = self._backend.encode_with_offsets(text)
+            with _whole_characters([text]):
+                ids, offsets = self._backend.encode_with_offsets(text)
         except NotImplementedError:
             raise DataError(
                 f"tokenizer {self.folder}: has no tokenizer.json, and gives no offsets: save it with transformers as a fast "

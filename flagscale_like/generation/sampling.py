@@ -17,6 +17,7 @@ from torch import Tensor
 from flagscale_like.errors import ConfigError
 from flagscale_like.generation.rollout import Sampling
 
+LOWEST = 1e-4  # temperature: logits over a smaller one may have no place in fp32
 FEW = 1024  # likeliest tokens among which top-p is looked for before all are sorted
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
@@ -31,16 +32,22 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """
     ranges = {
         "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
-        "temperature": (0 <= sampling.temperature < float("inf"), "a number of at least 0"),
+        "temperature": (
+            not sampling.temperature or LOWEST <= sampling.temperature < float("inf"),
+            f"0, or a number of at least {LOWEST:g}",
+        ),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "top_k": (sampling.top_k >= 0, "at least 0 (0: all tokens)"),
         "seed": (0 <= sampling.seed < 2**64, "at least 0 and below 2^64"),
         "stop": (all(0 <= token < vocab_size for token in sampling.stop), f"tokens below {vocab_size}"),
-        "stop_strings": (all(sampling.stop_strings), "texts that are not empty"),
+        "stop_strings": (
+            all(one and one.encode("utf-8", "replace").decode() == one for one in sampling.stop_strings),
+            "texts that are not empty, of whole characters",
+        ),
     }
     for name, (holds, allowed) in ranges.items():
         if not holds:
-            raise ConfigError(f"sampling: {name} is {getattr(sampling, name)}; give {allowed}")
+            raise ConfigError(f"sampling: {name} is {getattr(sampling, name)!r}; give {allowed}")
 
 
 def text_key(seed: int, prompt: int, sample: int) -> int:
@@ -122,7 +129,7 @@ def _any(logprobs: Tensor, _: Sequence[Sampling], random: Tensor) -> Tensor:
 def _likely(logprobs: Tensor, samplings: Sequence[Sampling], random: Tensor) -> Tensor:
     """Among the likeliest: the first top_k, and of these the first that have top_p of their probability together."""
     device, vocab = logprobs.device, logprobs.shape[1]
-    top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device)[:, None]
+    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)[:, None]
     count = min(vocab, max(s.top_k or FEW for s in samplings))
     while True:

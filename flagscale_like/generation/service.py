@@ -43,6 +43,7 @@ class Service:
         self.problem: Exception | None = None
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._active: dict[Text, Request] = {}
+        self._lock = threading.Lock()  # once the engine has ended, nothing comes into the inbox
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
     def start(self) -> None:
@@ -61,11 +62,12 @@ class Service:
             ConfigError: see OwnEngine.generate().
             RuntimeError: the engine has failed.
         """
-        if self.problem is not None:
-            raise RuntimeError(f"the engine has ended: {self.problem}")
         self.own.check(prompt, sampling)
         request = Request(prompt, sampling, tell, [])
-        self._inbox.put(request)
+        with self._lock:
+            if self.problem is not None:
+                raise RuntimeError(f"the engine has ended: {self.problem}")
+            self._inbox.put(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -84,8 +86,13 @@ class Service:
                             del self._active[text]
                     self._count()
         except Exception as error:  # whoever waits for an answer has to hear of it
-            self.problem = error
-            for request in {id(request): request for request in self._active.values()}.values():
+            with self._lock:
+                self.problem = error
+            waiting = {id(request): request for request in self._active.values()}
+            while not self._inbox.empty():
+                request = self._inbox.get()
+                waiting |= {id(request): request} if request is not None else {}
+            for request in waiting.values():
                 request.tell(error)
             raise
 

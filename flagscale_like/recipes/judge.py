@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from flagscale_like.config import JudgeReward, Mixture, ModelReward, Reward
 from flagscale_like.data.chat import BadConversationError, check_messages
 from flagscale_like.errors import ConfigError, DataError
-from flagscale_like.json_files import BAD_JSON, replace_file
+from flagscale_like.json_files import BAD_JSON, lines_of, replace_file
 from flagscale_like.recipes.reinforce import open_generator
 from flagscale_like.recipes.rounds import verdicts
 from flagscale_like.rl.answers import Answer
@@ -63,7 +63,7 @@ def read_candidates(path: Path) -> list[Candidate]:
         DataError: the file cannot be read, or a line is no pair.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []

@@ -13,7 +13,7 @@ import torch
 
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.errors import DataError
-from flagscale_like.json_files import BAD_JSON
+from flagscale_like.json_files import BAD_JSON, lines_of
 from flagscale_like.recipes.embedder import BLOCK, Embedder, Text, shortened
 
 QUERIES_AT_ONCE = 4096  # rows of a product of queries and a block of passages
@@ -149,7 +149,7 @@ def _judgements(folder: Path, split: str) -> Iterable[tuple[str, str, int]]:
     if not table.is_file() and not lines.is_file():
         raise DataError(f"{folder}: has neither qrels/{split}.tsv nor qrels.jsonl: name another --split, or add one")
     path = table if table.is_file() else lines
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         try:
             if path == lines:
                 record = json.loads(line)

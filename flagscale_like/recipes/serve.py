@@ -23,6 +23,7 @@ from starlette.routing import Route
 from flagscale_like.errors import ConfigError, DataError, UserError
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
 from flagscale_like.generation.service import Request, Service
+from flagscale_like.json_files import BAD_JSON
 from flagscale_like.recipes.generate import TextGenerator, Wishes, cut_at
 
 CONTEXT = 8  # tokens before a piece of text that are decoded with it
@@ -41,6 +42,7 @@ NEUTRAL = {
     "response_format": {"type": "text"},
 }
 DEFAULT_TOKENS = {"completion": 16, "chat": 256}
+MOST_TEXTS = 1024  # of one request: each waits in memory for its row
 
 
 @dataclass
@@ -214,9 +216,13 @@ class Api:
             prompts,
             _number(body, "n", int, 1),
             self.writer.sampling(wishes, chat=chat),
-            bool(body.get("stream")),
-            logprobs is not None and logprobs is not False,
+            _flag(body, "stream"),
+            _flag(body, "logprobs") if chat else logprobs is not None and logprobs is not False,
         )
+        if len(prompts) * asked.samples > MOST_TEXTS:
+            raise ConfigError(
+                f"{len(prompts)} prompts with n {asked.samples} each are more than {MOST_TEXTS} texts: send several requests"
+            )
         for number, ids in enumerate(prompts):
             self.writer.own.check(Prompt(ids, number, asked.samples), asked.sampling)
         return asked
@@ -348,17 +354,22 @@ class Running:
         values = rollout.raw_logprobs[first:stop]
         if self.asked.kind == "chat":
             rows = [
-                {"token": name, "logprob": value, "bytes": list(name.encode()), "top_logprobs": []}
+                {"token": name, "logprob": value, "bytes": _bytes_of(name), "top_logprobs": []}
                 for name, value in zip(names, values, strict=True)
             ]
             return {"content": rows}
         return {"tokens": names, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
 
 
+def _bytes_of(token: str) -> list[int] | None:
+    """The bytes of a token's text; None for one that is a part of a character, whose text does not say which."""
+    return None if "\ufffd" in token else list(token.encode())
+
+
 async def _body(request: HttpRequest) -> dict[str, Any]:
     try:
         body = await request.json()
-    except ValueError as error:
+    except BAD_JSON as error:
         raise DataError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise DataError("the body is no JSON object")
@@ -371,7 +382,17 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise ConfigError(f"{name} is {value!r}, which is no {'number' if kind is float else 'whole number'}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is larger than a number can be") from None
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}: give true or false")
+    return bool(value)
 
 
 def _texts(value: object, name: str) -> list[str]:

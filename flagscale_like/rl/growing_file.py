@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flagscale_like.json_files import BAD_JSON
+from flagscale_like.json_files import BAD_JSON, lines_of
 
 
 class GrowingFile:
@@ -31,16 +31,16 @@ class GrowingFile:
     def records(self) -> list[dict[str, Any]]:
         """What is there, of whole parts."""
         if self.whole:
-            return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in lines_of(self.path.read_text(encoding="utf-8"))]
         found = []
         if self._part.is_file():
-            for line in self._part.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            text = self._part.read_text(encoding="utf-8", errors="replace")
+            *whole, _ = text.split("\n")  # behind the last end of a line is nothing, or a torn one
+            for line in whole:
                 try:
                     found.append(json.loads(line))
                 except BAD_JSON:
                     break
-                if not line.endswith("\n"):
-                    found.pop()
         return found[: len(found) // self.size * self.size]
 
     def begin(self) -> int:

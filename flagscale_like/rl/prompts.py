@@ -15,6 +15,7 @@ from flagscale_like.data.chat import BadConversationError, ChatTokenizer, check_
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.errors import ConfigError, DataError
 from flagscale_like.generation.rollout import Rollout
+from flagscale_like.json_files import BAD_JSON, lines_of
 from flagscale_like.rl.answers import Answer
 from flagscale_like.training.parts import Part
 
@@ -115,7 +116,7 @@ def read_prompts(config: RunConfig, words: Words, files: Sequence[str] | None = 
         room = min(room, config.model.longest_sequence - new)
     for path in map(Path, config.data.prompts if files is None else files):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = lines_of(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"prompts {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         before = len(rows)
@@ -124,10 +125,11 @@ def read_prompts(config: RunConfig, words: Words, files: Sequence[str] | None = 
                 continue
             try:
                 record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode("utf-8")  # raises for half a character, such as \ud83d
                 if not isinstance(record, Mapping):
                     raise ValueError(f"is {type(record).__name__}, not an object with `prompt` or `messages`")
                 row = words.row(record)
-            except ValueError as error:
+            except BAD_JSON as error:
                 raise DataError(f"{path}:{number}: {error}") from None
             if len(row.ids) > room:
                 raise DataError(

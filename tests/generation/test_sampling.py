@@ -78,10 +78,12 @@ def test_random_numbers_are_even_and_each_text_and_position_has_its_own():
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-30}, "temperature is 1e-30; give 0, or a number of at least 0.0001"),
         ({"top_p": 0.0}, "top_p is 0.0; give above 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"stop": (50,)}, "stop is .*tokens below 50"),
         ({"stop_strings": ("",)}, "stop_strings"),
+        ({"stop_strings": ("\ud83d",)}, "stop_strings is .*of whole characters"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )

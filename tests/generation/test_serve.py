@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -80,15 +81,39 @@ def conversation(client):
             {"prompt": "many words " * 90},
             {"prompt": "a", "n": 0},
             {"prompt": "a", "logprobs": 5},
+            {"prompt": "a", "n": 10**9},
+            {"prompt": ["a"] * 2000},
+            {"prompt": "a", "temperature": 10**400},
+            {"prompt": "a", "temperature": 1e-30},
+            {"prompt": "a", "seed": 2**64},
+            {"prompt": "a", "stream": "no"},
+            {"prompt": "half \ud83d"},
+            {"prompt": "a", "stop": ["\ud83d"]},
+            {"prompt": {"text": "a"}},
+            {"prompt": None},
+            {"prompt": [1, "a"]},
         )
     ]
-    found["no json"] = client.send("POST", "/v1/completions", raw="{").status
-    gone = http.client.HTTPConnection("127.0.0.1", client.port)
-    gone.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 90, "seed": 2}))
-    gone.close()
+    found["refused"] += [
+        client.ask({"messages": messages}, "/v1/chat/completions")
+        for messages in (None, "hi", [], [{}], [{"role": "user"}], [{"role": 5, "content": "a"}], [["user", "a"]],
+                         [{"role": "user", "content": "\ud83d"}], [{"role": "user", "content": {"a": 1}}])
+    ]  # fmt: skip
+    found["refused"].append(client.ask(chat | {"logprobs": 3}, "/v1/chat/completions"))
+    found["no json"] = [
+        client.send("POST", "/v1/completions", raw=raw).status for raw in ("{", "[" * 100_000, "[]", b"\xff")
+    ]
+    found["all tokens"] = client.ask({"prompt": "a", "max_tokens": 2, "top_k": 2**70, "seed": 4})[0]
+    for stream in (False, True):
+        gone = http.client.HTTPConnection("127.0.0.1", client.port)
+        body = {"prompt": "a", "max_tokens": 90, "seed": 2, "n": 64, "stream": stream}
+        gone.request("POST", "/v1/completions", json.dumps(body))
+        if stream:
+            gone.getresponse().read(20)  # it has begun
+        gone.close()
     for _ in range(100):
         metrics = client.send("GET", "/metrics").read().decode()
-        if "texts_running 0" in metrics and "prompts_total 18" in metrics:
+        if "texts_running 0" in metrics and "texts_waiting 0" in metrics and "prompts_total 20" in metrics:
             break
         time.sleep(0.05)
     found["metrics"] = metrics
@@ -127,7 +152,9 @@ def test_chats_and_stop_strings(found):
     deltas = [event["choices"][0]["delta"] for event in found["chat stream"]]
     assert message["role"] == deltas[0]["role"] == "assistant"
     assert "".join(delta["content"] for delta in deltas) == message["content"]
-    assert len(chat["choices"][0]["logprobs"]["content"]) == chat["usage"]["completion_tokens"]
+    tokens = chat["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == chat["usage"]["completion_tokens"]
+    assert all(one["bytes"] == (None if "\ufffd" in one["token"] else list(one["token"].encode())) for one in tokens)
     text, (_, stopped) = found["whole"][1]["choices"][0]["text"], found["stop"]
     cut = text[: text.find(text[3:5])]
     assert (stopped["choices"][0]["text"], stopped["choices"][0]["finish_reason"]) == (cut, "stop")
@@ -140,8 +167,12 @@ def test_what_is_not_computed_is_refused_and_the_load_is_told(found):
     assert len(messages) == len(found["refused"]), found["refused"]
     assert "frequency_penalty is 0.5" in messages[0]
     assert "'colour' is not known" in messages[1]
-    assert found["no json"] == 400
+    assert found["no json"] == [400] * 4
+    assert found["all tokens"] == 200
     assert found["health"] == 200
     assert found["models"]["data"][0]["id"] == "tiny"
     assert "flagscale_like_texts_running 0" in found["metrics"]
+    assert "flagscale_like_texts_waiting 0" in found["metrics"]
+    (new,) = re.findall(r"^flagscale_like_new_tokens_total (\d+)$", found["metrics"], re.M)
+    assert int(new) < 2000, "texts of clients that have gone are not drawn to their ends"
     assert "flagscale_like_new_tokens_total" in found["metrics"]

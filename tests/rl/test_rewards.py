@@ -10,7 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from flagscale_like.config import JudgeReward, Reward
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.recipes.judge import read_candidates
 from flagscale_like.rl.answers import Answer, Score
+from flagscale_like.rl.growing_file import GrowingFile
 from flagscale_like.rl.rewards.chat_server import ChatServer
 from flagscale_like.rl.rewards.command import Command
 from flagscale_like.rl.rewards.function import Function
@@ -31,6 +33,9 @@ ANSWERS = [Answer("how many?", text, {"right": 4}) for text in ("four", "fourtee
 
 FUNCTIONS = """
 import math
+import sys
+import numpy as np
+import torch
 
 def lengths(answers):
     return [len(answer.text) for answer in answers]
@@ -50,7 +55,28 @@ def short(answers):
     return [1.0]
 
 def words(answers):
-    return ["good" for _ in answers]
+    return ["1.5" for _ in answers]
+
+def nothing(answers):
+    return None
+
+def nested(answers):
+    return np.ones((len(answers), 1))
+
+def huge(answers):
+    return [0.0, 1e300, 0.0]
+
+def ends(answers):
+    sys.exit(0)
+
+def arrays(answers):
+    return np.array([1, 2, 3], dtype=np.int32)
+
+def numbers(answers):
+    return [np.float32(0.5), True, np.bool_(False)]
+
+def tensor(answers):
+    return torch.tensor([1, 2, 3], dtype=torch.bfloat16)
 
 class Table:
     def tolist(self):
@@ -72,7 +98,9 @@ def functions(tmp_path_factory):
 
 def test_a_function_scores(functions, monkeypatch):
     assert Function(f"{functions}:lengths").scores(ANSWERS) == [Score(4.0), Score(8.0), Score(1.0)]
-    assert [score.value for score in Function(f"{functions}:table").scores(ANSWERS)] == [1.0, 2.0, 3.0]
+    for name in ("table", "arrays", "tensor"):
+        assert [score.value for score in Function(f"{functions}:{name}").scores(ANSWERS)] == [1.0, 2.0, 3.0]
+    assert Function(f"{functions}:numbers").scores(ANSWERS) == [Score(0.5), Score(1.0), Score(0.0)]
     monkeypatch.syspath_prepend(str(functions.parent))
     assert Function("rules:lengths").scores(ANSWERS[:1]) == [Score(4.0)]
     assert Function("rules:lengths").scores([]) == []
@@ -81,11 +109,15 @@ def test_a_function_scores(functions, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raises", ["ZeroDivisionError", "rules.py:8", "sample 2 of 3", "fourteen"]),
-        ("together", ["RuntimeError: too many", "rules.py:12", "all 3 answers at once"]),
+        ("raises", ["ZeroDivisionError", "rules.py:11", "sample 2 of 3", "fourteen"]),
+        ("together", ["RuntimeError: too many", "rules.py:15", "all 3 answers at once"]),
         ("nan", ["a score is nan", "sample 3 of 3", "how many?"]),
         ("short", ["1 scores for 3 answers"]),
-        ("words", ["a score is 'good', not a number", "sample 1 of 3"]),
+        ("words", ["a score is '1.5', not a number", "sample 1 of 3"]),
+        ("nothing", ["returned NoneType for 3 answers: return a list of numbers"]),
+        ("nested", ["a score is [1.0], not a number"]),
+        ("huge", ["a score is 1e+300, beyond 1e+12", "sample 2 of 3"]),
+        ("ends", ["SystemExit: 0", "rules.py:37", "sample 1 of 3"]),
     ],
 )
 def test_a_function_that_fails_names_the_line_and_the_sample(functions, name, words):
@@ -156,6 +188,30 @@ def test_a_mixture_is_the_weighted_sum():
     assert mixed[1].reason == "model: outside: kl"
     assert mixed[0].heads == (0.5, 1.5)
     assert mixed[0].parts == {"model": 1.0, "length": 4.0}
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    """U+2028 and U+0085 may stand in a text of JSON as they are."""
+    strange = "one\u2028two\u0085three\u2029"
+    line = json.dumps({"prompt": strange, "first": "a", "second": strange}, ensure_ascii=False)
+    (tmp_path / "pairs.jsonl").write_text(line + "\n" + line, encoding="utf-8")
+    assert [candidate.pair[1].text for candidate in read_candidates(tmp_path / "pairs.jsonl")] == [strange] * 2
+    labelled = json.dumps({"prompt": "p", "chosen": strange, "rejected": "b"}, ensure_ascii=False)
+    (tmp_path / "labelled.jsonl").write_text(labelled + "\n", encoding="utf-8")
+    assert read_labelled(tmp_path / "labelled.jsonl") == [Comparison("p", strange, "b")]
+    script = f"print({json.dumps({'score': 2.0, 'why': strange}, ensure_ascii=False)!r})"
+    assert command(f"import sys; sys.stdout.reconfigure(encoding='utf-8'); {script}").scores(ANSWERS[:1]) == [
+        Score(2.0)
+    ]
+    growing = GrowingFile(tmp_path / "grows.jsonl", 1)
+    growing.begin()
+    growing.add([{"text": strange}])
+    with open(tmp_path / "grows.jsonl.part", "ab") as torn:
+        torn.write(b'{"text": "')
+    assert growing.records() == [{"text": strange}]
+    assert growing.begin() == 1
+    growing.finish()
+    assert growing.records() == [{"text": strange}]
 
 
 # Judges
@@ -320,6 +376,10 @@ def test_no_server_and_no_key(server, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ConfigError, match="JUDGE_KEY is not set"):
         ChatServer(judge_at(server, api_key_env="JUDGE_KEY"))
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds more than printable ASCII") as found:
+        ChatServer(judge_at(server, api_key_env="JUDGE_KEY"))
+    assert "secret" not in str(found.value)
 
 
 # Configuration

@@ -33,7 +33,7 @@ class ChatServer:
         options: url, model, api_key_env, max_new_tokens, timeout_s, concurrent and retries.
 
     Raises:
-        ConfigError: the key's environment variable is not set.
+        ConfigError: the key's environment variable is not set, or holds what no header can.
     """
 
     def __init__(self, options: JudgeReward) -> None:
@@ -44,6 +44,11 @@ class ChatServer:
             key = os.environ.get(options.api_key_env)
             if not key:
                 raise ConfigError(f"judge {self.url}: the environment variable {options.api_key_env} is not set")
+            if not (key.isascii() and key.isprintable()):  # http.client would show it in what it raises
+                raise ConfigError(
+                    f"judge {self.url}: the environment variable {options.api_key_env} holds more than printable ASCII, such "
+                    "as an end of line: set it to the key alone"
+                )
             self.headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(_NoRedirect)
 

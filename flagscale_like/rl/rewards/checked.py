@@ -14,6 +14,7 @@ from flagscale_like.runtime.parallel import ParallelContext
 T = TypeVar("T")
 
 LONGEST = 300  # characters of a text in an error
+LARGEST = 1e12  # of a score: advantages are computed in fp32, whose squares end at 3e38
 
 
 def show(answers: Sequence[Answer], number: int) -> str:
@@ -34,7 +35,7 @@ def checked_values(answers: Sequence[Answer], values: object, source: str) -> li
         source: who gave them, for the error.
 
     Raises:
-        DataError: they are not as many as the answers, or one is not a finite number.
+        DataError: they are not as many as the answers, or one is not a finite number, or larger than LARGEST.
     """
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         values = _as_list(values)
@@ -47,11 +48,16 @@ def checked_values(answers: Sequence[Answer], values: object, source: str) -> li
     found = []
     for number, value in enumerate(values):
         try:
-            score = float(value)
+            score = float("" if isinstance(value, str | bytes) else value)
         except (TypeError, ValueError, OverflowError):
             raise DataError(f"{source}: a score is {value!r}, not a number, for {show(answers, number)}") from None
         if not math.isfinite(score):
             raise DataError(f"{source}: a score is {score}, for {show(answers, number)}")
+        if abs(score) > LARGEST:
+            raise DataError(
+                f"{source}: a score is {score:g}, beyond {LARGEST:g}, the most that is computed with, for "
+                f"{show(answers, number)}"
+            )
         found.append(score)
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flagscale_like.errors import ConfigError, DataError
-from flagscale_like.json_files import BAD_JSON
+from flagscale_like.json_files import BAD_JSON, lines_of
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.rewards.checked import checked_values, show
 
@@ -56,7 +56,7 @@ class Command:
             raise DataError(
                 f"{self.name}: ended with exit code {done.returncode}: {' | '.join(said) or 'it said nothing'}"
             )
-        return self._read(answers, done.stdout.decode("utf-8", errors="replace").splitlines())
+        return self._read(answers, lines_of(done.stdout.decode("utf-8", errors="replace")))
 
     def _read(self, answers: Sequence[Answer], lines: list[str]) -> list[Score]:
         lines = [line for line in lines if line.strip()]

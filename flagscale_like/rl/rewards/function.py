@@ -40,11 +40,11 @@ class Function:
         answers = list(answers)
         try:
             values = self.function(answers)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function that ends the process would end this rank alone
             raise self._problem(answers, error) from error
         return [Score(value) for value in checked_values(answers, values, f"reward function {self.path}")]
 
-    def _problem(self, answers: list[Answer], error: Exception) -> DataError:
+    def _problem(self, answers: list[Answer], error: BaseException) -> DataError:
         at = next((number for number, answer in enumerate(answers) if self._raises(answer)), None)
         sample = show(answers, at) if at is not None else f"all {len(answers)} answers at once, and for none alone"
         return DataError(
@@ -54,12 +54,12 @@ class Function:
     def _raises(self, answer: Answer) -> bool:
         try:
             self.function([answer])
-        except Exception:
+        except (Exception, SystemExit):
             return True
         return False
 
 
-def _line(error: Exception, function: RewardFunction) -> str:
+def _line(error: BaseException, function: RewardFunction) -> str:
     """file:line of the innermost frame in the function's own file; of the innermost frame of all, where it has none there."""
     frames = traceback.extract_tb(error.__traceback__)
     own = getattr(getattr(function, "__code__", None), "co_filename", "")
@@ -76,7 +76,7 @@ def load_function(path: str) -> RewardFunction:
     place, _, name = path.rpartition(":")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
         where = f" at {inside[-1].filename}:{inside[-1].lineno}" if inside else ""

@@ -16,6 +16,7 @@ from flagscale_like.config import JudgeReward
 from flagscale_like.data.chat import BadConversationError
 from flagscale_like.data.pair_shards import parse_pair
 from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.json_files import lines_of
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.rewards.checked import AskedByMain, on_main
 from flagscale_like.runtime.parallel import ParallelContext
@@ -185,7 +186,7 @@ def read_labelled(path: Path) -> list[Comparison]:
     """
     pairs = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, start=1):
