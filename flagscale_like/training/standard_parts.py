@@ -92,21 +92,24 @@ class Saves(Part):
 class GarbageCollection(Part):
     """Collects garbage at the same step on every rank. A collection that one rank begins by itself makes all others wait.
 
-    What is alive after the first step (modules, configuration, megatron-core's caches) stays: it is never looked at again.
+    What is alive after the first step (modules, configuration, megatron-core's caches) stays: it is never looked at again,
+    until the run ends. A process that trains several times may freeze what it has loaded before: that stays frozen.
 
     Args:
         interval: steps between collections; 0 leaves them to Python.
     """
 
     def __init__(self, interval: int) -> None:
-        self.interval = interval
+        self.interval, self.has_frozen = interval, False
 
     def after(self, step: Step, report: Report) -> None:
         if not self.interval:
             return
         if step.plan.first:
             gc.collect()
-            gc.freeze()
+            if not gc.get_freeze_count():
+                gc.freeze()
+                self.has_frozen = True
             gc.disable()
         elif step.plan.step % self.interval == 0:
             gc.collect()
@@ -114,7 +117,8 @@ class GarbageCollection(Part):
     def close(self, error: BaseException | None) -> None:
         if self.interval:
             gc.enable()
-            gc.unfreeze()
+            if self.has_frozen:
+                gc.unfreeze()
 
 
 class OffloadReport(Part):
