@@ -1,14 +1,17 @@
 """Triton's interpreter, made right for bf16 and strict about memory.
 
-The stock interpreter (Triton 3.6 to 3.9) has three gaps that matter to these tests:
+The stock interpreter (Triton 3.6 to 3.9) has four gaps that matter to these tests:
 
 * bf16 values are uint16 bit patterns, and arithmetic on them is integer arithmetic; casts from fp32 truncate.
 * A load or store that leaves its tensor reads or writes whatever memory is there, silently.
 * Every call of a device function patches triton.language again, which is most of the run time.
+* Sums and products of integers are computed again in 64 bits, for an assertion that is off: half of the rest.
 
-`install()` closes all three. It changes classes of triton.runtime.interpreter in this process, so only tests call it,
+`install()` closes all four. It changes classes of triton.runtime.interpreter in this process, so only tests call it,
 after TRITON_INTERPRET=1 has been set and before the first launch.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -197,6 +200,25 @@ def _install_fast_calls():
     interp.InterpretedFunction.__call__, interp.GridExecutor.__call__ = call, launch
 
 
+def _install_plain_integers():
+    options = interp.interpreter_builder.options
+    assert not options.debug  # what looks at the 64-bit results
+    interp.interpreter_builder.options = replace(options, sanitize_overflow=False)
+
+
+def _install_known_types():
+    """The NumPy type of a Triton type is looked up; the stock function makes a table of all of them in each call."""
+    stock, known = interp._get_np_dtype, {}
+
+    def np_dtype(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = stock(kind)
+        return known[name]
+
+    interp._get_np_dtype = np_dtype
+
+
 _installed = False
 
 
@@ -207,4 +229,6 @@ def install():
         _install_bf16()
         _install_bounds()
         _install_fast_calls()
+        _install_plain_integers()
+        _install_known_types()
         _installed = True

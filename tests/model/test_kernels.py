@@ -1,5 +1,6 @@
 """The kernels in the model: Triton (interpreted) and torch train alike; ALiBi, windows and NLPE mean what they say."""
 
+import importlib
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from flagscale_like.model.build import build_chunks, check_platform
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.runtime.parallel import parallel_context
 from flagscale_like.runtime.platforms.cpu import CpuPlatform
-from tests.harness import build_engine, run_ranks, tiny_config, train_steps
+from tests.harness import REPOSITORY, build_engine, run_ranks, tiny_config, train_steps
 
 OPERATORS = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy")
 POSITIONS = {
@@ -51,10 +52,17 @@ def train_two_steps(config: RunConfig) -> list[tuple[float, float]]:
         return train_steps(build_engine(config, ctx), config, 2)
 
 
+def train_two_steps_interpreted(config: RunConfig) -> list[tuple[float, float]]:
+    """With the kernel tests' interpreter, which is quicker than Triton's own and refuses to leave a tensor."""
+    importlib.import_module("interpreter_fixes").install()
+    return train_two_steps(config)
+
+
 @pytest.mark.parametrize("name", POSITIONS)
-def test_triton_and_torch_train_alike(name, tmp_path):
+def test_triton_and_torch_train_alike(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tests" / "kernels")  # the ranks have this path too
     (torch_losses,) = run_ranks(1, train_two_steps, config_of(tmp_path, "torch", name))
-    (triton_losses,) = run_ranks(1, train_two_steps, config_of(tmp_path, "triton", name))
+    (triton_losses,) = run_ranks(1, train_two_steps_interpreted, config_of(tmp_path, "triton", name))
     assert triton_losses == [pytest.approx(pair, rel=1e-5) for pair in torch_losses]
     assert torch_losses[0] != torch_losses[1]
 
