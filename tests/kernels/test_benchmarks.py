@@ -12,7 +12,7 @@ from kernel_checks import BENCHMARKS, seeded
 
 import flagscale_kernels as fk
 
-PARTS = ["rope", "rms"]  # of the operators' names
+PARTS = ["rope", "swiglu"]  # of the operators' names
 SCRIPT = BENCHMARKS / "run.py"
 GPU = torch.cuda.is_available()
 
