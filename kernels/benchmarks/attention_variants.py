@@ -99,22 +99,49 @@ def _packed(lengths, d, dtype, group=2, strided=False, key_lengths=None, window=
     return make
 
 
-def _piecewise(s, s_k, d, dtype, threshold, causal=True, group=2, layout="bnsd", deterministic=True, **options):
+def _piecewise(
+    s, s_k, d, dtype, threshold, causal=True, group=2, layout="bnsd", deterministic=True, sinks=False, **options
+):  # the options of the operator
     def make(device):
         def ours(*tensors):
-            given = (_permuted(t, layout) for t in tensors)
+            given = (_permuted(t, layout) for t in tensors[:5])
             out = fk.piecewise_attention(
-                *given, threshold, causal=causal, layout=layout, deterministic=deterministic, **options
-            )
+                *given, threshold, causal=causal, layout=layout, deterministic=deterministic,
+                sinks=tensors[5] if sinks else None, **options,
+            )  # fmt: skip
             return _back(out, layout)
 
+        def reference(*tensors):
+            sink = tensors[5] if sinks else None
+            return fk.piecewise_reference(*tensors[:5], threshold, causal=causal, sinks=sink, **options)
+
         q, k = (2, 4, s, d), (2, 4 // group, s_k, d)
-        return (
-            ours,
-            lambda *t: fk.piecewise_reference(*t, threshold, causal=causal, **options),
-            tensors_of(device, dtype, q, k, q, k, k),
-            gradients(device, q),
-        )
+        return ours, reference, tensors_of(device, dtype, q, k, q, k, k, *[(4,)] * sinks), gradients(device, q)
+
+    return make
+
+
+def _piecewise_packed(lengths, d, dtype, threshold):
+    """Sequences of a pack, each against its own definition."""
+
+    def make(device):
+        cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+        def ours(*tensors):
+            return fk.piecewise_attention(
+                *tensors, threshold, causal=True, layout="tnd", cu_seqlens_q=cu, cu_seqlens_k=cu,
+                max_seqlen_q=max(lengths), max_seqlen_k=max(lengths),
+            )  # fmt: skip
+
+        def reference(*tensors):
+            outputs = []
+            for sequence in zip(*(t.split(lengths) for t in tensors)):
+                views = [t.transpose(0, 1)[None] for t in sequence]
+                outputs.append(fk.piecewise_reference(*views, threshold, causal=True)[0].transpose(0, 1))
+            return torch.cat(outputs)
+
+        q, k = (sum(lengths), 4, d), (sum(lengths), 2, d)
+        return ours, reference, tensors_of(device, dtype, q, k, q, k, k), gradients(device, q)
 
     return make
 
@@ -159,6 +186,10 @@ def flash_variants(tiny):
         )
     for d in (16, 32, 72, 80, 96, 192, 256):
         yield Variant(f"flash causal D{d} bf16", _flash(s, s, d, BF16, **causal))
+    for d in (192, 256):  # on sm_90 a pass for dK and one for dV
+        for label in ("full", "more queries", "window", "causal one KV head", "softcap, sinks, window"):
+            rows, keys, options = shapes[label]
+            yield Variant(f"flash {label} D{d} bf16", _flash(rows, keys, d, BF16, **options))
     for d in (64, 128):
         for label in ("causal", "full", "window"):
             rows, keys, options = shapes[label]
@@ -169,6 +200,8 @@ def flash_variants(tiny):
     lengths = [size(n) for n in (333, 1, 777, 128)]
     yield Variant("flash packed D128 bf16", _packed(lengths, 128, BF16))
     yield Variant("flash packed D64 bf16", _packed(lengths, 64, BF16))
+    yield Variant("flash packed D192 bf16", _packed(lengths, 192, BF16))
+    yield Variant("flash packed D256 bf16", _packed(lengths, 256, BF16))
     yield Variant("flash packed full D128 bf16", _packed(lengths, 128, BF16, causal=False))
     yield Variant("flash packed window D128 bf16", _packed(lengths, 128, BF16, window=w))
     yield Variant("flash packed strided cu_seqlens D128 bf16", _packed(lengths, 128, BF16, strided=True))
@@ -190,6 +223,7 @@ def piecewise_variants(tiny):
         "full D128": {"causal": False},
         "MHA D128": {"group": 1},
         "softcap D128": {"softcap": 2.0},
+        "sinks D128": {"sinks": True},
         "not deterministic D128": {"deterministic": False},
         "sbnd D128": {"layout": "sbnd"},
         "bsnd D128": {"layout": "bsnd"},
@@ -197,15 +231,18 @@ def piecewise_variants(tiny):
         yield Variant(f"piecewise {name} bf16", _piecewise(s, s, 128, BF16, half, **options))
     yield Variant("piecewise fewer queries D128 bf16", _piecewise(size(333), s, 128, BF16, half))
     yield Variant("piecewise more queries D128 bf16", _piecewise(size(1300), s, 128, BF16, half))
+    lengths = [size(n) for n in (333, 1, 777, 128)]
+    yield Variant("piecewise packed D128 bf16", _piecewise_packed(lengths, 128, BF16, size(200)))
     yield Variant("piecewise D256 bf16", _piecewise(s, s, 256, BF16, half))
+    yield Variant("piecewise D192 bf16", _piecewise(s, s, 192, BF16, half))
     yield Variant("piecewise D96 bf16", _piecewise(s, s, 96, BF16, half))
     yield Variant("piecewise D128 fp16", _piecewise(s, s, 128, FP16, half))
 
 
-def longest_list(operator: str) -> int:
+def longest_list(operator: str, widths: tuple[int, ...] = (64, 96, 128)) -> int:
     """The number of configs in the longest list of the operator's kernels; asks no driver."""
     module = sys.modules[f"flagscale_kernels.{operator}"]
-    return max(len(kernel.configs(chip, d, 2)) for kernel in module.KERNELS for chip in CHIPS for d in (64, 96, 128))
+    return max(len(kernel.configs(chip, d, 2)) for kernel in module.KERNELS for chip in CHIPS for d in widths)
 
 
 def config_variants(tiny):
@@ -228,6 +265,9 @@ def config_variants(tiny):
         yield Variant(f"flash ALiBi {label}", _flash(s, s, 128, BF16, causal=True, alibi=True), config)
         yield Variant(f"flash packed {label}", _packed([size(n) for n in (333, 1, 777)], 128, BF16), config)
         yield Variant(f"flash causal D96 bf16 config {config}", _flash(s, s, 96, BF16, causal=True), config)
+    for config in range(1, longest_list("flash_attention", (192, 256))):
+        yield Variant(f"flash causal D256 bf16 config {config}", _flash(s, s, 256, BF16, causal=True), config)
+        yield Variant(f"piecewise D256 bf16 config {config}", _piecewise(s, s, 256, BF16, s // 2), config)
     for config in range(1, longest_list("piecewise_attention")):
         for d in (64, 128):
             name = f"piecewise D{d} bf16 config {config}"

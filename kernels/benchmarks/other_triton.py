@@ -3,12 +3,15 @@
     pip install --target FOLDER --no-deps triton==3.6.0
     python kernels/benchmarks/other_triton.py FOLDER [--only PARTS] [--arch 90]
 
-Installs nothing. The folder is the argument, or what FLAGSCALE_KERNELS_OTHER_TRITON names; without either it says so and ends
-with 0, which is what `make soak` does on a machine that has no other Triton. Prints a line for each case; exits with 1 if a
-kernel does not compile or does not fit into the chip's shared memory.
+What has compiled is kept in FOLDER/flagscale_kernels.json, case by case, under keys like those of known_resources.json: a run
+that is ended goes on where it was, and a run after a change compiles what has changed. Installs nothing. The folder is the
+argument, or what FLAGSCALE_KERNELS_OTHER_TRITON names; without either it says so and ends with 0, which is what `make soak`
+does on a machine that has no other Triton. Prints a line for each case; exits with 1 if a kernel does not compile or does not
+fit into the chip's shared memory.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -16,14 +19,22 @@ from pathlib import Path
 
 VARIABLE = "FLAGSCALE_KERNELS_OTHER_TRITON"
 HERE = Path(__file__).resolve().parent
+RESULTS = "flagscale_kernels.json"
 
 
-def compile_all(only: str, archs: list[int]) -> int:
+def keep(path: Path, known: dict) -> None:
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(known), encoding="utf-8")
+    scratch.replace(path)
+
+
+def compile_all(only: str, archs: list[int], results: Path) -> int:
     """Compile the cases with the Triton that is imported here. Returns the number of cases that do not compile or fit."""
     import resources  # after the choice of the Triton
     import triton
 
-    bad, compiled, known = 0, 0, {}
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    bad, compiled, kept = 0, 0, len(known)
     for arch in archs:
         for label, case in resources.cases(False):
             if only and not any(part in label for part in only.split(",")):
@@ -35,15 +46,16 @@ def compile_all(only: str, archs: list[int]) -> int:
                 print(f"BAD  sm_{arch} {label}: {type(error).__name__}: {last[0][:200]}", flush=True)
                 bad += 1
                 continue
+            new, kept = len(known) - kept, len(known)
+            if new:
+                keep(results, known)
             fat = [row["kernel"] for row in rows if not row["fits"]]
             spilling = sum(any(loop["local"] for loop in row["loops"]) for row in rows)
             bad += bool(fat)
             compiled += len(rows)
-            print(
-                f"{'BAD ' if fat else 'ok  '} sm_{arch} {label}: {len(rows)} kernels, {spilling} with spills in a loop"
-                f"{f', too large for shared memory: {fat}' if fat else ''}",
-                flush=True,
-            )
+            said = f"{len(rows)} kernels, {new} compiled now, {spilling} with spills in a loop"
+            said += f", too large for shared memory: {fat}" if fat else ""
+            print(f"{'BAD ' if fat else 'ok  '} sm_{arch} {label}: {said}", flush=True)
     print(f"Triton {triton.__version__} of {Path(triton.__file__).parents[1]}: {compiled} kernels, {bad} cases failed")
     return bad
 
@@ -58,7 +70,7 @@ def main() -> int:
     archs = [args.arch] if args.arch else [80, 90]
     if args.here:
         sys.path[:0] = [str(HERE), str(HERE.parent)]
-        return int(compile_all(args.only, archs) > 0)
+        return int(compile_all(args.only, archs, Path(args.folder) / RESULTS) > 0)
     if not args.folder:
         print(f"compiled nothing: neither an argument nor {VARIABLE} names a folder with another Triton")
         return 0
@@ -72,6 +84,7 @@ def main() -> int:
     command = [
         sys.executable,
         __file__,
+        str(folder),
         "--here",
         "--only",
         args.only,

@@ -3,6 +3,7 @@
     python kernels/benchmarks/resources.py             every kernel, variant and config: the table in docs/kernels.md
     python kernels/benchmarks/resources.py --quick     one variant of each kernel, with its default config
     python kernels/benchmarks/resources.py --write     also writes known_resources.json, for the tests
+    python kernels/benchmarks/resources.py --again     compiles what the file has, too, and names the rows that differ
     python kernels/benchmarks/resources.py --json      JSON instead of a table
 
 The default config is the one that runs without autotuning; an asterisk marks it in the table. Triton keeps what it
@@ -41,7 +42,8 @@ NAMES = (
 MODULES = {name: sys.modules[f"flagscale_kernels.{name}"] for name in NAMES}
 KNOWN = Path(__file__).resolve().with_name("known_resources.json")
 COLUMNS = ("warps", "stages", "edge", "registers", "stack", "shared", "blocks_per_sm", "HGMMA", "HMMA")
-DQ_SUMS = ("", "added", "ordered")  # how a kernel of dK and dV adds dQ up, by the constant SUM
+DQ_SUMS = ("", "added", "ordered")  # ways of a backward: how the kernel of dK and dV adds dQ up
+GIVES = {0: "", 1: "dQ added", 2: "dQ ordered", -1: "dK alone", -2: "dV alone"}  # that kernel's constant SUM
 S, B, H, F, V = 4096, 1, 4096, 11008, 32000
 
 
@@ -183,11 +185,13 @@ def cases(quick):
         ("packed D128", lambda: flash_attention(bf16, 128, packed=True, ordered=True)),
         ("causal D96", lambda: flash_attention(bf16, 96)),
         ("causal D192 V128", lambda: flash_attention(bf16, 192, v=128)),
+        ("causal D192", lambda: flash_attention(bf16, 192)),
         ("causal D256", lambda: flash_attention(bf16, 256)),
         ("softcap and sinks D128", lambda: flash_attention(bf16, 128, cap=50.0, sinks=True)),
         ("causal D128 fp16", lambda: flash_attention(fp16, 128)),
         ("causal D128 fp32", lambda: flash_attention(fp32, 128)),
         ("D64", lambda: piecewise_attention(bf16, 64)),
+        ("D192", lambda: piecewise_attention(bf16, 192)),
         ("D256", lambda: piecewise_attention(bf16, 256)),
         ("full D128", lambda: piecewise_attention(bf16, 128, causal=False)),
         *(
@@ -215,14 +219,14 @@ def write_known(known):
     KNOWN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def products(kernel, form):
+def products(kernel, form, gives):
     """The multiplications per pair of a query and a key that the kernel's matrix products need in one pass of a loop."""
     d, v = form.d_a + form.d_b, form.v_a + form.v_b
     if "forward" in kernel:
         return d + v
     if "dq_kernel" in kernel:
         return 2 * d + v
-    return 2 * d + 2 * v
+    return {"": 2 * d + 2 * v, "dK alone": 2 * d + v, "dV alone": d + v}.get(gives, 3 * d + 2 * v)
 
 
 def _row(label, launch, known):
@@ -230,14 +234,12 @@ def _row(label, launch, known):
     if launch.kernel is not None:
         known[launch.key] = offline.resources(launch.kernel)
     row, options = {"case": label, "key": launch.key, **known[launch.key]}, launch.options
-    row["dq"] = DQ_SUMS[options.get("SUM", 0)]
+    row["gives"] = GIVES[options.get("SUM", 0)]
     row |= {"bm": options.get("BM"), "bn": options.get("BN"), "edge": options.get("EDGE", "-")}
     if "FORM" not in options:  # not one tile for each pass of a loop
         row |= {"bm": None, "bn": None}
     elif row["bn"]:
-        needed = products(row["kernel"], options["FORM"])
-        needed += (options["FORM"].d_a + options["FORM"].d_b) * bool(row["dq"])
-        needed *= row["bm"] * row["bn"]
+        needed = products(row["kernel"], options["FORM"], row["gives"]) * row["bm"] * row["bn"]
         row["executed"] = [round(loop["multiplications"] / needed, 2) for loop in row["loops"]]
     return row
 
@@ -256,7 +258,7 @@ def compile_case(label, case, arch, known, quick=False):
         keys.add(one.key)
         row = _row(label, one, known)
         # A kernel's first launch in a case has the first config of its list, which is the default.
-        name = (row["kernel"], row["dq"])
+        name = (row["kernel"], row["gives"])
         row["chosen"] = name not in seen or row["bn"] is None
         seen.add(name)
         rows.append(row)
@@ -297,12 +299,15 @@ def main():
     parser.add_argument("--known", action="store_true", help="compile only what known_resources.json does not have")
     parser.add_argument("--write", action="store_true", help="as --known, and write what was compiled into that file")
     parser.add_argument(
+        "--again", action="store_true", help="compile what the file has, too; exit with 1 if a row differs"
+    )
+    parser.add_argument(
         "--most", type=int, default=10**9, help="with --known: refuse to compile more kernels than this"
     )
     args = parser.parse_args()
     archs = (args.arch,) if args.arch else (80, 90)
-    before = read_known() if args.known or args.write else {}
-    known = Limited(before, args.most)
+    stored = read_known()
+    known = Limited(stored if (args.known or args.write) and not args.again else {}, args.most)
 
     def write(keep=lambda key: True):
         # Another process may have written meanwhile. A run that is ended keeps the cases that it has compiled.
@@ -314,6 +319,10 @@ def main():
         used = {row["key"] for row in rows}
         write(used.__contains__)  # what is not used any more goes
     print(json.dumps(rows) if args.json else table(rows))
+    differ = [row for row in rows if args.again and row["key"] in stored and stored[row["key"]] != known[row["key"]]]
+    for row in differ:
+        print(f"differs from the file: {row['kernel']} {row['case']} sm_{row['arch']} {row['key']}", file=sys.stderr)
+    return int(bool(differ))
 
 
 class Limited(dict):
@@ -331,4 +340,4 @@ class Limited(dict):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -55,7 +55,7 @@ def one_config(place: int | None) -> Iterator[None]:
 
     def launch(self, *args, **options):
         lists = self.configs
-        self.configs = lambda *key: [lists(*key)[: (place or 0) + 1][-1]]
+        self.configs = lambda *key: lists(*key)[: (place or 0) + 1][-1:]
         try:
             stock(self, *args, **options)
         finally:

@@ -6,7 +6,7 @@ tile of keys and values of one KV head. Tiles with the most keys start first.
 """
 
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band
-from flagscale_kernels._dq_sums import place, sums_of
+from flagscale_kernels._dq_sums import NO_DK, NO_DV, place, sums_of
 from flagscale_kernels._tiles import (
     Terms,
     load_rows,
@@ -121,8 +121,10 @@ def _flash_dkdv_kernel(
             q_head_stride, do_head_stride, lse_head_stride, kv_head * group, group, first, terms,
             FORM.left, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
-        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
+        if SUM != NO_DK:
+            store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
+        if SUM != NO_DV:
+            store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -29,10 +29,15 @@ hopper_forward, hopper_dkdv, hopper_dq = (
 
 
 class Kernels(NamedTuple):
-    """The kernels of an operator. `added` and `ordered` give dK, dV and the sums of dQ (`_dq_sums.py`)."""
+    """The kernels of an operator. `added` and `ordered` give dK, dV and the sums of dQ (`_dq_sums.py`).
+
+    `dk` and `dv` take heads that `dkdv` has no tiles for.
+    """
 
     forward: TunedKernel
     dkdv: TunedKernel
+    dk: TunedKernel
+    dv: TunedKernel
     dq: TunedKernel
     added: TunedKernel
     ordered: TunedKernel
@@ -210,12 +215,17 @@ def _numbers(problem, *, flash):
     )  # fmt: skip
 
 
-def _options(problem, form, views):
-    """The keyword arguments of a launch that its tuning needs, and FORM."""
+def _options(problem, form, views, *, sums=False):
+    """The keyword arguments of a launch that its tuning needs, and FORM.
+
+    Tiles are listed by the width of heads: the larger one, or of kernels with `sums` of both widths their mean, as those
+    fill the registers.
+    """
     constants = form._replace(wide=False, precision="")
     aligned = descriptors_fit(views, form)
     key = (*constants, aligned, length_class(problem.max_k))
-    width = max(form.d_a + form.d_b, form.v_a + form.v_b)
+    widths = (form.d_a + form.d_b, form.v_a + form.v_b)
+    width = sum(widths) // 2 if sums else max(widths)
     return {"block_d": width, "element_bytes": problem.v.element_size(), "key": key, "FORM": form}
 
 
@@ -334,7 +344,7 @@ def backward(
     slopes = (_or(p.slopes, lse),) if flash else ()
     rest = (lse2, delta, *slopes, _or(p.cu_q, lse), _or(p.cu_k, lse), p.scale, *softmax, *lengths, *strides)
     statistics = _statistics(p, lse, flash=flash)
-    over_queries = _options(p, form, [*views[:-2:2], views[-1]])
+    over_queries = _options(p, form, [*views[:-2:2], views[-1]], sums=True)
 
     def over_keys(kernel, sums, order, sum_strides):
         kernel.launch(
@@ -343,8 +353,12 @@ def backward(
             **over_queries,
         )  # fmt: skip
 
+    def offered(kernel):
+        return kernel.offers(over_queries["block_d"], over_queries["element_bytes"])
+
     def plain_dkdv():
-        over_keys(kernels.dkdv, dq_views, lse2, dq_strides[:2])
+        for kernel in (kernels.dkdv,) if offered(kernels.dkdv) else (kernels.dk, kernels.dv):
+            over_keys(kernel, dq_views, lse2, dq_strides[:2])
 
     def plain_dq():
         kernels.dq.launch(
@@ -352,9 +366,10 @@ def backward(
             *views, *dq_views, *rest, *dq_strides, *statistics, **_options(p, form, [*views[1:-2:2], views[-2]]),
         )  # fmt: skip
 
-    if not deterministic or os.environ.get(ORDERED_VARIABLE) == "1":
+    five_products = kernels.ordered if deterministic else kernels.added
+    if (not deterministic or os.environ.get(ORDERED_VARIABLE) == "1") and offered(five_products):
         sums = SumsOfDq(p, form)
-        over_keys(kernels.ordered if deterministic else kernels.added, sums.buffers, sums.order, sums.strides)
+        over_keys(five_products, sums.buffers, sums.order, sums.strides)
         sums.write(dqs)
     elif hopper_takes(p, form, kernels, [*views, *dq_views, *dk_views, *dv_view]):
         given = {"scale": p.scale, "qk_scale": p.scale * LOG2E, "causal": form.right}

@@ -16,7 +16,7 @@ products on sm_90. Over queries (dK and dV) the same holds, or with an EDGE of 0
 loop has fewer registers and half the code, and a third more instructions for a tile.
 """
 
-from flagscale_kernels._dq_sums import NOBODYS, add_to_dq, count_tile
+from flagscale_kernels._dq_sums import NO_DK, NO_DV, NOBODYS, add_to_dq, count_tile
 from flagscale_kernels._tiles import Terms, add_product, load_rows, of_head, product, scores
 from flagscale_kernels._triton import tl, triton
 
@@ -132,13 +132,15 @@ def _dkdv_tile(
     s, slope = scores(k, q, positions, keys, terms, LEFT, RIGHT, MASKED, FORM)  # [BN, BM]
     p = tl.exp2(s * terms.to_log2 - lse[None, :])
     do = load_rows(DO, m, terms.seq_q, FORM.v, FORM.v_a, FORM.v_b, BM, True, DESCRIPTORS)
-    dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM)
-    dp = product(v, do, FORM.v_b, FORM)
-    ds = p * (dp - delta[None, :])
-    if FORM.cap:
-        ds *= slope
-    ds = ds.to(q[0].dtype)
-    dk = add_product(dk, ds, q, FORM.d_b, FORM)
+    if SUM != NO_DV:
+        dv = add_product(dv, p.to(do[0].dtype), do, FORM.v_b, FORM)
+    if SUM != NO_DK:
+        dp = product(v, do, FORM.v_b, FORM)
+        ds = p * (dp - delta[None, :])
+        if FORM.cap:
+            ds *= slope
+        ds = ds.to(q[0].dtype)
+        dk = add_product(dk, ds, q, FORM.d_b, FORM)
     if SUM > 0:
         a = tl.dot(tl.trans(ds), k[0], input_precision=FORM.precision)
         b = a
@@ -187,7 +189,7 @@ def dkdv_band(
 ):  # fmt: skip
     """Add dS^T Q to dk and P^T dO to dv for a group of query heads; the caller multiplies dk by the softmax scale.
 
-    SUM: also add dS K, without the softmax scale, to `sums` (`_dq_sums.py`).
+    SUM: also add dS K, without the softmax scale, to `sums`, or leave out dk or dv (`_dq_sums.py`).
     terms.slope is the inverse of the softmax scale here, by which the slopes in memory are multiplied.
     """
     keys = (first_key + tl.arange(0, BN))[:, None]

@@ -1,7 +1,8 @@
 """Triton functions for dQ as a sum in memory: the kernel of dK and dV adds dS K of its keys to it, five products in all.
 
 SUM is a constant of that kernel: APART leaves dQ to a kernel of its own, ADDED adds in the order in which programs come,
-ORDERED adds in the order of the keys, from the last to the first, so that each run gives the same bits.
+ORDERED adds in the order of the keys, from the last to the first, so that each run gives the same bits. With ONLY_DK or
+ONLY_DV it leaves dQ, and dV or dK, to others: a pass for each has registers for wide heads, and computes S again.
 
 The sums are a buffer of our own, fp32 [batch, heads, rows, WIDTH] with rows to spare behind each sequence: whole tiles are
 added without masks, and one address a thread is enough. `_attention_launch.py` makes it and reads it.
@@ -18,6 +19,8 @@ from typing import NamedTuple
 from flagscale_kernels._triton import interpreting, tl, triton
 
 APART, ADDED, ORDERED = 0, 1, 2
+ONLY_DK, ONLY_DV = -1, -2
+NO_DV, NO_DK = tl.constexpr(ONLY_DK), tl.constexpr(ONLY_DV)  # the values of SUM that leave a gradient out
 _INTERPRETED = tl.constexpr(interpreting())
 
 # Each thread reads the count until it is the given number. Labels and registers are local to the braces.

@@ -5,7 +5,7 @@ The far band has the keys j <= p - threshold with (Q2, K2), the near band the ot
 
 from flagscale_kernels._attention_kernels import RUNTIME, start_softmax, store_output
 from flagscale_kernels._bands import attend_band, dkdv_band, dq_band
-from flagscale_kernels._dq_sums import place, sums_of
+from flagscale_kernels._dq_sums import NO_DK, NO_DV, place, sums_of
 from flagscale_kernels._tiles import Terms, load_rows, program, rows_at, rows_of, sequence, store_rows, zeros
 from flagscale_kernels._triton import tl, triton
 
@@ -98,7 +98,8 @@ def _piecewise_dkdv_kernel(
             True, FORM.right, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
         dk_rows = rows_at(DK1, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
+        if SUM != NO_DK:
+            store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
 
         far = Terms(seq_q, seq_k, 0, -threshold, 0.0, to_cap, from_cap, to_log2)
         q_rows = rows_of(Q2, batch, 0, q_start, q2_batch_stride, q2_head_stride, q2_seq_stride, FORM.wide, DESCRIPTORS)
@@ -113,8 +114,10 @@ def _piecewise_dkdv_kernel(
             False, True, FORM, BM, BN, EDGE, DESCRIPTORS, SUM,
         )  # fmt: skip
         dk_rows = rows_at(DK2, batch, kv_head, k_start, dk_batch_stride, dk_head_stride, dk_seq_stride, FORM.wide)
-        store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
-        store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
+        if SUM != NO_DK:
+            store_rows(dk_rows, first, seq_k, dk, softmax_scale, FORM.d, FORM.d_a, FORM.d_b, BN)
+        if SUM != NO_DV:
+            store_rows(dv_rows, first, seq_k, dv, 1.0, FORM.v, FORM.v_a, FORM.v_b, BN)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

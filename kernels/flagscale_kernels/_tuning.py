@@ -76,8 +76,8 @@ def tile_lists(
 ) -> Callable[[int, int, int], list[Config]]:
     """Return the `configs` function of a TunedKernel.
 
-    Each dictionary has a list for head dimensions up to its key. `other` is for chips that are neither sm_80 nor sm_90: it
-    fits into 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have.
+    Each dictionary has a list for head dimensions up to its key; above the last key the kernel is not offered. `other` is for
+    chips that are neither sm_80 nor sm_90: it fits into 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have.
     """
 
     def configs(chip: int, block_d: int, element_bytes: int) -> list[Config]:
@@ -86,7 +86,7 @@ def tile_lists(
         if element_bytes == 4:  # exact fp32 products do not use the matrix units; for tests
             return [float32]
         lists = {80: sm80, 90: sm90}.get(chip, other)
-        return lists[min(width for width in lists if block_d <= width)]
+        return next((lists[width] for width in sorted(lists) if block_d <= width), [])
 
     return configs
 
@@ -122,6 +122,11 @@ class TunedKernel:
         self.kernel, self.configs, self.chip, self.milliseconds = kernel, configs, chip, milliseconds
         self.name = kernel.__name__
         self.chosen: dict[tuple, Config] = {}
+        self.last: Config | None = None  # of the newest launch
+
+    def offers(self, block_d: int, element_bytes: int) -> bool:
+        """Whether there are tiles of this width for this chip."""
+        return bool(self.configs(self.chip(), block_d, element_bytes))
 
     def launch(
         self,
@@ -138,6 +143,7 @@ class TunedKernel:
         """
 
         def run(config: Config) -> None:
+            self.last = config
             self.kernel[grid(config)](*args, **constexprs, **config.launch_options())
 
         configs = self.configs(self.chip(), block_d, element_bytes)

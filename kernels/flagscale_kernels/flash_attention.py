@@ -28,7 +28,7 @@ from flagscale_kernels._attention_checks import (
 from flagscale_kernels._attention_kernels import _flash_dkdv_kernel, _flash_dq_kernel, _flash_forward_kernel
 from flagscale_kernels._attention_launch import NO_BOUND, Kernels, Launcher, Problem
 from flagscale_kernels._checks import choose_backend
-from flagscale_kernels._dq_sums import ADDED, APART, ORDERED
+from flagscale_kernels._dq_sums import ADDED, APART, ONLY_DK, ONLY_DV, ORDERED
 from flagscale_kernels._layouts import PACKED, as_bnsd, from_bnsd, sizes
 from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
@@ -80,6 +80,7 @@ forward_kernel = TunedKernel(
     tile_lists(
         sm80={
             128: [Config(bm=128, bn=64, warps=8, stages=3, edge=3), Config(bm=128, bn=32, warps=8, stages=3)],
+            192: [Config(bm=128, bn=32, warps=8, stages=2, edge=2)],
             256: [Config(bm=64, bn=64, warps=8, stages=1)],
         },
         sm90={
@@ -110,7 +111,8 @@ DKDV_TILES = tile_lists(
     sm80={
         64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
         128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2), Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        192: [Config(bm=16, bn=64, warps=4, stages=2, edge=2)],
+        160: [Config(bm=16, bn=64, warps=4, stages=2, edge=2)],
+        192: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
         256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0), Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
     },
     sm90={
@@ -124,8 +126,7 @@ DKDV_TILES = tile_lists(
             Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True),
             Config(bm=32, bn=128, warps=8, stages=2, edge=0),
         ],
-        192: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],
-        256: [Config(bm=64, bn=64, warps=8, stages=1, edge=0, descriptors=True)],
+        160: [Config(bm=32, bn=128, warps=8, stages=2, edge=0)],  # above, DK_TILES and DV_TILES
     },
     other={
         128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
@@ -137,6 +138,29 @@ DKDV_TILES = tile_lists(
 dkdv_kernel = TunedKernel(
     Launcher(_flash_dkdv_kernel, "_flash_dkdv_kernel", descriptors={0: "BM", 3: "BM"}, SUM=APART),
     DKDV_TILES,
+)
+DK_TILES, DV_TILES = (
+    tile_lists(
+        sm80={}, sm90=sm90, other={}, float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=0),
+    )
+    for sm90 in (
+        {
+            192: [Config(bm=32, bn=128, warps=8, stages=2, edge=2)],
+            256: [Config(bm=32, bn=128, warps=8, stages=2, edge=2, descriptors=True)],
+        },
+        {
+            192: [Config(bm=32, bn=128, warps=8, stages=2, edge=2)],
+            256: [Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True)],
+        },
+    )
+)  # fmt: skip
+dk_kernel, dv_kernel = (
+    TunedKernel(Launcher(_flash_dkdv_kernel, name, descriptors={0: "BM", 3: "BM"}, SUM=what), tiles)
+    for name, what, tiles in (
+        ("_flash_dk_kernel", ONLY_DK, DK_TILES),
+        ("_flash_dv_kernel", ONLY_DV, DV_TILES),
+    )
 )
 DQ_TILES = tile_lists(
     sm80={
@@ -170,32 +194,35 @@ dq_kernel = TunedKernel(
     Launcher(_flash_dq_kernel, "_flash_dq_kernel", descriptors={1: "BN", 2: "BN"}),
     DQ_TILES,
 )
-FIVE_PRODUCT_TILES = tile_lists(
-    sm80={
-        64: [Config(bm=64, bn=64, warps=4, stages=2, edge=2)],
-        96: [Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
-        128: [Config(bm=32, bn=64, warps=4, stages=2, edge=2)],
-        256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-    },
-    sm90={
-        64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True)],
-        128: [Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True)],
-        256: [Config(bm=32, bn=64, warps=8, stages=1, edge=0)],
-    },
-    other={
-        128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
-        256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
-    },
-    float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
-    interpreter=Config(bm=32, bn=64, edge=2),
+ADDED_TILES, ORDERED_TILES = (
+    tile_lists(
+        sm80={
+            64: [Config(bm=64, bn=64, warps=4, stages=stages, edge=edge)],
+            96: [Config(bm=64, bn=64, warps=4, stages=2, edge=0)],
+            128: [Config(bm=32, bn=64, warps=4, stages=stages, edge=edge)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+        },
+        sm90={
+            64: [Config(bm=64, bn=128, warps=8, stages=2, edge=2, descriptors=True)],
+            128: [Config(bm=64, bn=128, warps=8, stages=2, edge=0, descriptors=True)],  # above, seven products
+        },
+        other={
+            128: [Config(bm=32, bn=64, warps=8, stages=2, edge=0)],
+            256: [Config(bm=32, bn=32, warps=4, stages=1, edge=0)],
+        },
+        float32=Config(bm=32, bn=32, warps=4, stages=1, edge=0),
+        interpreter=Config(bm=32, bn=64, edge=2),
+    )
+    for stages, edge in ((1, 0), (2, 2))  # the addresses of atomics leave no registers for a deeper pipeline on sm_80
 )
 added_kernel, ordered_kernel = (
-    TunedKernel(
-        Launcher(_flash_dkdv_kernel, name, descriptors={0: "BM", 3: "BM"}, zeroed=(4, 5), SUM=how), FIVE_PRODUCT_TILES
+    TunedKernel(Launcher(_flash_dkdv_kernel, name, descriptors={0: "BM", 3: "BM"}, zeroed=(4, 5), SUM=how), tiles)
+    for name, how, tiles in (
+        ("_flash_added_kernel", ADDED, ADDED_TILES),
+        ("_flash_ordered_kernel", ORDERED, ORDERED_TILES),
     )
-    for name, how in (("_flash_added_kernel", ADDED), ("_flash_ordered_kernel", ORDERED))
 )
-KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, added_kernel, ordered_kernel)
+KERNELS = Kernels(forward_kernel, dkdv_kernel, dk_kernel, dv_kernel, dq_kernel, added_kernel, ordered_kernel)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

@@ -30,7 +30,7 @@ from flagscale_kernels._attention_checks import (
 )
 from flagscale_kernels._attention_launch import NO_BOUND, Kernels, Launcher, Problem
 from flagscale_kernels._checks import check_same, choose_backend, require
-from flagscale_kernels._dq_sums import ADDED, APART, ORDERED
+from flagscale_kernels._dq_sums import ADDED, APART, ONLY_DK, ONLY_DV, ORDERED
 from flagscale_kernels._operators import autocast_to, operator
 from flagscale_kernels._piecewise_kernels import (
     _piecewise_dkdv_kernel,
@@ -39,9 +39,12 @@ from flagscale_kernels._piecewise_kernels import (
 )
 from flagscale_kernels._tuning import Config, TunedKernel, tile_lists
 from flagscale_kernels.flash_attention import (
+    ADDED_TILES,
+    DK_TILES,
     DKDV_TILES,
     DQ_TILES,
-    FIVE_PRODUCT_TILES,
+    DV_TILES,
+    ORDERED_TILES,
     fake_output,
     run_backward,
 )
@@ -90,6 +93,7 @@ forward_kernel = TunedKernel(
     tile_lists(
         sm80={
             128: [Config(bm=128, bn=32, warps=8, stages=2), Config(bm=128, bn=64, warps=8, stages=2, edge=2)],
+            192: [Config(bm=128, bn=32, warps=8, stages=2, edge=2)],
             256: [Config(bm=64, bn=64, warps=8, stages=1)],
         },
         sm90={
@@ -119,6 +123,13 @@ dkdv_kernel = TunedKernel(
     Launcher(_piecewise_dkdv_kernel, "_piecewise_dkdv_kernel", descriptors={0: "BM", 2: "BM", 5: "BM"}, SUM=APART),
     DKDV_TILES,
 )
+dk_kernel, dv_kernel = (
+    TunedKernel(Launcher(_piecewise_dkdv_kernel, name, descriptors={0: "BM", 2: "BM", 5: "BM"}, SUM=what), tiles)
+    for name, what, tiles in (
+        ("_piecewise_dk_kernel", ONLY_DK, DK_TILES),
+        ("_piecewise_dv_kernel", ONLY_DV, DV_TILES),
+    )
+)
 
 
 def _dq_tiles(*key: int) -> list[Config]:
@@ -135,11 +146,14 @@ added_kernel, ordered_kernel = (
         Launcher(
             _piecewise_dkdv_kernel, name, descriptors={0: "BM", 2: "BM", 5: "BM"}, zeroed=(6, 7, 8), SUM=how
         ),
-        FIVE_PRODUCT_TILES,
+        tiles,
     )
-    for name, how in (("_piecewise_added_kernel", ADDED), ("_piecewise_ordered_kernel", ORDERED))
+    for name, how, tiles in (
+        ("_piecewise_added_kernel", ADDED, ADDED_TILES),
+        ("_piecewise_ordered_kernel", ORDERED, ORDERED_TILES),
+    )
 )  # fmt: skip
-KERNELS = Kernels(forward_kernel, dkdv_kernel, dq_kernel, added_kernel, ordered_kernel)
+KERNELS = Kernels(forward_kernel, dkdv_kernel, dk_kernel, dv_kernel, dq_kernel, added_kernel, ordered_kernel)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

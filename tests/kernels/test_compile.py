@@ -33,39 +33,36 @@ class Known(NamedTuple):
 
     Attributes:
         parts: of the names of its rows.
-        gates: that they do not pass.
+        gate: that they do not pass.
         reason: why.
-        share: the most accesses to local memory over the instructions of a loop, where SPILL is among the gates.
+        share: the most accesses to local memory over the instructions of a loop.
+        at_edges: the loop with the fewest instructions, which most tiles take, has no such access.
     """
 
     parts: tuple[str, ...]
-    gates: set[str]
+    gate: str
     reason: str
-    share: float = 0.0
+    share: float
+    at_edges: bool = False
 
 
-SUMS = "dK and dV leave few registers, and the addresses of dQ's sums take some of them"
-AHEAD = "an H200 had this tile ahead of 32x128, which spills nothing (2026-11-26, dense, an earlier kernel)"
-FILLED = "the sums of dK and dV fill the registers above D 128: 8 warps share 64 rows, which computes S twice"
-EDGES = "only a loop over tiles at the edge of a band reads a few addresses again"
+AHEAD = "an H200 took 6 to 26 % more time with 32x128, which spills nothing (results/, 2026-11-26, edge 1, by pointers)"
+SUMS = "dK, dV and the addresses of atomics: at D 96 no tile of the same products spills less; at 192 and 256 1 and 5 reads"
+FILLED = "the sums take 160 registers of 255, for one read in 456 instructions; dK and dV apart compute a product more"
+EDGES = "a loop over the few tiles at the edge of a band reads some addresses again, the main loop none"
 WINDOW = "a window's second bound takes registers; 128x32, the next of the list, spills nothing"
 TIMED = "not the default: twice the default's tile, for a few spilled addresses; listed so that tuning can time both"
 # An entry that nothing needs any more fails the test.
 KNOWN_FAILURES = [
-    Known(("_flash_dkdv_kernel", "D128", "sm_90", "64x128", "edge 2"), {SPILL}, AHEAD, 0.07),
-    Known(("_flash_dkdv_kernel", "D128", "sm_90", "64x128", "edge 0"), {SPILL}, AHEAD, 0.05),
-    Known(("_piecewise_dkdv_kernel", "D128", "sm_90", "64x128"), {SPILL}, AHEAD, 0.016),
-    Known(("_flash_dkdv_kernel", "D96", "sm_90", "64x128"), {SPILL}, AHEAD, 0.035),
-    Known(("dkdv_kernel", ", dQ "), {SPILL}, SUMS, 0.08),
-    Known(("_flash_dkdv_kernel", "D192", "sm_90"), {SPILL, TWICE, UNIT}, FILLED, 0.03),
-    Known(("dkdv_kernel", "D256", "sm_90"), {SPILL, TWICE, UNIT}, FILLED, 0.15),
-    Known(("dkdv_kernel", "sm_80, 64x64, 4 warps, 2 stages, edge 2"), {SPILL}, TIMED, 0.036),
-    Known(("_piecewise_forward_kernel", "sm_80, 128x64"), {SPILL}, TIMED, 0.01),
-    Known(("_flash_forward_kernel", "window", "sm_80"), {SPILL}, WINDOW, 0.017),
-    Known(("_flash_forward_kernel", "packed", "sm_90", "128x128"), {SPILL}, EDGES, 0.015),
-    Known(("_flash_dq_kernel", "D128"), {SPILL}, EDGES, 0.02),
-    Known(("_piecewise_dq_kernel",), {SPILL}, EDGES, 0.02),
-    Known(("_hopper_dkdv_kernel", "D128"), {SPILL}, "its sums take 128 registers of 240", 0.015),
+    Known(("_flash_dkdv_kernel", "sm_90", "64x128"), SPILL, AHEAD, 0.075),
+    Known(("_piecewise_dkdv_kernel", "sm_90", "64x128"), SPILL, AHEAD, 0.041),
+    Known(("_flash_dkdv_kernel", "D192 V128", "sm_90"), SPILL, FILLED, 0.003),
+    Known(("dkdv_kernel", "sm_80", "dQ added"), SPILL, SUMS, 0.08),
+    Known(("dkdv_kernel", "sm_80, 64x64, 4 warps, 2 stages, edge 2"), SPILL, TIMED, 0.036),
+    Known(("_flash_forward_kernel", "window", "sm_80"), SPILL, WINDOW, 0.017),
+    Known(("_forward_kernel",), SPILL, EDGES, 0.015, at_edges=True),
+    Known(("dq_kernel",), SPILL, EDGES, 0.043, at_edges=True),
+    Known(("_hopper_dkdv_kernel", "D128"), SPILL, "its sums take 128 registers of 240", 0.015),
 ]
 
 
@@ -80,8 +77,8 @@ def compiled(*options):
 def named(row):
     tile = f", {row['bm']}x{row['bn']}, {row['warps']} warps, {row['stages']} stages" if row["bn"] else ""
     edge = f", edge {row['edge']}" if row["bn"] else ""
-    summed = f", dQ {row['dq']}" if row["dq"] else ""
-    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}{tile}{edge}{summed}"
+    gives = f", {row['gives']}" if row["gives"] else ""
+    return f"{row['kernel']} ({row['case']}) on sm_{row['arch']}{tile}{edge}{gives}"
 
 
 def is_attention(row):
@@ -122,9 +119,10 @@ def excuses(failure, row):
     return [
         i
         for i, known in enumerate(KNOWN_FAILURES)
-        if gate in known.gates
+        if gate == known.gate
         and all(part in name for part in known.parts)
-        and (gate != SPILL or spilled(row) <= known.share)
+        and spilled(row) <= known.share
+        and not (known.at_edges and min(row["loops"], key=lambda loop: loop["instructions"])["local"])
     ]
 
 
@@ -157,7 +155,7 @@ def test_every_variant_and_config_keeps_the_matrix_units_busy(rows):
 
 def test_a_new_threshold_of_piecewise_attention_compiles_nothing(rows):
     d128 = [row for row in rows if row["case"] == "D128" and "piecewise" in row["kernel"] and row["chosen"]]
-    distinct = {(row["arch"], row["kernel"], row["dq"]) for row in d128}
+    distinct = {(row["arch"], row["kernel"], row["gives"]) for row in d128}
     assert len(d128) == len(distinct) == 10, d128
 
 

@@ -133,6 +133,18 @@ def test_each_chip_and_width_has_its_list():
     assert LISTS(90, 256, 2) == [Config(bm=32, bn=64)]
     assert LISTS(90, 64, 4) == [Config(bm=16, bn=16)]
     assert LISTS(120, 64, 2) == LISTS(-1, 64, 2) == [Config(bm=64, bn=32)]
+    assert LISTS(90, 512, 2) == []
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize("operator", ["flash_attention", "piecewise_attention"])
+def test_every_width_has_a_kernel_for_dk_and_dv(operator, chip):
+    kernels = sys.modules[f"flagscale_kernels.{operator}"].KERNELS
+    for width in (16, 64, 96, 128, 160, 192, 256):
+        together, dk, dv = (kernel.configs(chip, width, 2) for kernel in (kernels.dkdv, kernels.dk, kernels.dv))
+        assert together or (dk and dv)
+        assert kernels.dq.configs(chip, width, 2)
+        assert not (chip == 90 and width > 160 and together), "their sums do not fit into the registers of one pass"
 
 
 @pytest.mark.parametrize("chip", [80, 90])
