@@ -1,12 +1,13 @@
 """Counts the bytes that all ranks together read of a checkpoint or of a Hugging Face folder, and times the load.
 
-    python benchmarks/load_reads.py --ranks 4 --folder /path/on/the/disk
+    python benchmarks/load_reads.py --ranks 4 [--tp 2] --folder /path/on/the/disk
 
-The script saves a bf16 model on that many data-parallel ranks, without a step, and exports it. Then the same number of ranks
+The script saves a bf16 model on that many ranks, without a step, and exports it. Then the same number of ranks
 go on from the checkpoint, begin a new run from it (`checkpoint.load`), and begin one from the Hugging Face folder
 (`checkpoint.init_from_hf`). A part of a checkpoint's file counts with the bytes that are copied out of it, a Hugging Face
-tensor with all of its bytes each time that a rank asks for it. The check of all files at the start of a run is counted apart.
-The script calls only what earlier versions have, so that they can be measured with PYTHONPATH set to their source.
+tensor with all of its bytes each time that a rank asks for it, or with those of the rows that it asks for. The check of all
+files at the start of a run is counted apart. The script calls only what earlier versions have, so that they can be measured
+with PYTHONPATH set to their source.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ MODEL = {
 }
 
 
-def config_of(run_dir: Path, **changes: Any) -> RunConfig:
+def config_of(run_dir: Path, tp: int, **changes: Any) -> RunConfig:
     """A run of the model in bf16."""
-    return tiny_config(run_dir, model=MODEL, train__precision="bf16", **changes)
+    return tiny_config(run_dir, model=MODEL, train__precision="bf16", parallel={"tp": tp}, **changes)
 
 
 def save(config: RunConfig) -> None:
@@ -73,9 +74,17 @@ def load(config: RunConfig) -> tuple[int, int, float]:
 
     def counted_tensor(folder: HfFolder, name: str, **options: Any) -> Any:
         found = tensor(folder, name, **options)
-        read.append(found.nbytes if options.get("whole", True) else 0)  # else a few bytes of it are read
+        read.append(found.nbytes if options.get("whole", True) else 0)  # else a few bytes of it are read, or rows
         return found
 
+    rows = getattr(HfFolder, "rows", None)
+
+    def counted_rows(folder: HfFolder, rule: Any, first: int, stop: int) -> Any:
+        found = rows(folder, rule, first, stop)
+        read.append(found.nbytes if stop - first < rule.shape[0] else 0)  # all rows: counted_tensor has counted them
+        return found
+
+    HfFolder.rows = counted_rows
     store.check_file, CheckpointReader._copy, HfFolder.hf_tensor = counted_check, counted_copy, counted_tensor
     with parallel_context(config.parallel) as ctx:
         ctx.barrier()
@@ -88,17 +97,18 @@ def load(config: RunConfig) -> tuple[int, int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks among them")
     parser.add_argument("--folder", type=Path, help="where the files are written; they are removed at the end")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         run, hf = Path(root) / "run", Path(root) / "hf"
-        run_ranks(options.ranks, save, config_of(run))
+        run_ranks(options.ranks, save, config_of(run, options.tp))
         saved = run / "checkpoints" / "step_00000000"
         export(CheckpointReader(saved), hf)
         loads = {
-            "go on from the checkpoint": (saved, config_of(run)),
-            "checkpoint.load": (saved, config_of(Path(root) / "a", checkpoint__load=str(run))),
-            "checkpoint.init_from_hf": (hf, config_of(Path(root) / "b", checkpoint__init_from_hf=str(hf))),
+            "go on from the checkpoint": (saved, config_of(run, options.tp)),
+            "checkpoint.load": (saved, config_of(Path(root) / "a", options.tp, checkpoint__load=str(run))),
+            "checkpoint.init_from_hf": (hf, config_of(Path(root) / "b", options.tp, checkpoint__init_from_hf=str(hf))),
         }
         for name, (folder, config) in loads.items():
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != manifest.INDEX)

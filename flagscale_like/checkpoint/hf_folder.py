@@ -90,7 +90,7 @@ class HfFolder:
         self._dtypes: dict[str, torch.dtype] = {}
         self.left_out = self._behind_the_decoder(settings)
         self._check_tensors()
-        self._last: tuple[Rule, Tensor] | None = None
+        self._last: tuple[Rule, tuple[int, int], Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[HfFolder], tuple[Path]]:
         """Another process opens the folder itself."""
@@ -296,6 +296,22 @@ class HfFolder:
         tensor = rule.to_core(tuple(self.hf_tensor(name).to(own) for name in rule.hf), self.arch)
         return tensor if dtype is None else tensor.to(dtype)
 
+    def rows(self, rule: Rule, first: int, stop: int) -> Tensor:
+        """Rows [first, stop) of part(); of the Hugging Face tensors no other rows are read."""
+        sources = rule.row_sources(self.arch) if stop - first < rule.shape[0] else None
+        if sources is None:
+            return self.part(rule)[first:stop]
+        sources = sources[first:stop]
+        out = torch.zeros(stop - first, *rule.shape[1:], dtype=self.dtype(rule.core))
+        begin = 1
+        for name, shape in zip(rule.hf, rule.hf_shapes(self.arch), strict=True):
+            (places,) = torch.where((sources >= begin) & (sources < begin + shape[0]))
+            if len(places):
+                found = self.hf_tensor(name, whole=False)
+                out[_as_slice(places)] = found[_as_slice(sources[places] - begin)].to(out.dtype)
+            begin += shape[0]
+        return out
+
     def check(self, target: Fragment) -> None:
         """Whether `target` can be read: the tensor is there in the model's shape, up to the vocabulary's padding.
 
@@ -308,7 +324,7 @@ class HfFolder:
             raise ConversionError(f"{self.folder}: {target.key} has shape {shape}, the model's {target.global_shape}")
 
     def grain(self, target: Fragment) -> int:
-        """A rule's tensors are rearranged whole: of stacked experts one is read for itself; see WeightSource."""
+        """One replica reads all rows of a tensor; of stacked experts one is read for itself; see WeightSource."""
         return target.numel if self._by_core[target.key][0].expert is None else prod(target.shape[1:])
 
     def read(self, kind: str, target: Fragment, out: Tensor) -> None:
@@ -323,20 +339,39 @@ class HfFolder:
         if elements_within(target, shape) < target.numel:
             out.zero_()
         for rule in self._by_core[target.key]:
-            piece = fragment_of(rule, shape)
-            if next(overlaps(piece, target), None) is None:
+            wanted = _rows_within(fragment_of(rule, shape), target, at=0 if rule.expert is None else 1)
+            if wanted is None:
                 continue
-            if self._last is None or self._last[0] is not rule:  # gate and up are two fragments of one tensor
-                self._last = (rule, self.part(rule))
-            copy_overlap(piece, self._last[1].reshape(-1), target, out)
+            if self._last is None or self._last[:2] != (
+                rule,
+                wanted,
+            ):  # a quantized matrix is unpacked whole for any rows
+                self._last = (rule, wanted, self.rows(rule, *wanted))
+            copy_overlap(fragment_of(rule, shape, wanted), self._last[2].reshape(-1), target, out)
 
 
-def fragment_of(rule: Rule, shape: tuple[int, ...]) -> Fragment:
+def _rows_within(piece: Fragment, target: Fragment, at: int) -> tuple[int, int] | None:
+    """The first and the end of the rows of a piece that the target needs, along dimension `at`; None: it needs none."""
+    both = [(low[at], high[at]) for _, _, low, high in overlaps(piece, target)]
+    return (min(low for low, _ in both), max(high for _, high in both)) if both else None
+
+
+def _as_slice(numbers: Tensor) -> slice | Tensor:
+    """Ascending numbers as a slice, which needs no copy, if none is left out."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    consecutive = last - first + 1 == len(numbers) and bool((numbers.diff() == 1).all())
+    return slice(first, last + 1) if consecutive else numbers
+
+
+def fragment_of(rule: Rule, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> Fragment:
     """The elements that a rule is about.
 
     Args:
         shape: of megatron-core's whole tensor.
+        rows: the first and the end of the rows of the rule's tensor; all without.
     """
-    if rule.expert is None:
-        return Fragment(rule.core, shape, (0,) * len(shape), shape, 0, rule.numel)
-    return Fragment(rule.core, shape, (rule.expert, *(0,) * (len(shape) - 1)), (1, *shape[1:]), 0, rule.numel)
+    first, stop = rows or (0, rule.shape[0])
+    offset, part = (first, *(0,) * (len(rule.shape) - 1)), (stop - first, *rule.shape[1:])
+    if rule.expert is not None:
+        offset, part = (rule.expert, *offset), (1, *part)
+    return Fragment(rule.core, shape, offset, part, 0, prod(part))

@@ -46,6 +46,19 @@ class Direct:
         """Shapes of the tensors in `hf`."""
         return tuple(tuple(t.shape) for t in self.to_hf(torch.empty(self.shape, device="meta"), arch))
 
+    def row_sources(self, arch: ModelArch) -> Tensor | None:
+        """Where each row of megatron-core's tensor comes from: 1 + its row in the tensors of `hf`, one below the other; 0 for
+        padding. [rows]. None: the rule does more than to rearrange rows.
+        """
+        counts = [shape[0] for shape in self.hf_shapes(arch)]
+        numbers = torch.arange(1, sum(counts) + 1)
+        try:
+            found = self.to_core(numbers.unsqueeze(1).split(counts), arch)
+        except RuntimeError:  # it needs the columns
+            return None
+        rearranged = found.shape == (self.shape[0], 1) and torch.equal(found[found > 0].sort().values, numbers)
+        return found.flatten() if rearranged else None
+
 
 Rule = Direct
 

@@ -14,6 +14,7 @@ from flagscale_like.errors import ConversionError
 from flagscale_like.families import FAMILIES, read_config
 from flagscale_like.families.features import NOT_EXPRESSED
 from flagscale_like.families.settings import Settings
+from flagscale_like.families.weight_map import Direct
 from tests.families import tiny
 
 
@@ -195,3 +196,38 @@ def test_a_head_size_that_qwen2_does_not_have_is_refused_by_name():
         ConversionError, match="qwen2 cannot express the model: .* model.head_dim 16 as 8; choose another"
     ):
         FAMILIES["qwen2"].hf_config(arch)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "baichuan2-7b", "deepseek_v2"])
+def test_rows_of_a_matrix_are_read_without_the_others(name, tmp_path, monkeypatch):
+    folder = HfFolder(tiny.make(name, tmp_path))
+    names = []
+    tensor = HfFolder.hf_tensor
+    monkeypatch.setattr(
+        HfFolder, "hf_tensor", lambda self, name, **more: (names.append(name), tensor(self, name, **more))[1]
+    )
+    for rule in folder.rules:
+        assert rule.row_sources(folder.arch) is not None
+        whole, rows = folder.part(rule), rule.shape[0]
+        for first, stop in ((0, rows // 2), (rows // 2, rows), (rows // 3, rows // 3 + 1)):
+            assert torch.equal(folder.rows(rule, first, stop), whole[first:stop])
+        if type(rule).__name__ == "GatedMLP":
+            names.clear()
+            folder.rows(rule, 0, rows // 4)
+            assert names == [rule.hf[0]]  # of gate and up, the gate alone
+
+
+def test_a_rule_that_does_more_than_rearrange_rows_is_applied_to_the_whole_tensor(llama):
+    class Scaled(Direct):
+        def to_core(self, tensors, arch):
+            return tensors[0] * 2
+
+    class Transposed(Direct):
+        def to_core(self, tensors, arch):
+            return tensors[0].T
+
+    folder = HfFolder(llama)
+    for kind in (Scaled, Transposed):
+        rule = kind("decoder.layers.0.mlp.linear_fc2.weight", (48, 80), ("model.layers.0.mlp.down_proj.weight",))
+        assert rule.row_sources(folder.arch) is None
+        assert torch.equal(folder.rows(rule, 3, 5), folder.part(rule)[3:5])
