@@ -226,6 +226,17 @@ def check_file(folder: Path, record: FileRecord) -> str | None:
     return None
 
 
+def misnamed(folder: Path) -> list[str]:
+    """What is wrong with the name of a checkpoint's folder: it gives another step than the checkpoint is of."""
+    if not folder.name.startswith("step_") or not folder.name[5:].isdigit():
+        return []
+    try:
+        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
+    except (OSError, *BAD_JSON, KeyError, TypeError):  # the file's own check tells
+        return []
+    return [] if step == step_of(folder) else [f"is of step {step}: rename it to {step_name(step)}"]
+
+
 def verify_files(folder: Path, *, processes: int, with_index: bool = True) -> list[str]:
     """Every damaged or missing file of a checkpoint. Several processes read them, and compare bytes alone.
 
@@ -248,11 +259,11 @@ def verify_files(folder: Path, *, processes: int, with_index: bool = True) -> li
 
 
 def newest_whole(root: Path, *, processes: int) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file has its size and checksum, and why newer ones were rejected."""
+    """The newest checkpoint with its step's name and with its files' sizes and checksums; and why newer ones were rejected."""
     rejected = []
     for folder in step_folders(root):
         try:
-            problems = verify_files(folder, processes=processes, with_index=False)
+            problems = misnamed(folder) + verify_files(folder, processes=processes, with_index=False)
         except CheckpointError as error:
             problems = [str(error)]
         if not problems:

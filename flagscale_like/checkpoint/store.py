@@ -32,6 +32,7 @@ from flagscale_like.checkpoint.manifest import (
     STATE,
     TEMPORARY,
     check_file,
+    misnamed,
     publish,
     read_manifest,
     remove,
@@ -314,7 +315,7 @@ def _describe(error: BaseException | None, rank: int) -> str | None:
 
 def verify(folder: Path, ctx: ParallelContext) -> list[str]:
     """What is wrong with a checkpoint's files; the ranks check a share each and all get the whole list."""
-    problems = []
+    problems = misnamed(folder)
     try:
         records = read_manifest(folder)
         for record in records[ctx.rank :: ctx.world_size]:

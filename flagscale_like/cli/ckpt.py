@@ -62,7 +62,7 @@ def ckpt_verify(
     processes: Processes = None,
 ) -> None:
     """Compare the size and checksum of each file of a checkpoint, or of a run's newest checkpoint, with the manifest."""
-    from flagscale_like.checkpoint.manifest import find_checkpoint, read_records, verify_files
+    from flagscale_like.checkpoint.manifest import find_checkpoint, misnamed, read_records, verify_files
     from flagscale_like.errors import CheckpointError
 
     folder = find_checkpoint(checkpoint)
@@ -72,6 +72,8 @@ def ckpt_verify(
     records = [*records, index] if index else records
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of {len(records)} files are damaged: {'; '.join(problems)}")
+    if wrong := misnamed(folder):
+        raise CheckpointError(f"{folder}: {wrong[0]}")
     size = sum(record.size_bytes for record in records)
     typer.echo(f"{folder}: {len(records)} files are intact ({size / 1e6:,.1f} MB, {size / 1e9 / seconds:.2f} GB/s)")
 

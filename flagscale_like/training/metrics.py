@@ -172,7 +172,9 @@ def plot_losses(run_dir: Path) -> None:
     for name, style, width in lines:
         if points := thinned(curves[name].points):
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=width)
-    starts = [r["step"] for r in read_records(RunFolder(run_dir).resilience) if r.get("event") == "start"]
+    starts = [
+        r["step"] for r in read_records(RunFolder(run_dir).resilience) if r.get("event") == "start" and "step" in r
+    ]
     for number, step in enumerate(sorted({step for step in starts if step > 0})):
         axes.axvline(step, color="gray", linestyle=":", linewidth=0.8, label=None if number else "resumed")
     axes.set_xlabel("step")

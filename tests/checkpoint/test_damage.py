@@ -66,6 +66,10 @@ DAMAGE = {
     "swapped shards": (swap, "rank_0000"),
     "a flipped bit in the state": (lambda f: flip_a_bit(f / "state.json"), "state.json: checksum"),
     "a missing manifest": (lambda f: (f / "manifest.json").unlink(), "not a checkpoint, or an unfinished one"),
+    "another step's files": (
+        lambda f: shutil.copytree(f.parent / "step_00000001", f, dirs_exist_ok=True),
+        "is of step 1: rename it to step_00000001",
+    ),
     "half a manifest": (lambda f: os.truncate(f / "manifest.json", 40), "manifest.json is damaged"),
 }
 
@@ -93,6 +97,11 @@ def test_every_damage_is_found_and_the_newest_good_checkpoint_is_chosen(good, tm
 def test_verify_names_every_damaged_file_with_several_processes(good, tmp_path):
     folder = shutil.copytree(good, tmp_path / good.name)
     assert verify_files(folder, processes=2) == []
+    renamed = folder.rename(tmp_path / "step_00000009")
+    assert str(CliRunner().invoke(app, ["ckpt", "verify", str(renamed)]).exception).endswith(
+        "step_00000009: is of step 2: rename it to step_00000002"
+    )
+    renamed.rename(folder)
     flip_a_bit(folder / SHARD)
     os.truncate(folder / "state.json", 3)
     problems = verify_files(folder, processes=2)
