@@ -98,12 +98,15 @@ def load_weights(
                 )
         except (CheckpointError, ConversionError) as error:
             misfits[piece.box.key] = str(error)
-    gathered = ctx.gather((misfits, sorted({piece.box.key for _, piece in everything})))
-    known = {key for _, keys in gathered for key in keys}
-    unfit = {key for found, _ in gathered for key in found}
-    problems = sorted({text for found, _ in gathered for text in found.values()})
-    extra = set(keys_of(source, prefix)) - known - {prefix + name for name in unused}
-    problems += [f"{source.folder}: the model has no {key}" for key in sorted(extra)]
+    gathered = ctx.gather(misfits)
+    unfit = {key for found in gathered for key in found}
+    problems = sorted({text for found in gathered for text in found.values()})
+    # Added up, a number for each key of the source: to gather names would take memory that grows with the number of ranks.
+    keys, own = sorted(keys_of(source, prefix)), {piece.box.key for _, piece in everything}
+    holders = ctx.sum([float(key in own) for key in keys])
+    expected = {prefix + name for name in unused}
+    extra = [key for key, count in zip(keys, holders, strict=True) if not count and key not in expected]
+    problems += [f"{source.folder}: the model has no {key}" for key in extra]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
     held: dict[nn.Parameter, list[Piece]] = {}
