@@ -162,7 +162,10 @@ def check_losses(folder: Path) -> bool:
     train_all(files["cpu"], FLAGSCALE_LIKE_DEVICE="cpu")
     for cpu, device in zip(*files.values(), strict=True):
         _share_beginning(cpu.with_suffix(""), device.with_suffix(""))
-    train_all(files["device"])
+    try:
+        train_all(files["device"])
+    except KeyboardInterrupt:  # gpu_first.py, before the time is over
+        print("BAD   interrupted; what the runs have done:")
     results = [
         _compared(f"{name}, {precision}", *(losses_of(files[side][i].with_suffix("")) for side in places), precision)
         for i, (name, precision, _) in enumerate(runs)

@@ -28,6 +28,8 @@ def providers(workload):
     found = {OURS: lambda w: w.ours}
     if workload.added is not None:
         found |= {ORDERED: lambda w: w.ours, ADDED: lambda w: w.added}
+    if workload.other_code:  # the definition holds all scores in memory, and other implementations lack most of these
+        return found | ({} if torch.cuda.is_available() else {"torch": lambda w: w.reference})
     found["torch"] = lambda w: w.reference
     if not torch.cuda.is_available():
         return found
@@ -40,6 +42,11 @@ def providers(workload):
         if _installed(package) and (provider := operators.get(workload.operator)) and _takes(name, workload)
     }
     return found
+
+
+def lacking() -> list[str]:
+    """The packages of other implementations that are not installed."""
+    return sorted({package for package, _ in OTHERS.values() if not _installed(package)})
 
 
 def _takes(name, workload):

@@ -1,8 +1,9 @@
 """The rows of the benchmark in the order of their worth, and how one is computed."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import config_times
 import goals
@@ -87,9 +88,19 @@ def _measured(workload, name, provider, device):
         amount = work["forward"] + work["backward"] if direction == "both" else work[direction]
         row = {"kind": "time", "operator": workload.operator, "shape": workload.shape, "provider": name,
                "direction": direction, **times}  # fmt: skip
+        tiles = _tiles(workload) if name.startswith(peers.OURS) else {}
         time_ms = times["milliseconds"]
         rate = {"tflop_per_s": amount / time_ms / 1e9} if workload.flops else {"gb_per_s": amount / time_ms / 1e6}
-        yield row | rate
+        yield row | rate | ({"tiles": tiles} if tiles else {})
+
+
+def _tiles(workload):
+    """{kernel: config} of the newest launches of the operator's kernels, which are those of the call that was measured."""
+    kernels = getattr(sys.modules.get(f"flagscale_kernels.{workload.operator}"), "KERNELS", ())
+    found = {kernel.name.strip("_"): asdict(kernel.last) for kernel in kernels if kernel.last}
+    for kernel in kernels:
+        kernel.last = None
+    return found
 
 
 def checks(tiny: bool, parts: list[str]) -> Iterator[Row]:
@@ -100,20 +111,27 @@ def checks(tiny: bool, parts: list[str]) -> Iterator[Row]:
 
 
 def timings(device_name: str, tiny: bool, parts: list[str]) -> Iterator[Row]:
-    """The card's own rates, our kernels where there is a goal, the peers there, ours elsewhere, and the other peers."""
+    """The card's own rates, ours where there is a goal and where the code is other, the peers at goals, and the rest."""
     yield Row("card", _rates, for_goals=True)
     found = [w for w in workloads.workloads(device_name, tiny) if not parts or any(p in w.operator for p in parts)]
     with_goal = [w for w in found if goals.is_goal(w.operator, w.shape)]
-    without = [w for w in found if w not in with_goal]
-    for part in (with_goal, without):
-        for ours in (True, False):
-            for workload in part:
-                for name, provider in peers.providers(workload).items():
-                    if name.startswith(peers.OURS) == ours:
-                        row = Row(f"time {workload.operator} {workload.shape} {name}", _times(workload, name, provider))
-                        row = replace(row, for_goals=ours and part is with_goal)
-                        long = name in (peers.OURS, peers.ADDED) or "compile" in name
-                        yield replace(row, seconds=180.0) if long else row
+    other_code = [w for w in found if w.other_code]
+    rest = [w for w in found if w not in with_goal and not w.other_code]
+    for part, ours in (
+        (with_goal, True),
+        (other_code, True),
+        (with_goal, False),
+        (rest, True),
+        (rest, False),
+        (other_code, False),
+    ):
+        for workload in part:
+            for name, provider in peers.providers(workload).items():
+                if name.startswith(peers.OURS) == ours:
+                    row = Row(f"time {workload.operator} {workload.shape} {name}", _times(workload, name, provider))
+                    row = replace(row, for_goals=ours and part is with_goal)
+                    long = name in (peers.OURS, peers.ADDED) or "compile" in name
+                    yield replace(row, seconds=180.0) if long else row
 
 
 def configs(device_name: str, tiny: bool, parts: list[str], wide: bool) -> Iterator[Row]:

@@ -75,6 +75,7 @@ def options():
     parser.add_argument("--wide", action="store_true", help="with --configs: time configs that are not listed, too")
     parser.add_argument("--no-checks", action="store_true", help="measure without checking the numbers before")
     parser.add_argument("--goals", action="store_true", help="measure only our kernels where there is a goal")
+    parser.add_argument("--rest", action="store_true", help="measure only what --goals leaves out")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check at a time")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="by default kernels/benchmarks/results"
@@ -99,7 +100,7 @@ def main():
         return 0
     now = datetime.datetime.now(datetime.UTC)
     device = "stand-in" if rehearsal else torch.cuda.get_device_name()
-    report = Report(args.out / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M%S}", peers.OURS)
+    report = Report(args.out / f"{device.replace(' ', '_')}-{now:%Y%m%d-%H%M%S}", peers.OURS, judge=not args.rest)
     until = started + args.minutes * 60 - WRAP_UP_SECONDS * (args.minutes > 1)
     order = {"seed": args.stand_in, "hang_seconds": args.hang_seconds, "parts": parts, "configs": args.configs,
              "wide": args.wide}  # fmt: skip
@@ -110,6 +111,10 @@ def main():
     else:
         checks = [] if args.no_checks else plan.checks(*where[1:])
         timings = [row for row in plan.timings(*where) if row.for_goals or not args.goals]
+        if args.rest:
+            timings = [row for row in timings if not row.for_goals or row.key == "card"]
+        if peers.lacking() and not args.goals:
+            report.add({"kind": "note", "text": f"not installed, so not timed: {', '.join(peers.lacking())}"})
         stages = [(args.jobs, checks), (1, timings)]
     for jobs, rows in stages:
         limited = [plan.replace(row, seconds=min(row.seconds, args.row_seconds)) for row in rows]

@@ -1,5 +1,6 @@
 """The workloads of the benchmark: operators with their shapes, and the least traffic or work of each."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Workload:
     flops: dict[str, float] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     added: Callable | None = None  # `ours` with dQ added up by atomics
+    other_code: bool = False  # kernels whose code differs from that at the shapes with goals
 
 
 def workloads(device, tiny=False):
@@ -133,7 +135,52 @@ def workloads(device, tiny=False):
                 reference=lambda q1, k1, q2, k2, v, t=s // 2: _piecewise(q1, k1, q2, k2, v, t),
                 flops=flops, options={"threshold": s // 2, "heads": n, "kv_heads": n_kv, "d": d},
             ))  # fmt: skip
+    return [*found, *_other_kernels(rand, tiny)]
+
+
+def _other_kernels(rand, tiny):
+    """Attention whose kernels differ in code from those of plain causal attention: widths, masks, packs, caps, sinks."""
+    b, n, s = (1, 4, 16) if tiny else (2, 16, 8192)
+    found = []
+    for name, d, v, options in (
+        ("latent", 192, 128, {}),
+        ("wide", 256, 256, {}),
+        ("window 1024", 128, 128, {"window": 1023}),
+        ("softcap", 128, 128, {"softcap": 50.0}),
+        ("sinks", 128, 128, {"sinks": True}),
+        ("packed", 128, 128, {"packed": True}),
+    ):
+        d, v = (d // 8, v // 8) if tiny else (d, v)
+        seen = min(s, options.get("window", s - 1) + 1)  # keys of the last query
+        pairs = seen * s - seen * (seen - 1) / 2
+        flops = {"forward": 2.0 * b * n * pairs * (d + v), "backward": 2.0 * b * n * pairs * (3 * d + 2 * v)}
+        found.append(Workload(
+            operator="flash_attention", shape=f"b{b} n{n}/{n} s{s} d{d}/{v} causal {name}", differentiable=(0, 1, 2),
+            ours=functools.partial(_attend, options, True), added=functools.partial(_attend, options, False),
+            tensors=lambda d=d, v=v: [rand(b, n, s, width) for width in (d, d, v)],
+            reference=lambda q, k, v, options=options: fk.attention_reference(
+                q, k, v, causal=True, window=options.get("window"), softcap=options.get("softcap", 0.0),
+            )[0],
+            flops=flops, options={"causal": True, "heads": n, "kv_heads": n, "d": d}, other_code=True,
+        ))  # fmt: skip
     return found
+
+
+def _attend(options, deterministic, q, k, v):
+    """Causal attention of [b, n, s, d] with the options. "packed": the batch as a pack of its sequences."""
+    given = {"causal": True, "deterministic": deterministic} | {
+        k: options[k] for k in ("window", "softcap") if k in options
+    }
+    if "sinks" in options:
+        given["sinks"] = torch.zeros(q.shape[1], device=q.device)
+    if "packed" not in options:
+        return fk.flash_attention(q, k, v, **given)
+    b, _, s, _ = q.shape
+    ends = torch.arange(0, (b + 1) * s, s, device=q.device, dtype=torch.int32)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    return fk.flash_attention(
+        q, k, v, layout="tnd", cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=s, max_seqlen_k=s, **given
+    )
 
 
 def _piecewise(q1, k1, q2, k2, v, threshold):
