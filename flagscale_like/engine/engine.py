@@ -343,6 +343,18 @@ class Engine:
         return [router for model in self.models for router in model.routers]
 
     @functools.cached_property
+    def shared_experts(self) -> dist.ProcessGroup | None:
+        """The ranks that have to make each pass together, as they hold experts of other copies; None where a copy has all.
+
+        With ep 1, and with experts on the tensor-parallel ranks of a copy alone, a copy has all experts that it needs.
+        """
+        groups = self.ctx.groups
+        if self.spec.arch.experts is None or groups.ep.size() == 1:
+            return None
+        ranks, same = set(dist.get_process_group_ranks(groups.ep)), set(dist.get_process_group_ranks(groups.tp))
+        return None if ranks <= same else groups.ep
+
+    @functools.cached_property
     def owned(self) -> list[OwnedShard]:
         """What this rank owns of the parameters, gradients and optimizer states."""
         return list(owned_shards(self.models, self.optimizer, self.ctx, _prefix(self.name)))

@@ -55,14 +55,14 @@ class OwnEngine:
         decode: the text of some tokens; stop strings need it.
 
     Attributes:
-        version, at_once: see GenerationEngine.
+        version, at_once, has_copy: see GenerationEngine.
         figures: what was done so far.
 
     Raises:
         ConfigError: the model is a reward or an embedding model, or the room is more than it takes.
     """
 
-    at_once = False
+    at_once = has_copy = False
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class OwnEngine:
         self.engine, self.forward = engine, StepForward(engine)
         self.cache = KeyValueCache(engine.models, rows)
         self.schedule = Schedule(self.cache, max(most_tokens, rows + 1))
-        self.together = _shared_experts(engine)
+        self.together = engine.shared_experts
 
     # GenerationEngine
 
@@ -118,18 +118,25 @@ class OwnEngine:
             self.check(prompt, sampling)
 
     def _generate(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
+        for ended in self._parts(asked):
+            yield from ended
+
+    def _parts(self, asked: Sequence[tuple[Prompt, Sampling]], steps: int = 0) -> Iterator[list[Rollout]]:
+        """The rollouts that ended: as soon as there is one; with `steps`, after each so many steps, perhaps none."""
         texts = set(itertools.chain.from_iterable(self.add(prompt, sampling) for prompt, sampling in asked))
         try:
             with self.engine.evaluation():  # once: ranks have different numbers of rollouts
                 left = self._any_left(bool(texts))
                 while left:
-                    ended: list[Text] = []
+                    ended: list[Rollout] = []
                     with self.forward.ready():
-                        while left and not ended:
-                            ended = [text for text in self.step() if text.rollout.finish and text in texts]
-                            texts.difference_update(ended)
-                            left = self._any_left(bool(texts))
-                    yield from (text.rollout for text in ended)
+                        made = 0
+                        while left and (made < steps if steps else not ended):
+                            new = [text for text in self.step() if text.rollout.finish and text in texts]
+                            texts.difference_update(new)
+                            ended += [text.rollout for text in new]
+                            left, made = self._any_left(bool(texts)), made + 1
+                    yield ended
         finally:
             self.cancel(texts)
 
@@ -283,12 +290,3 @@ class OwnEngine:
             raise ConfigError(
                 f"prompt {prompt.number} has a token that is not below {vocab}: is it of another tokenizer?"
             )
-
-
-def _shared_experts(engine: Engine) -> dist.ProcessGroup | None:
-    """The group whose ranks have to make their steps together, as each holds experts of the others' texts; or None."""
-    groups = engine.ctx.groups
-    if engine.spec.arch.experts is None or groups.ep.size() == 1:
-        return None
-    ranks, same = set(dist.get_process_group_ranks(groups.ep)), set(dist.get_process_group_ranks(groups.tp))
-    return None if ranks <= same else groups.ep

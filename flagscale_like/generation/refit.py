@@ -29,6 +29,7 @@ from flagscale_like.model.build import LanguageModel, build_chunks
 from flagscale_like.runtime.parallel import ParallelContext, whole_on_each_rank
 
 BUFFER_BYTES = 512 << 20  # what a rank receives at a time
+EXCHANGE_STEPS = 32  # tokens of a text between two times that ranks tell each other which texts have ended
 
 Held = tuple[nn.Parameter, Piece]
 
@@ -193,15 +194,16 @@ def _rounds(
 class RefitEngine(OwnEngine):
     """Generates with a whole copy of the model on each rank, whatever the layout of training is.
 
-    Ranks that share a model or its rows in training (tp, pp, cp) share its prompts: each draws the texts of some, at its own
-    pace, and in the end all have all rollouts. load() brings the trainer's weights over; sleep() gives their memory back.
+    Ranks that share a model or its rows in training (tp, pp, cp) share its prompts: each draws the texts of some, and every
+    EXCHANGE_STEPS steps all get the rollouts that have ended. load() brings the trainer's weights over; sleep() gives their
+    memory back.
 
     Args:
         trained: the engine that is trained.
         options: OwnEngine's.
     """
 
-    at_once = True
+    has_copy = True
 
     def __init__(self, trained: Engine, **options: Any) -> None:
         spec, ctx = trained.spec, whole_on_each_rank(trained.ctx)
@@ -222,7 +224,7 @@ class RefitEngine(OwnEngine):
         self.version = version
 
     def generate_each(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
-        """See OwnEngine. The rollouts come once all have ended, in the order of the prompts.
+        """See OwnEngine. The rollouts come in one order on all ranks that share them.
 
         Raises:
             ConfigError: also without weights, before the first load() and after sleep().
@@ -234,10 +236,17 @@ class RefitEngine(OwnEngine):
 
     def _shared(self, asked: Sequence[tuple[Prompt, Sampling]]) -> Iterator[Rollout]:
         rank, ranks = self.sharing.rank(), self.sharing.size()
-        found: list[list[Rollout]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(found, list(self._generate(asked[rank::ranks])), group=self.sharing)
-        order = {prompt.number: place for place, (prompt, _) in enumerate(asked)}
-        yield from sorted((r for some in found for r in some), key=lambda r: (order[r.prompt], r.sample))
+        if ranks == 1:
+            yield from self._generate(asked)
+            return
+        parts, found = self._parts(asked[rank::ranks], EXCHANGE_STEPS), [None] * ranks
+        while True:
+            dist.all_gather_object(
+                found, next(parts, None), group=self.sharing
+            )  # None: all of a rank's texts have ended
+            if not any(part is not None for part in found):
+                return
+            yield from (rollout for part in found for rollout in part or ())
 
     def sleep(self) -> None:
         """Give back the memory of the weights, keys and values. Afterwards load() has to bring the weights again."""

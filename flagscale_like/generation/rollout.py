@@ -79,10 +79,13 @@ class GenerationEngine(Protocol):
         version: of its weights; it counts the updates. -1 where it has none, and load() has to come before generate(): an
             engine with a copy of its own begins like this, and gives the copy up with sleep().
         at_once: whether the rollouts come together, when the last one has ended.
+        has_copy: whether it has weights of its own on the ranks that learn, whose memory sleep() gives back: no other model
+            is run before.
     """
 
     version: int
     at_once: bool
+    has_copy: bool
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         """Draw the rollouts of all prompts. Each comes as it ends, in one order on all ranks that share a model.

@@ -24,6 +24,7 @@ from flagscale_like.errors import ConfigError, DataError, PlatformError
 from flagscale_like.generation.hf_weights import WeightSpec, weight_specs
 from flagscale_like.generation.manifest import checked_weights
 from flagscale_like.generation.rollout import Prompt, Rollout, Sampling
+from flagscale_like.generation.sampling import check_sampling
 from flagscale_like.runtime.parallel import ParallelContext
 
 BUCKET_BYTES = 512 << 20  # of the weights under way at a time
@@ -114,10 +115,10 @@ class VllmEngine:
         version: of the weights; -1 before the first load(), and after sleep().
     """
 
-    at_once = True
+    at_once = has_copy = True
 
     def __init__(self, llm: Any, arch: ModelArch, ctx: ParallelContext, *, dtype: torch.dtype, room: int) -> None:
-        self.llm, self.ctx, self.room, self.version = llm, ctx, room, -1
+        self.llm, self.ctx, self.room, self.version, self.vocab_size = llm, ctx, room, -1, arch.vocab_size
         self._weights: Iterable[tuple[str, Tensor]] = ()
         self._asleep, self._whole = False, False
         factory = _module("distributed.weight_transfer").WeightTransferTrainerFactory
@@ -181,11 +182,13 @@ class VllmEngine:
         else is in the batch, so that a text may come out differently with others beside it.
 
         Raises:
-            ConfigError: a prompt leaves no room, no weights are loaded, or top-k or top-p is asked for with a temperature:
-                vLLM gives one log-probability a token, and the trainer compares with that of the whole distribution.
+            ConfigError: a prompt leaves no room, no weights are loaded, a number of the sampling is out of its range, or
+                top-k or top-p is asked for with a temperature: vLLM gives one log-probability a token, and the trainer
+                compares with that of the whole distribution.
             DataError: vLLM gave a text up.
         """
         self._check_weights()
+        check_sampling(sampling, self.vocab_size)
         if self._asleep:
             raise ConfigError("vLLM is asleep: wake() comes before generate()")
         if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k):

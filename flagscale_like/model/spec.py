@@ -108,3 +108,8 @@ class ModelSpec:
     def tied(self) -> bool:
         """Whether the output layer's weight is the embedding's. A head without a vocabulary has a weight of its own."""
         return self.arch.tie_embeddings and self.head == "language_model"
+
+
+def layout_beside(arch: ModelArch, layout: Parallel) -> Parallel:
+    """The layout of a model on the ranks of another one: as the other's, but a dense model has no experts to spread."""
+    return layout if arch.experts is not None else layout.model_copy(update={"ep": 1})

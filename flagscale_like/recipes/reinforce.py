@@ -14,7 +14,7 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import CheckpointError
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
-from flagscale_like.model.spec import ModelSpec
+from flagscale_like.model.spec import ModelSpec, layout_beside
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import MakeParts, announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
@@ -88,7 +88,7 @@ def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple
         raise CheckpointError(f"{path}: is a reward model, and a judge has to write: give a language model")
     spec = ModelSpec(
         arch=opened.source.arch,
-        parallel=ctx.layout,
+        parallel=layout_beside(opened.source.arch, ctx.layout),
         precision=precision,  # type: ignore[arg-type]
         lora=getattr(opened.source, "lora", None),
     )

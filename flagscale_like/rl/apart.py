@@ -69,7 +69,7 @@ class DrawnApart:
         engine: the policy.
     """
 
-    at_once = True
+    at_once, has_copy = True, False
 
     def __init__(self, engine: Engine, bridge: Bridge) -> None:
         self.engine, self.bridge = engine, bridge

@@ -16,10 +16,9 @@ def drawn(
     load: Callable[[], None] = lambda: None,
     asleep: Sequence[TrainingMemory] = (),
 ) -> Iterator[Rollout]:
-    """Draw rollouts; each comes as it ends, or all together where the engine gives them at once. All ranks call it alike.
+    """Draw rollouts; each comes as the engine gives it. All ranks call it alike.
 
-    The drawing has begun when this returns. When the last rollout was taken, the engine sleeps, and training's memory is
-    back. An engine that gives its rollouts at once sleeps before the first is given: its memory is free for scoring.
+    The drawing has begun when this returns. Once the last rollout is taken, the engine sleeps and training's memory is back.
 
     Args:
         load: gives the engine its weights, once there is room for them.
@@ -35,11 +34,7 @@ def drawn(
 def _taken(
     generator: GenerationEngine, rollouts: Iterator[Rollout], asleep: Sequence[TrainingMemory]
 ) -> Iterator[Rollout]:
-    if generator.at_once:
-        rollouts = iter(list(rollouts))
-        generator.sleep()
     yield from rollouts
-    if not generator.at_once:
-        generator.sleep()
+    generator.sleep()
     for memory in asleep:
         memory.wake()

@@ -2,7 +2,8 @@
 
 What scores a copy's rollouts is no concern of the other copies: no rank waits for one of another copy. So a function, a
 command and a judge behind a URL are asked in a thread, by one rank of the copy, and a reward model makes passes of its own.
-What needs all ranks at once has no early form: a reward model with experts, a judge on our own engine.
+What needs all ranks at once has no early form: a reward model whose copies share experts. Nor has a judge on our own engine,
+which draws, too: all verdicts in one batch take fewer passes than those of each prompt.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ class Early(Protocol):
         ...
 
 
-def early_form(source: RewardSource, answer_of: AnswerOf, samples_of: SamplesOf, *, is_first: bool) -> Early | None:
+def early_form(
+    source: RewardSource, answer_of: AnswerOf, samples_of: SamplesOf, *, is_first: bool, passes: bool = True
+) -> Early | None:
     """How a source scores early; None where it cannot.
 
     Args:
         is_first: whether this rank is the first of its copy.
+        passes: whether a model may make passes before the end.
     """
     if isinstance(source, JudgedAnswers):
         source = source.outside or source
     if isinstance(source, AskedByMain):
         return AskedInThread(source.source, answer_of, samples_of, asks=is_first)
-    if isinstance(source, RewardModel) and source.engine.spec.arch.experts is None:
+    if isinstance(source, RewardModel) and passes and source.engine.shared_experts is None:
         return ScoredInPasses(source, answer_of)
     return None
 
@@ -93,7 +97,7 @@ class AskedInThread:
 
 
 class ScoredInPasses:
-    """A reward model scores answers whenever they fill a pass; one without experts, of which each copy scores its own."""
+    """A reward model scores answers whenever they fill a pass; each copy scores its own, and shares no experts."""
 
     def __init__(self, model: RewardModel, answer_of: AnswerOf) -> None:
         self.model, self.answer_of, self.room = model, answer_of, PassRoom(model.engine.spec)

@@ -253,6 +253,7 @@ class RlRun:
             self._answer,
             lambda prompt: (self._asks[prompt].group, self._asks[prompt].samples),
             with_old=self.with_old and not stale,
+            passes=not self.generator.has_copy,
         )
         with models.evaluation():
             for rollout in rollouts:

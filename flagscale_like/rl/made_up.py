@@ -39,7 +39,7 @@ def made_up_prompts(config: RunConfig) -> list[Row]:
 class MadeUpGenerator(GenerationEngine):
     """Draws the longest rollouts, without a model."""
 
-    version, at_once = 0, False
+    version, at_once, has_copy = 0, False, False
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Rollout]:
         count = sampling.max_new_tokens

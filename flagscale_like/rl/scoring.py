@@ -46,7 +46,7 @@ def token_numbers(engine: Engine, objective: Objective, rollouts: Sequence[Rollo
     """
     spec, ctx = engine.spec, engine.ctx
     micro_batches = Deal.of([places_of(rollout) for rollout in rollouts], spec, 1).micro_batches(0)
-    if spec.arch.experts:  # the ranks exchange tokens: all need the same number of passes
+    if engine.shared_experts is not None:  # all ranks need the same number of passes
         step = spec.parallel.pp if spec.parallel.vpp > 1 else 1
         most = max(ctx.gather(len(micro_batches)))
         micro_batches += [[[]] * spec.micro_batch_size] * (-(-most // step) * step - len(micro_batches))
@@ -64,14 +64,15 @@ def token_numbers(engine: Engine, objective: Objective, rollouts: Sequence[Rollo
 class Scorer:
     """Scores the rollouts of one call of the generation engine. All ranks make and call it alike, in Models.evaluation().
 
-    `add` takes each rollout as it ends. Models without experts score them between two tokens of the others, whenever they
-    fill the rows of a pass; what the reward does meanwhile is in rl.early. `finish` scores the rest, and asks what needs all
-    ranks at once, or the policy's place.
+    `add` takes each rollout as it ends. Models score them between two tokens of the others, whenever they fill the rows of a
+    pass; what the reward does meanwhile is in rl.early. `finish` scores the rest, and asks what needs all ranks at once, or
+    the policy's place.
 
     Args:
         answer_of: the reward's view of a rollout.
         group_of: by the number of a prompt, its group and how many rollouts are drawn of it.
         with_old: whether the policy computes log-probabilities again.
+        passes: whether models may make passes before finish(). Those whose copies share experts never do.
     """
 
     def __init__(
@@ -82,25 +83,26 @@ class Scorer:
         group_of: Callable[[int], tuple[int, int]],
         *,
         with_old: bool,
+        passes: bool = True,
     ) -> None:
         self.models, self.reward, self.answer_of, self.group_of = models, reward, answer_of, group_of
         ctx, spec = models.policy.ctx, models.policy.spec
         self.ctx, self.with_old = ctx, with_old
-        self.overlaps = not spec.arch.experts  # whose ranks exchange tokens, and make all passes together
+        self.passes = passes and models.policy.shared_experts is None
         self.room = PassRoom(spec)
         self.rollouts: list[Rollout] = []
         self.numbers: dict[str, list[Tensor]] = {}
         self._done: int | None = None  # rollouts that the models have scored; None before their first pass
         self.sources = _named_sources(reward)
         forms = {
-            name: early_form(source, answer_of, lambda prompt: group_of(prompt)[1], is_first=ctx.speaks)
+            name: early_form(source, answer_of, lambda prompt: group_of(prompt)[1], is_first=ctx.speaks, passes=passes)
             for name, source in self.sources.items()
         }
         self.early = {name: form for name, form in forms.items() if form is not None}
 
     def add(self, rollout: Rollout) -> None:
         """A rollout has ended."""
-        if self.room.is_full(places_of(rollout)) and self.overlaps:
+        if self.room.is_full(places_of(rollout)) and self.passes:
             self._score_new()
         self.rollouts.append(rollout)
         for source in self.early.values():

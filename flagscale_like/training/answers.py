@@ -78,7 +78,7 @@ def item_values(
 
 
 def own_values(engine: Engine, items: Items, objective: Objective) -> np.ndarray | None:
-    """As item_values(), by the one copy of a model without experts whose ranks call it. Others need not.
+    """As item_values(), by the one copy of a model whose ranks call it. Others need not, where they share no experts.
 
     Returns:
         On the copy's last stage, on its first tensor- and context-parallel rank, float32 [items, ...]; None on the others.

@@ -6,6 +6,7 @@ import torch
 
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import ConfigError
+from flagscale_like.generation import refit
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.refit import RefitEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
@@ -55,11 +56,15 @@ def refitted():
         with parallel_context(config.parallel) as ctx:
             engine = trained(layout, changes, ctx)
             own = RefitEngine(engine, rows=4)
+            refit.EXCHANGE_STEPS = 2
             with pytest.raises(ConfigError, match="has no weights"):
                 own.generate([], SAMPLING)
             rounds = [str(dtype) for dtype, _ in own.refit.rounds]
             own.load((), 7)
             first = weights_of(own.engine), drawn(own)
+            texts = own.generate([Prompt(p, i, samples=9) for i, p in enumerate(some_prompts())], SAMPLING)
+            steps = own.figures.steps, next(texts), own.figures.steps, len(list(texts)), own.figures.steps
+            assert steps[0] < steps[2] < steps[4], "a rollout comes before the last one has ended"
             own.sleep()
             asleep = sum(p.untyped_storage().nbytes() for p in own.engine.model.parameters()) + own.cache.nbytes
             with torch.no_grad():

@@ -132,15 +132,23 @@ SCORED = {
 }
 
 
+EARLY = (
+    ({"pp": 2}, {}),
+    ({}, {}),
+    ({"tp": 2, "sp": True, "ep": 2}, {"model__experts": {"count": 4, "top_k": 2, "ffn_hidden_size": 48}}),
+    ({"tp": 2}, {"rollout": {"engine": "refit"}}),
+)
+
+
 def early_and_late(folder):
-    """Of each layout: what happened in a run, in order; and the numbers of it, and of one that scores at the end alone."""
+    """Of each run: what happened until the last rollout was there; its numbers, and those of one that scores at the end."""
     source = {"kind": "model", "path": str(folder / "reward")}
     other = {"kind": "function", "name": "small", "weight": 0.5, "function": "tests.rl.runs:small_ids"}
     rl = SCORED | {"reward": {"kind": "mixture", "sources": [source, other]}}
     data = {"prompts": [str(folder / "words/prompts.jsonl")], "tokenizer": str(folder / "tok")}
     changes = {"data": data, "model__vocab_size": 300, "train__global_batch_size": 12, "train__seq_length": 64}
     found = []
-    for number, layout in enumerate(({"pp": 2}, {})):
+    for number, (layout, own) in enumerate(EARLY):
         happened: list[str] = []
         with ExitStack() as patched:
             for owner, name, said in (
@@ -149,10 +157,12 @@ def early_and_late(folder):
                 (OwnEngine, "sleep", lambda *_: "drawn"),
             ):
                 patched.enter_context(patch.object(owner, name, noted(happened, getattr(owner, name), said)))
-            runs = [run_once(folder / f"early {number}", folder, rl, parallel=layout, **changes)]
+            rl = rl | {"rollout": SCORED["rollout"] | own.get("rollout", {})}
+            own = changes | {name: value for name, value in own.items() if name != "rollout"} | {"parallel": layout}
+            runs = [run_once(folder / f"early {number}", folder, rl, **own)]
             patched.enter_context(patch.object(scoring, "early_form", no_form))
             patched.enter_context(patch.object(scoring.PassRoom, "is_full", lambda *_: False))
-            runs.append(run_once(folder / f"late {number}", folder, rl, parallel=layout, **changes))
+            runs.append(run_once(folder / f"late {number}", folder, rl, **own))
         found.append((happened[: happened.index("drawn") + 1], runs))
     return found
 
@@ -174,16 +184,19 @@ def no_form(*_, **__):
 
 
 def test_models_score_while_others_are_drawn_and_what_they_would_score_at_the_end(folder):
-    """Reward model, reference, critic and policy, on copies with different numbers of rollouts (two prompts, and one)."""
+    """Reward model, reference, critic and policy, on copies with different numbers of rollouts (two prompts, and one).
+
+    Also with experts that each copy has for itself. A copy of the weights that draws (refit) is gone before a model scores.
+    """
     make_folder(folder / "words")
     ranks = run_ranks(2, early_and_late, folder)
     for rank, own in enumerate(ranks):
         for number, (happened, (early, late)) in enumerate(own):
             passes = {name: happened.count(name) for name in ("reward", "log-probability", "value")}
-            busy = (
-                number == 0 or rank == 0
-            )  # the copy with one prompt draws four rollouts, which fill a row just at the end
-            assert not busy or all(passes.values()), (number, rank, happened)
+            # The copy with one prompt draws four rollouts, which fill a row just at the end.
+            busy = number != 1 or rank == 0
+            assert not busy or all(passes.values()) == (number < 3), (number, rank, happened)
+            assert number < 3 or not any(passes.values()), happened
             if rank == 0:
                 assert early[0].keys() == late[0].keys()
                 assert early[0] == pytest.approx(late[0], rel=1e-4, abs=1e-5)

@@ -17,7 +17,7 @@ from flagscale_like.data.pairs import pack_answers
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import CheckpointError, ConfigError, DataError
-from flagscale_like.model.spec import ModelSpec
+from flagscale_like.model.spec import ModelSpec, layout_beside
 from flagscale_like.objectives.reward import AnswerRewards
 from flagscale_like.rl.answers import Answer, Score
 from flagscale_like.rl.rewards.checked import checked_values, show
@@ -54,7 +54,7 @@ class RewardModel:
         return self._scores(answers, self.engine.ctx.broadcast(values))
 
     def own_scores(self, answers: Sequence[Answer]) -> list[Score] | None:
-        """The scores of the answers of one copy of the policy; its ranks alone call it. Not for a model with experts.
+        """The scores of the answers of one copy of the policy; its ranks alone call it, where copies share no experts.
 
         Returns:
             On the ranks that training.answers.own_values() names; None on the others.
@@ -133,7 +133,7 @@ def build_reward_model(
         arch=opened.source.arch,
         head="value",
         value_heads=heads,
-        parallel=ctx.layout,
+        parallel=layout_beside(opened.source.arch, ctx.layout),
         precision=options.precision,
         seq_length=seq_length,
         micro_batch_size=options.micro_batch_size,
