@@ -1,5 +1,7 @@
 """The variants of the operators other than attention."""
 
+from typing import Any
+
 import torch
 from accuracy import seeded
 from variant import BF16, FP16, SHORT, Variant, gradients, tensors_of
@@ -8,7 +10,7 @@ import flagscale_kernels as fk
 
 
 def _rms_norm(shape, dtype, rounding, residual, offset=0.0):
-    options = {"rounding": rounding, "weight_offset": offset}
+    options: dict[str, Any] = {"rounding": rounding, "weight_offset": offset}
 
     def make(device):
         inputs = tensors_of(device, dtype, *(shape,) * (1 + residual), shape[-1:])
@@ -42,7 +44,7 @@ def _rope(s, dtype, r=128, d=128, interleaved=False, inplace=False, same=False, 
         cos, sin = (t.to(device) for t in fk.rope_tables(fk.rope_frequencies(r)[0], s))
         shapes = [(s, 2, 8, d), (s, 2, 1, d)]
         where = torch.stack([torch.arange(s).flip(0), torch.arange(s) // 2]).to(device) if ids else None
-        options = {"interleaved": interleaved, "inplace_backward": inplace, "position_ids": where}
+        options: dict[str, Any] = {"interleaved": interleaved, "inplace_backward": inplace, "position_ids": where}
 
         def reference(*tensors):
             rows = [t[:, None, None] if where is None else t[where.t()][:, :, None] for t in (cos, sin)]

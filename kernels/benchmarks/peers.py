@@ -4,6 +4,7 @@ A provider takes a workload and returns the call to time. Other implementations 
 """
 
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def _installed(package):
 
 def providers(workload):
     """{name: provider} for the workload, ours first."""
-    found = {OURS: lambda w: w.ours}
+    found: dict[str, Any] = {OURS: lambda w: w.ours}
     if workload.added is not None:
         found |= {ORDERED: lambda w: w.ours, ADDED: lambda w: w.added}
     if workload.other_code:  # the definition holds all scores in memory, and other implementations lack most of these

@@ -15,7 +15,7 @@ SHARES = {"gb_per_s": ("of_copy", "copy_gb_per_s"), "tflop_per_s": ("of_matrix_r
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

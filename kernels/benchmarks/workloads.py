@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def workloads(device, tiny=False):
 
     found = []
     for n, h in [(8, 64)] if tiny else [(4096, 8192), (8192, 4096), (16384, 2048), (262144, 128)]:
-        shared = {"shape": f"{n}x{h}", "tensors": lambda n=n, h=h: [rand(n, h), rand(h)]}
+        shared: dict[str, Any] = {"shape": f"{n}x{h}", "tensors": lambda n=n, h=h: [rand(n, h), rand(h)]}
         found.append(Workload(
             operator="rms_norm", **shared, differentiable=(0, 1), ours=fk.rms_norm,
             reference=lambda x, w: fk.rms_norm_reference(x, w), traffic_bytes=both(n * h, 4, 6),

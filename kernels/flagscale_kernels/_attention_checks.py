@@ -83,7 +83,7 @@ def check_packed(
     packed = layout == PACKED
     given = cu_q is not None and cu_k is not None
     require(packed == given and (cu_q is None) == (cu_k is None), f"cu_seqlens_q and cu_seqlens_k go with {PACKED!r}")
-    if not packed:
+    if cu_q is None or cu_k is None:
         max_q, max_k = sizes(q, layout)[2], sizes(k, layout)[2]
         require(max(max_q, max_k) <= MAX_LENGTH, f"sequences ({max_q}, {max_k}) must be at most {MAX_LENGTH} long")
         return None, None, max_q, max_k

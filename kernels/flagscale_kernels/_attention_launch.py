@@ -316,7 +316,7 @@ class SumsOfDq:
         for dq, total in zip(dqs, self.buffers):
             view = as_bnsd(dq, p.layout)
             total = total[..., : view.shape[3]]
-            if self.packed:
+            if p.cu_q is not None:
                 tokens = torch.arange(view.shape[2], device=dq.device, dtype=torch.int32)
                 total = total[:, :, tokens + SPARE_ROWS * torch.bucketize(tokens, p.cu_q[1:].contiguous(), right=True)]
             torch.mul(total[:, :, : view.shape[2]], p.scale, out=view)
@@ -372,7 +372,7 @@ def backward(
         over_keys(five_products, sums.buffers, sums.order, sums.strides)
         sums.write(dqs)
     elif hopper_takes(p, form, kernels, [*views, *dq_views, *dk_views, *dv_view]):
-        given = {"scale": p.scale, "qk_scale": p.scale * LOG2E, "causal": form.right}
+        given: dict[str, Any] = {"scale": p.scale, "qk_scale": p.scale * LOG2E, "causal": form.right}
         outputs, key = (*dk_views, *dv_view), (p.v.dtype, *over_queries["key"])
         hopper_dkdv.launch(
             plain_dkdv, lambda: hopper_backward.dkdv(*views, *outputs, lse2, delta, **given), outputs, key

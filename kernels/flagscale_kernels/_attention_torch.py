@@ -8,7 +8,7 @@ A plain causal band on a CPU goes to PyTorch's own flash attention, which is fas
 call, the square block of the others in a second one, put together by their log-sum-exps.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def attention_forward(bands: list[Band], v: Tensor, terms: Terms) -> tuple[Tenso
             sums.append(terms.sinks.to(v.dtype).view(groups, n // groups, 1).expand_as(sums[0]))
         chunk_lse = torch.stack(sums).logsumexp(0)
         safe = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0)[..., None]
-        out = None
+        out: Any = None
         for s, (lo, hi) in zip(parts, ranges):
             p = s.sub_(safe).exp_().view(b, groups, safe.shape[2] * safe.shape[3], hi - lo)
             out = p @ v[:, :, lo:hi] if out is None else out.add_(p @ v[:, :, lo:hi])
@@ -262,14 +262,15 @@ def backward(
     for rows, keys, entry in _sequences(p):
         bands, v = _bands(p, rows, keys), as_bnsd(p.v, p.layout)[:, :, keys]
         queries = bands[0].q
-        row_lse, row_dlse = (None if t is None else t[..., rows].reshape(queries.shape[:3]) for t in (lse, dlse))
+        row_lse = lse[..., rows].reshape(queries.shape[:3])
+        row_dlse = None if dlse is None else dlse[..., rows].reshape(queries.shape[:3])
         if queries.numel() == 0 or v.numel() == 0:
-            if sinks is not None and row_dlse is not None:
+            if sinks is not None and p.sinks is not None and row_dlse is not None:
                 sinks += sink_gradient(p.sinks, row_lse, -row_dlse)
             continue
         out, grad = (as_bnsd(t, p.layout)[:, :, rows] for t in (o, do))
         found, dv, dsinks = attention_backward(bands, v, out, grad, row_lse, row_dlse, _terms(p, entry))
-        if sinks is not None:
+        if sinks is not None and dsinks is not None:
             sinks += dsinks
         parts = [t for pair in reversed(found) for t in pair] if len(found) > 1 else list(found[0])
         for gradient, part, value in zip(gradients, (*(rows, keys) * len(found), keys), (*parts, dv), strict=True):

@@ -109,7 +109,7 @@ class Operator:
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-        self._gradient = type(self._function.__name__, (torch.autograd.Function,), methods)
+        self._gradient = type(getattr(self._function, "__name__", "operator"), (torch.autograd.Function,), methods)
 
 
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Operator]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ class TunedKernel:
 
     def __init__(
         self,
-        kernel: object,
+        kernel: Any,
         configs: Callable[[int, int, int], list[Config]],
         *,
         chip: Callable[[], int] = arch,

@@ -9,6 +9,8 @@ computes S and dP twice: 7 products. With deterministic=False the kernel of dK a
 atomics in fp32: 5 products. `_dq_sums.py` adds it up in order too. Nothing of size [seq_q, seq_k] is stored.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -310,6 +312,75 @@ _flash_op.register_autograd(_backward, setup_context=_setup)
 # ------------------------------------------------------------------------------------------------------------- public
 
 
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    alibi_slopes: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    alibi_slopes: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    alibi_slopes: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -373,10 +444,10 @@ def flash_attention(
 
 def _by_pytorch(q, k, v, layout, *, causal, scale):
     """By PyTorch's own kernel, which is the fastest on a CPU for what it takes."""
-    views = [as_bnsd(t, layout) for t in (q, k, v)]
-    grouped = views[0].shape[1] != views[1].shape[1]
+    q, k, v = (as_bnsd(t, layout) for t in (q, k, v))
     attend = torch.nn.functional.scaled_dot_product_attention
-    return from_bnsd(attend(*views, is_causal=causal, scale=scale, enable_gqa=grouped), layout)
+    out = attend(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return from_bnsd(out, layout)
 
 
 def flash_attention_backward(

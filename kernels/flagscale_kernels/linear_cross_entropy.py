@@ -16,7 +16,7 @@ chunks. Without sequence parallelism every rank has the same hidden, and an all-
 is this rank's [s / tp, ...]: it is all-gathered along the first dimension, and its gradient is reduce-scattered.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -141,9 +141,10 @@ def _backward(ctx, dloss):
     whole = _gather_sequence(hidden, group) if options.sequence_parallel else hidden
     x = whole.reshape(-1, weight.shape[1])
     scale = dloss.to(lse.dtype).masked_fill(ignored, 0.0)
-    dx = torch.empty_like(x) if need_hidden else None
+    dx: Any = torch.empty_like(x) if need_hidden else None
     main_grad = getattr(weight, "main_grad", None) if options.accumulate_main_grad else None
-    dw, dw_used = main_grad, None
+    dw: Any = main_grad
+    dw_used: Any = None
     if need_weight:
         if main_grad is None:
             # The chunks' sum is kept in fp32: a bf16 sum loses small terms.

@@ -16,6 +16,8 @@ products per tile; only tiles that the threshold cuts need both scores. The back
 LSE and delta, and sums dV over both bands in registers. The threshold is a runtime argument: a new one compiles nothing.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -219,6 +221,78 @@ _piecewise_op.register_autograd(_backward, setup_context=_setup)
 
 
 # ------------------------------------------------------------------------------------------------------------- public
+
+
+@overload
+def piecewise_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    threshold: int,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def piecewise_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    threshold: int,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def piecewise_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    threshold: int,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    layout: str = "bnsd",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def piecewise_attention(

@@ -80,9 +80,10 @@ def rope_frequencies(
     require(dim > 0 and dim % 2 == 0, f"dim ({dim}) must be positive and divisible by 2")
     require(base > 1, f"base ({base}) must be greater than 1")
     require(factor > 0, f"factor ({factor}) must be positive")
+    original = original_max_positions or 0
     if scaling in ("dynamic", "yarn", "llama3"):
         require(
-            original_max_positions is not None and original_max_positions > 0,
+            original > 0,
             f"original_max_positions ({original_max_positions}) must be positive for scaling {scaling!r}",
         )
     if scaling == "linear":
@@ -90,8 +91,8 @@ def rope_frequencies(
     if scaling in ("ntk", "dynamic"):
         require(dim > 2, f"dim ({dim}) must be greater than 2 for scaling {scaling!r}")
         if scaling == "dynamic":
-            length = max(seq_len or original_max_positions, original_max_positions)
-            stretch = factor * length / original_max_positions - (factor - 1)
+            length = max(seq_len or original, original)
+            stretch = factor * length / original - (factor - 1)
         else:
             stretch = factor
         return _inverse_frequencies(dim, base * stretch ** (dim / (dim - 2)), device), 1.0

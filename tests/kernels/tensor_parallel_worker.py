@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+from typing import Any
 
 import interpreter_fixes
 import torch
@@ -13,7 +14,7 @@ from flagscale_kernels import cross_entropy, fused_linear_cross_entropy, linear_
 
 S, B, H, V = 8, 2, 16, 246
 RANKS = 4
-OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3}
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
 
 
 def check_cross_entropy(group, backend, dtype):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -109,12 +110,13 @@ def test_packs_of_piecewise_attention_equal_each_sequence_alone(monkeypatch, way
     q1, k1, q2, k2, v = packs([16, 16, 16, 16, 24], ends, [4, 2, 4, 2, 2])
     sinks = seeded(4, seed=8).requires_grad_()
     cu = torch.tensor(ends, dtype=torch.int32)
-    lengths = {"max_seqlen_q": 69, "max_seqlen_k": 69} if with_lengths else {}
-    options = {"causal": True, "softcap": 2.0, "sinks": sinks}
+    lengths: dict[str, Any] = {"max_seqlen_q": 69, "max_seqlen_k": 69} if with_lengths else {}
+    options: dict[str, Any] = {"causal": True, "softcap": 2.0, "sinks": sinks}
+    chosen: dict[str, Any] = {"backend": "torch"} if way == "torch" else way_of(monkeypatch, way)
     leaves = [q1, k1, q2, k2, v, sinks]
     out, lse = piecewise_attention(
         q1, k1, q2, k2, v, 33, layout="tnd", cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True,
-        **({"backend": "torch"} if way == "torch" else way_of(monkeypatch, way)), **lengths, **options,
+        **chosen, **lengths, **options,
     )  # fmt: skip
     assert out[74:].eq(0).all()
     assert lse[:, 74:].eq(-torch.inf).all()
@@ -218,7 +220,7 @@ def test_tiles_by_descriptors_are_the_same(monkeypatch, kernels, layout, s_k):
 
     def run(way):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        options = {"causal": True, "layout": layout, **way_of(monkeypatch, way)}
+        options: dict[str, Any] = {"causal": True, "layout": layout, **way_of(monkeypatch, way)}
         if kernels is FLASH:
             out = flash_attention(*leaves, **options)
         else:
@@ -258,7 +260,7 @@ def test_the_backwards_without_autograd_return_the_gradient_of_the_sinks(backend
     q, k, v = qkv(s=23)
     sinks = seeded(4, seed=8)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
-    options = {"causal": True, "softcap": 3.0, "backend": backend}
+    options: dict[str, Any] = {"causal": True, "softcap": 3.0, "backend": backend}
     out, lse = flash_attention(*leaves[:3], sinks=leaves[3], return_lse=True, **options)
     do = seeded(*out.shape, seed=3)
     out.backward(do)
@@ -274,7 +276,7 @@ def test_the_backwards_without_autograd_return_the_gradient_of_the_sinks(backend
 def test_cpu_path_passes_gradcheck_with_all_features():
     q, k, v = (t.double().requires_grad_() for t in qkv(s=4, s_k=5, d=3, v=2))
     sinks = seeded(4, seed=8).double().requires_grad_()
-    options = {"causal": True, "softcap": 1.5, "return_lse": True}
+    options: dict[str, Any] = {"causal": True, "softcap": 1.5, "return_lse": True}
     assert torch.autograd.gradcheck(lambda q, k, v, x: flash_attention(q, k, v, sinks=x, **options), [q, k, v, sinks])
 
 

@@ -1,5 +1,7 @@
 """Attention on inputs at the edges of what is allowed: strides, windows, empty tensors, wide strides, many sequences."""
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_checks import BACKENDS, seeded
@@ -26,7 +28,7 @@ def test_cu_seqlens_may_be_a_column_of_a_table(backend):
     table = torch.tensor([[0, 0], [20, 7], [60, 9]], dtype=torch.int32)
 
     def call(ends):
-        options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "tnd", "causal": True}
+        options: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "tnd", "causal": True}
         return gradients(lambda q: flash_attention(q, q, q, backend=backend, **options), q)
 
     assert_equal(call(table[:, 0]), call(table[:, 0].contiguous()), rtol=0, atol=0)
@@ -87,8 +89,8 @@ def test_empty_tensors_give_zeros(backend, q_shape, k_shape):
 def test_a_pack_without_tokens(backend, ends):
     q, k = seeded(0, 2, 16), seeded(0, 1, 16)
     ends = torch.tensor(ends, dtype=torch.int32)
-    options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "tnd", "causal": True}
-    found = gradients(lambda *t: flash_attention(*t, backend=backend, **options), q, k, k)
+    options: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "tnd", "causal": True}
+    found = gradients(lambda q, k, v: flash_attention(q, k, v, backend=backend, **options), q, k, k)
     assert [t.shape for t in found] == [q.shape, q.shape, k.shape, k.shape]
 
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_under_autocast_the_product_is_that_of_torchs_linear_and_the_weights_gra
         assert mine.dtype == exact.dtype
         torch.testing.assert_close(mine, exact, rtol=0.02, atol=2e-3)
     with torch.autocast("cpu", torch.bfloat16):  # with a main_grad, as megatron-core keeps one
-        weight = torch.nn.Parameter(w.detach().clone())
+        weight: Any = torch.nn.Parameter(w.detach().clone())
         weight.main_grad = torch.zeros(20, 16)
         fused_linear_cross_entropy(x, weight, target, chunk_tokens=chunk_tokens, accumulate_main_grad=True).backward()
     torch.testing.assert_close(weight.main_grad, got[1])
@@ -199,7 +200,7 @@ def test_no_tokens(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fused_linear_is_as_good_as_pytorch(backend, dtype, chunk_tokens):
     target = targets(5, 2, vocab=123)
-    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
     assert_as_good_as_pytorch(
         lambda x, w: fused_linear_cross_entropy(
             x, w, target, chunk_tokens=chunk_tokens, reduction="none", backend=backend, **options
@@ -233,7 +234,7 @@ def test_fused_linear_adds_to_main_grad_as_megatron_core_does():
     x, target = seeded(6, 8), targets(6, vocab=20)
     plain = seeded(20, 8, seed=1).requires_grad_()
     fused_linear_cross_entropy(x, plain, target).backward()
-    weight = torch.nn.Parameter(plain.detach().clone())
+    weight: Any = torch.nn.Parameter(plain.detach().clone())
     weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones(20, 8), False, True
     fused_linear_cross_entropy(x, weight, target, chunk_tokens=4, accumulate_main_grad=True).backward()
     assert weight.grad_added_to_main_grad
@@ -256,7 +257,8 @@ def test_a_long_sum_of_weight_gradients_is_kept_in_float32():
 def test_padding_rows_of_the_weight_have_no_part(backend, dtype, chunk_tokens):
     x, weight = seeded(5, 2, 16, dtype=dtype), seeded(256, 16, dtype=dtype, seed=1)
     weight[250:] = torch.nan  # shows if anything reads them
-    target, options = targets(5, 2, vocab=250), {"vocab_size": 250, "label_smoothing": 0.1, "z_loss": 1e-3}
+    target = targets(5, 2, vocab=250)
+    options: dict[str, Any] = {"vocab_size": 250, "label_smoothing": 0.1, "z_loss": 1e-3}
     target[1, 0] = 249
     gradients = []
 
@@ -278,7 +280,7 @@ def test_a_padded_weight_that_is_also_the_embedding_gets_both_gradients(accumula
     tokens, target = torch.tensor([3, 19, 3, 0, 17, 5]), targets(6, vocab=20)
     expected = seeded(24, 8, seed=1).requires_grad_()
     linear_cross_entropy_reference(expected[tokens], expected, target, vocab_size=20).sum().div(5).backward()
-    weight = torch.nn.Parameter(expected.detach().clone())
+    weight: Any = torch.nn.Parameter(expected.detach().clone())
     # As megatron-core's shared embedding: its hook adds .grad to main_grad although the output layer has added its own.
     weight.main_grad, weight.zero_out_wgrad = torch.ones(24, 8), True
     fused_linear_cross_entropy(
@@ -316,7 +318,8 @@ def test_vocabulary_and_sequence_parallel_equal_one_process(tmp_path):
 
 def test_cpu_path_passes_gradcheck():
     x, w = seeded(3, 5, dtype=torch.float64).requires_grad_(), seeded(7, 5, dtype=torch.float64, seed=1)
-    target, options = torch.tensor([2, -100, 6]), {"label_smoothing": 0.1, "z_loss": 0.1}
+    target = torch.tensor([2, -100, 6])
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1}
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target % 5, **options), [x])
     assert torch.autograd.gradcheck(
         lambda x, w: fused_linear_cross_entropy(x, w, target, chunk_tokens=2, **options), [x, w.requires_grad_()]

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_autocast_casts_what_torchs_own_attention_casts_and_changes_nothing_insi
 
 
 def test_what_only_the_pytorch_path_takes_falls_back_on_a_gpu_too_and_says_so(monkeypatch):
-    gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 1, 5, 264))
+    gpu: Any = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 1, 5, 264))
     assert choose_backend(gpu, None) == "triton"
     say_once.cache_clear()
     with pytest.warns(UserWarning, match="runs in PyTorch, which is slower: head dimensions must be from 1 to 256"):

@@ -1,4 +1,5 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_packed_sequences_equal_each_alone(backend, with_lengths, options):
     q_ends, k_ends = [0, 5, 5, 74], [0, 9, 9, 78]
     q = seeded(80, 4, 16).requires_grad_()  # six tokens of padding at the end
     k, v = (seeded(80, 2, 16, seed=i).requires_grad_() for i in (1, 2))
-    cu = {"cu_seqlens_q": torch.tensor(q_ends, dtype=torch.int32), "cu_seqlens_k": torch.tensor(k_ends)}
-    lengths = {"max_seqlen_q": 69, "max_seqlen_k": 69} if with_lengths else {}
+    cu: dict[str, Any] = {"cu_seqlens_q": torch.tensor(q_ends, dtype=torch.int32), "cu_seqlens_k": torch.tensor(k_ends)}
+    lengths: dict[str, Any] = {"max_seqlen_q": 69, "max_seqlen_k": 69} if with_lengths else {}
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     out, lse = flash_attention(
         q, k, v, layout="tnd", return_lse=True, alibi_slopes=slopes, backend=backend, **cu, **lengths, **options
@@ -168,7 +169,7 @@ def test_queries_without_any_key_give_zero_and_no_gradient(backend):
 @pytest.mark.parametrize("s", [5, 23])
 def test_the_backward_without_autograd_is_that_of_autograd_and_of_the_definition(s, options):
     q, k, v = qkv(b=2, n=4, n_kv=2, s=s, s_k=23)
-    options = {"causal": True, **options}
+    options: dict[str, Any] = {"causal": True, **options}
     do = seeded(2, 4, s, 16, seed=3)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     out, lse = flash_attention(*inputs, return_lse=True, **options)
@@ -247,7 +248,11 @@ def test_cpu_path_passes_gradcheck():
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(change, message):
-    arguments = {"q": torch.ones(1, 4, 5, 16), "k": torch.ones(1, 2, 5, 16), "v": torch.ones(1, 2, 5, 16)}
+    arguments: dict[str, Any] = {
+        "q": torch.ones(1, 4, 5, 16),
+        "k": torch.ones(1, 2, 5, 16),
+        "v": torch.ones(1, 2, 5, 16),
+    }
     arguments |= {"causal": True}
     with pytest.raises(ValueError, match=message):
         flash_attention(**(arguments | change))

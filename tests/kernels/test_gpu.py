@@ -117,7 +117,7 @@ def test_kernels_run_on_the_device_of_their_tensors(others_first):
                 fk.rms_norm(x, weight), fk.swiglu(x), fk.cross_entropy(x, target),
             ]  # fmt: skip
             leaves = [q, k, v, x, weight]
-            grads = torch.autograd.grad(sum(o.float().sum() for o in outs), leaves)
+            grads = torch.autograd.grad(torch.stack([o.float().sum() for o in outs]).sum(), leaves)
         assert {t.device for t in (*outs, *grads)} == {torch.device(device)}
         found[device] = [t.float().cpu() for t in (*outs, *grads)]
     for one, other in zip(*found.values()):

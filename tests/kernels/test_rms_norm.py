@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
@@ -44,7 +46,7 @@ def test_rows_that_are_read_in_parts(h, rounding):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_weight_that_is_the_distance_from_one(backend, dtype, rounding):
     x, weight, dy = seeded(5, 123, dtype=dtype), 0.01 * seeded(123, dtype=dtype, seed=2), seeded(5, 123, seed=1)
-    options = {"rounding": rounding, "weight_offset": 1.0}
+    options: dict[str, Any] = {"rounding": rounding, "weight_offset": 1.0}
     assert_as_good_as_pytorch(
         lambda x, w: rms_norm(x, w, backend=backend, **options),
         lambda x, w: rms_norm_reference(x, w, **options),

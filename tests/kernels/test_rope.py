@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
@@ -139,7 +141,7 @@ def test_one_tensor_for_q_and_k_and_one_gradient_for_both(backend):
     for tensors in ([a], [a, b]):
         wanted = gradients(tensors, lambda q, k: expected(q, k, *tables(16), "sbnd", False))
         for inplace in (False, True):
-            options = {"inplace_backward": inplace, "backend": backend}
+            options: dict[str, Any] = {"inplace_backward": inplace, "backend": backend}
             got = gradients(tensors, lambda q, k: rope(q, k, *tables(16), **options))  # noqa: B023
             torch.testing.assert_close(got, wanted)
     for mine, exact in zip(rope(a, a, *tables(16), backend=backend), expected(a, a, *tables(16), "sbnd", False)):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as_pytorch, seeded
@@ -93,5 +95,6 @@ def test_cpu_path_passes_gradcheck():
 )
 def test_bad_input_names_the_argument(changes, message):
     (token, inverse), _ = order()
+    given: dict[str, Any] = {"x": torch.ones(7, 4), "token": token, "inverse": inverse, **changes}
     with pytest.raises(ValueError, match=message):
-        spread_tokens(**{"x": torch.ones(7, 4), "token": token, "inverse": inverse, **changes})
+        spread_tokens(**given)

@@ -32,7 +32,7 @@ def flash_attention(  # FlagAttention's own list of parameters
         return_seed_offset=(return_seed_offset, False),
     )
     out = _flash_attention(q, k, v, causal=causal, softmax_scale=sm_scale, return_lse=return_log_normalizer)
-    return (*out, None, None, None) if return_log_normalizer else out
+    return out if isinstance(out, Tensor) else (*out, None, None, None)
 
 
 def piecewise_attention(

@@ -38,7 +38,7 @@ def flash_attn_func(  # flash-attn's own list of parameters
         deterministic=deterministic,
         return_lse=return_attn_probs,
     )
-    return (*out, None) if return_attn_probs else out
+    return out if isinstance(out, Tensor) else (*out, None)
 
 
 def flash_attn_varlen_func(  # flash-attn's own list of parameters
@@ -81,7 +81,7 @@ def flash_attn_varlen_func(  # flash-attn's own list of parameters
         deterministic=deterministic,
         return_lse=return_attn_probs,
     )
-    return (*out, None) if return_attn_probs else out
+    return out if isinstance(out, Tensor) else (*out, None)
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int] | None:

@@ -1,5 +1,7 @@
 """Liger's functional names (liger_kernel.transformers.functional). No function here writes over its inputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,7 @@ def liger_cross_entropy(  # Liger's own list of parameters
         softcap=(softcap, None),
         return_z_loss=(return_z_loss, False),
     )
-    options = {"label_smoothing": label_smoothing, "z_loss": lse_square_scale, "reduction": reduction}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": lse_square_scale, "reduction": reduction}
     return cross_entropy(input, target, ignore_index=ignore_index, **options)
 
 
@@ -119,5 +121,5 @@ def liger_fused_linear_cross_entropy(  # Liger's own list of parameters
         softcap=(softcap, None),
         return_z_loss=(return_z_loss, False),
     )
-    options = {"label_smoothing": label_smoothing, "z_loss": lse_square_scale, "reduction": reduction}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": lse_square_scale, "reduction": reduction}
     return fused_linear_cross_entropy(input, weight, target, ignore_index=ignore_index, **options)

@@ -1,5 +1,7 @@
 """torch.nn.functional's attention and cross-entropy, with torch's signatures."""
 
+from typing import Any
+
 from torch import Tensor
 
 from flagscale_kernels.compat._lacking import refuse
@@ -55,5 +57,9 @@ def cross_entropy(  # torch's own list of parameters
             f"cross_entropy: input {list(input.shape)} and target {list(target.shape)} must be [n, v] or [v] and class "
             "numbers: torch has the classes in dimension 1, the kernels in the last"
         )
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
     return _cross_entropy(input, target, **options)
