@@ -97,7 +97,7 @@ class Drawn:
     @classmethod
     def of(cls, config: RunConfig, prompt: int) -> Drawn:
         """An iteration of a run whose prompts have so many tokens on average."""
-        drawing = config.rl.rollout
+        drawing = config.required_rl.rollout
         return cls(
             rollouts=config.train.global_batch_size,
             samples=drawing.samples,
@@ -139,8 +139,9 @@ def beside_policy(config: RunConfig, rewards: Sequence[Beside], *, cuda: bool) -
     Args:
         rewards: its reward models.
     """
-    arch, precision, kl = config.model, config.train.precision, config.rl.kl
-    found = [Beside(name="critic", arch=arch, heads=1, precision=precision, trained=True)] * config.rl.has_critic
+    arch, precision, rl = config.model, config.train.precision, config.required_rl
+    kl = rl.kl
+    found = [Beside(name="critic", arch=arch, heads=1, precision=precision, trained=True)] * rl.has_critic
     if kl.coefficient and config.lora is None:
         resident = kl.memory == "device" or (kl.memory == "auto" and not cuda)
         found.append(Beside(name="reference", arch=arch, precision=precision, resident=resident))
@@ -162,7 +163,7 @@ def phase_memory(
     Args:
         memory: of the policy's training on that stage.
     """
-    drawing, arch = config.rl.rollout, config.model
+    drawing, arch = config.required_rl.rollout, config.model
     e = DTYPE_BYTES[config.train.precision]
     states = [one.states(layout, stage, rank) for one in beside]
     resident = sum(own[0] for one, own in zip(beside, states, strict=True) if one.resident)
@@ -251,7 +252,7 @@ def phase_seconds(
     config: RunConfig, goal: Goal, layout: Layout, cluster: ClusterSpec, beside: Sequence[Beside], drawn: Drawn
 ) -> dict[str, float]:
     """Seconds of each phase, one after the other."""
-    options, arch, seq = config.rl, config.model, config.train.seq_length
+    options, arch, seq = config.required_rl, config.model, config.train.seq_length
     own, each = math.ceil(drawn.rollouts / layout.dp), drawn.each(layout)  # of a copy that learns, and that draws
     steps = max(drawn.new, math.ceil(each * drawn.new / min(drawn.rows, each)))
 

@@ -64,9 +64,13 @@ def _layer_products(
             (rows, h, shape.ffn / t),
         ]
     held = shape.decoder[layer].parameters(layer)
-    matrices = [p for p in held if p.role.is_layer_matrix and not p.experts]
-    # What is whole on every rank has a part of the tokens with sp.
-    return [(rows_sp if p.cut is None else rows, *p.shard_shape(t)) for p in matrices]
+    found = []
+    for matrix in held:
+        if matrix.role.is_layer_matrix and not matrix.experts:
+            outputs, inputs = matrix.shard_shape(t)
+            # What is whole on every rank has a part of the tokens with sp.
+            found.append((rows_sp if matrix.cut is None else rows, outputs, inputs))
+    return found
 
 
 def _core_attention(

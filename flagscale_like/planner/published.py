@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flagscale_like.arch import Experts, LatentAttention, ModelArch
 from flagscale_like.cluster import EfficiencyKind, parse_cluster
@@ -194,7 +195,7 @@ GPT3_H100 = [
     for gpus, mfu in ((96, 0.47), (4608, 0.42))
 ]
 
-_QWEN3 = {"vocab_size": 151936, "num_query_groups": 4, "head_dim": 128, "qk_norm": True}
+_QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_query_groups": 4, "head_dim": 128, "qk_norm": True}
 MIXTRAL_8X7B = ModelArch(
     num_layers=32,
     hidden_size=4096,
@@ -326,7 +327,7 @@ EXPERTS_H100 = [
     _experts("DeepSeek-V3 (Bridge, 25.09)", DEEPSEEK_V3, 1024, 8192, 1, 2, 8, 4, 64, 1297, ends=(7, 6)),
 ]
 
-_LLAMA3 = {"num_query_groups": 8, "vocab_size": 128256}
+_LLAMA3: dict[str, Any] = {"num_query_groups": 8, "vocab_size": 128256}
 LLAMA3_70B = ModelArch(num_layers=80, hidden_size=8192, num_attention_heads=64, ffn_hidden_size=28672, **_LLAMA3)
 LLAMA3_405B = ModelArch(num_layers=126, hidden_size=16384, num_attention_heads=128, ffn_hidden_size=53248, **_LLAMA3)
 

@@ -8,10 +8,12 @@ saved_tensors_hooks see in a real step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from flagscale_like.arch import (
+    Block,
     Experts,
     GatedFeedForward,
     GroupedQueryAttention,
@@ -339,13 +341,16 @@ def _latent_checkpoint(block: MultiLatentAttention, batch: MicroBatch) -> float:
 
 
 # What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.
-BLOCK_SAVES = {
+BLOCK_SAVES: dict[type[Block], Callable[..., list[Saved]]] = {
     GroupedQueryAttention: _attention,
     MultiLatentAttention: _latent_attention,
     GatedFeedForward: _gated_feed_forward,
     MixtureOfExperts: _mixture_of_experts,
 }
-CHECKPOINT_BYTES = {GroupedQueryAttention: _attention_checkpoint, MultiLatentAttention: _latent_checkpoint}
+CHECKPOINT_BYTES: dict[type[Block], Callable[..., float]] = {
+    GroupedQueryAttention: _attention_checkpoint,
+    MultiLatentAttention: _latent_checkpoint,
+}
 
 
 def _norm(rows: float, hidden: int, dtype_bytes: int, ops: Operators) -> float:

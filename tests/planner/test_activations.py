@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ class Meter:
     def pack(self, tensor: torch.Tensor) -> object:
         return tensor if tensor.untyped_storage().data_ptr() in self.parameters else Held(tensor, self)
 
-    def unpack(self, held: object) -> torch.Tensor:
+    def unpack(self, held: Any) -> torch.Tensor:
         return held.tensor if isinstance(held, Held) else held
 
 
@@ -171,9 +172,9 @@ def test_context_parallel_activations_are_planned(tmp_path):
         for recompute, arch in (("none", archs[0]), ("none", archs[1]), ("none", archs[2]), ("full", archs[0]))
     ] + [tiny_config(tmp_path, parallel={"cp": 2}, train__recompute="selective", train__seq_length=128)]
     for config, found in zip(configs, run_ranks(2, step_peaks, configs)[0], strict=True):
-        layout, numbers = Layout.of(config, 2), {"seq_length": 128, "precision": config.train.precision}
+        layout, ops = Layout.of(config, 2), operators_of(config.kernels, cuda=False)
         planned = saved_activation_bytes(
-            config.model, layout, 0, ops=operators_of(config.kernels, cuda=False), **numbers
+            config.model, layout, 0, seq_length=128, precision=config.train.precision, ops=ops
         )
         name = f"{config.parallel.cp_kind}, {config.train.recompute}, {config.model}"
         assert planned == pytest.approx(found, rel=0.05), f"{name}: planned {planned:,.0f}, held {found:,}"

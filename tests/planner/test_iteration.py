@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_planned_bytes_are_those_that_a_run_holds(name, folder, tmp_path):
 
 def planned(config, cluster=None, rewards=(), **changes):
     goal, layout = Goal.of(config, cuda=True), Layout.of(config, 1 + config.ranks_apart)
-    options = {"seq_length": goal.seq_length, "precision": goal.precision, "ops": goal.ops}
+    options: dict[str, Any] = {"seq_length": goal.seq_length, "precision": goal.precision, "ops": goal.ops}
     memory = [rank_memory(config.model, layout, 0, **options)]
     place = parse_cluster(cluster) if cluster else None
     return plan_iteration(config, layout, memory, list(rewards), prompt=8, cluster=place, cuda=True)

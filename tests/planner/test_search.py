@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import yaml
@@ -85,7 +86,10 @@ def test_long_rows_are_cut_over_context_parallel_ranks_and_short_ones_are_not():
     assert {(layout.cp, layout.cp_kind) for layout in found} >= {(1, "gather"), (4, "a2a"), (32, "gather")}
     for layout in found:
         assert layout.world_size == 32
-        ends = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers}
+        ends: dict[str, Any] = {
+            "first_stage_layers": layout.first_stage_layers,
+            "last_stage_layers": layout.last_stage_layers,
+        }
         parallel = Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, cp=layout.cp, cp_kind=layout.cp_kind, **ends)
         check_layout(AQUILA2_34B, parallel, 131072)
     layout = Layout(tp=8, pp=4, sp=True, num_microbatches=32, recompute="full")
@@ -135,7 +139,10 @@ def test_uneven_stages_are_in_the_search_and_their_yaml_loads(tmp_path):
     ranking = rank_layouts(goal, cluster)
     assert any(row[2] == "2 (-/2)" for row in ranking_rows(ranking, ranking.plans))
     for layout in found:
-        ends = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers}
+        ends: dict[str, Any] = {
+            "first_stage_layers": layout.first_stage_layers,
+            "last_stage_layers": layout.last_stage_layers,
+        }
         check_layout(goal.arch, Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, **ends), goal.seq_length)
 
 
@@ -194,7 +201,7 @@ def test_offload_makes_a_layout_fit_that_did_not():
 def test_two_layers_keep_their_copies_whatever_is_offloaded():
     """model.offload lets a layer's copies go when the layer after the next begins."""
     ops, layout = Operators(rms_norm="fused", swiglu="fused", cross_entropy="fused"), Layout(pp=4, num_microbatches=16)
-    numbers = {"seq_length": 4096, "precision": "bf16", "ops": ops}
+    numbers: dict[str, Any] = {"seq_length": 4096, "precision": "bf16", "ops": ops}
     whole = rank_memory(AQUILA2_34B, replace(layout, offload=(1.0,) * 4), 0, **numbers)
     layer = layer_bytes(Shape.of(AQUILA2_34B), layout, 4096, 2, ops)
     assert whole.offload_buffers == 2 * layer
