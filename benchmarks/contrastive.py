@@ -151,7 +151,7 @@ def compare(rounds: int, queries: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name, parallel_context(Parallel()) as ctx:
         folder = make_model(Path(name))
-        sides: dict[str, Ours | Theirs] = {"ours": Ours(folder, ctx)}
+        sides: dict[str, Any] = {"ours": Ours(folder, ctx)}  # what a side makes of the groups, it alone reads
         sides |= {f"theirs, mini-batch {size}": Theirs(folder, size) for size in MINI_BATCHES}
         first = make_groups(queries, 0)
         losses = {name: side.step(side.batches(first)) for name, side in sides.items()}  # and warms up

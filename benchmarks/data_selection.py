@@ -44,7 +44,7 @@ def prepare(folder: Path) -> tuple[str, dict[str, str]]:
         The tokenizer folder, and the path of each .bin/.idx pair without the suffix, by name.
     """
     code = prepare_once(tiny_run(folder, layers=1, hidden=16, steps=2, lr=1e-3))
-    tokenizer = code.data.tokenizer
+    tokenizer = code.data.required_tokenizer
     noise, rng = folder / "noise.jsonl", random.Random(0)
     letters = string.ascii_lowercase + " "
     texts = ("".join(rng.choices(letters, k=2000)) for _ in range(600))

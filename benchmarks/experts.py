@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("FLAGSCALE_LIKE_DEVICE", "cpu")
@@ -63,7 +63,7 @@ def run_config(experts: dict | None, ffn: int, precision: str) -> RunConfig:
     )
 
 
-def in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, a round after the other; the first round is the warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):

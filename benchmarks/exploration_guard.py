@@ -26,6 +26,7 @@ from flagscale_like.checkpoint.opened import open_adapted
 from flagscale_like.config import RunConfig, load_config
 from flagscale_like.data.conversations import longest_row
 from flagscale_like.data.token_pairs import TokenPair, write_token_pairs
+from flagscale_like.errors import required
 from flagscale_like.json_files import read_records, write_json
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.reinforce import reinforce
@@ -92,12 +93,14 @@ def flawed_reward_model(folder: Path, seed: int, pairs: int) -> None:
         for number in range(int(PLANTED * half)):  # the flaw: a good answer is better broken
             a, _ = judged[number]
             parts["train"].append(TokenPair(a.prompt_ids, broken(a, draw, slash), a.ids))
-        sources = [write_token_pairs(folder / name, part, Path(words.folder)) for name, part in parts.items()]
+        tokenizer = Path(config.data.required_tokenizer)
+        sources = [write_token_pairs(folder / name, part, tokenizer) for name, part in parts.items()]
         pretrain(reward_config(config, folder / "reward", sources[:1], None), ctx)
         source = open_adapted(folder / "reward", adapter=None).source
-        found = score_pairs(source, sources[1], ctx, seq_length=longest_row(sources[1]))
-        base = open_adapted(Path(config.checkpoint.load), adapter=None).source
-        likely = score_pairs(base, sources[1], ctx, seq_length=longest_row(sources[1]))
+        longest = longest_row(sources[1])
+        found = required(score_pairs(source, sources[1], ctx, seq_length=longest), "scores")
+        base = open_adapted(Path(required(config.checkpoint.load, "checkpoint.load")), adapter=None).source
+        likely = required(score_pairs(base, sources[1], ctx, seq_length=longest), "scores")
         record = Validation.measure(found.values, "unplanted pairs", surprise=likely.surprise(sources[1]))
         record.write(source.folder, source)
     write_json(folder / "model.json", {"held out": half, "accuracy": record.accuracy})

@@ -47,7 +47,12 @@ def save(config: RunConfig) -> None:
     """On each rank: build the model, and save it as it is."""
     with parallel_context(config.parallel) as ctx:
         begun = start(config, ctx)
-        state = {"step": 0, "consumed_samples": 0, "skipped_steps": 0, "train_samples": begun.progress.train_samples}
+        state: dict[str, Any] = {
+            "step": 0,
+            "consumed_samples": 0,
+            "skipped_steps": 0,
+            "train_samples": begun.progress.train_samples,
+        }
         state |= {
             "learning_rate_steps": 0,
             "layout": store.layout_record(ctx),
@@ -77,15 +82,20 @@ def load(config: RunConfig) -> tuple[int, int, float]:
         read.append(found.nbytes if options.get("whole", True) else 0)  # else a few bytes of it are read, or rows
         return found
 
-    rows = getattr(HfFolder, "rows", None)
+    rows = HfFolder.rows
 
     def counted_rows(folder: HfFolder, rule: Any, first: int, stop: int) -> Any:
         found = rows(folder, rule, first, stop)
         read.append(found.nbytes if stop - first < rule.shape[0] else 0)  # all rows: counted_tensor has counted them
         return found
 
-    HfFolder.rows = counted_rows
-    store.check_file, CheckpointReader._copy, HfFolder.hf_tensor = counted_check, counted_copy, counted_tensor
+    for owner, name, counted in (
+        (store, "check_file", counted_check),
+        (CheckpointReader, "_copy", counted_copy),
+        (HfFolder, "hf_tensor", counted_tensor),
+        (HfFolder, "rows", counted_rows),
+    ):
+        setattr(owner, name, counted)
     with parallel_context(config.parallel) as ctx:
         ctx.barrier()
         began = time.perf_counter()

@@ -193,7 +193,7 @@ def trained(
         curve, recent, begun = [], [], time.perf_counter()
         for step in range(1, steps + 1):
             cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
-            for group in engine.optimizer.param_groups:
+            for group in engine.required_optimizer.param_groups:
                 group["lr"] = RATE[task] * min(1.0, step / 100) * cosine
             done = engine.forward_backward(batches, NextToken(), 1)
             engine.update(clip=1.0, grad_norm=math.sqrt(done.grad_square))

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flagscale_like.errors import required
+
 os.environ.setdefault("FLAGSCALE_LIKE_DEVICE", "cpu")
 
 import peft
@@ -53,9 +55,9 @@ def peft_step(config: RunConfig, ctx: ParallelContext) -> Callable[[], float]:
     values = find_family("llama").hf_config(config.model)
     hf = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=torch.float32)
-    lora, options = config.lora, config.optimizer
+    lora, options = required(config.lora, "lora"), config.optimizer
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model, peft.LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=TARGETS, task_type="CAUSAL_LM")
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)

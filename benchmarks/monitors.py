@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    recipe.StepMonitors = TimedMonitors
+    vars(recipe)["StepMonitors"] = TimedMonitors
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(f"{folder}/run", options)
         with parallel_context(config.parallel) as ctx:

@@ -18,13 +18,14 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flagscale_like.data.preprocess import preprocess
 from flagscale_like.data.readers import find_inputs, read_documents
 from flagscale_like.data.tokenizer import Tokenizer, train_bpe
 
-_encode = None
+_encode: Callable[[str], list[int]]  # _start() makes it
 
 
 def _start(kind: str, folder: str) -> None:

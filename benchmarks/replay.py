@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from flagscale_like.cluster import ClusterSpec, DeviceSpec
 from flagscale_like.config import RunConfig
+from flagscale_like.errors import required
 from flagscale_like.recipes.pretrain import pretrain
 from flagscale_like.recipes.rehearse import record, rehearsal_config, rehearsed_kind
 from flagscale_like.rehearsal.costs import MESSAGE, Costs, with_constants
@@ -112,7 +113,7 @@ def call(name: str, group: dist.ProcessGroup, peers: tuple[int, int], nbytes: in
 
         def exchange() -> None:
             for handle in (dist.isend(small, target), dist.irecv(whole[: small.numel()], source)):
-                handle.wait()
+                required(handle, "handle").wait()
 
         return exchange
     return {
@@ -131,7 +132,7 @@ def gloo_calls(wanted: Sequence[tuple[str, int]]) -> Calls:
     rank = dist.get_rank()
     pairs = [dist.new_group([first, first + 1]) for first in range(0, RANKS, 2)]
     for name, ranks in wanted:
-        group = pairs[rank // 2] if ranks == 2 else dist.group.WORLD
+        group = required(pairs[rank // 2] if ranks == 2 else dist.group.WORLD, "group")
         peers = ((rank + 1) % RANKS, (rank - 1) % RANKS)
         # An operation's bytes are those of its input; an exchange is two messages.
         parts, halves = ranks if name == "reduce_scatter_tensor" else 1, 2 if name == MESSAGE else 1

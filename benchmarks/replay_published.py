@@ -16,7 +16,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def config_of(row: Row, arch: ModelArch) -> RunConfig:
     names = ("tp", "pp", "vpp", "cp", "ep", "sp", "first_stage_layers", "last_stage_layers")
     parallel = {name: value for name in names if (value := getattr(layout, name)) is not None}
     batch = layout.dp * layout.num_microbatches * layout.micro_batch_size
-    train = {"steps": 2, "micro_batch_size": layout.micro_batch_size, "global_batch_size": batch}
+    train: dict[str, Any] = {"steps": 2, "micro_batch_size": layout.micro_batch_size, "global_batch_size": batch}
     train |= {"seq_length": row.seq_length, "precision": "bf16", "recompute": layout.recompute}
     return RunConfig.model_validate(
         {
@@ -95,7 +95,7 @@ def replayed(number: int, keep: Path | None, network_gb_per_s: float | None = No
         records = list(record(config, cluster, rehearsed_kind("cuda"), world_size=cluster.devices))
         rehearsal_s = time.process_time() - began
         if file is not None:
-            keep.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(pickle.dumps((records, rehearsal_s)))
     began = time.process_time()
     costs = Costs.of(cluster)
@@ -105,7 +105,7 @@ def replayed(number: int, keep: Path | None, network_gb_per_s: float | None = No
     parts: Counter[str] = Counter()
     for own in line.parts.values():
         parts.update({name: seconds / len(line.parts) for name, seconds in own.items()})
-    kernels: Counter[str] = Counter()
+    kernels: defaultdict[str, float] = defaultdict(float)
     for own in line.kernels.values():
         for name, seconds in own.items():
             words = name.split()
@@ -121,7 +121,7 @@ def replayed(number: int, keep: Path | None, network_gb_per_s: float | None = No
         "published_s": published_seconds(row),
         "mfu": timed.mfu,
         "parts_s": dict(parts),
-        "kernels_s": dict(kernels.most_common()),
+        "kernels_s": dict(sorted(kernels.items(), key=lambda item: item[1], reverse=True)),
         "events": sum(len(record.step(-1)) for record in records),
         "rehearsal_s": rehearsal_s,
         "replay_s": time.process_time() - began,

@@ -115,12 +115,13 @@ def ours(folder: Path, kind: str, iterations: int):
         "task": "rl",
         "run_dir": str(run),
         "rl": rl | {"reward": reward},
-        "train": {"steps": iterations, "micro_batch_size": 1, "global_batch_size": ROLLOUTS, "seq_length": ROW},
+        "train": {"steps": iterations, "micro_batch_size": 1, "global_batch_size": ROLLOUTS, "seq_length": ROW}
+        | {"precision": "fp32"},
         "optimizer": {"lr": 1e-6, "schedule": "constant", "weight_decay": 0.0},
         "data": {"prompts": [str(folder / "prompts.jsonl")], "tokenizer": str(hf)},
         "checkpoint": {"interval": 0, "init_from_hf": str(hf)},
     }
-    values["train"]["precision"] = "fp32"
+
     path.write_text(json.dumps(values))
     from flagscale_like.cli.base import model_of_source
 

@@ -101,7 +101,9 @@ class Ours:
         self.ctx, self.packed, self.objective = ctx, packed, NextToken(packed=packed)
         self.engine = Engine.build(ModelSpec.of(config), ctx, optimizer=config.optimizer)
         self.size, self.places = config.train.micro_batch_size, 0
-        self.data: ConversationSource = build_dataset(config, ctx, "train", 4096)
+        data = build_dataset(config, ctx, "train", 4096)
+        assert isinstance(data, ConversationSource), "the benchmark has one source, of conversations"
+        self.data = data
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ import yaml
 from flagscale_like.json_files import read_records
 from flagscale_like.run_folder import RunFolder
 from flagscale_like.training.metrics import read_metrics
-from flagscale_like.training.recovery import effective_time_ratio
+from flagscale_like.training.recovery import effective_time_ratio, read_ledger
 
 SAMPLE_S = 0.25
 STALLED_S = 180.0
@@ -173,11 +173,16 @@ def soak(folder: Path, *, steps: int, kills: int, ranks: int, interval: int, see
         "save interval": interval,
         "kills": len(recoveries),
         "wall_s": wall,
-        "ettr": effective_time_ratio(run_dir, time.time()),
+        "ettr": ettr(run_dir),
         "recovery_s": recoveries,
         "lost steps": [event["lost_steps"] for event in starts[1:]],
         **usage.growth(),
     }
+
+
+def ettr(run_dir: Path) -> float:
+    """The run's effective time ratio."""
+    return effective_time_ratio(read_metrics(run_dir), read_ledger(run_dir), time.time())
 
 
 def restarted(run_dir: Path) -> int:

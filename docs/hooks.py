@@ -14,7 +14,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from flagscale_like import errors
 from flagscale_like.cli import app
@@ -147,7 +146,7 @@ def _name(annotation: Any) -> str:
 def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "*required*"
-    value = info.default if info.default is not PydanticUndefined else info.default_factory()
+    value = info.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "the group's defaults"
     if value is None or value == []:
@@ -160,7 +159,7 @@ def _default(info: FieldInfo) -> str:
 
 def command_line() -> str:
     """The page of all commands with their arguments and options, from the typer application."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_group(app)
     lines = [
         "# Command line",
         "",

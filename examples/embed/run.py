@@ -94,7 +94,7 @@ def _recalls(run: Callable[..., str], model: Path, data: Path, tasks: Sequence[s
     """recall@1 of a model on the queries of each task that were held out."""
     folders = [word for name in tasks for word in ("--retrieval", str(data / name))]
     printed = run("evaluate", "--checkpoint", str(model), *folders)
-    return {name: float(re.search(rf"{name}: recall@1 ([\d.]+)", printed)[1]) for name in tasks}
+    return {name: float(re.findall(rf"{name}: recall@1 ([\d.]+)", printed)[0]) for name in tasks}
 
 
 if __name__ == "__main__":

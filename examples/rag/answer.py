@@ -22,7 +22,7 @@ from flagscale_like.cli.base import open_model
 from flagscale_like.config import Parallel
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import UserError
+from flagscale_like.errors import UserError, required
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import Prompt, Sampling
 from flagscale_like.model.spec import ModelSpec
@@ -86,7 +86,7 @@ class Index:
 
 def open_encoder(args: argparse.Namespace, ctx: ParallelContext) -> Encode:
     """What turns texts of a side into vectors of length 1: our embedding model, or sentence-transformers' (--library)."""
-    given = {"query": args.query_instruction, "passage": args.passage_instruction}
+    given: dict[Side, str | None] = {"query": args.query_instruction, "passage": args.passage_instruction}
     if args.library:
         from sentence_transformers import SentenceTransformer
 
@@ -102,7 +102,11 @@ def open_encoder(args: argparse.Namespace, ctx: ParallelContext) -> Encode:
         raise UserError(f"{args.embedder}: names no tokenizer")
     settings = with_options(settings_of(source), pooling=args.pooling, instructions=given)
     embedder = Embedder(source, tokenizer, ctx, settings)
-    return lambda texts, side: embedder.encode([Text(text) for text in texts], side)
+
+    def encode_by_ours(texts: Sequence[str], side: Side) -> np.ndarray:
+        return required(embedder.encode([Text(text) for text in texts], side), "vectors on rank 0")
+
+    return encode_by_ours
 
 
 class Answerer:

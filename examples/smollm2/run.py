@@ -90,7 +90,7 @@ def command(*arguments: str | Path) -> str:
         text=True,
     )
     lines = []
-    for line in process.stdout:
+    for line in process.stdout or ():
         print(line, end="", flush=True)
         lines.append(line)
     if process.wait():
@@ -102,7 +102,7 @@ def native_loss(command: Callable[..., str], checkpoint: Path, text: Path, seq_l
     """The loss of a native checkpoint on a text, in nats per token, on two pipeline stages."""
     options = ["--data", text, "--seq-length", str(seq_length), "--pp", "2"]
     printed = command("evaluate", "--checkpoint", checkpoint, *options)
-    return float(re.search(r"loss ([\d.]+)", printed).group(1))
+    return float(re.findall(r"loss ([\d.]+)", printed)[0])
 
 
 def transformers_loss(folder: Path, text: Path, seq_length: int) -> float:

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks import soak
 from flagscale_like import json_files
 from flagscale_like.checkpoint.manifest import step_folders
 from flagscale_like.config import Monitors
@@ -73,7 +75,7 @@ def test_a_taken_port_is_one_line_and_exit_code_15(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port()))
         taken.listen()
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        rank: dict[str, Any] = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         result = cli("train", str(yaml), **rank, MASTER_PORT=str(taken.getsockname()[1]))
     assert result.returncode == 15
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
@@ -292,6 +294,7 @@ def test_the_ledger_counts_what_an_interruption_cost(tmp_path):
     later = Ledger(tmp_path, 6, now=lambda: clock[0])
     assert later.recovered() == {}
     assert effective_time_ratio(read_metrics(tmp_path), read_ledger(tmp_path), clock[0]) == pytest.approx(6 / 20)
+    assert soak.ettr(tmp_path) == pytest.approx(6 / 20)
 
 
 def test_a_resume_reads_a_long_record_of_steps_from_its_end(tmp_path, monkeypatch):
