@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flagscale_like.data.report import Report
 
 data_app = typer.Typer(
-    help="Tokenize conversations, inspect tokenized data, and find the documents that a training step read.",
+    help="Tokenize conversations, pairs and groups; mine, score and judge them; show data, and what a training step read.",
     epilog=example("flagscale-like data inspect data/corpus"),
     no_args_is_help=True,
 )

@@ -101,11 +101,8 @@ def load_weights(
     gathered = ctx.gather(misfits)
     unfit = {key for found in gathered for key in found}
     problems = sorted({text for found in gathered for text in found.values()})
-    # Added up, a number for each key of the source: to gather names would take memory that grows with the number of ranks.
-    keys, own = sorted(keys_of(source, prefix)), {piece.box.key for _, piece in everything}
-    holders = ctx.sum([float(key in own) for key in keys])
-    expected = {prefix + name for name in unused}
-    extra = [key for key, count in zip(keys, holders, strict=True) if not count and key not in expected]
+    own = {piece.box.key for _, piece in everything} | {prefix + name for name in unused}
+    extra = _unheld(keys_of(source, prefix), own, ctx)
     problems += [f"{source.folder}: the model has no {key}" for key in extra]
     if problems and strict:
         raise CheckpointError("; ".join(problems))
@@ -115,6 +112,16 @@ def load_weights(
             held.setdefault(p, []).append(piece)
     _read_and_share(held, source, ctx)
     return Left(problems, {p for p, piece in everything if piece.box.key in unfit or not is_wanted(piece)})
+
+
+def _unheld(keys: Iterable[str], own: set[str], ctx: ParallelContext) -> list[str]:
+    """Those of a source's keys that no rank has among its own. All call it.
+
+    A number for each key is added up: to gather names would take memory that grows with the number of ranks.
+    """
+    names = sorted(keys)
+    holders = ctx.sum([float(name in own) for name in names])
+    return [name for name, count in zip(names, holders, strict=True) if not count]
 
 
 def _read_and_share(held: dict[nn.Parameter, list[Piece]], source: WeightSource, ctx: ParallelContext) -> None:
