@@ -8,6 +8,7 @@ from flagscale_like.config import Parallel
 from flagscale_like.errors import PlatformError
 from flagscale_like.runtime.launched import NAMES, current_launch
 from flagscale_like.runtime.parallel import parallel_context
+from tests.commands import command
 from tests.harness import cli, tiny_config, write_yaml
 
 RANK: dict[str, Any] = {
@@ -69,13 +70,13 @@ def test_an_address_that_does_not_resolve_is_told_at_once(environment):
         pass
 
 
-def test_train_refuses_half_a_launch_and_ranks_that_would_start_ranks(tmp_path):
+def test_train_refuses_half_a_launch_and_ranks_that_would_start_ranks(tmp_path, environment):
     path = write_yaml(tiny_config(tmp_path / "run"), tmp_path / "run.yaml")
     half = cli("train", str(path), WORLD_SIZE="2")
     assert half.returncode == PlatformError.exit_code
     assert half.stderr.startswith("error: the environment has WORLD_SIZE=2, but no RANK")
     assert not (tmp_path / "run").exists()
-    environment: dict[str, Any] = {**RANK, "MASTER_ADDR": "127.0.0.1"}
-    again = cli("train", str(path), "--nproc-per-node", "2", **environment)
+    environment({**RANK, "MASTER_ADDR": "127.0.0.1"})
+    again = command("train", str(path), "--nproc-per-node", "2")
     assert again.returncode == 10
     assert "this process is rank 1 of 2 already: leave it out" in again.stderr

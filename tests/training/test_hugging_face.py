@@ -148,10 +148,10 @@ def test_the_command_line_reads_the_model_from_the_folder_it_starts_from(tmp_pat
     del values["model"]
     values["checkpoint"]["init_from_hf"] = str(folder)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    trained = cli("train", str(tmp_path / "run.yaml"), "parallel.pp=2")
-    assert trained.returncode == 0, trained.stderr
-    assert f"starting from the weights of {folder}" in trained.stdout
-    assert f"exported {tmp_path / 'run' / 'hf'}" in trained.stdout
+    (trained,), _ = run_commands([["train", str(tmp_path / "run.yaml"), "parallel.pp=2"]], ranks=2)
+    assert trained.exit_code == 0, trained.error
+    assert f"starting from the weights of {folder}" in trained.printed
+    assert f"exported {tmp_path / 'run' / 'hf'}" in trained.printed
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
 
 
