@@ -1,6 +1,7 @@
 """Formulas of ModelArch against models that megatron-core builds."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ AQUILA2_70B = {
     "ffn_hidden_size": 28672,
     "vocab_size": 100008,
 }
-BAICHUAN_7B = {
+BAICHUAN_7B: dict[str, Any] = {
     "num_layers": 32,
     "hidden_size": 4096,
     "num_attention_heads": 32,

@@ -201,4 +201,5 @@ def test_no_family_is_named_in_model():
     for path in (PACKAGE / "model").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             named = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
-            assert not (isinstance(named, str) and named.lower() in families), f"{path}:{node.lineno}: {named}"
+            line = getattr(node, "lineno", 0)
+            assert not (isinstance(named, str) and named.lower() in families), f"{path}:{line}: {named}"

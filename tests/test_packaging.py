@@ -25,8 +25,10 @@ def built(tmp_path_factory):
     source.mkdir()
     for name in SOURCES:  # a build writes beside its sources
         path = REPOSITORY / name
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        copy(path, source / name, **({"ignore": shutil.ignore_patterns("__pycache__")} if path.is_dir() else {}))
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(path, source / name)
     sdist = "from setuptools.build_meta import build_sdist; print(build_sdist('..'))"
     run([sys.executable, "-c", sdist], source)
     (archive,) = folder.glob("*.tar.gz")

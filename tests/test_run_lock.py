@@ -106,8 +106,8 @@ except ConfigError:
 
 def test_of_many_that_start_together_one_holds_a_lock_that_is_gone(tmp_path):
     record(tmp_path / "lock", started=1.0)
-    words, pipes = [sys.executable, "-c", HOLD, str(tmp_path)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    starts = [subprocess.Popen(words, text=True, **pipes) for _ in range(4)]
+    words, pipe = [sys.executable, "-c", HOLD, str(tmp_path)], subprocess.PIPE
+    starts = [subprocess.Popen(words, text=True, stdin=pipe, stdout=pipe) for _ in range(4)]
     assert [start.stdout.readline() for start in starts] == ["ready\n"] * 4
     (tmp_path / "go").touch()
     outcomes = sorted(start.stdout.readline() for start in starts)
@@ -122,7 +122,7 @@ def test_the_same_command_twice_trains_once_and_a_killed_run_goes_on(tmp_path):
     words = [sys.executable, "-m", "flagscale_like", "train", str(path)]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        for line in first.stdout:
+        for line in first.stdout or ():
             if line.startswith("step "):
                 break
         second = cli("train", str(path))

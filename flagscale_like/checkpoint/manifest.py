@@ -259,7 +259,7 @@ def verify_files(folder: Path, *, processes: int, with_index: bool = True) -> li
 
 
 def newest_whole(root: Path, *, processes: int) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint with its step's name and with its files' sizes and checksums; and why newer ones were rejected."""
+    """The newest checkpoint with its step's name and its files' sizes and checksums; and why newer ones were rejected."""
     rejected = []
     for folder in step_folders(root):
         try:

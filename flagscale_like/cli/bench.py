@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,7 +52,7 @@ def bench(  # typer makes an option of every parameter
     from flagscale_like.planner.report import table
     from flagscale_like.recipes.benchmark import plot, rows, sweep_points
 
-    found = []
+    found: list[dict[str, Any]] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,6 +115,6 @@ def _bench_here(config: RunConfig, steps: int, warmup: int, compare: bool, save:
         with contextlib.redirect_stdout(sys.stderr):
             point = measure(config, ctx, steps=steps, warmup=warmup, checkpoint=save)
             compared = compare_with_transformers(config, ctx, rounds=steps, warmup=warmup) if compare else None
-        if ctx.is_main and result is not None:
+        if ctx.is_main and point is not None and result is not None:
             found = {"measured": asdict(point)} | ({"compared": asdict(compared)} if compared else {})
             write_json(result, found)

@@ -12,11 +12,13 @@ import typer
 
 from flagscale_like.cli.base import Checkpoint, Force, app, example, open_model, refuse_unread
 from flagscale_like.cli.model_options import MaxTokens, PassageInstruction, PoolingOption, QueryInstruction
+from flagscale_like.errors import required
 
 if TYPE_CHECKING:
-    from flagscale_like.checkpoint.adapters import AdaptedWeights, MergedWeights
-    from flagscale_like.checkpoint.format import CheckpointReader
-    from flagscale_like.checkpoint.hf import ExportPlan
+    from flagscale_like.checkpoint.adapters import AdaptedWeights
+    from flagscale_like.checkpoint.hf import ExportPlan, ExportSource
+    from flagscale_like.checkpoint.sentence_transformers import Pooling
+    from flagscale_like.recipes.embedder import Side
 
 convert_app = typer.Typer(
     help="Convert from and to Hugging Face.",
@@ -49,16 +51,17 @@ def import_(
         from flagscale_like.checkpoint.adapters import open_weights
         from flagscale_like.checkpoint.peft_folder import import_adapter
 
-        lora = import_adapter(adapter, open_weights(hf or checkpoint), out)
+        base = required(hf or checkpoint, "--hf or --checkpoint")
+        lora = import_adapter(adapter, open_weights(base), out)
         typer.echo(
             f"wrote {out} from {adapter}: adapters of rank {lora.rank} and alpha {lora.alpha:g} for "
-            f"{', '.join(lora.targets)}; not verified that {hf or checkpoint} is their base: peft records no identity"
+            f"{', '.join(lora.targets)}; not verified that {base} is their base: peft records no identity"
         )
         return
     from flagscale_like.checkpoint.hf import import_folder
     from flagscale_like.checkpoint.hf_folder import HfFolder
 
-    folder = HfFolder(hf)
+    folder = HfFolder(required(hf, "--hf"))
     arch = import_folder(folder, out, workers=workers)
     seconds = time.perf_counter() - began
     for note in folder.notes:
@@ -125,8 +128,8 @@ def export(  # typer makes an option of every parameter
         raise CheckpointError(
             f"{reader.folder}: holds no LoRA adapters: leave out --merge, --adapter, --base and --force"
         )
-    if adapted is not None:
-        reader = MergedWeights(adapted)
+    if isinstance(reader, AdaptedWeights):
+        reader = MergedWeights(reader)
         if not reader.trained():
             typer.echo(f"warning: every B in {reader.folder} is 0: the adapters were not trained, and change nothing")
     of_texts = {
@@ -137,19 +140,19 @@ def export(  # typer makes an option of every parameter
     }
     if not sentence_transformers:
         refuse_unread("--sentence-transformers", **of_texts)
-    if adapter:
+    if adapted is not None and adapter:
         if as_family is not None:
             raise ConfigError("--adapter writes for the base's own family: leave out --as")
         refuse_unread("an export of the whole model", sentence_transformers=sentence_transformers)
         _export_adapter(adapted, out, dtype or "stored", tokenizer, verify=verify)
         return
-    dtype, notes = dtype or "bf16", []
+    notes: list[str] = []
     beside = _nothing
     if sentence_transformers:
-        given = {"query": query_instruction, "passage": passage_instruction}
+        given: dict[Side, str | None] = {"query": query_instruction, "passage": passage_instruction}
         beside = _sentence_transformers(reader, notes, pooling=pooling, instructions=given, max_tokens=max_tokens)
-    options = {"family": as_family, "dtype": dtype, "tokenizer": tokenizer, "workers": workers, "beside": beside}
-    plan = export(reader, out, **options)
+    dtype = dtype or "bf16"
+    plan = export(reader, out, family=as_family, dtype=dtype, tokenizer=tokenizer, workers=workers, beside=beside)
     for note in notes:
         typer.echo(note)
     merged = f", merged into {adapted.base.folder}" if adapted is not None else ""
@@ -165,11 +168,11 @@ def _nothing(folder: Path) -> None:
 
 
 def _sentence_transformers(
-    reader: CheckpointReader | MergedWeights,
+    reader: ExportSource,
     notes: list[str],
     *,
-    pooling: str | None,
-    instructions: dict[str, str | None],
+    pooling: Pooling | None,
+    instructions: dict[Side, str | None],
     max_tokens: int | None,
 ) -> Callable[[Path], None]:
     """What writes the files of `export --sentence-transformers` into a folder, and says in `notes` what they hold."""
@@ -183,6 +186,7 @@ def _sentence_transformers(
     settings = with_options(settings_of(reader), pooling=pooling, instructions=instructions, max_tokens=max_tokens)
     if settings.pooling is None:
         raise ConfigError(f"{reader.folder}: does not say how it pools: give --pooling last, mean or first")
+    pooling = settings.pooling
     limit = min(settings.longest, reader.arch.longest_sequence or settings.longest)
     unknown = [f"--{side}-instruction" for side in ("query", "passage") if side not in settings.instructions]
     prompts = {
@@ -195,9 +199,7 @@ def _sentence_transformers(
         notes.append(f"note: nothing is known to go before texts; if something does, give {' and '.join(unknown)}")
 
     def write(folder: Path) -> None:
-        found = write_text_settings(
-            folder, TextSettings(settings.pooling, prompts, limit), size=reader.arch.hidden_size
-        )
+        found = write_text_settings(folder, TextSettings(pooling, prompts, limit), size=reader.arch.hidden_size)
         notes.extend([found] if found else [])
 
     return write
@@ -309,7 +311,8 @@ def upcycle(  # typer makes an option of every parameter
 
     if (hf is None) == (checkpoint is None):
         raise ConfigError("give either --hf FOLDER or --checkpoint RUN: the dense model")
-    source, _ = open_model(hf or checkpoint, hugging_face=hf is not None, adapter=None)
+    folder = required(hf or checkpoint, "--hf or --checkpoint")
+    source, _ = open_model(folder, hugging_face=hf is not None, adapter=None)
     if isinstance(source, AdaptedWeights):
         raise CheckpointError(
             f"{source.folder}: holds LoRA adapters: merge them into their base first, with `convert export --merge`"

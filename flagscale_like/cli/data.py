@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flagscale_like.cli.base import app, example, refuse_unread
-from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.errors import ConfigError, DataError, required
 from flagscale_like.figures import fixed
 from flagscale_like.run_folder import RunFolder
 
@@ -127,14 +127,15 @@ def preprocess(  # typer makes an option of every parameter
     )
     if tokenizer is None:
         tokenizer = Path(f"{out}-tokenizer")
-        if not is_trained_on(tokenizer, train_tokenizer, files):  # by this command, before it was interrupted
+        entries = required(train_tokenizer, "--train-tokenizer")
+        if not is_trained_on(tokenizer, entries, files):  # by this command, before it was interrupted
             if tokenizer.exists() and not overwrite:
                 raise DataError(
-                    f"{tokenizer}: exists, and was not trained for {train_tokenizer:,} entries on this input: give it as "
+                    f"{tokenizer}: exists, and was not trained for {entries:,} entries on this input: give it as "
                     "--tokenizer, choose another --out, or replace it with --overwrite"
                 )
             texts = (d.text for d in read_documents(files, key=key, unit=unit, bad_lines=bad_lines))
-            train_bpe(texts, train_tokenizer, tokenizer, inputs=files)
+            train_bpe(texts, entries, tokenizer, inputs=files)
     began = time.perf_counter()
     with show_progress(files) as progress:
         report = preprocess(
@@ -438,7 +439,7 @@ def locate(
     provenance = Provenance(open_order(segment, draws), config.data.source_names)
     dp_rank = dp_rank_of(segment, rank) if rank is not None else None
     found = locate(run_dir, reading, provenance, dp_rank=dp_rank)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(config.data.required_tokenizer)
     shown = found[: top or None]
     if as_json:
         for sample in shown:

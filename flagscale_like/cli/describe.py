@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from flagscale_like.config.lora import NO_BASE
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 
 if TYPE_CHECKING:
     from flagscale_like.arch import ModelArch
@@ -74,7 +74,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
 
 def _describe_rl(config: RunConfig, data: str) -> None:
     """Print what an iteration of reinforcement learning is."""
-    rl, train = config.rl, config.train
+    rl, train = config.required_rl, config.train
     drawing = rl.rollout
     models = ["policy"] + ["critic"] * rl.has_critic + ["reference"] * bool(rl.kl.coefficient and config.lora is None)
     typer.echo(
@@ -104,7 +104,7 @@ def describe_iteration(config: RunConfig, plan: Plan, cluster: ClusterSpec | Non
     for note in [
         *notes,
         *([] if read else [f"the prompts are not read: {prompt} tokens are taken, half of their room"]),
-        *DRAWN_OTHERWISE.get(config.rl.rollout.engine, []),
+        *DRAWN_OTHERWISE.get(config.required_rl.rollout.engine, []),
     ]:
         typer.echo(f"note         {note}")
     if cluster is None:
@@ -137,7 +137,7 @@ def reward_models(config: RunConfig) -> tuple[list[Beside], list[str]]:
     from flagscale_like.planner.iteration import Beside
 
     found, notes = [], []
-    for one in sources_of(config.rl.reward):
+    for one in sources_of(config.required_rl.reward):
         if not isinstance(one, ModelReward | JudgeReward) or (isinstance(one, JudgeReward) and one.path is None):
             continue
         heads = int(isinstance(one, ModelReward))
@@ -160,7 +160,7 @@ def prompt_tokens(config: RunConfig) -> tuple[int, bool]:
     try:
         rows = read_prompts(config, Words(config))
     except DataError:
-        return max(1, (config.train.seq_length - config.rl.rollout.max_new_tokens) // 2), False
+        return max(1, (config.train.seq_length - config.required_rl.rollout.max_new_tokens) // 2), False
     return round(sum(len(row.ids) for row in rows) / len(rows)), True
 
 
@@ -207,7 +207,7 @@ def _describe_lora(config: RunConfig) -> str:
     from flagscale_like.checkpoint.manifest import step_folders
     from flagscale_like.run_folder import RunFolder
 
-    lora, options = config.lora, config.checkpoint
+    lora, options = required(config.lora, "lora"), config.checkpoint
     if not (options.load or options.init_from_hf or any(step_folders(RunFolder(config.run_dir).checkpoints))):
         raise ConfigError(NO_BASE)
     kind = "".join(word for word, on in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if on)
@@ -247,7 +247,7 @@ def _describe_inputs(config: RunConfig) -> str:
     from flagscale_like.data.readers import find_inputs
     from flagscale_like.data.tokenizer import Tokenizer
 
-    files = find_inputs(config.data.prepare.input)
+    files = find_inputs(config.data.required_prepare.input)
     if config.data.tokenizer:
         Tokenizer(config.data.tokenizer)
     return f"{len(files)} files to prepare before the first step"

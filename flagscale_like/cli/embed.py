@@ -16,7 +16,7 @@ from flagscale_like.figures import fixed
 
 if TYPE_CHECKING:
     from flagscale_like.config import Parallel
-    from flagscale_like.recipes.embedder import Embedder
+    from flagscale_like.recipes.embedder import Embedder, Side
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def open_embedder(model: EmbedderOptions, parallel: Parallel) -> Iterator[tuple[
     folder = model.tokenizer or found_tokenizer
     if folder is None:
         raise ConfigError(f"{model.path}: names no tokenizer: give --tokenizer FOLDER")
-    instructions = {"query": model.query_instruction, "passage": model.passage_instruction}
+    instructions: dict[Side, str | None] = {"query": model.query_instruction, "passage": model.passage_instruction}
     settings = with_options(
         settings_of(source), pooling=model.pooling, instructions=instructions, max_tokens=model.max_tokens
     )

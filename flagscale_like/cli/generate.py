@@ -9,7 +9,7 @@ import typer
 
 from flagscale_like.cli.base import Adapter, Checkpoint, Force, app, example, open_model, refuse_unread
 from flagscale_like.cli.model_options import Precision, start_ranks
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 
 if TYPE_CHECKING:
     from flagscale_like.cli.base import OpenedWeights
@@ -114,7 +114,7 @@ def _one(writer: TextGenerator, prompt: str | None, chat: str | None, wishes: Wi
     if chat is not None:
         ids = writer.chat_prompt([{"role": "user", "content": chat}])
     else:
-        ids = writer.prompt_of(prompt, add_bos=add_bos)
+        ids = writer.prompt_of(required(prompt, "--prompt"), add_bos=add_bos)
     sampling = writer.sampling(wishes, chat=chat is not None)
     limit, count = writer.own.engine.spec.arch.longest_sequence, wishes.max_new_tokens
     if limit and len(ids) + count > limit:

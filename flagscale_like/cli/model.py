@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flagscale_like.cli.base import app, example, refuse_unread
 from flagscale_like.cli.embed import evaluate_retrieval, open_embedder
-from flagscale_like.cli.model_options import Dimensions, EmbedderOptions, shares, start_ranks
-from flagscale_like.errors import ConfigError, PlatformError
+from flagscale_like.cli.model_options import Dimensions, EmbedderOptions, Precision, shares, start_ranks
+from flagscale_like.errors import ConfigError, PlatformError, required
 from flagscale_like.figures import fixed
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def evaluate(  # typer makes an option of every parameter
         with open_embedder(model, layout) as (embedder, _):
             evaluate_retrieval(embedder, retrieval, split or "test", dimensions)
         return
-    _evaluate_text(model, data, layout, seq_length)
+    _evaluate_text(model, required(data, "--data"), layout, seq_length)
 
 
 def _evaluate_text(model: EmbedderOptions, data: Path, layout: Parallel, seq_length: int | None) -> None:
@@ -122,9 +122,9 @@ def _evaluate_tasks(
     source: OpenedWeights,
     tokenizer: Path | None,
     tasks: list[str],
-    precision: str,
+    precision: Precision,
     out: Path | None,
-    **options: int | None,
+    **options: Any,
 ) -> None:
     """`evaluate --tasks`: print a line for each score."""
     import os

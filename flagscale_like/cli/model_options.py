@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from flagscale_like.cli.base import Adapter, Force, open_model
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, required
 
 if TYPE_CHECKING:
     from flagscale_like.cli.base import OpenedModel
@@ -66,7 +66,7 @@ class ModelOptions:
     @property
     def path(self) -> Path:
         """Where the weights are."""
-        return self.hf or self.checkpoint
+        return required(self.hf or self.checkpoint, "--hf or --checkpoint")
 
     def layout(self, cp: int = 1) -> Parallel:
         """The degrees of parallelism."""
@@ -111,18 +111,19 @@ def start_ranks(parallel: Parallel, nproc_per_node: int | None) -> None:
 def shares(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the fields of `kind` as options of its own. It gets them as one object, its parameter `model`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Any) -> Callable[..., None]:
         shared, hints = fields(kind), get_type_hints(command, include_extras=True)
         hints = {name: hint for name, hint in hints.items() if name != "model"} | get_type_hints(
             kind, include_extras=True
         )
 
-        def run(**given: Any) -> None:
+        def with_model(**given: Any) -> None:
             model = kind(**{field.name: given.pop(field.name) for field in shared})
             command(model=model, **given)
 
         own = [p for name, p in inspect.signature(command).parameters.items() if name != "model"]
         defaults = {parameter.name: parameter.default for parameter in own} | {f.name: f.default for f in shared}
+        run: Any = with_model
         run.__name__, run.__doc__, run.__annotations__ = command.__name__, command.__doc__, hints
         run.__signature__ = inspect.Signature(
             [

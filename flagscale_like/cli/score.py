@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +55,11 @@ def score(
     source, _ = model.open()
     length = seq_length or longest_row(str(pairs))
     with parallel_context(model.layout()) as ctx:
-        options = {"seq_length": length, "micro_batch_size": model.micro_batch_size, "precision": model.precision}
+        options: dict[str, Any] = {
+            "seq_length": length,
+            "micro_batch_size": model.micro_batch_size,
+            "precision": model.precision,
+        }
         found = score_pairs(source, str(pairs), ctx, **options)
         beside = score_pairs(open_weights(reference), str(pairs), ctx, **options) if reference is not None else None
         if found is None:

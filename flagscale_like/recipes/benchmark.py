@@ -227,7 +227,7 @@ def compare_with_transformers(config: RunConfig, ctx: ParallelContext, *, rounds
         ours, theirs = our_steps(config, ctx), _their_steps(config, ctx)
         times: list[tuple[float, float]] = []
         for turn in range(warmup + rounds):
-            pair = tuple(_timed(ctx, side) for side in (ours, theirs))
+            pair = _timed(ctx, ours), _timed(ctx, theirs)
             if turn >= warmup:
                 times.append(pair)
     ours_s, theirs_s = (statistics.median(side) for side in zip(*times, strict=True))

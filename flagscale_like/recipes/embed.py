@@ -11,7 +11,7 @@ import numpy as np
 
 from flagscale_like.data.formats import format_of
 from flagscale_like.data.readers import read_documents
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.recipes.embedder import BLOCK, Embedder, Side, Text, shortened
 from flagscale_like.recipes.progress import Progress
 from flagscale_like.runtime.parallel import agree
@@ -58,9 +58,9 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
         DataError: a text is empty or missing.
     """
     content = format_of(path).content
-    options = {"unit": "line"} if content == "text" else {"key": key}
     expected = 1
-    for document in read_documents([path], **options):
+    is_text = content == "text"
+    for document in read_documents([path], unit="line") if is_text else read_documents([path], key=key):
         if content == "text" and document.line != expected:
             raise DataError(f"{path}:{expected}: the text is empty: each line has a vector: remove it")
         if not document.text.strip():
@@ -120,7 +120,7 @@ def embed_file(  # most parameters are one option of the command `embed` each
     while block := list(islice(texts, BLOCK)):
         vectors = embedder.encode([Text(text) for text in block], side)
         if file is not None:
-            file.add(shortened(vectors, dimensions))
+            file.add(shortened(required(vectors, "vectors on rank 0"), dimensions))
     if file is not None:
         file.close()
     return count

@@ -93,7 +93,7 @@ def settings_of(source: WeightSource) -> EmbedderSettings:
 def _of_folder(folder: Path) -> EmbedderSettings:
     found = read_text_settings(folder)
     instructions = {SIDES[name]: text for name, text in found.prompts.items() if name in SIDES}
-    lengths = dict.fromkeys(("query", "passage"), found.max_tokens) if found.max_tokens else {}
+    lengths: dict[Side, int] = {"query": found.max_tokens, "passage": found.max_tokens} if found.max_tokens else {}
     return EmbedderSettings(found.pooling, instructions, lengths, str(folder))
 
 

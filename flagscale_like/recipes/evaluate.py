@@ -10,7 +10,7 @@ from flagscale_like.checkpoint.store import WeightSource
 from flagscale_like.data.packing import conversation_batches
 from flagscale_like.data.stream import TokenStream, window_count, windows
 from flagscale_like.engine.engine import Engine
-from flagscale_like.model.spec import ModelSpec
+from flagscale_like.model.spec import ModelSpec, Precision
 from flagscale_like.objectives.next_token import NextToken
 from flagscale_like.runtime.parallel import ParallelContext
 from flagscale_like.training.evaluation import evaluate
@@ -78,7 +78,7 @@ def evaluate_conversations(
 
 
 def _engine(
-    source: WeightSource, ctx: ParallelContext, seq_length: int, micro_batch_size: int, precision: str
+    source: WeightSource, ctx: ParallelContext, seq_length: int, micro_batch_size: int, precision: Precision
 ) -> Engine:
     spec = ModelSpec(
         arch=source.arch,

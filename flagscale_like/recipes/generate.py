@@ -114,13 +114,13 @@ class TextGenerator:
         Raises:
             ConfigError: a number is out of its range.
         """
-        ends = {self.words.eod, *self.found.stop, *([self.chats.end] if chat else [])} - {None}
+        ends = {self.words.eod, *self.found.stop, *([self.chats.end] if chat else [])}
         vocab = self.own.engine.spec.arch.vocab_size
         given = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k")}
         numbers = {name: getattr(self.found, name) if value is None else value for name, value in given.items()}
         sampling = Sampling(
             wishes.max_new_tokens,
-            stop=tuple(sorted(token for token in ends if token < vocab)),
+            stop=tuple(sorted(token for token in ends if token is not None and token < vocab)),
             stop_strings=wishes.stop_strings,
             seed=wishes.seed,
             **numbers,

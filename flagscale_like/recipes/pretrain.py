@@ -14,12 +14,15 @@ from flagscale_like.checkpoint.companions import companions_at
 from flagscale_like.checkpoint.format import CheckpointReader
 from flagscale_like.checkpoint.hf import export_on_ranks
 from flagscale_like.checkpoint.manifest import step_name
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Contrastive, RunConfig
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.feed import Feed
 from flagscale_like.data.groups import notes_on_groups
+from flagscale_like.data.order import Samples
 from flagscale_like.data.pretrain import build_dataset, build_datasets, check_sources, micro_batches
+from flagscale_like.data.selection import SourcesDataset
 from flagscale_like.engine.engine import Engine
+from flagscale_like.errors import required
 from flagscale_like.families import find_family
 from flagscale_like.model.offload import attach_offload
 from flagscale_like.objectives.choice import objective_of
@@ -107,7 +110,7 @@ def assemble(config: RunConfig, begun: Start, closing: ExitStack, make_parts: Ma
         config, ctx, train_samples=progress.train_samples, valid_samples=evaluation_samples(config)
     )
     reference = make_reference(config, begun, [data, valid_data], watchdog)
-    selection = SourceSelection(config, engine, data, begun.saved) if config.data.selection else None
+    selection = SourceSelection(config, engine, data, begun.saved) if isinstance(data, SourcesDataset) else None
     mixture = selection.mixture if selection else None
     feed = Feed(micro_batches(data, config, ctx, consumed=progress.consumed, mixture=mixture))
     closing.callback(feed.close)
@@ -165,14 +168,16 @@ def monitors_of(config: RunConfig, engine: Engine) -> list[Part]:
 
 
 def make_reference(
-    config: RunConfig, begun: Start, splits: Sequence[Dataset | None], watchdog: Watchdog
+    config: RunConfig, begun: Start, splits: Sequence[Samples | None], watchdog: Watchdog
 ) -> Reference | Unstored | None:
     """The log-probabilities of the reference, where the objective needs them; the splits' datasets get them."""
     if getattr(config.objective, "reference", "none") == "none":
         return None
     step = begun.progress.step
     beat = functools.partial(watchdog.beat, step, "reference", slow=True)
-    reference = reference_of(config, begun.engine, splits[0], step=step, weights=begun.weights, beat=beat)
+    reference = reference_of(
+        config, begun.engine, required(splits[0], "training data"), step=step, weights=begun.weights, beat=beat
+    )
     begun.notes.append(reference.note)
     for split in splits:
         if split is not None:
@@ -200,7 +205,7 @@ def evaluation_samples(config: RunConfig) -> int:
 
 
 def evaluator(
-    run: Run, valid_data: Dataset, reference: Reference | Unstored | None = None
+    run: Run, valid_data: Samples, reference: Reference | Unstored | None = None
 ) -> Callable[[str], Measured]:
     """The loss on a split, by its name: always on the same samples of it."""
     config, ctx, train = run.config, run.ctx, run.config.train
@@ -251,7 +256,7 @@ def announce(run: Run, notes: list[str]) -> None:
         f"{f' cp {par.cp} {par.cp_kind}' if par.cp > 1 else ''}{' sp' if par.sp else ''}"
         f" on {ctx.world_size} x {ctx.platform.describe()} | {config.train.precision}"
     )
-    if config.objective.reads == "groups" and ctx.is_main:
+    if isinstance(config.objective, Contrastive) and ctx.is_main:
         notes = [*notes, *notes_on_groups([source.path for source in config.data.sources], config.objective.passages)]
     for note in notes:
         run.reporter.say(note)

@@ -11,10 +11,10 @@ from flagscale_like.checkpoint.opened import open_adapted
 from flagscale_like.config import JudgeReward, RunConfig
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import CheckpointError
+from flagscale_like.errors import CheckpointError, required
 from flagscale_like.generation.engine import OwnEngine
 from flagscale_like.generation.rollout import GenerationEngine
-from flagscale_like.model.spec import ModelSpec, layout_beside
+from flagscale_like.model.spec import ModelSpec, Precision, layout_beside
 from flagscale_like.objectives.policy import PolicyLoss, PolicyOptions
 from flagscale_like.recipes.pretrain import MakeParts, announce, export_run, make_watchdog, monitors_of, what_remains
 from flagscale_like.rl.answers import RewardSource
@@ -57,7 +57,7 @@ def words_and_prompts(config: RunConfig, ctx: ParallelContext) -> tuple[Words, l
 
 def reward_of(config: RunConfig, ctx: ParallelContext, words: Words) -> RewardSource:
     """What scores rollouts, by rl.reward."""
-    return build_reward(config.rl.reward, surroundings(config, ctx, words))
+    return build_reward(config.required_rl.reward, surroundings(config, ctx, words))
 
 
 def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surroundings:
@@ -69,13 +69,13 @@ def surroundings(config: RunConfig, ctx: ParallelContext, words: Words) -> Surro
     return Surroundings(
         ctx,
         seq_length=config.train.seq_length,
-        tokenizer=Path(words.folder),
+        tokenizer=Path(required(words.folder, "data.tokenizer")),
         open_engine=open_engine,
         say=lambda line: print(line, flush=True) if ctx.is_main else None,
     )
 
 
-def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple[OwnEngine, Path]:
+def open_generator(path: Path, ctx: ParallelContext, *, precision: Precision) -> tuple[OwnEngine, Path]:
     """A generation engine on a model's own weights, on the layout of the run, and the folder of its tokenizer.
 
     Raises:
@@ -89,7 +89,7 @@ def open_generator(path: Path, ctx: ParallelContext, *, precision: str) -> tuple
     spec = ModelSpec(
         arch=opened.source.arch,
         parallel=layout_beside(opened.source.arch, ctx.layout),
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         lora=getattr(opened.source, "lora", None),
     )
     engine = Engine.build(spec, ctx, source=opened.source)
@@ -191,7 +191,7 @@ def assemble(  # what a run is put together of
     ledger = [Ledger(folder.root, progress.step)] if ctx.is_main else []
     reporter = closing.enter_context(Reporter(folder, progress, is_main=ctx.is_main))
     watchdog = closing.enter_context(make_watchdog(config, begun))
-    clock, state = Clock(), RlState(config.rl.kl.coefficient)
+    clock, state = Clock(), RlState(config.required_rl.kl.coefficient)
     log = IterationLog(config, ctx, clock)
     guard = Guard(config.monitors, rewinds=progress.rewinds, suspects=suspects(config), expects_gradient=False)
     saves = Saves(begun.store, config.checkpoint, watchdog)
@@ -214,7 +214,7 @@ def assemble(  # what a run is put together of
     run = Run(
         config=config,
         engine=engine,
-        objective=PolicyLoss(PolicyOptions(config.rl.clip)),
+        objective=PolicyLoss(PolicyOptions(config.required_rl.clip)),
         scheduler=begun.scheduler,
         store=begun.store,
         progress=progress,

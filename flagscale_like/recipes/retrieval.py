@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flagscale_like.data.readers import find_inputs, read_documents
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.json_files import BAD_JSON, lines_of
 from flagscale_like.recipes.embedder import BLOCK, Embedder, Text, shortened
 
@@ -67,12 +67,12 @@ def search(
     parts = [embedder.encode(queries[start : start + BLOCK], "query") for start in range(0, len(queries), BLOCK)]
     found = None
     if embedder.ctx.is_main:
-        vectors = shortened(np.concatenate(parts), dimensions)
+        vectors = shortened(np.concatenate([part for part in parts if part is not None]), dimensions)
         found = Search(vectors, min(depth, len(passages)), embedder.ctx.platform.device)
     for start in range(0, len(passages), BLOCK):
         block = embedder.encode(passages[start : start + BLOCK], "passage")
         if found is not None:
-            found.add(shortened(block, dimensions))
+            found.add(shortened(required(block, "vectors on rank 0"), dimensions))
     return found.ranking() if found is not None else None
 
 

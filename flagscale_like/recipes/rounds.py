@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from flagscale_like.config import JudgeReward, Reward, RunConfig, load_config
 from flagscale_like.config.rewards import Mixture, ModelReward, model_in
 from flagscale_like.data.conversations import longest_row
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.errors import ConfigError, DataError, required
 from flagscale_like.generation.rollout import GenerationEngine, Prompt, Rollout, Sampling
 from flagscale_like.json_files import BAD_VALUES, write_json
 from flagscale_like.model.spec import ModelSpec
@@ -53,14 +54,14 @@ def run_rounds(config: RunConfig, ctx: ParallelContext) -> Progress:
     words = agree(ctx, lambda: Words(config))
     rows = agree(ctx, lambda: read_prompts(config, words))
     phases = RunPhases(config, ctx, words, rows)
-    model, options = model_in(config.rl.reward), config.rl.rounds
-    assert model is not None
+    rl = config.required_rl
+    model, options = required(model_in(rl.reward), "a reward model"), required(rl.rounds, "rl.rounds")
     rounds = RoundsRun(
         options,
         phases,
         ctx,
         RunFolder(config.run_dir).rounds,
-        tokenizer=Path(words.folder),
+        tokenizer=Path(required(words.folder, "data.tokenizer")),
         reward=model.path,
         seed=config.train.seed,
         say=phases.say,
@@ -77,7 +78,7 @@ def check_steps(config: RunConfig) -> None:
     Raises:
         ConfigError: they are not those of the rounds, or the run keeps no checkpoints, from which each phase begins.
     """
-    options, train = config.rl.rounds, config.train
+    options, train = required(config.required_rl.rounds, "rl.rounds"), config.train
     steps = options.iterations * (1 if options.restart_policy else options.count)
     if train.steps != steps:
         product = "rl.rounds.iterations" + ("" if options.restart_policy else " * count")
@@ -93,7 +94,8 @@ class RunPhases:
 
     def __init__(self, config: RunConfig, ctx: ParallelContext, words: Words, rows: Sequence[Row]) -> None:
         self.config, self.ctx, self.words, self.rows = config, ctx, words, rows
-        self.options, self.folder = config.rl.rounds, RunFolder(config.run_dir)
+        self.rl, self.folder = config.required_rl, RunFolder(config.run_dir)
+        self.options = required(self.rl.rounds, "rl.rounds")
         self.progress = Progress()
         self._drawing: tuple[int, Engine, GenerationEngine, list[Answer]] | None = None
         self._judge: Judge | RewardSource | None = None
@@ -146,7 +148,7 @@ class RunPhases:
 
     def _draw(self, generator: GenerationEngine, prompts: Sequence[Prompt], number: int) -> dict[int, list[Rollout]]:
         """The rollouts by prompt, in the order of their samples; the data-parallel ranks share the prompts."""
-        drawing = self.config.rl.rollout
+        drawing = self.rl.rollout
         digest = hashlib.sha256(f"{self.config.train.seed} round {number}".encode()).digest()
         sampling = Sampling(
             max_new_tokens=drawing.max_new_tokens,
@@ -163,7 +165,7 @@ class RunPhases:
         return {p.number: [every[p.number, sample] for sample in range(p.samples)] for p in prompts}
 
     def _answer(self, rollout: Rollout, row: Row) -> Answer:
-        return self.words.answer(row, rollout, self.config.rl.rollout.stop_strings)
+        return self.words.answer(row, rollout, self.rl.rollout.stop_strings)
 
     def _generator(self, number: int) -> tuple[Engine, GenerationEngine]:
         """The policy as the last round left it, and what draws with it."""
@@ -184,19 +186,23 @@ class RunPhases:
         since = 0 if self.options.restart_policy else (number - 2) * self.options.iterations
         path = RunFolder(self.policy_config(number - 1).run_dir).outside
         found = self.ctx.broadcast(
-            Candidates(path, self.config.rl.outside.keep).since(since) if self.ctx.is_main else None
+            Candidates(path, required(self.rl.outside, "rl.outside").keep).since(since) if self.ctx.is_main else None
         )
-        return [answer_of(record) for record in found[: self.options.pairs]]  # type: ignore[index]
+        return [answer_of(record) for record in found[: self.options.pairs]]
 
     # Judging, and the reward model
 
     def judge(self, pairs: Sequence[AnswerPair]) -> list[Verdict]:
         """See Phases."""
-        options, around = self.options.judge, surroundings(self.config, self.ctx, self.words)
+        options, around = (
+            required(self.options.judge, "rl.rounds.judge"),
+            surroundings(self.config, self.ctx, self.words),
+        )
         if self._judge is None:
             self._drawing = None
-            is_judge = isinstance(options, JudgeReward)
-            self._judge = open_judge(options, around) if is_judge else build_reward(options, around)
+            self._judge = (
+                open_judge(options, around) if isinstance(options, JudgeReward) else build_reward(options, around)
+            )
         return verdicts(self._judge, pairs)
 
     def renew(self, folder: Path, sources: Sequence[str], start: str | None) -> str | None:
@@ -223,7 +229,7 @@ class RunPhases:
             if Path(path).resolve().is_relative_to(self.folder.rounds.resolve()):
                 record.write(Path(source.folder), source)
             found = record.accuracy
-        return float(self.ctx.broadcast(found))  # type: ignore[arg-type]
+        return float(self.ctx.broadcast(found))
 
     def _places(self, sources: Sequence[str], length: int) -> dict[str, list[float]]:
         """Surprise and log-ratios of the held-out answers, as Validation.measure() takes them; nothing without a reference.
@@ -231,17 +237,17 @@ class RunPhases:
         Those of a round are measured once, as its policy is the one that drew them: they are kept beside its pairs. In the
         first round that is the reference itself, and the ratios, which are 0, bound nothing.
         """
-        if not self.config.rl.kl.coefficient:
+        if not self.rl.kl.coefficient:
             return {}
         for number, prefix in enumerate(sources, 1):
             if self._measured(number) is None:
                 self._measure(number, prefix, length)
-        found = [self._measured(number) for number in range(1, len(sources) + 1)]
-        if not all(found):
+        found = [own for number in range(1, len(sources) + 1) if (own := self._measured(number))]
+        if len(found) < len(sources):
             return {}
         return {
-            "surprise": [value for own in found for value in own["surprise"]],  # type: ignore[index]
-            "kl": [value for own in found[1:] for value in own["kl"]],  # type: ignore[index]
+            "surprise": [value for own in found for value in own["surprise"]],
+            "kl": [value for own in found[1:] for value in own["kl"]],
         }
 
     def _measured(self, number: int) -> dict[str, list[float]] | None:
@@ -274,11 +280,17 @@ class RunPhases:
             )
             return
         reader = self._newest(number - 1)
-        train, drawing = self.config.train, self.config.rl.rollout
-        options = {"seq_length": length, "precision": train.precision, "temperature": drawing.temperature}
+        train, drawing = self.config.train, self.rl.rollout
+        options: dict[str, Any] = {
+            "seq_length": length,
+            "precision": train.precision,
+            "temperature": drawing.temperature,
+        }
         reference = score_pairs(begun, prefix, self.ctx, **options)
         policy = (
-            score_pairs(weights_to_load(self.config, reader, self.ctx), prefix, self.ctx, **options)
+            score_pairs(
+                required(weights_to_load(self.config, reader, self.ctx), "weights"), prefix, self.ctx, **options
+            )
             if reader
             else reference
         )
@@ -294,11 +306,11 @@ class RunPhases:
         config = self.policy_config(number)
         target = config.train.exit_at_step or config.train.steps
         newest = next(step_folders(RunFolder(config.run_dir).checkpoints), None)
-        stands = int(self.ctx.broadcast(step_of(newest) if newest is not None else 0))  # type: ignore[call-overload]
+        stands = int(self.ctx.broadcast(step_of(newest) if newest is not None else 0))
         if stands >= target:
             self.progress = Progress(step=stands)
             return True
-        rl = config.rl.model_copy(update={"reward": with_model(config.rl.reward, reward)})
+        rl = config.required_rl.model_copy(update={"reward": with_model(config.required_rl.reward, reward)})
         last = number == self.options.count
         checkpoint = config.checkpoint.model_copy(update={"export_hf": config.checkpoint.export_hf and last})
         if self.ctx.is_main:
@@ -336,9 +348,10 @@ def reward_config(config: RunConfig, folder: Path, sources: Sequence[str], start
     Raises:
         ConfigError: rl.rounds.reward_model is no valid configuration, or not of a reward model.
     """
-    path = config.rl.rounds.reward_model
+    rounds = required(config.required_rl.rounds, "rl.rounds")
+    path = required(rounds.reward_model, "rl.rounds.reward_model")
     data = {"sources": [{"path": prefix} for prefix in sources], "tokenizer": config.data.tokenizer, "split": "100,0,0"}
-    values = {"run_dir": str(folder), "parallel": config.parallel.model_dump(mode="json"), "data": data}
+    values: dict[str, Any] = {"run_dir": str(folder), "parallel": config.parallel.model_dump(mode="json"), "data": data}
     values["train.eval_interval"] = 0
     if start is not None:
         values |= {"checkpoint.load": start, "checkpoint.init_from_hf": None}

@@ -16,7 +16,7 @@ from flagscale_like.data.conversations import answer_lengths, check_readable, co
 from flagscale_like.data.pairs import PairRows
 from flagscale_like.data.table import DocumentTable
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import CheckpointError
+from flagscale_like.errors import CheckpointError, required
 from flagscale_like.json_files import replace_file
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.preference import AnswerLogProbabilities
@@ -107,7 +107,8 @@ def score_pairs(
         ConfigError: the layout or the sequence length does not fit the model.
     """
     longest_row(prefix)  # refuses a prefix without pairs
-    check_readable(prefix, conversations_at(prefix), places=seq_length, vocab_size=source.arch.vocab_size)
+    found = required(conversations_at(prefix), "pairs")
+    check_readable(prefix, found, places=seq_length, vocab_size=source.arch.vocab_size)
     heads = value_heads_of(source)
     spec = ModelSpec(
         arch=source.arch,

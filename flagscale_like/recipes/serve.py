@@ -283,14 +283,14 @@ class Running:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        tasks = [asyncio.create_task(collect()), asyncio.create_task(gone())]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            tasks[0].cancel()
+        answered, left = asyncio.create_task(collect()), asyncio.create_task(gone())
+        await asyncio.wait([answered, left], return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
+            answered.cancel()
             return _refused("the client has gone", 499)
-        tasks[1].cancel()
+        left.cancel()
         try:
-            found = tasks[0].result()
+            found = answered.result()
         except Exception as error:  # of the engine
             return _refused(f"{type(error).__name__}: {error}", 500)
         choices = [self._choice(choice, found[choice]) for choice in sorted(found)]

@@ -109,7 +109,7 @@ class NativeModel(TemplateLM):
         ]
 
     def _asked(self, number: int, context: str, options: dict[str, Any]) -> tuple[Prompt, Sampling]:
-        options = normalize_gen_kwargs(options)
+        options = {**normalize_gen_kwargs(options)}
         stop, most = handle_stop_sequences(options.get("until"), eos=None), int(options["max_gen_toks"])
         if most >= self.max_length:
             raise DataError(f"the task asks for {most} new tokens, the model takes {self.max_length} in all")

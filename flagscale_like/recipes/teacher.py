@@ -22,7 +22,7 @@ from flagscale_like.data.chat import weights_of
 from flagscale_like.data.pairs import pack_answers
 from flagscale_like.data.tokenizer import Tokenizer
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import ConfigError, DataError
+from flagscale_like.errors import ConfigError, DataError, required
 from flagscale_like.model.spec import ModelSpec
 from flagscale_like.objectives.preference import AnswerLogProbabilities
 from flagscale_like.recipes.mine import SCORE_KEYS, read_records
@@ -205,7 +205,7 @@ def score_file(
         teacher.cut += sum(one.cut > 0 for one in examples)
         scores, passages = teacher.scores(examples), passages + len(examples)
         if file is not None:
-            file.add(list(_scored(block, scores)))
+            file.add(list(_scored(block, required(scores, "scores on rank 0"))))
     if file is None:
         return None
     file.close()

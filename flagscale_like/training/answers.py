@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from flagscale_like.data.batch import Batch, collate
+from flagscale_like.data.order import Row
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.objective import Objective
 from flagscale_like.training.row_plan import RowPlan
@@ -26,7 +26,7 @@ class Items(Protocol):
     @property
     def sizes(self) -> Sequence[int] | np.ndarray: ...
 
-    def row(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def row(self, numbers: Sequence[int], /) -> Row:
         """The row of these items; see data.pairs.pack_answers()."""
         ...
 

@@ -68,7 +68,7 @@ def describe_changes(saved: Mapping[str, Any], config: RunConfig, *, consumed: i
 
 def learning_rate_at(config: RunConfig, steps: int) -> float:
     """The learning rate after `steps` steps of the schedule."""
-    scheduler = build_scheduler(SimpleNamespace(param_groups=[]), config)  # type: ignore[arg-type]
+    scheduler = build_scheduler(SimpleNamespace(param_groups=[]), config)
     scheduler.num_steps = steps
     return scheduler.get_lr({})
 

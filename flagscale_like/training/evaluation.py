@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Engine
-from flagscale_like.engine.objective import Objective
+from flagscale_like.engine.objective import BatchObjective, Objective
 from flagscale_like.figures import fixed, short
 from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.training.step_log import SHOWN_SUMS, Named
@@ -58,7 +58,7 @@ class Evaluation:
 
 def evaluate(
     engine: Engine,
-    objective: Objective,
+    objective: Objective | BatchObjective,
     batches: Iterator[Batch],
     *,
     steps: int,

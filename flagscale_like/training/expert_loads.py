@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flagscale_like.arch import Experts, MixtureOfExperts
+from flagscale_like.arch import MixtureOfExperts
 from flagscale_like.config import ExpertLoads
 from flagscale_like.engine.engine import Engine
 from flagscale_like.training.parts import Event, Part, Report, Step
@@ -61,7 +61,7 @@ class ExpertMonitor(Part):
     def __init__(self, options: ExpertLoads, engine: Engine) -> None:
         self.options, self.engine, self.ctx = options, engine, engine.ctx
         arch = engine.spec.arch
-        self.experts: Experts = arch.experts
+        self.experts = arch.required_experts
         self.layers = [i for i, layer in enumerate(arch.layers) if isinstance(layer.feed_forward, MixtureOfExperts)]
         self.own = {router.layer_number - 1: router for router in engine.routers}  # of this pipeline stage
         self.dead: dict[int, list[int]] = {}

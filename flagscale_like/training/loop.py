@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flagscale_like.data.batch import Batch
 from flagscale_like.engine.engine import Outputs
 from flagscale_like.engine.objective import BatchObjective, Objective
-from flagscale_like.errors import DivergedError
+from flagscale_like.errors import DivergedError, required
 from flagscale_like.runtime.reduction import NamedSum
 from flagscale_like.training.parts import Facts, Step, Verdict
 from flagscale_like.training.plan import StepPlan, next_step
@@ -75,7 +75,7 @@ def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, u
         progress.step, progress.consumed = plan.step, plan.first_sample + plan.batch_size
         progress.skipped += verdict is not Verdict.UPDATE
         progress.stopping, run.begun = facts.sums["stop"] > 0, True
-        rate = engine.optimizer.param_groups[0]["lr"]
+        rate = engine.required_optimizer.param_groups[0]["lr"]
         step = Step(plan, learned.outputs, facts, verdict, progress.consumed, progress.skipped, rate)
         run.parts.after(step, run.reporter)
         for scheduler in run.schedulers:
@@ -85,7 +85,12 @@ def run_steps(run: Run, learn: Callable[[StepPlan], Learned] | None = None, *, u
 
 def _next_update(run: Run) -> Callable[[StepPlan], Learned]:
     updates = Updates(run)
-    return lambda plan: updates(run.feed.take(plan.micro_batches), run.objective, plan.micro_batches)
+
+    def learn(plan: StepPlan) -> Learned:
+        batches = required(run.feed, "feed").take(plan.micro_batches)
+        return updates(batches, run.objective, plan.micro_batches)
+
+    return learn
 
 
 def facts_of(outputs: Outputs, run: Run, add_up: NamedSum) -> Facts:
@@ -130,7 +135,7 @@ def rewind_or_stop(run: Run, step: Step) -> None:
 
 def evaluate(run: Run, split: str) -> None:
     """Report what the run measures on a split."""
-    found, step = run.evaluate(split), run.progress.step
+    found, step = required(run.evaluate, "evaluate")(split), run.progress.step
     run.reporter.numbers(step, found.numbers)
     run.reporter.say(f"step {step} | {found.line}")
 

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,6 +18,18 @@ from flagscale_like.training.charts import thinned
 from flagscale_like.training.parts import Event, close_all
 from flagscale_like.training.plan import Progress
 from flagscale_like.training.trackers import Sender
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """What rank 0 writes to: metrics.jsonl, events.jsonl and TensorBoard."""
+
+    metrics: IO[bytes]
+    events: IO[bytes]
+    board: SummaryWriter
 
 
 class Reporter:
@@ -37,15 +49,15 @@ class Reporter:
     def __init__(self, folder: RunFolder, progress: Progress, *, is_main: bool) -> None:
         self.folder = folder
         self.console = Console(highlight=False, soft_wrap=True) if is_main else None
-        self._metrics = self._events = self._board = None
+        self._files: _Files | None = None
         self.trackers: Sequence[Sender] = ()
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
             keep_records(folder.metrics, "step", progress.step, in_order="iteration-time")
             keep_records(folder.events, "consumed-samples", progress.consumed)
-            self._metrics, self._events = open_records(folder.metrics), open_records(folder.events)
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=progress.step + 1)
+            metrics, events = open_records(folder.metrics), open_records(folder.events)
+            self._files = _Files(metrics, events, SummaryWriter(str(folder.tensorboard), purge_step=progress.step + 1))
 
     def say(self, text: str) -> None:
         """One line of log, from rank 0."""
@@ -54,26 +66,27 @@ class Reporter:
 
     def numbers(self, step: int, values: Mapping[str, Any]) -> None:
         """One record of a step."""
-        if self._metrics is None or not values:
+        files = self._files
+        if files is None or not values:
             return
         with dispensable(self.folder.metrics):
-            write_record(self._metrics, {"step": step, **values, "time": _now()})
+            write_record(files.metrics, {"step": step, **values, "time": _now()})
         with dispensable(self.folder.tensorboard):
             for name, value in values.items():
                 if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+                    files.board.add_scalar(name, value, step)
         for tracker in self.trackers:
             tracker.numbers(step, values)
 
     def event(self, step: int, consumed: int, event: Event) -> None:
         """What a monitor found, to the log, to events.jsonl and to TensorBoard."""
         self.say(f"step {step} | {event.message}")
-        if self._events is not None:
+        if (files := self._files) is not None:
             found = dataclasses.asdict(event)
             with dispensable(self.folder.events):
-                write_record(self._events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
+                write_record(files.events, {"step": step, "consumed-samples": consumed, **found, "time": _now()})
             with dispensable(self.folder.tensorboard):
-                self._board.add_scalar(f"event/{event.kind}", event.value, step)
+                files.board.add_scalar(f"event/{event.kind}", event.value, step)
             for tracker in self.trackers:
                 tracker.numbers(step, {f"event/{event.kind}": event.value})
 
@@ -81,12 +94,12 @@ class Reporter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._metrics is not None:
+        if (files := self._files) is not None:
             folder, plot = self.folder, functools.partial(plot_losses, self.folder.root)
             closings = {
-                folder.metrics: self._metrics.close,
-                folder.events: self._events.close,
-                folder.tensorboard: self._board.close,
+                folder.metrics: files.metrics.close,
+                folder.events: files.events.close,
+                folder.tensorboard: files.board.close,
                 folder.loss_plot: plot,
             }
             closers = [functools.partial(_close, path, close) for path, close in closings.items()]
@@ -128,7 +141,7 @@ class LossCurve:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.points = name, list[tuple[int, float]]()
+        self.name, self.points = name, list[tuple[float, float]]()
         self._has_means = False
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -139,7 +152,7 @@ class LossCurve:
             self.points.append((record["step"], value))
 
 
-def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> list[tuple[int, float]]:
+def loss_curve(records: Iterable[Mapping[str, Any]], name: str = "lm loss") -> list[tuple[float, float]]:
     """The points of a LossCurve of these records."""
     curve = LossCurve(name)
     for record in records:

@@ -10,16 +10,18 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from flagscale_like.arch import parameters
 from flagscale_like.config import EffectiveRank, LayerNorms, Monitors, Spike
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard, adam_update
+from flagscale_like.errors import required
 from flagscale_like.model.build import named_shards
 from flagscale_like.training.parts import Event, Facts, Part, Report, Step
 from flagscale_like.training.plan import StepPlan
@@ -58,6 +60,9 @@ class SpikeMonitor:
         return [Event(self.name, value, limit, options.action, words)]
 
 
+Due = TypeVar("Due", "LayerMonitor", "EffectiveRankMonitor")
+
+
 class LayerMonitor:
     """Gradient norm and update-to-weight ratio of every layer, the embedding, the final norm and the output layer.
 
@@ -73,7 +78,7 @@ class LayerMonitor:
 
     def note_gradients(self) -> None:
         """Take the gradients' squares, before they are clipped."""
-        self._squares = self._sums(lambda shard: shard.main.grad)
+        self._squares = self._sums(lambda shard: required(shard.main.grad, "grad"))
 
     @torch.no_grad()
     def measure(self, *, updated: bool) -> dict[str, float]:
@@ -161,7 +166,7 @@ class EffectiveRankMonitor:
         """Keep some tokens of the residual stream of the next forward pass."""
         self._rows, self._listening = {}, "activations" in self.options.of
 
-    def _remember(self, layer: nn.Module, _: Any, output: tuple[Tensor, ...]) -> None:
+    def _remember(self, layer: TransformerLayer, _: Any, output: tuple[Tensor, ...]) -> None:
         index = layer.layer_number - 1
         if self._listening and layer.training and index not in self._rows:
             rows = output[0].detach().flatten(0, 1)  # [s, b, h] -> [s * b, h]; s is a part under sp and cp
@@ -183,7 +188,7 @@ class EffectiveRankMonitor:
                     continue
                 whole = parameter.detach() if kind == "weights" else self._gradient(parameter, owner, replicas)
                 if ctx.replica_rank == owner:
-                    rows = whole if parameter.partition_dim == 0 else whole.t()
+                    rows = whole if getattr(parameter, "partition_dim", None) == 0 else whole.t()
                     rank = effective_rank(SplitMatrix(rows, [tp_group]), exact_up_to=self.options.exact_up_to)
                     local[f"{kind}/layers.{layer}.{matrix}"] = rank if ctx.tp_rank == 0 else 0.0
         groups = [tp_group, replicas] if self.sequence_parallel else [replicas]
@@ -198,7 +203,8 @@ class EffectiveRankMonitor:
         flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         for shard in self.shards:
             if shard.parameter is parameter:
-                flat[shard.start : shard.start + shard.main.numel()] = shard.main.grad.view(-1)
+                grad = required(shard.main.grad, "grad")
+                flat[shard.start : shard.start + shard.main.numel()] = grad.view(-1)
         if group.size() > 1:
             dist.reduce(flat, dist.get_global_rank(group, owner), group=group)
         return flat.view_as(parameter)
@@ -249,35 +255,39 @@ class StepMonitors(Part):
         self._plan: StepPlan | None = None
         self._readings: dict[str, float] = {}
 
-    def _due(self, monitor: LayerMonitor | EffectiveRankMonitor | None) -> bool:
-        return monitor is not None and self._plan.step % monitor.options.interval == 0
+    @property
+    def _step(self) -> int:
+        return required(self._plan, "plan").step
+
+    def _due(self, monitor: Due | None) -> Due | None:
+        """The monitor, where it measures in this step."""
+        return monitor if monitor is not None and self._step % monitor.options.interval == 0 else None
 
     def before(self, plan: StepPlan) -> None:
         self._plan, self._readings = plan, {}
-        if self._due(self.effective_ranks):
-            self.effective_ranks.listen()
+        if due := self._due(self.effective_ranks):
+            due.listen()
 
     def judge(self, facts: Facts) -> list[Event]:
         found = []
         for name, spike in self.spikes.items():
             found += spike.judge(getattr(facts, name))
         finite = math.isfinite(facts.loss) and math.isfinite(facts.grad_norm)
-        if self._due(self.layers):
-            self.layers.note_gradients()
-        if finite and self._due(self.effective_ranks):
-            ranks = self.effective_ranks.measure()
+        if layers := self._due(self.layers):
+            layers.note_gradients()
+        if finite and (due := self._due(self.effective_ranks)):
+            ranks = due.measure()
             self._readings |= {f"effective-rank/{name}": value for name, value in ranks.items()}
-            settled = self._plan.step > self.effective_ranks.options.after
-            found += self.effective_ranks.events(ranks, settled=settled)
+            found += due.events(ranks, settled=self._step > due.options.after)
         return found
 
     def after(self, step: Step, report: Report) -> None:
         """Report what was measured, and the events that no verdict depends on."""
         events = []
-        if self._due(self.layers):
-            readings = self.layers.measure(updated=step.updated)
+        if layers := self._due(self.layers):
+            readings = layers.measure(updated=step.updated)
             self._readings |= readings
-            events = self.layers.events(readings)
+            events = layers.events(readings)
         report.numbers(step.plan.step, self._readings)
         for event in events:
             report.event(step.plan.step, step.consumed, event)

@@ -253,7 +253,7 @@ def close_all(closings: Iterable[Callable[[], object]], error: BaseException | N
             close()
         except Exception as problem:  # the others are closed all the same
             problems.append(problem)
-    if problems and error is None:
-        raise problems[0]
     for problem in problems:
+        if error is None:
+            raise problem
         error.add_note(f"while the run was closed: {type(problem).__name__}: {problem}")

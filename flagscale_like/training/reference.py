@@ -22,7 +22,7 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import source_mark
 from flagscale_like.data.pairs import PairSource
 from flagscale_like.engine.engine import Engine
-from flagscale_like.errors import CheckpointError
+from flagscale_like.errors import CheckpointError, required
 from flagscale_like.json_files import replace_file
 from flagscale_like.objectives.preference import AnswerLogProbabilities
 from flagscale_like.run_folder import RunFolder
@@ -128,7 +128,7 @@ def reference_of(
             }
         if ctx.is_main:
             recorded = wanted if not step else wanted | {"weights": dict(engine.base or {})}
-            _write(path, values, recorded)
+            _write(path, {name: required(own, name) for name, own in values.items()}, recorded)
         ctx.barrier()
         answers = sum(2 * len(source.rows.sizes) for source in pair_sources(dataset))
         how = ", again, with the adapters off" if step else ""

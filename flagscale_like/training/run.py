@@ -23,7 +23,7 @@ from flagscale_like.config import RunConfig
 from flagscale_like.data.feed import Feed
 from flagscale_like.engine.engine import Engine, engine_states
 from flagscale_like.engine.load import base_record, load_random_state
-from flagscale_like.engine.objective import Objective
+from flagscale_like.engine.objective import BatchObjective, Objective
 from flagscale_like.errors import CheckpointError, DivergedError
 from flagscale_like.json_files import BAD_VALUES
 from flagscale_like.model.spec import ModelSpec
@@ -95,7 +95,7 @@ class Run:
 
     config: RunConfig
     engine: Engine
-    objective: Objective
+    objective: Objective | BatchObjective
     scheduler: OptimizerParamScheduler
     store: CheckpointStore
     progress: Progress

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from flagscale_like.arch import ModelArch, Role, parameters
 from flagscale_like.config import RunConfig
 from flagscale_like.data.blend import is_packed
+from flagscale_like.data.order import Samples
 from flagscale_like.data.pretrain import build_datasets, micro_batch_count, micro_batches
 from flagscale_like.data.selection import Mixture
 from flagscale_like.engine.engine import Engine
 from flagscale_like.engine.shards import OwnedShard
+from flagscale_like.errors import required
 from flagscale_like.model.build import named_shards
 from flagscale_like.objectives.choice import objective_of
 
@@ -62,7 +64,7 @@ class SalienceCalibration:
 
     def __init__(self, config: RunConfig, engine: Engine) -> None:
         self.config, self.engine, self.ctx = config, engine, engine.ctx
-        self.options = config.init.salience
+        self.options = required(config.init.salience, "init.salience")
         self.count = 2 * config.model.num_layers
         self.scales = [1.0] * self.count
         branches = branches_of(config.model)
@@ -107,9 +109,9 @@ class SalienceCalibration:
         """Set each branch's output matrix to scale * initial value, and to 0 from branch `active` on."""
         for branch, (parameter, initial) in self.matrices.items():
             parameter.copy_(initial * (self.scales[branch] if branch < active else 0.0))
-        self.engine.optimizer.reload_model_params()
+        self.engine.required_optimizer.reload_model_params()
 
-    def _saliences(self, data: torch.utils.data.Dataset) -> list[float]:
+    def _saliences(self, data: Samples) -> list[float]:
         """Compute S_b of each branch, reduced over all ranks."""
         config, ctx = self.config, self.ctx
         mixture = None
@@ -121,7 +123,8 @@ class SalienceCalibration:
         self.engine.forward_backward(batches, objective, self.batches)
         sums = torch.zeros(self.count, dtype=torch.float64, device=ctx.platform.device)
         for branch, shard in self.shards:
-            sums[branch] += (shard.main.detach().view(-1) * shard.main.grad.view(-1)).abs().sum().double()
+            grad = required(shard.main.grad, "grad")
+            sums[branch] += (shard.main.detach().view(-1) * grad.view(-1)).abs().sum().double()
         return ctx.sum(sums.tolist())
 
     def _update_scales(self, saliences: list[float], active: int) -> None:
@@ -143,7 +146,7 @@ def branches_of(arch: ModelArch) -> dict[str, int]:
     return {
         parameter.name: 2 * parameter.layer + (parameter.role is Role.FFN_OUT)
         for parameter in parameters(arch)
-        if parameter.role.writes_to_residual
+        if parameter.role.writes_to_residual and parameter.layer is not None
     }
 
 

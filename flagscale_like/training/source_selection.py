@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flagscale_like.config import Data, RunConfig
 from flagscale_like.data.batch import Batch, collate
 from flagscale_like.data.blend import is_packed
+from flagscale_like.data.order import Samples
 from flagscale_like.data.pretrain import build_target, micro_batch_count
 from flagscale_like.data.selection import Mixture, SourcesDataset, losses_by_source
 from flagscale_like.engine.engine import Engine, Outputs
 from flagscale_like.engine.shards import loss_scaler_state, set_loss_scaler_state
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.objectives.choice import objective_of
 from flagscale_like.runtime.reduction import Value
 from flagscale_like.training.parts import Part, Report, Step
@@ -38,9 +38,9 @@ class SourceSelection(Part):
 
     def __init__(self, config: RunConfig, engine: Engine, train_data: SourcesDataset, saved: Mapping[str, Any]) -> None:
         self.names, self.ctx = config.data.source_names, engine.ctx
-        self.mixture = Mixture(config.data.selection, [source.weight for source in config.data.sources])
-        target = config.data.selection.rule == "target"
-        self._target = TargetAlignment(config, engine, train_data) if target else None
+        selection = required(config.data.selection, "data.selection")
+        self.mixture = Mixture(selection, [source.weight for source in config.data.sources])
+        self._target = TargetAlignment(config, engine, train_data) if selection.rule == "target" else None
         _check_sources(saved, self.names)
 
     def before(self, plan: StepPlan) -> None:
@@ -106,7 +106,8 @@ class TargetAlignment:
 
     def __init__(self, config: RunConfig, engine: Engine, train_data: SourcesDataset) -> None:
         self.config, self.engine, self.data = config, engine, train_data
-        self.count = micro_batch_count(config, engine.ctx, config.data.selection.probe_samples)
+        selection = required(config.data.selection, "data.selection")
+        self.count = micro_batch_count(config, engine.ctx, selection.probe_samples)
         self.target = build_target(config, engine.ctx, self.count * config.train.micro_batch_size * engine.ctx.dp)
         self.objective = objective_of(config, packed=is_packed(train_data))
         self.shards = [s for s in engine.owned if s.counts and s.trained]
@@ -129,15 +130,15 @@ class TargetAlignment:
         length, *products = self.engine.ctx.sum(sums)
         return [cosine(product, length, own) for product, own in zip(products[::2], products[1::2], strict=True)]
 
-    def _gradient(self, dataset: Dataset, first: int) -> list[Tensor]:
+    def _gradient(self, dataset: Samples, first: int) -> list[Tensor]:
         self.engine.forward_backward(self._batches(dataset, first), self.objective, self.count)
-        return [shard.main.grad for shard in self.shards]
+        return [required(shard.main.grad, "grad") for shard in self.shards]
 
-    def _batches(self, dataset: Dataset, first: int) -> Iterator[Batch]:
+    def _batches(self, dataset: Samples, first: int) -> Iterator[Batch]:
         ctx, size = self.engine.ctx, self.config.train.micro_batch_size
         for turn in range(self.count):
             start = first + (turn * ctx.dp + ctx.dp_rank) * size
-            rows = [dataset[(start + row) % len(dataset)] for row in range(size)]  # type: ignore[arg-type]
+            rows = [dataset[(start + row) % len(dataset)] for row in range(size)]
             yield Batch.of(collate(rows), ctx.platform.device)
 
 

@@ -25,8 +25,11 @@ SHOWN_SUMS = 2  # of the objective's sums, as many are in the log line; all are 
 class Named(Protocol):
     """What a log line needs to know of what is learned: what the loss and the further numbers are called."""
 
-    metric: str
-    sums: tuple[str, ...]
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def sums(self) -> tuple[str, ...]: ...
 
 
 class StepLog(Part):

@@ -108,7 +108,8 @@ class WandbTracker(Tracker):
 
     def __init__(self, options: Wandb, config: RunConfig) -> None:
         super().__init__(config)
-        self.options, self._run = options, None
+        self.options = options
+        self._run: Any = None  # wandb's own, from open() on
 
     def open(self) -> str:
         wandb, options = importlib.import_module("wandb"), self.options
@@ -129,7 +130,7 @@ class WandbTracker(Tracker):
         self.remember(run_id)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        return self._run.url if options.mode == "online" else f"{self._run.dir} (offline)"
+        return str(self._run.url) if options.mode == "online" else f"{self._run.dir} (offline)"
 
     def send(self, record: Record) -> None:
         step, values, _ = record
@@ -147,6 +148,7 @@ class MlflowTracker(Tracker):
     def __init__(self, options: Mlflow, config: RunConfig) -> None:
         super().__init__(config)
         self.options, self._run = options, ""
+        self._mlflow: Any = None  # the package, from open() on
 
     def open(self) -> str:
         self._mlflow, options = importlib.import_module("mlflow"), self.options

@@ -64,7 +64,7 @@ def origin_of(source: WeightSource | None) -> Origin:
     """The Hugging Face folder that weights come from, if they do."""
     if source is None:
         return Origin()
-    return (source.base if isinstance(source, AdaptedWeights) else source).origin()
+    return source.origin()
 
 
 def usage_folders(config: RunConfig, reader: CheckpointReader | None, source: WeightSource | None) -> list[Path | None]:

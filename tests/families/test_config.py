@@ -1,6 +1,7 @@
 """config.json <-> ModelArch: published models read right, and what we cannot compute is refused by name and value."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -391,7 +392,13 @@ def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
 
 
 def test_a_model_is_not_written_as_a_family_that_cannot_compute_it():
-    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 100}
+    shape: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "vocab_size": 100,
+    }
     for change, wrong in (
         ({"qkv_bias": True}, "qkv_bias"),
         ({"position": {"kind": "alibi"}}, "alibi"),

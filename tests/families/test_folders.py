@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +191,13 @@ def test_every_field_of_a_model_comes_back_from_config_json_or_the_family_refuse
 
 
 def test_a_head_size_that_qwen2_does_not_have_is_refused_by_name():
-    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 40, "vocab_size": 100}
+    shape: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 40,
+        "vocab_size": 100,
+    }
     arch = ModelArch(**shape, head_dim=16, qkv_bias=True)
     with pytest.raises(
         ConversionError, match="qwen2 cannot express the model: .* model.head_dim 16 as 8; choose another"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,13 @@ def test_generation_with_dynamic_scaling_is_that_of_transformers(folders):
     assert ours == theirs[0, len(prompt) :].tolist()
 
 
-SHAPE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 100}
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 96,
+    "vocab_size": 100,
+}
 
 
 def scaled(kind, **numbers):

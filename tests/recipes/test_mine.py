@@ -1,6 +1,7 @@
 """Hard negatives and teacher scores: which passages are found, what is left out, and the scores of a language model."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from tests.commands import run_commands
 from tests.data.retrieval import tiny_llama, write_records
 from tests.harness import run_ranks
 
-WORDS = [f"{a}{b} {c}" for a in "abcd" for b in "efgh" for c in ("is here", "is there")]
-RECORDS = [
+WORDS: list[str] = [f"{a}{b} {c}" for a in "abcd" for b in "efgh" for c in ("is here", "is there")]
+RECORDS: list[dict[str, Any]] = [
     {"query": f"where is {w[:2]}?", "pos": [w], "neg": [WORDS[n - 1]], "id": n, "scores": [1, 2]}
     for n, w in enumerate(WORDS[::2])
 ]

@@ -47,7 +47,9 @@ def _no_group_is_left():
 def folder(tmp_path):
     (tmp_path / "lengths.py").write_text(LENGTHS)
     (tmp_path / "judge.yaml").write_text(f"kind: function\nfunction: {tmp_path}/lengths.py:lengths\n")
-    lines = [{"prompt": f"p{n}", "first": "a" * (1 + n % 3), "second": "bb", "n": n} for n in range(PART + 5)]
+    lines: list[dict] = [
+        {"prompt": f"p{n}", "first": "a" * (1 + n % 3), "second": "bb", "n": n} for n in range(PART + 5)
+    ]
     lines.append({"prompt": [{"role": "user", "content": "chat"}], "first": "long", "second": "s"})
     write(tmp_path, lines)
     return tmp_path

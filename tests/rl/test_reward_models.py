@@ -22,14 +22,14 @@ from flagscale_like.generation.rollout import Rollout
 from flagscale_like.recipes.score import score_pairs
 from flagscale_like.rl import scoring
 from flagscale_like.rl.answers import Answer, Score
-from flagscale_like.rl.early import early_form
-from flagscale_like.rl.guard import Candidates, Guard, Place, answer_of, record_of, shares
+from flagscale_like.rl.early import AskedInThread, early_form
+from flagscale_like.rl.guard import Candidates, Guard, Place, Why, answer_of, record_of, shares
 from flagscale_like.rl.guarding import build_guarding
-from flagscale_like.rl.rewards import Surroundings, build_reward
+from flagscale_like.rl.rewards import Surroundings, build_reward, model
 from flagscale_like.rl.rewards.judge import AskedOnce, Judge, JudgedAnswers
 from flagscale_like.rl.rewards.model import RewardModel
 from flagscale_like.rl.validation import NAME, Validation, at_level
-from flagscale_like.runtime.parallel import parallel_context
+from flagscale_like.runtime.parallel import ParallelContext, parallel_context
 from flagscale_like.training.plan import Progress
 from tests import faults
 from tests.data.chats import CHATML, make_tokenizer
@@ -87,6 +87,10 @@ def answers_of(folder):
     return found
 
 
+def no_engine(options):
+    raise AssertionError("no judge is asked for")
+
+
 def score_on(folder, layouts):
     """The scores of the pairs' answers under `score`, by tokens and by text, on each layout; and of a function on rank 0."""
     from flagscale_like.config import Parallel
@@ -94,7 +98,7 @@ def score_on(folder, layouts):
     found, answers = [], answers_of(folder)
     for layout in layouts:
         with parallel_context(Parallel(**layout)) as ctx:
-            around = Surroundings(ctx, ROWS, folder / "tok", open_engine=None, say=lambda line: None)
+            around = Surroundings(ctx, ROWS, folder / "tok", open_engine=no_engine, say=lambda line: None)
             own = {}
             for tokens in ("same", "text"):
                 options = ModelReward(kind="model", path=str(folder / "reward"), tokenizer=tokens)
@@ -211,8 +215,12 @@ class Longer:
         return ["A" if len(a) > len(b.split("\n\nSay")[0]) else "B" for a, b in sides]
 
 
-class Alone:
+class Alone(ParallelContext):
+    """A world of one, without torch.distributed."""
+
     is_main, rank = True, 0
+
+    def __init__(self): ...
 
     def broadcast(self, value):
         return value
@@ -227,6 +235,7 @@ def test_a_judge_behind_a_url_is_asked_as_soon_as_a_prompts_rollouts_are_there()
 
     judged = JudgedAnswers(Judge(AskedOnce(Longer(), ctx)), opponents=1)
     early = early_form(judged, answer_of, lambda prompt: 3, is_first=True)
+    assert isinstance(early, AskedInThread)
     for rollout in rollouts[:-1]:
         early.add(rollout)
     assert len(early._asked) == 1  # prompt 7, while one of prompt 8 is drawn
@@ -253,9 +262,10 @@ def build_all(folder, changed):
             ("short rows", {"path": str(folder / "reward")}, folder / "tok", 16),
         ):
             said = []
-            around = Surroundings(ctx, rows, tokenizer, open_engine=None, say=said.append)
+            around = Surroundings(ctx, rows, tokenizer, open_engine=no_engine, say=said.append)
             try:
-                source = build_reward(ModelReward(kind="model", **values), around)
+                source = build_reward(ModelReward.model_validate({"kind": "model", **values}), around)
+                assert isinstance(source, model.RewardModel)
                 source.scores([Answer("p", "t", prompt_ids=[1] * 12, ids=[2] * 8)])
                 assert source.scores([]) == []
                 for weight in source.engine.model.parameters():
@@ -440,7 +450,7 @@ def test_rollouts_outside_are_kept_the_newest_first(tmp_path):
     answers = [Answer("p", f"text {n}", {"n": n}, [1, 2], [n], "stop") for n in range(5)]
     assert kept.since(0) == []
     for step in (1, 2, 3):
-        why = [("high",) if n in (step, step + 1) else () for n in range(5)]
+        why: list[tuple[Why, ...]] = [("high",) if n in (step, step + 1) else () for n in range(5)]
         assert kept.add(step, answers, [Score(1.0)] * 5, why) == 2
     assert [(r["step"], r["text"]) for r in kept.since(0)] == [(3, "text 4"), (3, "text 3")]
     assert record_of(answer_of(kept.since(2)[0])) == record_of(answers[4])

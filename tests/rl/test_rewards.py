@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -251,13 +252,14 @@ class Longer:
 
 
 def test_a_judge_is_asked_in_both_orders_and_ties_are_counted():
-    judge = Judge(Longer())
+    longer = Longer()
+    judge = Judge(longer)
     pairs = [Comparison("p {second}", "longer", "short"), Comparison("p", "x", "xyz"), Comparison("p", "ab", "cd")]
     assert judge.compare(pairs) == [Verdict.FIRST, Verdict.SECOND, Verdict.TIE]
     assert (judge.counts.asked, judge.counts.ties, judge.counts.turned, judge.counts.unparsed) == (6, 1, 1, 0)
-    assert "p {second}" in judge.asker.questions[0]
-    assert judge.asker.questions[0].index("longer") < judge.asker.questions[0].index("short")
-    assert judge.asker.questions[1].index("short") < judge.asker.questions[1].index("longer")
+    assert "p {second}" in longer.questions[0]
+    assert longer.questions[0].index("longer") < longer.questions[0].index("short")
+    assert longer.questions[1].index("short") < longer.questions[1].index("longer")
 
 
 def test_verdicts_that_cannot_be_parsed_have_a_limit():
@@ -301,13 +303,21 @@ def test_the_agreement_with_a_labelled_set_is_said_and_has_a_limit(tmp_path):
     assert len(read_labelled(path)) == 30
 
 
+class Server(ThreadingHTTPServer):
+    """Notes what it is asked. mode: how it answers."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.requests, self.seen, self.mode = threading.Lock(), [], set(), "plain"
+
+
 class Handler(BaseHTTPRequestHandler):
     """An OpenAI-compatible server that prefers the longer answer; the first request of each question gets 503."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][0]["content"]
-        server = self.server
+        server: Any = self.server  # a Server
         with server.lock:
             server.requests.append((self.path, self.headers.get("Authorization"), body))
             again = question in server.seen
@@ -326,14 +336,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.lock, running.requests, running.seen, running.mode = threading.Lock(), [], set(), "plain"
+    with Server() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield running

@@ -11,7 +11,7 @@ from flagscale_like.config import Parallel, Rounds
 from flagscale_like.data.conversations import answer_lengths, check_readable, conversations_at, longest_row
 from flagscale_like.data.index_file import read_lengths, read_tokens
 from flagscale_like.data.token_pairs import TokenPair, write_token_pairs
-from flagscale_like.errors import DataError
+from flagscale_like.errors import DataError, required
 from flagscale_like.rl.answers import Answer
 from flagscale_like.rl.growing_file import GrowingFile
 from flagscale_like.rl.rewards.judge import Verdict
@@ -174,7 +174,7 @@ def test_token_pairs_are_a_source_of_pairs(tmp_path, tokenizer):
     pairs = [TokenPair([1, 2, 3], [4, 5], [6], 0.5), TokenPair([7], [8], [9, 10, 11])]
     for _ in range(2):  # a folder that is there is replaced
         prefix = write_token_pairs(tmp_path / "pairs", pairs, tokenizer)
-    found = conversations_at(prefix)
+    found = required(conversations_at(prefix), "pairs")
     assert found.pairs
     assert found.counted == 7
     assert answer_lengths(prefix).tolist() == [2, 1, 1, 3]

@@ -1,6 +1,7 @@
 """Initialisation: the published Aquila2 scheme, muP's widths, and salience that a calibration makes even on every layout."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_published_schemes_and_widths_are_drawn_as_said(tmp_path):
         for h in (64, 256)
     )
     ((a, s, n, w),) = run_ranks(1, statistics_of_weights, [aquila, standard, narrow, wide])
-    near = {"rel": 0.05}
+    near: dict[str, Any] = {"rel": 0.05}
     assert all(pair[1] == pytest.approx(0.3) for pair in of(a, "layernorm.weight"))
     assert all(pair[0] == pytest.approx(0.0165, **near) for pair in of(a, "linear_qkv.weight"))
     assert all(pair[0] == pytest.approx(0.0165 / 8**0.5, **near) for pair in of(a, "linear_fc2.weight"))

@@ -104,7 +104,7 @@ def test_the_base_may_move_and_may_not_change(base, adapted, tmp_path):
         config = named(lora={"base": str(moved)}, checkpoint__load=str(base))
         ((_, error),) = run_ranks(1, faults.train_and_listen, config)
         assert error is None
-        assert losses(config.run_dir)[3:] == losses(adapted[0])[3:]
+        assert losses(Path(config.run_dir))[3:] == losses(adapted[0])[3:]
         assert CheckpointReader(step(config.run_dir, 6)).state["base"]["folder"] == str(step(moved, 3))
         assert "is another base than the one that the adapters of" in refused(named(lora={"base": other.run_dir}))
         assert "is another base than the one that the adapters of" in refused(named(checkpoint__load=other.run_dir))
@@ -127,7 +127,7 @@ def test_what_does_not_belong_together_is_refused(base, adapted, tmp_path):
 def test_a_new_run_takes_its_adapters_from_another_run(adapted, tmp_path):
     config = tiny_config(tmp_path / "run", lora=LORA, checkpoint__load=str(adapted[0]), train__steps=2)
     run_ranks(1, faults.train_run, config)
-    assert losses(config.run_dir)[0][0] < losses(adapted[0])[0][0]
+    assert losses(Path(config.run_dir))[0][0] < losses(adapted[0])[0][0]
     assert (
         CheckpointReader(step(config.run_dir, 2)).state["base"]["xxh3"]
         == CheckpointReader(step(adapted[0], 6)).state["base"]["xxh3"]
@@ -150,7 +150,7 @@ def test_half_precision_trains_with_monitors_and_offload_and_exports_the_merged_
         monitors__effective_rank={"of": ["activations"], "interval": 1},
     )
     run_ranks(2, faults.train_run, config)
-    found = losses(config.run_dir)
+    found = losses(Path(config.run_dir))
     assert len(found) == 3
     assert all(norm > 0 for _, norm in found)
     written = (Path(config.run_dir) / "metrics.jsonl").read_text()
@@ -193,4 +193,4 @@ def test_a_rank_killed_in_a_save_costs_only_that_save(base, adapted, tmp_path):
         run_ranks(1, faults.die, config, 0, "during a shard's write")
     run_ranks(1, faults.train_run, config)
     assert faults.resumed_from(config.run_dir) == 2
-    assert losses(config.run_dir)[-1] == losses(adapted[0])[-1]
+    assert losses(Path(config.run_dir))[-1] == losses(adapted[0])[-1]

@@ -2,13 +2,14 @@
 
 import gc
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from flagscale_like.config import Monitors
 from flagscale_like.errors import CheckpointError
 from flagscale_like.training.guard import Guard
-from flagscale_like.training.parts import Parts
+from flagscale_like.training.parts import Parts, Report, Step
 from flagscale_like.training.standard_parts import GarbageCollection
 
 ODD = (None, [], 1, "x", {}, {"windows": 3}, {"spikes": None}, [[]])
@@ -27,12 +28,13 @@ def test_an_odd_state_of_a_part_is_refused_by_the_parts_name(state):
 @pytest.mark.parametrize("frozen", [False, True], ids=["nothing", "what is loaded"])
 def test_a_run_leaves_frozen_what_was_frozen_before_it(frozen):
     assert gc.get_freeze_count() == 0
-    part, first = GarbageCollection(5), SimpleNamespace(plan=SimpleNamespace(first=True, step=1))
+    part, report = GarbageCollection(5), cast(Report, None)  # it says nothing
+    first = cast(Step, SimpleNamespace(plan=SimpleNamespace(first=True, step=1)))
     try:
         if frozen:
             gc.freeze()
         before = gc.get_freeze_count()
-        part.after(first, None)
+        part.after(first, report)
         assert gc.get_freeze_count() == before if frozen else gc.get_freeze_count() > 0
         assert not gc.isenabled()
         part.close(None)

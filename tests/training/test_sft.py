@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flagscale_like.data.blend import is_packed
 from flagscale_like.data.chat import ChatTokenizer, parse_record
+from flagscale_like.data.packing import ConversationSource
 from flagscale_like.data.preprocess import preprocess, preprocess_chat
 from flagscale_like.data.pretrain import build_dataset, micro_batches
 from flagscale_like.data.shards import ChatOptions
@@ -96,6 +97,7 @@ def learn_one_row(config):
     """Of the first row: loss, count, the gradients by name, the weights by name (NumPy), and the row's conversations."""
     with parallel_context(config.parallel) as ctx:
         engine, data = build_engine(config, ctx), build_dataset(config, ctx, "train", 1)
+        assert isinstance(data, ConversationSource)
         weights = {name: p.detach().numpy().copy() for name, p in engine.models[0].named_parameters()}
         objective, batches = objective_of(config, packed=True), micro_batches(data, config, ctx)
         outputs = engine.forward_backward(batches, objective, 1)

@@ -127,11 +127,11 @@ class PoisonedSources(SourcesDataset):
 
     log: Path
 
-    def __getitem__(self, key):
+    def __getitem__(self, index):
         with open(self.log, "a") as file:
-            file.write(json.dumps(key) + "\n")
-        sample = super().__getitem__(key)
-        return {**sample, "loss_mask": sample["loss_mask"] * float("nan")} if key in {(0, 17), (0, 40)} else sample
+            file.write(json.dumps(index) + "\n")
+        sample = super().__getitem__(index)
+        return {**sample, "loss_mask": sample["loss_mask"] * float("nan")} if index in {(0, 17), (0, 40)} else sample
 
 
 def train_on_poison(config):
