@@ -30,9 +30,10 @@ soak: $(VENV)/installed  ## Train under random kills for minutes, and run the lo
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python kernels/benchmarks/other_triton.py
 
-lint: $(VENV)/installed  ## Check style and format
+lint: $(VENV)/installed  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --error-on-warning --python $(VENV)
 
 bench: $(VENV)/installed  ## Compare a CPU training step with transformers'
 	$(BIN)/python benchmarks/cpu_step.py

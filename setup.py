@@ -57,6 +57,7 @@ setup(
             "pytest-xdist>=3.7",
             "hypothesis>=6",
             "ruff>=0.9",
+            "ty==0.0.107",  # before its first release, each version finds other things
             "gguf>=0.17",
             "compressed-tensors>=0.15",
             "peft>=0.17",
