@@ -143,14 +143,15 @@ def _other_kernels(rand, tiny):
     """Attention whose kernels differ in code from those of plain causal attention: widths, masks, packs, caps, sinks."""
     b, n, s = (1, 4, 16) if tiny else (2, 16, 8192)
     found = []
-    for name, d, v, options in (
+    variants: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
         ("latent", 192, 128, {}),
         ("wide", 256, 256, {}),
         ("window 1024", 128, 128, {"window": 1023}),
         ("softcap", 128, 128, {"softcap": 50.0}),
         ("sinks", 128, 128, {"sinks": True}),
         ("packed", 128, 128, {"packed": True}),
-    ):
+    )
+    for name, d, v, options in variants:
         d, v = (d // 8, v // 8) if tiny else (d, v)
         seen = min(s, options.get("window", s - 1) + 1)  # keys of the last query
         pairs = seen * s - seen * (seen - 1) / 2
@@ -167,11 +168,10 @@ def _other_kernels(rand, tiny):
     return found
 
 
-def _attend(options, deterministic, q, k, v):
+def _attend(options: dict[str, Any], deterministic: bool, q, k, v):
     """Causal attention of [b, n, s, d] with the options. "packed": the batch as a pack of its sequences."""
-    given = {"causal": True, "deterministic": deterministic} | {
-        k: options[k] for k in ("window", "softcap") if k in options
-    }
+    given: dict[str, Any] = {"causal": True, "deterministic": deterministic}
+    given |= {name: options[name] for name in ("window", "softcap") if name in options}
     if "sinks" in options:
         given["sinks"] = torch.zeros(q.shape[1], device=q.device)
     if "packed" not in options:
