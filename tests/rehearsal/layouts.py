@@ -92,9 +92,14 @@ def stated_world(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def small(config: RunConfig, world: int | None = None) -> RunConfig:
-    """The same layout and kinds of stages with narrow layers, few of them, short rows and few micro-batches."""
-    par = config.parallel.model_copy(update={"vpp": min(config.parallel.vpp, 2)})
+def small(config: RunConfig, world: int | None = None, most_chunks: int = 2) -> RunConfig:
+    """The same layout and kinds of stages with narrow layers, few of them, short rows and few micro-batches.
+
+    Args:
+        world: ranks; as few as the layout has where it is left out.
+        most_chunks: of a stage; more are left out.
+    """
+    par = config.parallel.model_copy(update={"vpp": min(config.parallel.vpp, most_chunks)})
     values = config.model_dump(mode="json")
     world = world or par.smallest_world
     values["parallel"] = par.model_dump(mode="json") | _few_layers(values["model"], par)
@@ -103,6 +108,9 @@ def small(config: RunConfig, world: int | None = None) -> RunConfig:
     rows = dp * max(2, par.pp) if par.pp > 1 else 2 * dp
     length = PLACES * par.tp * par.cp * 2
     values["train"] |= {"micro_batch_size": 1, "global_batch_size": rows, "seq_length": length, "ramp_up": None}
+    if values["task"] == "rl":  # rollouts of a quarter of a row, in groups of two
+        values["rl"]["rollout"] |= {"samples": 2, "max_new_tokens": length // 4}
+        values["train"]["global_batch_size"] = 2 * rows * values["rl"]["minibatches"]
     values["model"]["max_position_embeddings"] = 0 if not values["model"].get("max_position_embeddings") else 4 * length
     return RunConfig.model_validate(values)
 

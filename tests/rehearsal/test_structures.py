@@ -24,6 +24,8 @@ SOON = (
     "preferences/dpo.yaml",
 )
 
+PARTS = 8  # of the layouts in the tests' tables, so that each part ends within ten minutes
+
 
 def problems_of(cases: list[tuple[str, RunConfig, int, str]]) -> dict[str, list[str]]:
     """What does not fit of each configuration on its world, with a record of the ranks asked for; all in one process."""
@@ -56,28 +58,27 @@ def test_one_example_of_each_kind_meets():
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_every_example_meets_on_its_smallest_world():
-    cases = [smallest(name, example(path)) for name, path in examples().items() if example(path).task == "train"]
-    assert len(cases) > 25
-    check(cases, 1700)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", examples())
+def test_an_example_meets_on_its_smallest_world(name):
+    check([smallest(name, example(examples()[name]))], 590)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_every_example_meets_on_the_world_that_it_states():
-    cases = []
-    for name, path in examples().items():
-        config, world = example(path), stated_world(path)
-        if config.task == "train" and world is not None and world <= 2048:
-            cases.append((name, small(config, world), world, "stages"))
-    assert len(cases) > 15
-    check(cases, 1700)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name, path in examples().items() if stated_world(path)])
+def test_an_example_meets_on_the_world_that_it_states(name):
+    """With all chunks of its stages, and a record of each stage."""
+    path = examples()[name]
+    config, world = example(path), stated_world(path)
+    check([(name, small(config, world, config.parallel.vpp), world, "stages")], 590)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3000)
-def test_every_layout_of_the_tests_meets_with_a_record_of_every_rank():
-    configs = {name: tiny(changes) for name, changes in in_tables()}
-    assert len(configs) > 60
-    check([(name, config, config.parallel.smallest_world, "all") for name, config in configs.items()], 2900)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_layout_of_the_tests_meets_with_a_record_of_every_rank(part):
+    layouts = list(in_tables())
+    assert len(layouts) > 60
+    configs = {name: tiny(changes) for name, changes in layouts[part::PARTS]}
+    check([(name, config, config.parallel.smallest_world, "all") for name, config in configs.items()], 590)
