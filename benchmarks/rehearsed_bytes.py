@@ -1,7 +1,8 @@
 """The planner's bytes beside a rehearsal's, by component, for published models: `python -m benchmarks.rehearsed_bytes`.
 
 Each model keeps its width, layout and world. A step has as many micro-batches as it has pipeline stages, because more of them
-change no peak.
+change no peak. `lost` is what the allocator holds and cannot use, of what a step makes: with its default settings, and where
+its segments grow.
 
     python -m benchmarks.rehearsed_bytes [NAME]... [--out FILE.json]
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from flagscale_like.cluster import GIB, parse_cluster
 from flagscale_like.config import load_config
+from flagscale_like.planner.memory import CONTEXT_BYTES
 from flagscale_like.recipes.rehearse import rehearse, rehearsed_kind
 from flagscale_like.rehearsal.report import planned_row, rehearsed_row
 
@@ -33,6 +35,10 @@ ROWS = {
     "long_context/aquila2-34b-16k": "8x8xA800",
     "sft/aquilachat2-34b-16k": "8x8xA100-80",
 }
+TITLES = (
+    *("model", "stage", "states", "activations", "logits", "temporaries", "tensors: planned is", "lost"),
+    *("total", "planned is", "lost where segments grow", "planned is"),
+)
 NAMES = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "overhead")
 
 
@@ -50,18 +56,24 @@ def rows_of(name: str) -> Iterator[dict]:
             "seconds": found.seconds,
             "rehearsed": rehearsed_row(found),
             "planned": planned_row(found),
+            "growing": found.placed.expandable + CONTEXT_BYTES,
             "alive": [list(one) for one in found.memory.alive],
         }
 
 
 def describe(row: dict) -> str:
-    """A line of the table: rehearsed / planned of each component, in GiB."""
+    """A line of the table: rehearsed / planned of each component in GiB, what the allocator loses, how far totals differ."""
     ours, theirs = row["rehearsed"], row["planned"]
-    cells = [f"{ours.get(n, 0) / GIB:.2f} / {theirs.get(n, 0) / GIB:.2f}" for n in NAMES if n not in NAMES[:3]]
     states = [sum(side.get(n, 0) for n in NAMES[:3]) / GIB for side in (ours, theirs)]
-    total, planned = sum(ours.values()), sum(theirs.values())
-    cells = [row["name"], str(row["stage"]), f"{states[0]:.2f} / {states[1]:.2f}", *cells]
-    return "| " + " | ".join([*cells, f"{total / GIB:.2f} / {planned / GIB:.2f}", f"{planned / total - 1:+.1%}"]) + " |"
+    cells = [row["name"], str(row["stage"]), f"{states[0]:.2f} / {states[1]:.2f}"]
+    cells += [f"{ours.get(n, 0) / GIB:.2f} / {theirs.get(n, 0) / GIB:.2f}" for n in NAMES[3:-1]]
+    tensors, planned = (sum(side.values()) - side["overhead"] for side in (ours, theirs))
+    whole, expected = sum(ours.values()), sum(theirs.values())
+    made = tensors - states[0] * GIB
+    lost = [(bytes_ - CONTEXT_BYTES - tensors) / made for bytes_ in (whole, row["growing"])]
+    cells += [f"{planned / tensors - 1:+.1%}", f"{lost[0]:.1%}", f"{whole / GIB:.2f} / {expected / GIB:.2f}"]
+    cells += [f"{expected / whole - 1:+.1%}", f"{lost[1]:.1%}", f"{expected / row['growing'] - 1:+.1%}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -70,9 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of all rows, with the largest tensors at each peak")
     options = parser.parse_args()
     found = []
-    print(
-        f"| model | stage | states | {' | '.join(NAMES[3:])} | total | planned is |\n|{'---|' * (5 + len(NAMES[3:]))}"
-    )
+    print(f"| {' | '.join(TITLES)} |\n|{'---|' * len(TITLES)}")
     for name in options.names or ROWS:
         for row in rows_of(name):
             found.append(row)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flagscale_like.errors import ConfigError
+from flagscale_like.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from flagscale_like.checkpoint.adapters import AdaptedWeights
@@ -112,6 +112,35 @@ def model_of_source(values: dict) -> dict | None:
 
         return CheckpointReader(find_checkpoint(Path(options["load"]))).arch.model_dump(mode="json")
     return None
+
+
+def model_to_plan(values: dict) -> dict | None:
+    """model_of_source() of a run that is only planned: where that folder is not here, the YAML's own group `model` does.
+
+    Raises:
+        UserError: the folder is not here, and there is no such group.
+    """
+    try:
+        return model_of_source(values)
+    except UserError as error:
+        if not isinstance(values.get("model"), dict):
+            raise type(error)(f"{error}; to plan without it, give the group `model`") from None
+        typer.echo(f"{error}: planned with the YAML's own model")
+        return None
+
+
+def new_file(path: Path | None, option: str) -> None:
+    """Refuse an output that is there already, or whose folder is not.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"{option} {path}: is there already, and nothing is overwritten: give another name")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}: make it first")
 
 
 def open_model(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flagscale_like.cli.base import ConfigFile, Overrides, Processes, app, example, model_of_source
+from flagscale_like.cli.base import ConfigFile, Overrides, Processes, app, example, model_to_plan, new_file
 from flagscale_like.run_folder import RunFolder
 
 ckpt_app = typer.Typer(
@@ -182,9 +182,10 @@ def ckpt_plan(  # typer makes an option of every parameter
     from flagscale_like.errors import CheckpointError
     from flagscale_like.rehearsal.checkpoint_plan import States, describe_load, describe_save, plan_load, planned_index
 
-    config = load_config(config_file, overrides or (), model_of_source)
+    new_file(write, "--write")
+    config = load_config(config_file, overrides or (), model_to_plan)
     saved = States.of(config, world_size or config.parallel.smallest_world)
-    other = load_config(config_file, [*(overrides or ()), *(load or ())], model_of_source)
+    other = load_config(config_file, [*(overrides or ()), *(load or ())], model_to_plan)
     loaded = States.of(other, load_world_size or saved.layout.world_size)
     table = planned_index(saved)
     typer.echo(describe_save(table, saved.layout, gb_per_s))

@@ -31,7 +31,7 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
         ConfigError: a rank needs more memory than the device has.
         DataError: `local` is true and the data cannot be used.
     """
-    from flagscale_like.planner.report import EMBEDDING_NOTE, describe_memory
+    from flagscale_like.planner.report import describe_memory
     from flagscale_like.planner.search import Goal, configured_layout, evaluate
 
     par, train, model = config.parallel, config.train, config.model
@@ -67,8 +67,6 @@ def describe(config: RunConfig, ranks: int, dp: int, cluster_text: str | None, *
     plan = evaluate(goal, layout, cluster or _nominal(ranks), overhead=cuda)
     typer.echo(f"memory       planned peak on a rank of each stage\n{describe_memory(plan.memory)}")
     _print_time(plan, goal, cluster)
-    if config.objective.head == "hidden":
-        typer.echo(f"note         {EMBEDDING_NOTE}")
     typer.echo("the configuration is valid")
 
 

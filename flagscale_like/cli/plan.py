@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_to_plan, new_file
 from flagscale_like.cli.describe import describe_iteration, find_cluster, reward_models
 from flagscale_like.errors import ConfigError
 
@@ -56,7 +56,6 @@ def plan(  # typer makes an option of every parameter
     from flagscale_like.config import load_config
     from flagscale_like.planner.evidence import describe_evidence
     from flagscale_like.planner.report import (
-        EMBEDDING_NOTE,
         describe_memory,
         describe_ranking,
         describe_time,
@@ -68,7 +67,8 @@ def plan(  # typer makes an option of every parameter
         raise ConfigError(
             "--rehearse uses no device, and --cluster names this machine's: name another, such as 1x8xH100"
         )
-    config = load_config(config_file, overrides or (), model_of_source)
+    new_file(write, "--write")
+    config = load_config(config_file, overrides or (), model_to_plan)
     place = find_cluster(cluster, config, 1)
     if network_gb_per_s is not None:
         place = replace(place, network_gb_per_s=network_gb_per_s)
@@ -82,8 +82,6 @@ def plan(  # typer makes an option of every parameter
     best = ranking.plans[0] if config.rl is None else first_with_room(config, ranking, cuda=cuda)
     if config.lora is not None:
         typer.echo(config.describe_parameters())
-    if config.objective.head == "hidden":
-        typer.echo(EMBEDDING_NOTE)
     typer.echo(describe_ranking(ranking, place, top=top))
     typer.echo(f"\nthe best: {best.layout.describe()}: {describe_time(best)}\n{describe_memory(best.memory)}")
     if config.rl is not None:

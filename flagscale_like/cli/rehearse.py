@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_of_source
+from flagscale_like.cli.base import ConfigFile, Overrides, app, example, model_to_plan, new_file
 
 
 @app.command(
@@ -58,11 +58,14 @@ def rehearse(  # typer makes an option of every parameter
     from flagscale_like.errors import ConfigError, DoesNotFitError
     from flagscale_like.recipes.rehearse import nearest_change, record, rehearse, rehearsed_kind
     from flagscale_like.rehearsal.chrome_trace import write_trace
-    from flagscale_like.rehearsal.rehearse import overflow_message
+    from flagscale_like.rehearsal.rehearse import growing_segments, overflow_message
     from flagscale_like.rehearsal.report import describe, write
     from flagscale_like.rehearsal.timing import describe_timed, time_step
 
-    config = load_config(config_file, overrides or (), model_of_source)
+    new_file(trace, "--trace")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.glob("rank_*"))):
+        raise ConfigError(f"--out {out}: holds a rehearsal already, or is a file: give the name of another folder")
+    config = load_config(config_file, overrides or (), model_to_plan)
     place = parse_cluster(cluster)
     world = world_size or place.devices
     place = with_devices(place, world)
@@ -97,6 +100,8 @@ def rehearse(  # typer makes an option of every parameter
             typer.echo(f"wrote {trace}: {write_trace(trace, timed.timeline, timed.stages):,} slices")
     if problems:
         found, message = problems[0]
+        if grows := growing_segments([one for one, _ in problems]):
+            raise DoesNotFitError(f"{message}; {grows}")
         change = nearest_change(config, place, kind, found, world, say=typer.echo)
         raise DoesNotFitError(f"{message}; {change}")
     if time_only:

@@ -352,7 +352,7 @@ class RunConfig(Frozen):
         """
         par, train = self.parallel, self.train
         world_size -= self.ranks_apart
-        if world_size < par.smallest_world or self.ranks_apart % par.smallest_world:
+        if self.ranks_apart and (world_size < par.smallest_world or self.ranks_apart % par.smallest_world):
             raise ConfigError(
                 f"rl.rollout.apart ({self.ranks_apart}) leaves {world_size} ranks that learn: both must be multiples of "
                 f"{par.divisor}, and above 0"

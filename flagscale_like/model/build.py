@@ -87,6 +87,7 @@ def transformer_config(spec: ModelSpec, platform: Platform, *, meta: bool = Fals
         # Two messages to one neighbour cross in a batched exchange: interleaved with pp 2 trains on swapped chunks.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=platform.waits_for_exchanges,
         deallocate_pipeline_outputs=True,
         recompute_granularity=None if spec.recompute == "none" else spec.recompute,
         recompute_method="uniform" if recomputes_all else None,

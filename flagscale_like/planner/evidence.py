@@ -39,7 +39,7 @@ def describe_evidence(plan: Plan, goal: Goal, cluster: ClusterSpec) -> str:
     fitted = [row for row in FITTED if row.efficiency == kind]
     if not fitted:
         return f"evidence: none; no step time is published that the constants of {cluster.device.name} were chosen by"
-    shape = Shape.of(goal.arch, plan.layout.tp, goal.ops.lora)
+    shape = goal.shape(plan.layout.tp)
     known = [
         row
         for row in (*FITTED, BAICHUAN_7B, AQUILA2_34B, *EXPERTS_H100, *LLAMA3_H100, *LLAMA3_PRODUCTION)

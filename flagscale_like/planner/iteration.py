@@ -199,13 +199,13 @@ def phase_memory(
             **common,
             gradients=gradients,
             optimizer=optimizer,
-            activations=memory.activations + memory.logits + memory.working + memory.offload_buffers,
+            activations=memory.dynamic,
             host=host + memory.host,
         ),
     }
 
 
-def forward_seconds(shape: Shape, layout: Layout, cluster: ClusterSpec, *, seq_length: int, heads: int) -> float:
+def forward_seconds(shape: Shape, layout: Layout, cluster: ClusterSpec, *, seq_length: int) -> float:
     """Seconds of `layout.num_microbatches` forward passes: the slowest stage's, and the filling of the pipeline."""
     eff = EFFICIENCIES[cluster.device.efficiency]
     of_kind = {kind: layer_passes(shape, layout, seq_length, cluster, eff, kind)[0] for kind in shape.kinds}
@@ -213,7 +213,7 @@ def forward_seconds(shape: Shape, layout: Layout, cluster: ClusterSpec, *, seq_l
         sum((of_kind[kind] * count for kind, count in stage_kinds(shape, layout, stage).items()), Pass()).seconds
         for stage in range(layout.pp)
     ]
-    if not heads:
+    if shape.outputs is None:
         rows, traffic = (
             layout.rows(seq_length),
             head_pass(shape, layout, seq_length, cluster, eff, logits_twice=False).tp,
@@ -260,8 +260,8 @@ def phase_seconds(
         return replace(layout, num_microbatches=max(1, math.ceil(tokens / (seq * layout.micro_batch_size))))
 
     def forward(over: Layout, model: Beside | None = None) -> float:
-        shape = Shape.of(model.arch if model else arch, layout.tp, None if model else goal.ops.lora)
-        return forward_seconds(shape, over, cluster, seq_length=seq, heads=model.heads if model else 0)
+        shape = Shape.of(model.arch, layout.tp, outputs=model.heads or None) if model else goal.shape(layout.tp)
+        return forward_seconds(shape, over, cluster, seq_length=seq)
 
     prompts = passes(each / drawn.samples * drawn.prompt)
     whole = passes(own * (drawn.prompt + drawn.new))
@@ -270,11 +270,14 @@ def phase_seconds(
     adapters_off = bool(options.kl.coefficient) and config.lora is not None  # a pass of the policy is the reference's
     scored = [forward(whole, model) for model in beside] + [forward(whole)] * (recomputed + adapters_off)
     learning = passes(own * (drawn.prompt + drawn.new) / options.minibatches)
-    step = evaluate(goal, learning, cluster, overhead=False).time.seconds
+    learners = [goal]
+    if options.has_critic:
+        learners.append(replace(goal, ops=replace(goal.ops, lora=None, outputs=1)))
+    step = sum(evaluate(one, learning, cluster, overhead=False).time.seconds for one in learners)
     return {
         "draw": steps * drawing_step_seconds(arch, layout, cluster, drawn, goal.precision) + forward(prompts),
         "score": sum(scored),
-        "learn": updates * step * (1 + options.has_critic),  # the critic's step is the policy's, but for its head
+        "learn": updates * step,
     }
 
 

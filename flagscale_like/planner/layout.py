@@ -34,6 +34,8 @@ class Shape:
             describe.
         adapters: LoRA's parameters, which are then all that is trained.
         lora: their options; None without LoRA.
+        outputs: numbers a token that a value head computes in the place of an output layer, 0 where the model gives its
+            hidden states; None for a language model.
     """
 
     layers: int
@@ -52,11 +54,12 @@ class Shape:
     decoder: tuple[Layer, ...] = ()
     adapters: tuple[Parameter, ...] = ()
     lora: Lora | None = None
+    outputs: int | None = None
 
     @classmethod
-    def of(cls, arch: ModelArch, tp: int = 1, lora: Lora | None = None) -> Shape:
+    def of(cls, arch: ModelArch, tp: int = 1, lora: Lora | None = None, outputs: int | None = None) -> Shape:
         """The shape of a model, its vocabulary padded for `tp`."""
-        return _shape_of(arch, tp, lora)
+        return _shape_of(arch, tp, lora, outputs)
 
     @classmethod
     def gpt(cls, *, layers: int, hidden: int, heads: int, vocab: int = 51200) -> Shape:
@@ -117,7 +120,12 @@ class Shape:
     @functools.cached_property
     def matrix_parameters(self) -> int:
         """Elements of the matrices that a token is multiplied with, the output layer's once and the embedding's not."""
-        return self._layer_matrices(routers=True) + self.hidden * self.vocab
+        return self._layer_matrices(routers=True) + self.output_matrix
+
+    @property
+    def output_matrix(self) -> int:
+        """Elements of the output layer; 0 without one. A value head's few rows are not counted."""
+        return self.hidden * self.vocab if self.outputs is None else 0
 
     def _layer_matrices(self, *, routers: bool) -> int:
         if not self.decoder:
@@ -150,16 +158,16 @@ class Shape:
         else:
             keys = counted_keys(seq_length, self.window)
             layers = self.layers * (self.layer_matrix_parameters + 2 * self.heads * self.head_dim * keys)
-        flops = (8.0 if recompute_layers else 6.0) * layers + 6.0 * self.hidden * self.vocab
+        flops = (8.0 if recompute_layers else 6.0) * layers + 6.0 * self.output_matrix
         if self.adapters:  # no gradient of the matrices is computed
             own = active([p for p in self.adapters if p.role is not Role.ADAPTER_MAGNITUDE], self.top_k)
-            frozen = self._layer_matrices(routers=False) + self.hidden * self.vocab
+            frozen = self._layer_matrices(routers=False) + self.output_matrix
             flops += (8.0 if recompute_layers else 6.0) * own - 2.0 * frozen
         return tokens * flops
 
 
 @functools.lru_cache(maxsize=256)
-def _shape_of(arch: ModelArch, tp: int, lora: Lora | None) -> Shape:
+def _shape_of(arch: ModelArch, tp: int, lora: Lora | None, outputs: int | None) -> Shape:
     return Shape(
         layers=arch.num_layers,
         hidden=arch.hidden_size,
@@ -174,6 +182,7 @@ def _shape_of(arch: ModelArch, tp: int, lora: Lora | None) -> Shape:
         decoder=arch.layers,
         adapters=lora.parameters(arch) if lora is not None else (),
         lora=lora,
+        outputs=outputs,
     )
 
 

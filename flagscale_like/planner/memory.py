@@ -27,10 +27,12 @@ from flagscale_like.planner.saved import (
     working_bytes,
 )
 
-# CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount. Fragmentation: a share of all but weights, gradients and
-# optimizer states.
+# CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount.
 CONTEXT_BYTES = int(1.5 * GIB)
-FRAGMENTATION = 0.06
+# Memory that torch's allocator holds and cannot use, a share of all but states. Which tensors lie beside each other decides
+# it, and no formula of shapes gives it: FRAGMENTATIONS is what rehearsals of published models found (docs/rehearsal.md).
+FRAGMENTATION = 0.02
+FRAGMENTATIONS = (0.003, 0.10)
 # Layers whose offloaded activations have a copy on the device: forward the one that runs and the one before it, whose copies
 # out may still run; backward the one that runs and the one after it, whose copies come in.
 LAYERS_ON_THE_WAY = 2
@@ -67,6 +69,11 @@ class RankMemory:
     @property
     def states(self) -> float:
         return self.weights + self.gradients + self.optimizer
+
+    @property
+    def dynamic(self) -> float:
+        """What a step makes: all but states and overhead."""
+        return self.activations + self.logits + self.working + self.offload_buffers
 
     @property
     def total(self) -> float:
@@ -287,12 +294,6 @@ def _state_bytes(
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_parameter(arch: ModelArch, layout: Layout, stage: int, outputs: int | None = None) -> int:
-    """Elements on one rank of the largest parameter of a stage's first chunk."""
-    return max(shard_numel(p, layout) for p in chunk_parameters(arch, layout, stage, 0, outputs))
-
-
-@functools.lru_cache(maxsize=4096)
 def trained_elements(
     arch: ModelArch, layout: Layout, stage: int, lora: Lora | None = None, outputs: int | None = None
 ) -> tuple[int, int]:
@@ -392,12 +393,13 @@ def rank_memory(
     moved = share * layers
     layer = largest_layer(shape, layout, stage, seq_length, e, ops)
     on_the_way = min(moved, LAYERS_ON_THE_WAY * min(share, 1.0) * layer)
-    largest = largest_parameter(arch, cut, stage, ops.outputs) if weights else 0
     kinds = layers_on(shape, layout, stage)
-    working = max((working_bytes(shape, layout, seq_length, e, kind) for kind in kinds), default=0.0) + largest * e
-    working += context_parallel_bytes(arch, layout, seq_length, e)
+    working = max((working_bytes(shape, layout, seq_length, e, ops, kind) for kind in kinds), default=0.0)
     if layout.recompute == "full":
         working += largest_layer(shape, replace(layout, recompute="none"), stage, seq_length, e, ops)
+        working -= layer if ops.rms_norm == "fused" else 0.0  # its input is saved already
+    if stage == 0 and not shape.adapters:  # the embedding runs backward when its chunk has freed all of a micro-batch
+        working = max(working, shape.hidden * shape.vocab / layout.tp * e - chunks[0])
     logits = head
     if head:
         loss = loss_bytes(shape, layout, seq_length, e, ops)
@@ -417,22 +419,6 @@ def rank_memory(
         overhead=CONTEXT_BYTES + FRAGMENTATION * dynamic if overhead else 0.0,
         host=moved,
     )
-
-
-def context_parallel_bytes(arch: ModelArch, layout: Layout, seq_length: int, dtype_bytes: int) -> float:
-    """Bytes that context parallelism needs for the layer whose attention runs backward.
-
-    gather: keys and values of the whole rows and their gradients, and one half of these on its way. a2a: an exchanged tensor
-    on its way out and in.
-    """
-    if layout.cp == 1:
-        return 0.0
-    heads, groups = arch.num_attention_heads / layout.tp, max(1, arch.num_query_groups / layout.tp)
-    column = layout.rows(seq_length) * arch.head_dim * dtype_bytes
-    if layout.cp_kind == "a2a":
-        return 2 * column * (heads + 2 * groups)
-    tensors = 3 if arch.position.kind == "nlpe" else 2
-    return 2.5 * tensors * column * layout.cp * groups
 
 
 def needed_offload(

@@ -256,6 +256,10 @@ def head_pass(
     """Forward and backward of the output layer and the loss on one micro-batch."""
     device, rows = cluster.device, layout.rows(seq_length)
     v, h = shape.vocab / layout.tp, shape.hidden
+    if shape.outputs is not None:  # one read of the hidden states each way; with sp the ranks gather what comes out
+        gathered = rows * (4 * shape.outputs or 2 * h) if layout.sp else 0.0
+        read = move_seconds(2 * rows * h * 2 / (layout.tp if layout.sp else 1), device, eff) if shape.outputs else 0.0
+        return Pass(read, ring_seconds(gathered, layout.tp, cluster, eff))
     products = (
         gemm_seconds(rows, v, h, device, eff) * (2 if logits_twice else 1)
         + (0.0 if shape.adapters else gemm_seconds(v, h, rows, device, eff))

@@ -8,13 +8,8 @@ from dataclasses import fields
 from flagscale_like.cluster import GIB, ClusterSpec
 from flagscale_like.config import Offload, RunConfig
 from flagscale_like.planner.layout import Layout
-from flagscale_like.planner.memory import RankMemory
+from flagscale_like.planner.memory import FRAGMENTATION, FRAGMENTATIONS, RankMemory
 from flagscale_like.planner.search import PARTS, Plan, Ranking
-
-EMBEDDING_NOTE = (
-    "an embedding model is planned as a language model: its output layer, which is not there, is counted, and the first "
-    "pass of gradient caching, up to a quarter of the step, is not"
-)
 
 COLUMNS = (
     "#",
@@ -124,7 +119,16 @@ def describe_memory(memory: Sequence[RankMemory]) -> str:
     rows: list[tuple[str, ...]] = [(f"stage ({name})", *components, "total")]
     for stage, m in enumerate(memory):
         rows.append((str(stage), *(f"{getattr(m, c) / unit:.2f}" for c in components), f"{m.total / unit:.2f}"))
-    return table(rows, right=range(1, len(components) + 2))
+    text = table(rows, right=range(1, len(components) + 2))
+    most = max(memory, key=lambda one: one.total)
+    if not most.overhead:
+        return text
+    low, high = (most.total + (share - FRAGMENTATION) * most.dynamic for share in FRAGMENTATIONS)
+    return (
+        f"{text}\nthe fullest takes {low / unit:.2f} to {high / unit:.2f} {name}: the allocator loses "
+        f"{FRAGMENTATIONS[0]:.1%} to {FRAGMENTATIONS[1]:.0%} of what a step makes ({FRAGMENTATION:.0%} planned; `rehearse` "
+        "places the tensors)"
+    )
 
 
 def describe_time(plan: Plan) -> str:

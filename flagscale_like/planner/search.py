@@ -12,7 +12,7 @@ from flagscale_like.config import ContextParallelKind, RunConfig, parts_of_row
 from flagscale_like.config.objectives import AnyObjective
 from flagscale_like.errors import ConfigError
 from flagscale_like.planner.efficiency import Efficiency
-from flagscale_like.planner.layout import IMBALANCE, RECOMPUTE, Layout, Shape
+from flagscale_like.planner.layout import DTYPE_BYTES, IMBALANCE, RECOMPUTE, Layout, Shape
 from flagscale_like.planner.memory import (
     RankMemory,
     alike_stage,
@@ -34,6 +34,7 @@ USABLE = 0.97
 PARTS = {
     "compute": "compute",
     "recompute": "recomputing activations",
+    "first_pass": "the first pass of gradient caching",
     "tp": "tensor-parallel traffic",
     "cp": "context-parallel traffic",
     "ep": "expert-parallel traffic",
@@ -76,6 +77,10 @@ class Goal:
                 operators_of(config.kernels, cuda=cuda), lora=config.lora, outputs=outputs_of(config.objective)
             ),
         )
+
+    def shape(self, tp: int) -> Shape:
+        """The model's, its vocabulary padded for `tp`."""
+        return Shape.of(self.arch, tp, self.ops.lora, self.ops.outputs)
 
 
 def outputs_of(objective: AnyObjective) -> int | None:
@@ -152,14 +157,18 @@ def evaluate(
     alike = {alike_stage(arch, cut, stage) for stage in range(layout.pp)}
     elements = [trained_elements(arch, cut, stage, goal.ops.lora, goal.ops.outputs) for stage in alike]
     time = step_time(
-        Shape.of(arch, layout.tp, goal.ops.lora),
+        goal.shape(layout.tp),
         layout,
         cluster,
         seq_length=goal.seq_length,
         held=Held(*max(elements, key=sum)),
         offloaded_bytes=moved,
         eff=eff,
-        software=Software(logits_twice=goal.ops.linear_cross_entropy, fused_gradients=False),
+        software=Software(
+            logits_twice=goal.ops.linear_cross_entropy,
+            fused_gradients=False,
+            caches_gradients=goal.ops.outputs == 0,  # a model of vectors learns from all of the batch's at once
+        ),
     )
     return Plan(layout=layout, time=time, memory=memory)
 
@@ -192,31 +201,31 @@ def configured_layout(config: RunConfig, world_size: int, goal: Goal, hbm_bytes:
 
 def layouts(goal: Goal, cluster: ClusterSpec, *, max_vpp: int | None = None) -> Iterator[Layout]:
     """Every layout that divides the model, the batch and the cluster. tp stays inside a node."""
+    for grid in _grids(goal, cluster):
+        for micro in (1, 2, 4, 8):
+            if goal.global_batch_size % (micro * grid.dp):
+                continue
+            count = goal.global_batch_size // (micro * grid.dp)
+            for staged in _staged(
+                replace(grid, micro_batch_size=micro, num_microbatches=count), goal.arch.num_layers, max_vpp
+            ):
+                yield from _variants(goal, staged)
+
+
+def _grids(goal: Goal, cluster: ClusterSpec) -> Iterator[Layout]:
+    """Every tp, pp, cp and dp that divide the model and the cluster, whatever the batch is."""
     arch, devices = goal.arch, cluster.devices
     # Beyond the KV groups ranks compute the same keys and values; the search leaves such layouts out.
     sizes = [arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size]
     sizes += [arch.experts.shared_ffn_hidden_size] if arch.experts else []
-    tps = [tp for tp in range(1, cluster.devices_per_node + 1) if not any(n % tp for n in sizes)]
+    most = min(cluster.devices_per_node, arch.num_attention_heads)
+    tps = [tp for tp in range(1, most + 1) if not any(n % tp for n in sizes)]
     pps = [pp for pp in range(1, arch.num_layers + 1) if devices % pp == 0]
     for tp, pp, (cp, kind) in itertools.product(tps, pps, _context_parallel(goal, devices)):
         if devices % (tp * pp * cp) or (kind == "a2a" and arch.num_query_groups // tp % cp):
             continue
         dp = devices // (tp * pp * cp)
-        for micro in (1, 2, 4, 8):
-            if goal.global_batch_size % (micro * dp):
-                continue
-            fixed = Layout(
-                tp=tp,
-                pp=pp,
-                dp=dp,
-                cp=cp,
-                cp_kind=kind,
-                micro_batch_size=micro,
-                num_microbatches=goal.global_batch_size // (micro * dp),
-                imbalance=goal.imbalance,
-            )
-            for staged in _staged(fixed, arch.num_layers, max_vpp):
-                yield from _variants(goal, staged)
+        yield Layout(tp=tp, pp=pp, dp=dp, cp=cp, cp_kind=kind, imbalance=goal.imbalance)
 
 
 def _staged(layout: Layout, num_layers: int, max_vpp: int | None) -> Iterator[Layout]:
@@ -326,13 +335,12 @@ def rank_layouts(
 
 
 def _no_layout(goal: Goal, cluster: ClusterSpec) -> str:
-    """The message for a batch or a layer count that no layout divides, with a batch that one would."""
-    tried = [b for b in range(1, 4 * cluster.devices + 1) if any(layouts(replace(goal, global_batch_size=b), cluster))]
-    head = f"no layout divides {goal.arch.num_layers} layers and a global batch of {goal.global_batch_size} over "
-    head += f"{cluster.devices} devices"
-    if not tried:
-        return f"{head}: their number has no divisors in common with layers and heads; use another number of devices"
-    near = min(tried, key=lambda b: abs(b - goal.global_batch_size))
+    """The message for a batch that no layout divides, with the nearest that one would."""
+    batch, layers = goal.global_batch_size, goal.arch.num_layers
+    # Each copy of the model takes as many rows as the others.
+    copies = {grid.dp for grid in _grids(goal, cluster) if any(_staged(grid, layers, 1))}
+    head = f"no layout divides {layers} layers and a global batch of {batch} over {cluster.devices} devices"
+    near = min((max(1, round(batch / dp)) * dp for dp in sorted(copies)), key=lambda found: abs(found - batch))
     return f"{head}: train.global_batch_size {near} would do"
 
 
@@ -347,8 +355,13 @@ def _no_fit(goal: Goal, cluster: ClusterSpec, nearest: Plan, budget: float) -> s
         f"logits {memory.logits / GIB:.1f})"
     )
     larger = cluster
+    # The least that all devices together hold: weights, and of what is trained gradients, masters and moments.
+    each = DTYPE_BYTES[goal.precision]
+    least = goal.arch.parameter_count() * (each if goal.ops.lora else 16 if each == 4 else 18)
     for _ in range(8):
         larger = with_devices(larger, 2 * larger.devices) if larger.nodes > 1 else replace(larger, nodes=2)
+        if least > budget * larger.devices:
+            continue
         found = [
             plan
             for layout in layouts(goal, larger)

@@ -17,7 +17,7 @@ from flagscale_like.planner.efficiency import EFFICIENCIES, Efficiency, move_sec
 from flagscale_like.planner.layout import Layout, Shape
 from flagscale_like.planner.passes import Pass, head_pass, layer_passes
 
-PARTS_OF_STEP = ("compute", "recompute", "tp", "cp", "ep", "bubble", "p2p", "dp", "optimizer", "offload")
+PARTS_OF_STEP = ("compute", "recompute", "first_pass", "tp", "cp", "ep", "bubble", "p2p", "dp", "optimizer", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class StepTime:
     Attributes:
         compute: matrix products, attention, elementwise operators, on the slowest stage.
         recompute: the part of the forward pass that is run again.
+        first_pass: the forward passes that gradient caching makes before (engine.Engine).
         tp: tensor-parallel collectives that are not hidden.
         cp: context-parallel collectives that are not hidden.
         ep: tokens sent to their experts, and back; nothing is hidden.
@@ -40,6 +41,7 @@ class StepTime:
 
     compute: float
     recompute: float
+    first_pass: float
     tp: float
     cp: float
     ep: float
@@ -81,12 +83,14 @@ class Software:
         logits_twice: the backward pass computes the logits again (Operators.linear_cross_entropy).
         fused_gradients: products add their weight's gradient to what is there, as with apex; otherwise a kernel of its own
             does, for each micro-batch.
+        caches_gradients: all micro-batches but the first pass forward before; with chunks, all of them.
     """
 
     overlap_dp: bool = True
     scatter_gather: bool = False
     logits_twice: bool = False
     fused_gradients: bool = True
+    caches_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def step_time(
     if offloaded_bytes:
         copies = [bytes_ / (device.host_gb_per_s * 1e9) for bytes_ in offloaded_bytes]
         offload = m * max(max(0.0, copy - stage.seconds) for copy, stage in zip(copies, stages, strict=True))
+    before = m - (vpp == 1) if software.caches_gradients else 0
+    first_pass = (before + (pp - 1) / vpp) * max(stage.seconds for stage in forward) if before else 0.0
     adding = 0.0 if software.fused_gradients else move_seconds(10 * (held.dense + held.experts), device, eff)
     tokens = layout.dp * m * layout.micro_batch_size * seq_length
     # AdamW over its part of the states: reads gradient, master and two moments, writes three and the 16-bit weight.
@@ -172,6 +178,7 @@ def step_time(
     return StepTime(
         compute=m * (busy.compute - repeated.compute + adding),
         recompute=m * repeated.seconds,
+        first_pass=first_pass,
         tp=m * (busy.tp - repeated.tp),
         cp=m * (busy.cp - repeated.cp),
         ep=m * (busy.ep - repeated.ep),

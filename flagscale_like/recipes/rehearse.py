@@ -21,7 +21,7 @@ from flagscale_like.recipes.pretrain import MakeParts, pretrain
 from flagscale_like.recipes.reinforce import reinforce
 from flagscale_like.rehearsal.choice import chosen_ranks
 from flagscale_like.rehearsal.record import RankRecord
-from flagscale_like.rehearsal.rehearse import Rehearsed, overflow_message, rehearse_rank
+from flagscale_like.rehearsal.rehearse import Rehearsed, growing_segments, overflow_message, rehearse_rank
 from flagscale_like.rehearsal.repeats import record_rank
 from flagscale_like.rl.made_up import MadeUpGenerator, MadeUpReward, MadeUpWords, made_up_prompts
 from flagscale_like.runtime.parallel import ParallelContext
@@ -208,7 +208,7 @@ def check_plans(
         most = max(found, key=lambda one: one.needed_bytes)
         over = [one for one in found if not one.fits]
         if over:
-            line = overflow_message(over[0], cluster)
+            line = "; ".join(filter(None, (overflow_message(over[0], cluster), growing_segments(over))))
         else:
             line = (
                 f"fits: stage {most.stage} takes {most.needed_bytes / GIB:.1f} GiB, {plan.peak_bytes / GIB:.1f} planned"

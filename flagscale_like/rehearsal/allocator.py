@@ -11,15 +11,20 @@ Sizes, pools and splitting are those of c10/cuda/CUDACachingAllocator.cpp (torch
     freed        it joins its free neighbours; its segment stays reserved
 
 All is allocated on one stream. Where the device is full, whole free segments are given back first, as torch does.
+
+ExpandableSegments is the same with PYTORCH_ALLOC_CONF=expandable_segments:True: each pool is one segment that grows by pages,
+and where the device is full, pages of which nothing is in use are given back.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 MIB = 1 << 20
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 ROUND, SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, LARGE_ROUND = 512, MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
 
 
@@ -170,3 +175,81 @@ class CachingAllocator:
         self.reserved += wanted
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return segment.first
+
+
+class ExpandableSegments:
+    """How many bytes allocations need where segments grow.
+
+    Attributes:
+        needed: bytes of pages of which something is in use; `peak_needed` is the most that they were.
+    """
+
+    def __init__(self) -> None:
+        self.peak_needed = 0
+        self._pools = _Pages(SMALL_SEGMENT), _Pages(LARGE_SEGMENT)
+
+    @property
+    def needed(self) -> int:
+        return sum(pool.page * len(pool.used) for pool in self._pools)
+
+    def allocate(self, nbytes: int) -> tuple[int, int, int]:
+        """Place `nbytes`; returns what release() takes."""
+        size = max(ROUND, -(-nbytes // ROUND) * ROUND)
+        pool = int(size > SMALL)
+        found = pool, self._pools[pool].place(size), size
+        self.peak_needed = max(self.peak_needed, self.needed)
+        return found
+
+    def release(self, placed: tuple[int, int, int]) -> None:
+        pool, address, size = placed
+        self._pools[pool].free(address, size)
+
+
+class _Pages:
+    """One segment that grows: its holes, and how many blocks are in use on each page."""
+
+    def __init__(self, page: int) -> None:
+        self.page, self.top = page, 0
+        self.used: Counter[int] = Counter()
+        self._sizes: list[tuple[int, int]] = []  # (size, address) of the holes, the smallest first
+        self._ends: dict[int, int] = {}  # where a hole ends -> its address
+        self._holes: dict[int, int] = {}  # address of a hole -> its size
+
+    def place(self, size: int) -> int:
+        """The address of the smallest hole that is large enough; the segment grows behind its last hole where none is."""
+        at = bisect.bisect_left(self._sizes, (size, 0))
+        if at < len(self._sizes):
+            address = self._sizes[at][1]
+            room = self._take(address)
+        else:
+            address = self._ends.get(self.top, self.top)
+            room = self._take(address) if address < self.top else 0
+            grown = -(-(size - room) // self.page) * self.page
+            self.top, room = self.top + grown, room + grown
+        if room > size:
+            self._add(address + size, room - size)
+        self.used.update(range(address // self.page, (address + size - 1) // self.page + 1))
+        return address
+
+    def free(self, address: int, size: int) -> None:
+        """Make a hole, which joins its neighbours."""
+        for page in range(address // self.page, (address + size - 1) // self.page + 1):
+            self.used[page] -= 1
+            if not self.used[page]:
+                del self.used[page]
+        if address + size in self._holes:
+            size += self._take(address + size)
+        if address in self._ends:
+            before = self._ends[address]
+            size, address = size + self._take(before), before
+        self._add(address, size)
+
+    def _add(self, address: int, size: int) -> None:
+        bisect.insort(self._sizes, (size, address))
+        self._holes[address], self._ends[address + size] = size, address
+
+    def _take(self, address: int) -> int:
+        size = self._holes.pop(address)
+        del self._ends[address + size]
+        del self._sizes[bisect.bisect_left(self._sizes, (size, address))]
+        return size

@@ -234,7 +234,7 @@ def plan_load(table: FragmentTable, states: States) -> LoadPlan:
     whole pages around them.
 
     Raises:
-        ConfigError: the checkpoint lacks a tensor of the model, or has it in another shape.
+        ConfigError: the checkpoint lacks a tensor of the model, has one too many, or one in another shape.
     """
     world, reads = states.layout.world_size, _Reads(table)
     _check_tensors(table, states)
@@ -268,6 +268,9 @@ def _dealt(states: States) -> dict[int, list[Fragment]]:
 
 
 def _check_tensors(table: FragmentTable, states: States) -> None:
+    wanted = {held.parameter.name for stage in range(states.layout.pp) for held in _stage(states, stage)}
+    if unknown := sorted(set(table.keys()) - wanted):
+        raise ConfigError(f"the checkpoint holds {unknown[0]}, which the model has not: it is of another model")
     for stage in range(states.layout.pp):
         for held in _stage(states, stage):
             name, shape = held.parameter.name, held.parameter.shape

@@ -28,6 +28,7 @@ CAPABILITIES = (
     "has_streams",
     "pins_memory",
     "overlaps_param_gather",
+    "waits_for_exchanges",
     "counts_device_memory",
     "ranks_share_device",
     "triton",
@@ -46,6 +47,8 @@ class Observer(Protocol):
 
     def marks(self, stream: str) -> int: ...
 
+    def gives_back(self) -> None: ...
+
     def peak_bytes(self) -> int: ...
 
 
@@ -61,6 +64,8 @@ class Silent:
 
     def marks(self, stream: str) -> int:
         return 0
+
+    def gives_back(self) -> None: ...
 
     def peak_bytes(self) -> int:
         return 0
@@ -127,7 +132,8 @@ class Namespace:
     def synchronize(self, *_: object) -> None:
         self._platform.synchronize()
 
-    def empty_cache(self) -> None: ...
+    def empty_cache(self) -> None:
+        self._platform.give_back_memory()
 
     def current_stream(self, *_: object) -> Stream:
         return self._platform.current
@@ -284,6 +290,9 @@ class RehearsedPlatform(Platform):
 
     def peak_memory_bytes(self) -> int:
         return self.observer.peak_bytes()
+
+    def give_back_memory(self) -> None:
+        self.observer.gives_back()
 
     def reset_peak_memory(self) -> None: ...
 

@@ -44,6 +44,7 @@ class Memory:
         live, peak: bytes.
         steps: the tick at which each step began.
         end: the tick at which the last one had ended; None where nobody said so.
+        given_back: the ticks at which the run had the allocator give back what nothing used.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class Memory:
         self.peak_tick = self.tick = 0
         self.steps: list[int] = []
         self.end: int | None = None
+        self.given_back: list[int] = []
         self._now: list[Allocation] = []  # what the part that runs has made
         self._part = ""
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}

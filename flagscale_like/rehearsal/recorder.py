@@ -170,6 +170,11 @@ class Recorder(TorchDispatchMode):
         if self._handles.pop(handle, None) is not None:
             self._add("wait", "wait", self.places.line(), stream=self._stream, handle=handle)
 
+    def gives_back(self) -> None:
+        """The allocator gives back what nothing uses."""
+        if self.memory is not None:
+            self.memory.given_back.append(self.memory.tick)
+
     def peak_bytes(self) -> int:
         """Most bytes of the device that were in use."""
         return self.memory.peak if self.memory is not None else 0

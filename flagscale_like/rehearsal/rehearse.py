@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from flagscale_like.engine.engine import Engine
 from flagscale_like.errors import RehearsalError, required
 from flagscale_like.planner.memory import CONTEXT_BYTES, RankMemory, rank_memory, state_bytes
 from flagscale_like.planner.search import Goal, configured_layout
+from flagscale_like.rehearsal.allocator import EXPANDABLE
 from flagscale_like.rehearsal.components import MemoryReport, name_states, report
 from flagscale_like.rehearsal.device import DEVICE, RehearsedPlatform
 from flagscale_like.rehearsal.memory import Memory
@@ -66,6 +67,11 @@ class Rehearsed:
     def needed_bytes(self) -> int:
         """Of the device's memory: what tensors need, and what context and communication buffers take."""
         return self.placed.needed + (CONTEXT_BYTES if self.limit is not None else 0)
+
+    @property
+    def fits_expandable(self) -> bool:
+        """Whether it fits with expandable segments."""
+        return self.limit is None or self.placed.expandable <= self.limit
 
     def waits(self) -> Counter[tuple[str, str]]:
         """Where the host waits for the device in the last step, and how often: (line, for what)."""
@@ -175,6 +181,14 @@ def group_names(ctx: ParallelContext) -> dict[str, str]:
 def _process_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def growing_segments(over: Sequence[Rehearsed]) -> str:
+    """A way out for ranks that do not fit: segments that grow. Empty where one does not fit with them either."""
+    if not all(one.fits_expandable for one in over):
+        return ""
+    most = max(one.placed.expandable for one in over) + CONTEXT_BYTES
+    return f"with segments that grow it fits ({most / GIB:.1f} GiB): start all ranks with {EXPANDABLE}"
 
 
 def overflow_message(found: Rehearsed, cluster: ClusterSpec) -> str:

@@ -12,6 +12,7 @@ from flagscale_like.cluster import GIB
 from flagscale_like.json_files import write_json
 from flagscale_like.planner.memory import CONTEXT_BYTES
 from flagscale_like.planner.report import table
+from flagscale_like.rehearsal.allocator import EXPANDABLE
 from flagscale_like.rehearsal.components import COMPONENTS
 from flagscale_like.rehearsal.rehearse import Rehearsed
 from flagscale_like.rehearsal.snapshot import write_snapshot
@@ -72,7 +73,7 @@ def describe(found: Rehearsed, *, lines: int = 8) -> str:
         table(rows, right=range(1, len(names) + 2)),
         f"at the peak {peak.total / unit:.2f} {word} are in use; the allocator needs {found.placed.needed / unit:.2f} "
         f"({found.placed.fragmentation:.1%} of it never in use at once), and keeps {found.placed.reserved / unit:.2f} if it "
-        "can. The largest at the peak:",
+        f"can; with {EXPANDABLE} it needs {found.placed.expandable / unit:.2f}. The largest at the peak:",
         *(f"  {nbytes / unit:8.2f} {word}  {count:4} x {words}" for nbytes, count, words in found.memory.alive[:lines]),
         f"the host waits for the device {sum(waits.values())} times a step{':' if waits else ''}",
         *(f"  {count:4} x {where}: {CAUSES.get(op, op)}" for (where, op), count in waits.most_common()),
@@ -94,6 +95,7 @@ def as_json(found: Rehearsed) -> dict[str, Any]:
         "planned": asdict(found.planned),
         "reserved": found.placed.reserved,
         "needed": found.placed.needed,
+        "needed_expandable": found.placed.expandable,
         "allocated": found.placed.allocated,
         "activations_by_layer": found.memory.by_layer,
         "alive_at_peak": [{"bytes": b, "count": n, "what": words} for b, n, words in found.memory.alive],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flagscale_like.rehearsal.allocator import Block, CachingAllocator
+from flagscale_like.rehearsal.allocator import Block, CachingAllocator, ExpandableSegments
 from flagscale_like.rehearsal.components import ticks
 from flagscale_like.rehearsal.memory import Allocation, Memory
 
@@ -23,6 +24,7 @@ class Placed:
         allocated: most bytes that were in use, each rounded up to the allocator's sizes.
         broke: the allocation that the device had no memory for; None where all fit.
         in_use: bytes in use when it broke.
+        expandable: `needed` with expandable segments.
         trace: the events for torch's visualiser.
     """
 
@@ -31,6 +33,7 @@ class Placed:
     allocated: int
     broke: Allocation | None
     in_use: int
+    expandable: int
     allocator: CachingAllocator
     trace: list[dict[str, Any]]
 
@@ -46,34 +49,42 @@ def place(memory: Memory, *, limit: int | None = None) -> Placed:
     Args:
         limit: bytes that the device has for them; the first that does not fit ends it. None: as many as they take.
     """
-    allocator, trace = CachingAllocator(limit), []
-    held: dict[int, Block] = {}
+    allocator, trace, grows = CachingAllocator(limit), [], ExpandableSegments()
+    held: dict[int, tuple[Block, tuple[int, int, int]]] = {}
+    given_back = deque(memory.given_back)
     for tick, nbytes, found in ticks(memory):
+        while given_back and given_back[0] <= tick:
+            given_back.popleft()
+            allocator.give_back()
         if nbytes < 0 or (nbytes == 0 and id(found) in held):
-            block = held.pop(id(found), None)
+            block, placed = held.pop(id(found), (None, None))
             if block is not None:
+                grows.release(placed)
                 trace += [_event(kind, block, tick, found) for kind in ("free_requested", "free_completed")]
                 allocator.release(block)
             continue
         opened = allocator.opened
         block = allocator.allocate(found.nbytes, tag=found)
         if block is None:
-            return _placed(allocator, found, trace)
+            return _placed(allocator, found, trace, grows)
         if allocator.opened > opened:
             segment = block.segment
             trace.append(_event("segment_alloc", Block(segment, segment.address, segment.size), tick, found))
-        held[id(found)] = block
+        held[id(found)] = block, grows.allocate(found.nbytes)
         trace.append(_event("alloc", block, tick, found))
-    return _placed(allocator, None, trace)
+    return _placed(allocator, None, trace, grows)
 
 
-def _placed(allocator: CachingAllocator, broke: Allocation | None, trace: list[dict[str, Any]]) -> Placed:
+def _placed(
+    allocator: CachingAllocator, broke: Allocation | None, trace: list[dict[str, Any]], grows: ExpandableSegments
+) -> Placed:
     return Placed(
         reserved=allocator.peak_reserved,
         needed=allocator.peak_needed,
         allocated=allocator.peak_allocated,
         broke=broke,
         in_use=allocator.allocated,
+        expandable=grows.peak_needed,
         allocator=allocator,
         trace=trace,
     )

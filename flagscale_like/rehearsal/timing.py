@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from flagscale_like.cluster import ClusterSpec
 from flagscale_like.config import RunConfig
-from flagscale_like.planner.layout import Shape
 from flagscale_like.planner.report import table
 from flagscale_like.planner.search import Goal, configured_layout, evaluate
 from flagscale_like.rehearsal.costs import Costs
@@ -77,7 +76,7 @@ def time_step(
         timeline=timeline,
         stages={record.rank: record.stage for record in records},
         tokens=tokens,
-        model_flops=Shape.of(config.model, layout.tp, config.lora).model_flops(tokens, train.seq_length),
+        model_flops=goal.shape(layout.tp).model_flops(tokens, train.seq_length),
         cluster=cluster,
         world_size=world,
         planned_s=evaluate(goal, layout, cluster).time.seconds,

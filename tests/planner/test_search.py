@@ -16,7 +16,7 @@ from flagscale_like.planner.memory import needed_offload, rank_memory
 from flagscale_like.planner.report import describe_ranking, ranking_rows, updated_config
 from flagscale_like.planner.saved import Operators, layer_bytes
 from flagscale_like.planner.search import Goal, configured_layout, evaluate, layouts, rank_layouts, uneven_ends
-from tests.commands import command
+from tests.commands import command, invoke
 from tests.harness import tiny_config, write_yaml
 
 AQUILA2_34B = ModelArch(
@@ -244,6 +244,35 @@ def test_plan_prints_a_table_and_writes_a_yaml_that_loads(tmp_path):
     written = load_config(out)
     assert 4 % written.parallel.model_parallel_size == 0
     assert yaml.safe_load(out.read_text())["model"]["num_layers"] == 4
+    assert "the allocator loses 0.3% to 10% of what a step makes (2% planned" in done.stdout
+    again = invoke(["plan", str(file), "--cluster", "1x4xH100", "--write", str(out)])
+    assert again.exit_code == 10
+    assert "is there already, and nothing is overwritten" in again.error
+    lost = invoke(["plan", str(file), "--cluster", "1x4xH100", "--write", str(tmp_path / "no/o.yaml")])
+    assert f"there is no folder {tmp_path}/no: make it first" in lost.error
+
+
+def test_a_run_is_planned_without_the_checkpoint_that_it_starts_from(tmp_path):
+    config = tiny_config(tmp_path / "run", checkpoint={"load": str(tmp_path / "none")}, train__precision="bf16")
+    file = write_yaml(config, tmp_path / "x.yaml")
+    done = invoke(["plan", str(file), "--cluster", "1x4xH100", "--top", "1"])
+    assert done.exit_code == 0, done.error
+    assert f"{tmp_path}/none: no checkpoint there" in done.printed
+    assert "planned with the YAML's own model" in done.printed
+    values = yaml.safe_load(file.read_text())
+    del values["model"]
+    file.write_text(yaml.safe_dump(values))
+    done = invoke(["plan", str(file), "--cluster", "1x4xH100"])
+    assert done.exit_code == 12
+    assert "to plan without it, give the group `model`" in done.error
+
+
+def test_clusters_of_any_size_are_answered_at_once():
+    goal = Goal(arch=AQUILA2_34B, seq_length=4096, global_batch_size=7)
+    with pytest.raises(ConfigError, match=r"over 8000000000 devices: train.global_batch_size \d+ would do"):
+        rank_layouts(goal, parse_cluster("1000000000x8xH100"))
+    with pytest.raises(ConfigError, match=r"over 8000000000 devices: train.global_batch_size \d+ would do"):
+        rank_layouts(goal, parse_cluster("1x8000000000xH100"))
 
 
 @pytest.mark.parametrize(

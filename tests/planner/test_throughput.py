@@ -15,6 +15,7 @@ from flagscale_like.planner.published import (
     EXPERTS_H100,
     GPT3_H100,
     KORTHIKANTI_2022,
+    LLAMA3_70B,
     LLAMA3_H100,
     LLAMA3_PRODUCTION,
     MIXTRAL_8X7B,
@@ -72,6 +73,28 @@ def test_the_parts_of_a_step_add_up():
     time = step_time(SHAPE, Layout(tp=2, pp=4, dp=2, num_microbatches=8), CLUSTER, seq_length=1024)
     assert sum(getattr(time, part) for part in PARTS_OF_STEP) == pytest.approx(time.seconds)
     assert time.tokens == 2 * 8 * 1024
+
+
+def test_a_model_without_a_vocabulary_takes_the_time_of_its_layers_and_of_a_first_pass():
+    layout = Layout(tp=2, pp=2, sp=True, num_microbatches=8)
+    words, reward, vectors = (Shape.of(LLAMA3_70B, 2, None, outputs) for outputs in (None, 1, 0))
+    assert words.model_flops(1, 512) - reward.model_flops(1, 512) == 6 * 8192 * 128256
+    assert words.matrix_parameters - vectors.matrix_parameters == 8192 * 128256
+
+    def time(shape, **software):
+        return step_time(shape, layout, CLUSTER, seq_length=512, held=Held(1e9), software=Software(**software))
+
+    headless = time(replace(words, vocab=2))  # as good as no output layer
+    assert time(reward).seconds == pytest.approx(headless.seconds, rel=0.001)
+    assert time(words).seconds > 1.02 * headless.seconds
+    twice = time(vectors, caches_gradients=True)
+    forward, _, _ = layer_passes(vectors, layout, 512, CLUSTER, AMPERE)
+    assert twice.first_pass == pytest.approx((7 + 1) * 40 * forward.seconds)
+    assert twice.seconds == pytest.approx(time(vectors).seconds + twice.first_pass)
+    alone = step_time(
+        vectors, replace(layout, num_microbatches=1), CLUSTER, seq_length=512, software=Software(caches_gradients=True)
+    )
+    assert alone.first_pass == 0
 
 
 def test_context_parallelism_shares_the_work_and_adds_its_traffic():

@@ -1,10 +1,14 @@
 """The model of torch's caching allocator: its sizes, pools, splitting and joining, and what breaks a device that is full."""
 
 import random
+from dataclasses import fields
+from types import SimpleNamespace
 
+from flagscale_like.cluster import GIB
 from flagscale_like.errors import required
-from flagscale_like.rehearsal.allocator import MIB, CachingAllocator
+from flagscale_like.rehearsal.allocator import MIB, CachingAllocator, ExpandableSegments
 from flagscale_like.rehearsal.memory import Allocation, Memory
+from flagscale_like.rehearsal.rehearse import Rehearsed, growing_segments
 from flagscale_like.rehearsal.snapshot import place
 
 
@@ -77,3 +81,51 @@ def test_the_allocation_that_breaks_a_device_is_named():
     placed = place(memory, limit=48 * MIB)
     assert placed.broke is memory.allocations[2]
     assert placed.in_use == 48 * MIB
+
+
+def test_segments_that_grow_leave_holes_of_less_than_a_page():
+    """Holes of 36 MiB that no tensor of 40 fits: the default keeps them, and pages of a growing segment go elsewhere."""
+    memory = Memory()
+
+    def allocation(nbytes: int, born: int, died: int | None = None) -> None:
+        memory.allocations.append(Allocation(nbytes * MIB, born, "op", "some.py:1 f", "step", died=died))
+
+    for number in range(8):
+        allocation(76, number, died=10 + number)
+    for number in range(8):
+        allocation(40, 20 + number)
+    found = place(memory)
+    assert found.needed == 8 * 76 * MIB
+    assert found.expandable == 8 * 76 // 20 * 20 * MIB + 20 * MIB  # the pages of the first eight, rounded up
+    memory.given_back.append(19)
+    found = place(memory)
+    assert found.needed == 8 * 76 * MIB  # before the step
+    assert found.allocator.reserved == 8 * 40 * MIB
+
+
+def test_segments_that_grow_are_the_first_way_out_where_they_are_enough():
+    def over(limit: int) -> Rehearsed:
+        held = {field.name: None for field in fields(Rehearsed)} | {"limit": limit * GIB}
+        return Rehearsed(**held | {"placed": SimpleNamespace(expandable=38 * GIB)})
+
+    way_out = (
+        "with segments that grow it fits (39.5 GiB): start all ranks with PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
+    assert growing_segments([over(39), over(38)]) == way_out
+    assert growing_segments([over(39), over(37)]) == ""
+
+
+def test_pages_are_those_of_what_is_in_use():
+    draw, segments, held = random.Random(2), ExpandableSegments(), []
+    for _ in range(3000):
+        if held and draw.random() < 0.5:
+            segments.release(held.pop(draw.randrange(len(held))))
+        else:
+            held.append(segments.allocate(int(2 ** draw.uniform(4, 26))))
+        taken = {0: set(), 1: set()}
+        for pool, address, size in held:
+            page = (2 * MIB, 20 * MIB)[pool]
+            taken[pool].update(range(address // page, (address + size - 1) // page + 1))
+        assert segments.needed == len(taken[0]) * 2 * MIB + len(taken[1]) * 20 * MIB
+    spans = sorted((pool, address, address + size) for pool, address, size in held)
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))

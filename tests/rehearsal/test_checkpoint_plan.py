@@ -58,6 +58,10 @@ def test_frozen_weights_are_read_by_one_of_the_ranks_that_hold_them():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"num_layers": 4},
+            "the checkpoint holds decoder.layers.4.input_layernorm.weight, which the model has not: it is of another model",
+        ),
         ({"num_layers": 12}, "the checkpoint holds no decoder.layers.8.input_layernorm.weight: it is of another model"),
         (
             {"ffn_hidden_size": 1024},

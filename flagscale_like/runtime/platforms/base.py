@@ -56,6 +56,12 @@ class Platform:
     """Copies from page-locked host memory run by themselves."""
     overlaps_param_gather: ClassVar[bool] = True
     """The gather of updated parameters runs beside the forward pass."""
+    waits_for_exchanges: ClassVar[bool] = True
+    """The host waits for the device after each batched exchange between stages (megatron-core's batch_p2p_sync).
+
+    Up to torch 1.12 a wait for a batch of NCCL's messages waited for nothing (pytorch/pytorch#82450). torch's own backends
+    are past that; a maker's backend has to be shown to be.
+    """
     counts_device_memory: ClassVar[bool] = True
     """The device has memory of its own, and torch counts what is allocated there."""
     ranks_share_device: ClassVar[bool] = False
@@ -206,9 +212,14 @@ class Platform:
         """Most bytes in use so far."""
         return torch.accelerator.max_memory_allocated(self.device)
 
+    def give_back_memory(self) -> None:
+        """Give the device what the allocator keeps and nothing uses."""
+        if self.counts_device_memory:
+            torch.accelerator.empty_cache()
+
     def reset_peak_memory(self) -> None:
         """Count the peak from here on."""
-        torch.accelerator.empty_cache()
+        self.give_back_memory()
         torch.accelerator.reset_peak_memory_stats(self.device)
 
     def total_memory_bytes(self) -> int:

@@ -71,7 +71,7 @@ class CpuPlatform(Platform):
 
     name, torch_type, backend = "cpu", "cpu", "gloo"
     claims = False  # what is left where nothing else claims the machine
-    has_streams = pins_memory = overlaps_param_gather = counts_device_memory = False
+    has_streams = pins_memory = overlaps_param_gather = waits_for_exchanges = counts_device_memory = False
     ranks_share_device = True
     gemm_size, copy_bytes = 1024, 32 << 20
 

@@ -18,6 +18,7 @@ class CudaPlatform(Platform):
     needs_shim = False
     compiles = True
     triton = True
+    waits_for_exchanges = False
     profiler_activity = torch.profiler.ProfilerActivity.CUDA
 
     @classmethod
