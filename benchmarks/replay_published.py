@@ -115,7 +115,7 @@ def records_of(row: Row, arch: ModelArch, number: int, keep: Path | None) -> tup
             (own,) = record(config, cluster, kind, world_size=cluster.devices, ranks=str(rank))
             took = time.process_time() - began
             if file is not None:
-                keep.mkdir(parents=True, exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(pickle.dumps((own, took)))
         found.append(own)
         seconds += took

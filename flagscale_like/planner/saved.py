@@ -339,7 +339,48 @@ def _latent_checkpoint(block: MultiLatentAttention, batch: MicroBatch) -> float:
     return batch.rows * block.heads / batch.tp * channels * batch.dtype_bytes
 
 
-# What each class of block in flagscale_like.arch saves; and what selective recompute keeps of an attention block's inputs.
+def _gated_feed_forward_moments(block: GatedFeedForward, batch: MicroBatch, shape: Shape) -> list[float]:
+    """Bytes that a feed-forward part adds as it runs backward, less what it has freed: as in working_bytes()."""
+    ffn = block.ffn_hidden_size / batch.tp
+    return _products(batch, batch.rows, ffn, shape, 1, whole=batch.rows_sp < batch.rows)
+
+
+def _experts_moments(block: MixtureOfExperts, batch: MicroBatch, shape: Shape) -> list[float]:
+    """Likewise, of routed experts and then of the shared one."""
+    x, came = block.experts, batch.routed(block.experts.top_k)
+    moments = _products(batch, came, x.ffn_hidden_size, shape, x.count / batch.ep, whole=True)
+    moments.append(2 * came * shape.hidden * batch.dtype_bytes)  # the gradient as it was sent and as it came
+    if x.shared_ffn_hidden_size:
+        shared = x.shared_ffn_hidden_size / batch.tp
+        moments += _products(batch, batch.rows, shared, shape, 1, whole=batch.rows_sp < batch.rows)
+    return moments
+
+
+def _products(  # many parameters: the sides of the two products
+    batch: MicroBatch, rows: float, ffn: float, shape: Shape, matrices: float, *, whole: bool
+) -> list[float]:
+    """The moments of the down product, of the activation, and of the gate and up product.
+
+    Args:
+        rows: that the products have.
+        matrices: pairs of them, whose gradients are made at once: experts.
+        whole: the gradient of the output, which is gathered, or comes from the ranks that the tokens are of, is another
+            tensor than the gradient of the layer's output.
+    """
+    hidden = shape.hidden
+    down = matrices * ffn * hidden * (not shape.adapters)  # the gradient of its matrix
+    return [
+        bytes_ * batch.dtype_bytes
+        for bytes_ in (
+            rows * hidden * whole + rows * ffn + down,
+            2 * rows * ffn,  # the gradients of gate and up, and of what they give, which is freed
+            rows * hidden + 2 * down - rows * ffn,  # gate, up and what they give are freed
+        )
+    ]
+
+
+# What each class of block in flagscale_like.arch saves; what selective recompute keeps of an attention block's inputs; and
+# what a feed-forward block makes while it runs backward.
 BLOCK_SAVES: dict[type[Block], Callable[..., list[Saved]]] = {
     GroupedQueryAttention: _attention,
     MultiLatentAttention: _latent_attention,
@@ -349,6 +390,10 @@ BLOCK_SAVES: dict[type[Block], Callable[..., list[Saved]]] = {
 CHECKPOINT_BYTES: dict[type[Block], Callable[..., float]] = {
     GroupedQueryAttention: _attention_checkpoint,
     MultiLatentAttention: _latent_checkpoint,
+}
+FEED_FORWARD_MOMENTS: dict[type[Block], Callable[..., list[float]]] = {
+    GatedFeedForward: _gated_feed_forward_moments,
+    MixtureOfExperts: _experts_moments,
 }
 
 
@@ -418,7 +463,7 @@ def working_bytes(
     """
     batch = MicroBatch.of(layout, seq_length, dtype_bytes)
     attention, feed_forward = shape.decoder[layer].attention, shape.decoder[layer].feed_forward
-    moments = _feed_forward_moments(shape, feed_forward, batch)
+    moments = FEED_FORWARD_MOMENTS[type(feed_forward)](feed_forward, batch, shape)
     freed = _norm(batch.rows_sp, shape.hidden, dtype_bytes, ops)
     freed += sum(save.bytes for save in BLOCK_SAVES[type(feed_forward)](feed_forward, batch, ops))
     saves = BLOCK_SAVES[type(attention)](attention, batch, ops)
@@ -428,43 +473,6 @@ def working_bytes(
     moments.append(core + again + exchanged - freed)
     gathered = batch.rows * shape.hidden * dtype_bytes if layout.sp else 0.0
     return max(moments) + gathered + batch.rows_sp * shape.hidden * dtype_bytes
-
-
-def _feed_forward_moments(shape: Shape, block: GatedFeedForward | MixtureOfExperts, batch: MicroBatch) -> list[float]:
-    """Bytes that a feed-forward part adds as it runs backward, less what it has freed: as in working_bytes()."""
-    if isinstance(block, GatedFeedForward):
-        ffn = block.ffn_hidden_size / batch.tp
-        return _products(batch, batch.rows, ffn, shape, 1, whole=batch.rows_sp < batch.rows)
-    x, came = block.experts, batch.routed(block.experts.top_k)
-    moments = _products(batch, came, x.ffn_hidden_size, shape, x.count / batch.ep, whole=True)
-    moments.append(2 * came * shape.hidden * batch.dtype_bytes)  # the gradient as it was sent and as it came
-    if x.shared_ffn_hidden_size:
-        shared = x.shared_ffn_hidden_size / batch.tp
-        moments += _products(batch, batch.rows, shared, shape, 1, whole=batch.rows_sp < batch.rows)
-    return moments
-
-
-def _products(  # many parameters: the sides of the two products
-    batch: MicroBatch, rows: float, ffn: float, shape: Shape, matrices: float, *, whole: bool
-) -> list[float]:
-    """The moments of the down product, of the activation, and of the gate and up product.
-
-    Args:
-        rows: that the products have.
-        matrices: pairs of them, whose gradients are made at once: experts.
-        whole: the gradient of the output, which is gathered, or comes from the ranks that the tokens are of, is another
-            tensor than the gradient of the layer's output.
-    """
-    hidden = shape.hidden
-    down = matrices * ffn * hidden * (not shape.adapters)  # the gradient of its matrix
-    return [
-        bytes_ * batch.dtype_bytes
-        for bytes_ in (
-            rows * hidden * whole + rows * ffn + down,
-            2 * rows * ffn,  # the gradients of gate and up, and of what they give, which is freed
-            rows * hidden + 2 * down - rows * ffn,  # gate, up and what they give are freed
-        )
-    ]
 
 
 def context_parallel_bytes(shape: Shape, layout: Layout, seq_length: int, dtype_bytes: int, layer: int = 0) -> float:

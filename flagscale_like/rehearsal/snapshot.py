@@ -57,8 +57,8 @@ def place(memory: Memory, *, limit: int | None = None) -> Placed:
             given_back.popleft()
             allocator.give_back()
         if nbytes < 0 or (nbytes == 0 and id(found) in held):
-            block, placed = held.pop(id(found), (None, None))
-            if block is not None:
+            if id(found) in held:
+                block, placed = held.pop(id(found))
                 grows.release(placed)
                 trace += [_event(kind, block, tick, found) for kind in ("free_requested", "free_completed")]
                 allocator.release(block)

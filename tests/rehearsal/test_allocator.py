@@ -3,6 +3,7 @@
 import random
 from dataclasses import fields
 from types import SimpleNamespace
+from typing import Any
 
 from flagscale_like.cluster import GIB
 from flagscale_like.errors import required
@@ -105,8 +106,9 @@ def test_segments_that_grow_leave_holes_of_less_than_a_page():
 
 def test_segments_that_grow_are_the_first_way_out_where_they_are_enough():
     def over(limit: int) -> Rehearsed:
-        held = {field.name: None for field in fields(Rehearsed)} | {"limit": limit * GIB}
-        return Rehearsed(**held | {"placed": SimpleNamespace(expandable=38 * GIB)})
+        held: dict[str, Any] = {field.name: None for field in fields(Rehearsed)}
+        held |= {"limit": limit * GIB, "placed": SimpleNamespace(expandable=38 * GIB)}
+        return Rehearsed(**held)
 
     way_out = (
         "with segments that grow it fits (39.5 GiB): start all ranks with PYTORCH_ALLOC_CONF=expandable_segments:True"

@@ -66,11 +66,12 @@ def test_an_example_meets_on_its_smallest_world(name):
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name, path in examples().items() if stated_world(path)])
-def test_an_example_meets_on_the_world_that_it_states(name):
+@pytest.mark.parametrize(
+    ("name", "world"), [(name, world) for name, path in examples().items() if (world := stated_world(path)) is not None]
+)
+def test_an_example_meets_on_the_world_that_it_states(name, world):
     """With all chunks of its stages, and a record of each stage."""
-    path = examples()[name]
-    config, world = example(path), stated_world(path)
+    config = example(examples()[name])
     check([(name, small(config, world, config.parallel.vpp), world, "stages")], 590)
 
 
