@@ -35,10 +35,11 @@ def test_a_run_leaves_frozen_what_was_frozen_before_it(frozen):
             gc.freeze()
         before = gc.get_freeze_count()
         part.after(first, report)
-        assert gc.get_freeze_count() == before if frozen else gc.get_freeze_count() > 0
+        held = gc.get_freeze_count()
+        assert 0 < held <= before if frozen else held > 0  # what nobody refers to any more leaves
         assert not gc.isenabled()
         part.close(None)
-        assert gc.get_freeze_count() == before
+        assert (gc.get_freeze_count() > 0) == frozen
         assert gc.isenabled()
     finally:
         gc.enable()

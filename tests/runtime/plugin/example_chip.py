@@ -51,6 +51,7 @@ class ExampleChip(CpuPlatform):
     """The CPU, as a chip with a namespace and a library of its own. A real chip's class derives from Platform."""
 
     name, backend = "example", "exampleccl"
+    waits_for_exchanges = True  # as a maker's platform does that sets nothing
 
     @classmethod
     def prepare(cls) -> None:
