@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from typing import Any
 
 from flagscale_like.cluster import GIB, ClusterSpec
-from flagscale_like.config import RunConfig
+from flagscale_like.config import Outside, RunConfig
 from flagscale_like.errors import ConfigError, RehearsalError
 from flagscale_like.planner.layout import Layout
 from flagscale_like.planner.report import updated_config
@@ -91,7 +92,7 @@ def _train(config: RunConfig, ctx: ParallelContext, parts: MakeParts) -> None:
 
 
 def rehearsal_config(config: RunConfig, folder: str, steps: int = STEPS) -> RunConfig:
-    """The run on rows that are made up, for some steps, without checkpoints.
+    """The run on rows that are made up, for some steps, without checkpoints, and without the guard on a reward model.
 
     Raises:
         ConfigError: some of its ranks only draw rollouts.
@@ -101,7 +102,9 @@ def rehearsal_config(config: RunConfig, folder: str, steps: int = STEPS) -> RunC
             f"rl.rollout.apart ({config.ranks_apart}): ranks that draw are not rehearsed: set rl.rollout.apart=0, and give "
             "--world-size the ranks that learn"
         )
-    changes = {"train": config.train.model_copy(update={"profile": None})}
+    changes: dict[str, Any] = {"train": config.train.model_copy(update={"profile": None})}
+    if config.rl is not None:
+        changes["rl"] = config.rl.model_copy(update={"outside": Outside(action="off")})
     return benchmark_config(config.model_copy(update=changes), folder, steps, checkpoint=False)
 
 
