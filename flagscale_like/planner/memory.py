@@ -24,8 +24,8 @@ from flagscale_like.planner.saved import (
     head_saves,
     layer_bytes,
     loss_bytes,
-    working_bytes,
 )
+from flagscale_like.planner.working import working_bytes
 
 # CUDA context, cuBLAS workspace and NCCL's buffers: a fixed amount.
 CONTEXT_BYTES = int(1.5 * GIB)
